@@ -1,0 +1,48 @@
+"""Boundary and context distillation of dense-prediction models for the Hugging Face ecosystem.
+
+Public names load on first use, so that `import hf_bcd.losses` needs torch alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .adapters import describe
+    from .config import BCDConfig
+    from .data import load_dense_dataset
+    from .metrics import SemanticMetrics
+    from .models import TimmSegmentationConfig, TimmSegmentationModel
+    from .trainer import BCDTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BCDConfig": "config",
+    "BCDTrainer": "trainer",
+    "SemanticMetrics": "metrics",
+    "TimmSegmentationConfig": "models",
+    "TimmSegmentationModel": "models",
+    "describe": "adapters",
+    "load_dense_dataset": "data",
+}
+
+__all__ = [
+    "BCDConfig",
+    "BCDTrainer",
+    "SemanticMetrics",
+    "TimmSegmentationConfig",
+    "TimmSegmentationModel",
+    "describe",
+    "load_dense_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

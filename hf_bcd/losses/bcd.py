@@ -1,0 +1,260 @@
+"""Boundary and context distillation (BCD), https://huggingface.co/papers/2401.13174."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..outputs import DenseOutput, FeatureSpec
+from .aggregate import SelfRelationHead, StudentHead, TeacherHead
+from .boundary import (
+    Mode,
+    boundary_distillation_loss,
+    boundary_strength,
+    check_mode,
+    different_neighbour,
+    spatial_divergence,
+)
+from .context import context_relation, literal_relation
+from .functional import at_least_float32, grid_size, resize, resize_nearest
+from .path import line_offsets
+from .schedules import Temperature
+
+
+TeacherHeadKind = Literal["calibrated", "orthogonal", "logits"]
+
+
+def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor:
+    """Soft boundary map of class scores: the least affinity `1 - <p_i, p_j>` to any position of the disc.
+
+    Args:
+        logits: class scores `[B, num_labels, h, w]`.
+        radius: as in `path_offsets`.
+        mask: `[B, h, w]`, True where valid.
+
+    Returns:
+        `[B, h, w]` in 0..1.
+    """
+    reach, (height, width) = radius - 1, logits.shape[-2:]
+    probabilities = at_least_float32(logits).softmax(dim=1)
+    padded = nn.functional.pad(probabilities, [reach] * 4)
+    padded_mask = nn.functional.pad(mask, [reach] * 4)
+    boundary = torch.zeros_like(probabilities[:, 0])
+    for dy, dx in line_offsets(radius):
+        rows, columns = slice(reach + dy, reach + dy + height), slice(reach + dx, reach + dx + width)
+        difference = 1 - (probabilities * padded[:, :, rows, columns]).sum(dim=1)
+        boundary = torch.maximum(boundary, difference.masked_fill(~padded_mask[:, rows, columns], 0))
+    return boundary
+
+
+class BCDLoss(nn.Module):
+    """Boundary and context distillation between two feature hierarchies.
+
+    Owns the student's connectors (trained, dropped at export) and the teacher's frozen head. Terms `boundary` and
+    `context` come back unweighted.
+
+    Args:
+        student_specs: feature levels of the student.
+        teacher_specs: feature levels of the teacher.
+        mode: `stable` (default) or `paper`, the equations as printed.
+        teacher_head: `calibrated` fits the boundary readout to the teacher's classes before training; `orthogonal`
+            leaves it random ("only the student is trained"); `logits` takes boundaries from class scores on both sides.
+        radius: radius of the boundary lines, in positions of the stride-8 grid.
+        kappa: width of the student's boundary sigmoid.
+        channels: channels of the aggregated features.
+        reduced_channels: channels of each level before they are fused.
+        stride: stride of the common grid.
+        ignore_index: void label; void positions count in no term.
+        seed: seed of the teacher's random maps.
+    """
+
+    terms: ClassVar[tuple[str, ...]] = ("boundary", "context")
+    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    decays: ClassVar[bool] = True
+    citation: ClassVar[str] = (
+        "@article{zhang2024bcd,\n"
+        "  title={Towards Complementary Knowledge Distillation for Efficient Dense Image Prediction},\n"
+        "  author={Zhang, Dong and Dong, Pingcheng and Hu, Xinting and Chen, Long and Cheng, Kwang-Ting},\n"
+        "  journal={arXiv preprint arXiv:2401.13174},\n"
+        "  year={2024}\n"
+        "}"
+    )
+
+    @staticmethod
+    def default_weights(mode: Mode = "stable", **_: object) -> dict[str, float]:
+        """Weights that belong to the reductions of a mode: ours, or the paper's alpha and beta."""
+        return {"boundary": 10.0, "context": 50.0} if mode == "paper" else {"boundary": 3.0, "context": 1.0}
+
+    def __init__(
+        self,
+        student_specs: Mapping[str, FeatureSpec],
+        teacher_specs: Mapping[str, FeatureSpec],
+        *,
+        mode: Mode = "stable",
+        teacher_head: TeacherHeadKind = "calibrated",
+        radius: int = 3,
+        kappa: float = 0.5,
+        channels: int = 256,
+        reduced_channels: int = 64,
+        stride: int = 8,
+        ignore_index: int = 255,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_mode(mode)
+        if teacher_head not in ("calibrated", "orthogonal", "logits"):
+            raise ValueError(f"teacher_head is {teacher_head!r}; choose 'calibrated', 'orthogonal' or 'logits'.")
+        if mode == "paper" and teacher_head == "logits":
+            raise ValueError("teacher_head='logits' has no literal form; use mode='stable' or another teacher_head.")
+        line_offsets(radius)  # fails here, not at the first step
+        self.mode: Mode = mode
+        self.teacher_head_kind: TeacherHeadKind = teacher_head
+        self.radius, self.kappa, self.stride, self.ignore_index = radius, kappa, stride, ignore_index
+        self.student_head = StudentHead(student_specs, channels, reduced_channels)
+        if teacher_head == "logits":
+            self.student_head.readout.requires_grad_(False)  # unused: DDP waits for gradients of all that require them
+        self.teacher_head = TeacherHead(teacher_specs, channels, reduced_channels, seed)
+        paper = mode == "paper"
+        self.student_relation = SelfRelationHead(channels, predictor=True) if paper else None
+        self.teacher_relation = SelfRelationHead(channels, predictor=False) if paper else None
+        self.boundary_temperature, self.context_temperature = Temperature(), Temperature()
+
+    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+        """Unweighted terms of a batch.
+
+        Args:
+            student: the student's output.
+            teacher: the teacher's output on the same images, at any resolution.
+            labels: `[B, H, W]` at input resolution; only their void positions are used.
+
+        Returns:
+            `{"boundary": scalar, "context": scalar}` in float32.
+        """
+        with torch.autocast(labels.device.type, enabled=False):
+            size = grid_size(labels, self.stride)
+            mask = resize_nearest(labels != self.ignore_index, size)
+            student_features = self.student_head.aggregate(student.features, size)
+            teacher_features = self.teacher_head(teacher.features, size)
+            return {
+                "boundary": self._boundary(student, teacher, student_features, teacher_features, mask),
+                "context": self._context(student_features, teacher_features, mask),
+            }
+
+    def _boundary(
+        self,
+        student: DenseOutput,
+        teacher: DenseOutput,
+        student_features: Tensor,
+        teacher_features: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        tau = self.boundary_temperature.value
+        hard_teacher = self.teacher_boundary(teacher, teacher_features, mask)
+        if self.teacher_head_kind == "logits":
+            logits = resize(at_least_float32(student.logits), (mask.shape[-2], mask.shape[-1]))
+            soft = class_affinity_boundary(logits, self.radius, mask)
+            loss = tau**2 * spatial_divergence(soft, hard_teacher, tau=tau, mask=mask).mean()
+        else:
+            loss = boundary_distillation_loss(
+                self.student_head.boundary_field(student_features, mask),
+                self.teacher_head.boundary_field(teacher_features),
+                radius=self.radius,
+                theta=self.teacher_head.theta,
+                kappa=self.kappa,
+                tau=tau,
+                mask=mask,
+                mode=self.mode,
+            )
+        self.boundary_temperature.observe(self._peak(hard_teacher, mask, tau))
+        return loss
+
+    def _peak(self, item: Tensor, mask: Tensor, tau: Tensor) -> Tensor:
+        """Statistic of the temperature rule for a 0/1 map: one number an image."""
+        item, void, inf = item.flatten(1) / tau, ~mask.flatten(1), float("inf")
+        if self.mode == "paper":
+            return (item.masked_fill(void, -inf).amax(dim=1) - item.masked_fill(void, inf).amin(dim=1)).clamp_min(0)
+        return item.masked_fill(void, -inf).softmax(dim=1).amax(dim=1).nan_to_num(0.0)
+
+    def _context(self, student_features: Tensor, teacher_features: Tensor, mask: Tensor) -> Tensor:
+        tau = self.context_temperature.value
+        if self.student_relation is None or self.teacher_relation is None:
+            relation = context_relation(student_features, teacher_features, tau=tau, mask=mask)
+            self.context_temperature.observe(relation.peak)
+            return tau**2 * relation.divergence.mean()
+        student_features = self.student_relation(student_features, mask)
+        teacher_features = self.teacher_relation(teacher_features, mask)
+        energy = teacher_features.square().sum(dim=1).masked_fill(~mask, 0) / teacher_features.shape[1] ** 0.5
+        # features are non-negative, so the Gram matrix lies between 0 and its largest diagonal entry
+        self.context_temperature.observe(energy.amax(dim=(1, 2)) / tau)
+        return tau**2 * literal_relation(student_features, teacher_features, tau=tau, mask=mask).mean()
+
+    @torch.no_grad()
+    def teacher_boundary(self, teacher: DenseOutput, teacher_features: Tensor, mask: Tensor) -> Tensor:
+        """The teacher's hard boundary map `[B, h, w]`, 0 or 1 as float."""
+        if self.teacher_head_kind == "logits":
+            classes = resize(at_least_float32(teacher.logits), (mask.shape[-2], mask.shape[-1])).argmax(dim=1)
+            return different_neighbour(classes, self.radius, mask).float()
+        field = self.teacher_head.boundary_field(teacher_features)
+        return (boundary_strength(field, self.radius, mask) > self.teacher_head.theta).float()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `calibrate` must run before the first step."""
+        return self.teacher_head_kind != "logits" and not bool(self.teacher_head.calibrated)
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        batches: Iterable[tuple[DenseOutput, Tensor]],
+        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+        num_steps: int = 250,
+    ) -> None:
+        """Fits the teacher's boundary readout and threshold to the teacher's own classes, once, before training.
+
+        Args:
+            batches: the teacher's outputs and the label maps `[B, H, W]` of some training images.
+            progress: wraps the steps, e.g. in a progress bar.
+            num_steps: Adam steps of the fit.
+        """
+        prepared = []
+        for teacher, labels in batches:
+            size = grid_size(labels, self.stride)
+            classes = resize(at_least_float32(teacher.logits), size).argmax(dim=1)
+            mask = resize_nearest(labels != self.ignore_index, size)
+            prepared.append((self.teacher_head(teacher.features, size), classes, mask))
+        self.teacher_head.calibrate(
+            prepared,
+            radius=self.radius,
+            fit_readout=self.teacher_head_kind == "calibrated",
+            num_steps=num_steps,
+            progress=progress,
+        )
+
+    def after_step(self) -> None:
+        """Ends an optimizer step: adapts the temperatures."""
+        self.boundary_temperature.update()
+        self.context_temperature.update()
+
+    @torch.no_grad()
+    def inspect(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+        """What the loss compares, for pictures: boundary maps `[B, h, w]` and relation features `[B, C, h, w]`."""
+        size = grid_size(labels, self.stride)
+        mask = torch.ones((labels.shape[0], *size), dtype=torch.bool, device=labels.device)
+        student_features = self.student_head.aggregate(student.features, size)
+        teacher_features = self.teacher_head(teacher.features, size)
+        if self.teacher_head_kind == "logits":
+            student_boundary = class_affinity_boundary(
+                resize(at_least_float32(student.logits), size), self.radius, mask
+            )
+        else:
+            field = self.student_head.boundary_field(student_features, mask)
+            student_boundary = torch.sigmoid(
+                (boundary_strength(field, self.radius, mask) - self.teacher_head.theta) / self.kappa
+            )
+        return {
+            "teacher_boundary": self.teacher_boundary(teacher, teacher_features, mask),
+            "student_boundary": student_boundary,
+            "teacher_features": teacher_features,
+            "student_features": student_features,
+        }

@@ -1,0 +1,144 @@
+"""Boundary distillation, Eq. 2 and 3 of the BCD paper (https://huggingface.co/papers/2401.13174)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .functional import at_least_float32, mask_fill_value
+from .path import line_offsets, path_range
+
+
+Mode = Literal["stable", "paper"]
+
+
+def check_mode(mode: str) -> None:
+    if mode not in ("stable", "paper"):
+        raise ValueError(f"mode is {mode!r}; choose 'stable' (default) or 'paper' (the literal equations).")
+
+
+def boundary_strength(z: Tensor, radius: int = 3, mask: Tensor | None = None) -> Tensor:
+    """Largest range of a field `[B, H, W]` on any line that leaves a position, `[B, H, W]`, non-negative."""
+    return path_range(z, radius, "disc", mask).amax(dim=1)
+
+
+def different_neighbour(classes: Tensor, radius: int = 3, mask: Tensor | None = None) -> Tensor:
+    """Positions with another class inside the disc of `radius`: the boundary of a class map.
+
+    Args:
+        classes: integer map `[B, H, W]`.
+        radius: as in `path_offsets`.
+        mask: `[B, H, W]`, True where valid; other positions never differ from anything.
+
+    Returns:
+        Boolean `[B, H, W]`.
+    """
+    differs, _ = pair_differences(classes, radius, "disc", mask)
+    return differs.any(dim=1)
+
+
+def pair_differences(
+    classes: Tensor, radius: int, directions: Literal["disc", "half"], mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Whether the two ends of every line belong to different classes, and whether both ends are valid.
+
+    Args:
+        classes: integer map `[B, H, W]`.
+        radius: as in `path_offsets`.
+        directions: as in `path_offsets`.
+        mask: `[B, H, W]`, True where valid.
+
+    Returns:
+        Two boolean tensors `[B, D, H, W]`; the first is False wherever the second is.
+    """
+    reach = radius - 1
+    height, width = classes.shape[-2:]
+    valid = torch.ones_like(classes, dtype=torch.bool) if mask is None else mask
+    padded = torch.nn.functional.pad(classes, [reach] * 4)
+    padded_valid = torch.nn.functional.pad(valid, [reach] * 4)
+    differs, both = [], []
+    for dy, dx in line_offsets(radius, directions):
+        rows, columns = slice(reach + dy, reach + dy + height), slice(reach + dx, reach + dx + width)
+        pair_valid = valid & padded_valid[:, rows, columns]
+        both.append(pair_valid)
+        differs.append(pair_valid & (classes != padded[:, rows, columns]))
+    return torch.stack(differs, dim=1), torch.stack(both, dim=1)
+
+
+def spatial_divergence(
+    student: Tensor, teacher: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None, entropy: bool = True
+) -> Tensor:
+    """KL divergence between two fields read as distributions over the positions of each image.
+
+    Args:
+        student: `[B, H, W]`.
+        teacher: `[B, H, W]`, constant.
+        tau: temperature, > 0.
+        mask: `[B, H, W]`, True where valid.
+        entropy: subtract the teacher's entropy (KL) or not (cross-entropy, as Eq. 3 is printed).
+
+    Returns:
+        `[B]`: the sum over positions, in nat; 0 for an image without a valid position.
+    """
+    student, teacher = student.flatten(1) / tau, teacher.flatten(1) / tau
+    if mask is not None:
+        fill, mask = mask_fill_value(student.dtype), mask.flatten(1)
+        student, teacher = student.masked_fill(~mask, fill), teacher.masked_fill(~mask, fill)
+    log_q = student.log_softmax(dim=1)
+    log_p = teacher.log_softmax(dim=1)
+    terms = log_p.exp() * ((log_p - log_q) if entropy else -log_q)
+    if mask is not None:
+        terms = terms.masked_fill(~mask, 0)
+    return terms.sum(dim=1)
+
+
+def boundary_distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    radius: int = 3,
+    theta: float | Tensor = 1.0,
+    kappa: float = 0.5,
+    tau: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    mode: Mode = "stable",
+) -> Tensor:
+    """Boundary distillation loss L_BD.
+
+    A position is a boundary if the field varies by more than `theta` on some line that leaves it. The teacher's
+    boundary map is hard; the student's is a sigmoid of width `kappa`, because a hard one has no gradient.
+
+    - `stable`: `tau² · mean over images of KL(softmax(b_teacher / tau) ‖ softmax(b_student / tau))` over positions.
+    - `paper`: Eq. 3 as printed: cross-entropy of `1 - b` on both sides, with a straight-through estimator.
+
+    Args:
+        student: standardised scalar field `[B, H, W]`, in units of its own deviation.
+        teacher: standardised scalar field `[B, H, W]`; receives no gradient.
+        radius: radius of the lines in grid steps.
+        theta: range above which a line crosses a boundary, in deviations.
+        kappa: width of the student's sigmoid, in deviations.
+        tau: temperature.
+        mask: `[B, H, W]`, True where valid.
+        mode: `stable` or `paper`.
+
+    Returns:
+        Scalar >= 0 (stable) or about log(H·W) per image (paper), float32 or float64.
+
+    Raises:
+        ValueError: if the two fields differ in shape or the mode is unknown.
+    """
+    check_mode(mode)
+    if student.shape != teacher.shape:
+        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ; resize one.")
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+        hard_teacher = (boundary_strength(teacher, radius, mask) > theta).to(teacher.dtype)
+        strength = boundary_strength(student, radius, mask)
+        soft = torch.sigmoid((strength - theta) / kappa)
+        if mode == "paper":
+            hard = (strength > theta).to(soft.dtype)
+            straight_through = hard + (soft - soft.detach())  # exactly hard: the bracket is zero
+            divergence = spatial_divergence(1 - straight_through, 1 - hard_teacher, tau=tau, mask=mask, entropy=False)
+        else:
+            divergence = spatial_divergence(soft, hard_teacher, tau=tau, mask=mask)
+        return tau**2 * divergence.mean()

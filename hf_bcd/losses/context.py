@@ -1,0 +1,124 @@
+"""Context distillation, Eq. 4 and 5 of the BCD paper (https://huggingface.co/papers/2401.13174)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .boundary import Mode, check_mode
+from .functional import at_least_float32, mask_fill_value
+from .relation import Relation, relation_divergence
+
+
+def relation_features(features: Tensor) -> Tensor:
+    """The operator O of Eq. 4 in stable mode: every position normalised over its channels.
+
+    Args:
+        features: aggregated features `[B, C, H, W]`.
+
+    Returns:
+        `[B, H·W, C]`, scaled so that inner products are `O(x)ᵀO(x)/sqrt(C)`: between -sqrt(C) and sqrt(C).
+    """
+    channels = features.shape[1]
+    positions = features.flatten(2).mT
+    return F.layer_norm(positions, (channels,), eps=1e-5) / channels**0.25
+
+
+def _check_same_grid(student: Tensor, teacher: Tensor) -> None:
+    if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree in batch and spatial size; "
+            "resize one of them to a common grid."
+        )
+
+
+def context_relation(
+    student: Tensor, teacher: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None
+) -> Relation:
+    """Divergence of the self-relations of aggregated features, and how peaked the teacher's are.
+
+    Args:
+        student: `[B, C, H, W]`.
+        teacher: `[B, C', H, W]`, constant.
+        tau: temperature.
+        mask: `[B, H, W]`, True where valid.
+
+    Returns:
+        Per-image values in float32 (float64 for float64 input), computed outside autocast.
+
+    Raises:
+        ValueError: if the two maps differ in batch or spatial size.
+    """
+    _check_same_grid(student, teacher)
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = (relation_features(at_least_float32(x)) for x in (student, teacher.detach()))
+        return relation_divergence(student, teacher, tau=tau, mask=None if mask is None else mask.flatten(1))
+
+
+def literal_relation(
+    student: Tensor, teacher: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """Eq. 4 and 5 as printed: a softmax over a softmax, summed over all pairs of positions.
+
+    Args:
+        student: features after O, `[B, C, H, W]`.
+        teacher: features after O, `[B, C', H, W]`, constant.
+        tau: temperature.
+        mask: `[B, H, W]`, True where valid.
+
+    Returns:
+        `[B]`: cross-entropy summed over rows, about n·log(n) for n positions whatever the student does.
+    """
+
+    def gram(x: Tensor) -> Tensor:
+        positions = x.flatten(2).mT
+        return positions @ positions.mT / x.shape[1] ** 0.5
+
+    inner_student, inner_teacher = gram(student), gram(teacher.detach())
+    hidden = None if mask is None else ~mask.flatten(1)[:, None, :]
+    fill = mask_fill_value(inner_student.dtype)
+    if hidden is not None:
+        inner_student, inner_teacher = inner_student.masked_fill(hidden, fill), inner_teacher.masked_fill(hidden, fill)
+    outer_student, outer_teacher = inner_student.softmax(-1) / tau, inner_teacher.softmax(-1) / tau
+    if hidden is not None:
+        outer_student, outer_teacher = outer_student.masked_fill(hidden, fill), outer_teacher.masked_fill(hidden, fill)
+    terms = -outer_teacher.softmax(-1) * outer_student.log_softmax(-1)
+    if mask is not None and hidden is not None:
+        terms = terms.masked_fill(hidden | ~mask.flatten(1)[:, :, None], 0)
+    return terms.sum(dim=(1, 2))
+
+
+def context_distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    tau: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    mode: Mode = "stable",
+) -> Tensor:
+    """Context distillation loss L_CD: the student's pixel-to-pixel relations follow the teacher's.
+
+    - `stable`: O is a per-position layer norm, the diagonal (a constant) is left out and every row gets one softmax;
+      `tau² · mean over images and rows of KL(P_teacher ‖ P_student)`. Invariant to a scale of the features per position
+      and to an orthogonal rotation of the channels.
+    - `paper`: Eq. 4 and 5 as printed, on features that O has been applied to already (`SelfRelationHead`).
+
+    Args:
+        student: aggregated features `[B, C, H, W]`.
+        teacher: aggregated features `[B, C', H, W]`; receives no gradient.
+        tau: temperature.
+        mask: `[B, H, W]`, True where valid.
+        mode: `stable` or `paper`.
+
+    Returns:
+        Scalar: >= 0 and 0 for equal relations (stable), about n·log(n) (paper, n positions).
+
+    Raises:
+        ValueError: if the maps differ in batch or spatial size, or the mode is unknown.
+    """
+    check_mode(mode)
+    if mode == "stable":
+        return tau**2 * context_relation(student, teacher, tau=tau, mask=mask).divergence.mean()
+    _check_same_grid(student, teacher)
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+        return tau**2 * literal_relation(student, teacher, tau=tau, mask=mask).mean()
