@@ -1,0 +1,109 @@
+"""What happens around a training step."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from .distiller import Distiller
+from .losses.functional import is_distributed
+
+
+if TYPE_CHECKING:
+    from .trainer import BCDTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class DistillationCallback(TrainerCallback):
+    """Tells the distiller where the run stands: r(t) before a step, temperatures after it."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        self.distiller = distiller
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.distiller.begin_step(state.global_step + 1, state.max_steps)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.distiller.after_step()
+
+
+class InterruptCallback(TrainerCallback):
+    """Turns Ctrl-C and SIGTERM into an orderly stop: finish the step, save a checkpoint, end training.
+
+    A second signal interrupts at once. Ranks agree on the step at which all of them stop.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals inside the block; only a program's main thread can."""
+        self.requested = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous = [signal.signal(number, self._handle) for number in signals]
+        try:
+            yield
+        finally:
+            for number, handler in zip(signals, previous, strict=True):
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("%s: saving a checkpoint after this step; again to quit at once.", signal.Signals(number).name)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if is_distributed():
+            # asking the others costs a wait, so several ranks decide only where they wait for each other anyway
+            if not control.should_log and not control.should_save:
+                return
+            flag = torch.tensor(int(self.requested), device=args.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.requested = bool(flag)
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+
+class PictureCallback(TrainerCallback):
+    """Writes input, truth and prediction of the first evaluation images to TensorBoard."""
+
+    def __init__(self, trainer: "BCDTrainer", count: int = 4) -> None:
+        self.trainer, self.count = trainer, count
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        handler = self.trainer.callback_handler
+        writers = [c.tb_writer for c in handler.callbacks if isinstance(c, TensorBoardCallback) and c.tb_writer]
+        dataset = self.trainer.eval_dataset
+        if not state.is_world_process_zero or not writers or dataset is None or self.trainer.is_fsdp_enabled:
+            return
+        from .visualize import prediction_strip
+
+        strips = []
+        for index in range(min(self.count, len(dataset))):  # type: ignore[arg-type]
+            sample = dataset[index]
+            prediction = self.trainer.predict_classes(sample)
+            strips.append(prediction_strip(sample["pixel_values"], sample["labels"], prediction))
+        for writer in writers:
+            for index, strip in enumerate(strips):
+                writer.add_image(f"evaluation/{index}", strip, state.global_step, dataformats="HWC")

@@ -1,0 +1,334 @@
+"""What a run can be told, from a YAML recipe, the command line or Python."""
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .losses.criterion import unknown_key_message
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "stable": {"bcd": {}},
+    "paper": {"bcd": {"mode": "paper", "teacher_head": "orthogonal", "weight": {"boundary": 10.0, "context": 50.0}}},
+}
+
+
+@dataclass
+class ModelSpec:
+    """Where a model comes from: a checkpoint of transformers, or a timm backbone under one of our heads.
+
+    Attributes:
+        name_or_path: Hub id or folder of a transformers segmentation model (or of a bare backbone such as
+            `nvidia/mit-b0`, whose head then starts at random).
+        revision: branch, tag or commit of `name_or_path`.
+        backbone: timm name, instead of `name_or_path`.
+        head: `psp`, `deeplabv3plus` or `fpn`.
+        output_stride: 8, 16 or 32.
+        pretrained: load the backbone's ImageNet weights from the Hub.
+        weights: local safetensors file with the backbone's weights.
+        options: further fields of `TimmSegmentationConfig`.
+    """
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    backbone: str | None = None
+    head: str = "fpn"
+    output_stride: int = 32
+    pretrained: bool = False
+    weights: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, given: "str | dict[str, Any] | ModelSpec", role: str) -> "ModelSpec":
+        """Reads a Hub id or path, or a mapping of fields.
+
+        Raises:
+            ValueError: for an unknown field, or when not exactly one of `name_or_path` and `backbone` is given.
+        """
+        if isinstance(given, ModelSpec):
+            return given
+        fields = {"name_or_path": given} if isinstance(given, str) else dict(given)
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in fields:
+            if key not in known:
+                raise ValueError(unknown_key_message(f"field of {role}", key, known))
+        spec = cls(**fields)
+        if (spec.name_or_path is None) == (spec.backbone is None):
+            raise ValueError(f"{role} needs either name_or_path (a transformers model) or backbone (a timm name).")
+        return spec
+
+
+@dataclass
+class ModelArguments:
+    """Student, teacher and what the run compares."""
+
+    student: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Student: Hub id or folder, or a mapping such as {backbone: mobilenetv2_100, head: fpn}."},
+    )
+    teacher: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher, given like the student. A timm backbone is first trained on the same data. "
+            "None trains the student alone."
+        },
+    )
+    teacher_training: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Training options that differ for a teacher trained here, e.g. {max_steps: 2000}."},
+    )
+    with_baseline: bool = field(
+        default=False, metadata={"help": "Also train the student without its teacher, on the same budget, to compare."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which data set, and how its raw columns and labels are read."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Catalog name (synthetic, camvid, ade20k), Hub id, or folder."}
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Local root {train,val,test}/{images,masks} or an imagefolder."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Image column, if it cannot be recognised."})
+    label_column: str | None = field(default=None, metadata={"help": "Mask column, if it cannot be recognised."})
+    id2label: str | None = field(default=None, metadata={"help": "JSON file with the class names."})
+    reduce_labels: bool = field(default=False, metadata={"help": "Raw label 0 is void and classes start at 1."})
+    ignore_labels: list[int] = field(default_factory=list, metadata={"help": "Raw label ids that are void."})
+    dataset_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further options of the data set, e.g. {size: [96, 128]} for synthetic."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first training samples only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first samples of each other split."})
+
+
+@dataclass
+class BCDConfig(TrainingArguments):
+    """Training arguments of `BCDTrainer`: those of transformers, with the paper's schedule as defaults, and ours.
+
+    Paper (Sec. V-B): SGD, learning rate 0.01, momentum 0.9, poly 0.9, batch 8, 40,000 iterations, 512x512 crops, random
+    flip, brightness jitter and scale 0.5-2.
+    """
+
+    learning_rate: float = field(default=0.01, metadata={"help": "Initial learning rate."})
+    optim: str = field(default="sgd", metadata={"help": "Optimizer; adamw_torch for transformer students."})
+    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Options of the optimizer."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of matrices and kernels."})
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Learning-rate schedule."})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default_factory=lambda: {"power": 0.9, "lr_end": 0.0}, metadata={"help": "Options of the schedule."}
+    )
+    max_steps: int = field(default=40_000, metadata={"help": "Optimizer steps, t_max of r(t)."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Images a device and step."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Images a device and evaluation step."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for none."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_steps: float | None = field(default=4000, metadata={"help": "Steps between evaluations."})
+    save_steps: float = field(default=4000, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between logged means."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses (not wanted)."})
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where to log."})
+    dataloader_num_workers: int = field(default=4, metadata={"help": "Worker processes that read and augment."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must be false here."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "No parameter is unused."})
+
+    preset: Literal["stable", "paper"] = field(
+        default="stable",
+        metadata={"help": "Losses where `losses` says nothing: ours, or the paper's equations with alpha 10, beta 50."},
+    )
+    losses: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Distillation losses and their options, e.g. {bcd: {radius: 5, weight: {boundary: 3}}}."},
+    )
+    crop_size: int = field(default=512, metadata={"help": "Side of the square training crops, in pixels."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Short side images are resized to, in training (before scaling) and evaluation; None keeps it."},
+    )
+    scale_min: float = field(default=0.5, metadata={"help": "Smallest random scale."})
+    scale_max: float = field(default=2.0, metadata={"help": "Largest random scale."})
+    color_jitter: float = field(
+        default=0.5, metadata={"help": "Strength of brightness, contrast and saturation jitter; 0 for none."}
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "Precision of the teacher; auto is bfloat16 where the GPU has it."}
+    )
+    calibration_images: int = field(
+        default=64, metadata={"help": "Training images that fit the teacher's boundary readout before step 1."}
+    )
+    sync_batchnorm: bool = field(
+        default=True, metadata={"help": "Synchronise the student's BatchNorm over GPUs when there are several."}
+    )
+
+    def __post_init__(self) -> None:
+        self.batch_eval_metrics = True  # evaluation streams counts; predictions are never gathered
+        super().__post_init__()
+        if isinstance(self.losses, str):
+            self.losses = parse_mapping(self.losses, "losses")
+        for name in ("crop_size", "calibration_images", "scale_min"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0.")
+        if self.scale_min > self.scale_max:
+            raise ValueError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
+
+    @property
+    def resolved_losses(self) -> dict[str, Any]:
+        """The `losses` in force: the given ones, or the preset's."""
+        return dict(self.losses) if isinstance(self.losses, dict) else PRESETS[self.preset]
+
+
+def parse_mapping(text: str, key: str) -> dict[str, Any]:
+    """Reads a mapping written as YAML or JSON.
+
+    Raises:
+        ValueError: if `text` is something else.
+    """
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is {text!r}; expected a mapping such as '{{max_steps: 100}}'.")
+    return value
+
+
+MAPPINGS = ("student", "teacher", "teacher_training", "dataset_options", "losses", "lr_scheduler_kwargs")
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, BCDConfig)
+
+
+def parse_arguments(
+    argv: list[str] | None = None, *, default_config: str | Path | None = None, description: str | None = None
+) -> tuple[ModelArguments, DataArguments, BCDConfig]:
+    """Reads a recipe and the command line: what the user types wins over the recipe, which wins over the defaults.
+
+    `--config file.yaml` names the recipe. Fields of a mapping can be set one by one: `--losses.bcd.radius 5`.
+
+    Args:
+        argv: arguments; those of the process by default.
+        default_config: recipe in force when neither `--config`, a data set nor a student is given.
+        description: first lines of `--help`.
+
+    Raises:
+        ValueError: for unknown keys, naming the nearest known one.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(  # type: ignore[call-arg]
+        ARGUMENT_CLASSES,  # type: ignore[arg-type]
+        description=description,
+        usage="%(prog)s [--config RECIPE.yaml] [--ARGUMENT VALUE ...]",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML recipe; the command line wins over it.")
+    parser.add_argument("--help_all", action="store_true", help="Also list every inherited training argument.")
+    _shorten_help(parser)
+    if "--help_all" in argv:
+        HfArgumentParser(ARGUMENT_CLASSES, description=description).print_help()  # type: ignore[arg-type]
+        parser.exit()
+
+    argv, dotted = _split_dotted(argv)
+    known = {f.name for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls) if f.init}
+    _check_flags(argv, parser)
+    namespace = parser.parse_args(argv)
+    typed = {key for key in known if _is_typed(parser, key, argv)}
+    config = namespace.config
+    if config is None and not typed & {"dataset_name", "data_dir", "student"}:
+        config = default_config
+    recipe = _read_recipe(Path(config), known) if config is not None else {}
+    values = {key: getattr(namespace, key) for key in known}
+    values |= {key: value for key, value in recipe.items() if key not in typed}
+    for key in MAPPINGS:
+        if isinstance(values[key], str) and values[key].lstrip().startswith("{"):
+            values[key] = parse_mapping(values[key], key)
+    for path, text in dotted:
+        _set_nested(values, path, yaml.safe_load(text))
+    built = []
+    for cls in ARGUMENT_CLASSES:
+        own = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}
+        built.append(cls(**own))
+    return tuple(built)  # type: ignore[return-value]
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines and gives every argument one or two."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=119)
+
+
+def _shorten_help(parser: argparse.ArgumentParser) -> None:
+    """Hides the arguments that BCDConfig merely inherits, so that --help shows what this package is about."""
+    own = {f.name for cls in (ModelArguments, DataArguments) for f in dataclasses.fields(cls)}
+    own |= set(BCDConfig.__annotations__)
+    own |= {"config", "help", "help_all", "output_dir", "seed", "bf16", "fp16", "resume_from_checkpoint", "push_to_hub"}
+    own |= {"gradient_accumulation_steps", "hub_model_id", "torch_compile"}
+    for action in parser._actions:
+        if action.dest not in own or any(option.startswith(("--no_", "--no-")) for option in action.option_strings):
+            action.help = argparse.SUPPRESS
+        else:  # one spelling is enough to read
+            action.option_strings = [o for o in action.option_strings if "-" not in o.lstrip("-")]
+            action.metavar = "BOOL" if action.nargs == "?" else ""
+    parser.epilog = "Every field of transformers.TrainingArguments is accepted too: --help_all lists them."
+
+
+def _split_dotted(argv: list[str]) -> tuple[list[str], list[tuple[list[str], str]]]:
+    """Takes `--losses.bcd.radius 5` out of the arguments."""
+    rest, dotted, i = [], [], 0
+    while i < len(argv):
+        name, equals, value = argv[i].partition("=")
+        path = name.removeprefix("--").split(".")
+        if name.startswith("--") and len(path) > 1:
+            if path[0] not in MAPPINGS:
+                raise ValueError(unknown_key_message("mapping", path[0], MAPPINGS))
+            if not equals and i + 1 >= len(argv):
+                raise ValueError(f"{name} has no value.")
+            dotted.append((path, value if equals else argv[i + 1]))
+            i += 1 if equals else 2
+        else:
+            rest.append(argv[i])
+            i += 1
+    return rest, dotted
+
+
+def _check_flags(argv: list[str], parser: argparse.ArgumentParser) -> None:
+    options = parser._option_string_actions
+    for text in argv:
+        flag = text.partition("=")[0]
+        if flag.startswith("--") and flag not in options:
+            known = {option.removeprefix("--") for option in options if "-" not in option.removeprefix("--")}
+            raise ValueError(unknown_key_message("argument", flag.removeprefix("--").replace("-", "_"), known))
+
+
+def _is_typed(parser: argparse.ArgumentParser, key: str, argv: list[str]) -> bool:
+    flags = {text.partition("=")[0] for text in argv}
+    return any(action.dest == key for flag, action in parser._option_string_actions.items() if flag in flags)
+
+
+def _read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file.")
+    recipe = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}.")
+    for key in recipe:
+        if key not in known:
+            raise ValueError(f"{path}: {unknown_key_message('key', str(key), known)}")
+    return recipe
+
+
+def _set_nested(values: dict[str, Any], path: list[str], value: Any) -> None:
+    key, *inner, last = path
+    current = values[key]
+    if isinstance(current, str):  # `--teacher some/model` and then one more field of it
+        current = {"name_or_path": current}
+    node = values[key] = dict(current or {})
+    for name in inner:
+        node[name] = dict(node.get(name) or {})
+        node = node[name]
+    node[last] = value

@@ -1,0 +1,82 @@
+"""Student, connectors and criterion in one forward pass: the module that Trainer wraps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .losses.criterion import DistillationCriterion
+from .losses.schedules import decay
+from .losses.task import segmentation_loss
+from .outputs import DenseOutput
+
+
+class Distiller(nn.Module):
+    """Everything trainable, so that data-parallel wrappers and checkpoints see all of it. The teacher stays outside.
+
+    Args:
+        student: adapted student.
+        criterion: weighted losses with their connectors.
+        ignore_index: void label.
+    """
+
+    # the Trainer must not guess from the signature that the loss is already normalised over accumulated batches
+    accepts_loss_kwargs = False
+
+    def __init__(self, student: nn.Module, criterion: DistillationCriterion, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.student = student
+        self.criterion = criterion
+        self.ignore_index = ignore_index
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        teacher_output: DenseOutput | None = None,
+        num_valid: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """One training step's loss, or the student's logits.
+
+        Args:
+            pixel_values: RGB images `[B, 3, H, W]`, 0..255.
+            labels: `[B, H, W]`; without them the student only predicts.
+            teacher_output: the teacher's output on the same images.
+            num_valid: number of valid pixels the task loss divides by, see `segmentation_loss`.
+
+        Returns:
+            `{"logits"}` without labels (outside autocast, as the exported pipeline computes them), else `{"loss",
+            "terms"}`: the weighted total and every unweighted term, detached.
+        """
+        if labels is None:
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                return {"logits": self.student(pixel_values).logits}
+        output: DenseOutput = self.student(pixel_values, labels)
+        loss, terms = self.criterion(self._task_losses(output, labels, num_valid), output, teacher_output, labels)
+        return {"loss": loss, "terms": {name: term.detach() for name, term in terms.items()}}
+
+    def _task_losses(self, output: DenseOutput, labels: Tensor, num_valid: Tensor | None) -> Mapping[str, Tensor]:
+        if output.task_losses:
+            return output.task_losses
+        options = {"ignore_index": self.ignore_index, "num_valid": num_valid}
+        losses = {"loss_task": segmentation_loss(output.logits, labels, **options)}
+        if output.auxiliary_logits is not None:
+            losses["loss_auxiliary"] = segmentation_loss(output.auxiliary_logits, labels, **options)
+        return losses
+
+    def begin_step(self, step: int, total: int) -> None:
+        """Sets r(t) for optimizer step `step` of `total`, counted from 1."""
+        self.criterion.decay.fill_(decay(step, total))
+
+    def after_step(self) -> None:
+        """Ends an optimizer step in every loss (temperatures)."""
+        self.criterion.after_step()
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recomputes the student's activations in the backward pass; options as for the student itself."""
+        self.student.model.activation_checkpointing_enable(**options)  # type: ignore[union-attr]
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keeps the student's activations again."""
+        self.student.model.activation_checkpointing_disable()  # type: ignore[union-attr]

@@ -1,0 +1,162 @@
+"""The steps of a run: data, teacher, undistilled baseline, distilled student, and what they score."""
+
+import copy
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .builders import build_model, load_segmentation_model
+from .config import BCDConfig, DataArguments, ModelArguments, ModelSpec, parse_mapping
+from .data import DenseDataset, DenseDatasets, load_dense_dataset
+from .losses.criterion import unknown_key_message
+from .trainer import BCDTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_data(args: DataArguments) -> DenseDatasets:
+    """Loads the data set that the arguments name, cut to the sample limits.
+
+    Raises:
+        ValueError: if neither a data set nor a folder is named, or there is no training split.
+    """
+    source = args.dataset_name or args.data_dir
+    if source is None:
+        raise ValueError("no data: give --dataset_name (catalog name, Hub id or folder) or --data_dir.")
+    options = args.dataset_options or {}
+    data = load_dense_dataset(
+        source,
+        data_dir=args.data_dir if args.dataset_name else None,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        id2label=args.id2label,
+        reduce_labels=args.reduce_labels,
+        ignore_labels=args.ignore_labels,
+        **(parse_mapping(options, "dataset_options") if isinstance(options, str) else options),
+    )
+    if "train" not in data:
+        raise ValueError(f"{source} has no training split, only {', '.join(data)}.")
+
+    def cut(split: DenseDataset, limit: int | None) -> DenseDataset:
+        return split if limit is None or limit >= len(split) else split.select(range(limit))
+
+    limits = {name: args.max_train_samples if name == "train" else args.max_eval_samples for name in data}
+    return DenseDatasets({name: cut(split, limits[name]) for name, split in data.items()})
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a model has been trained to the end in `folder` (checkpoints lie in subfolders until then)."""
+    return (folder / "model.safetensors").is_file()
+
+
+def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> PreTrainedModel | None:
+    """Loads the teacher, or trains it on the same data if it is a bare timm backbone; re-uses a finished one."""
+    if args.teacher is None:
+        return None
+    spec = ModelSpec.parse(args.teacher, "teacher")
+    if spec.name_or_path is not None:
+        return load_segmentation_model(spec.name_or_path, revision=spec.revision)
+    folder = Path(config.output_dir or ".") / "teacher"
+    if not is_finished(folder):
+        changes = args.teacher_training or {}
+        changes = parse_mapping(changes, "teacher_training") if isinstance(changes, str) else changes
+        logger.warning("training the teacher (%s) in %s", spec.backbone, folder)
+        set_seed(config.seed)
+        train_model(build_model(spec, data["train"].id2label), None, derive_config(config, folder, changes), data)
+    return load_segmentation_model(str(folder))
+
+
+def prepare_baseline(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> PreTrainedModel | None:
+    """Trains the student without its teacher, on the same budget; re-uses a finished one."""
+    if not args.with_baseline:
+        return None
+    folder = Path(config.output_dir or ".") / "baseline"
+    if not is_finished(folder):
+        logger.warning("training the undistilled baseline in %s", folder)
+        train_model(build_student(args, data, config.seed), None, derive_config(config, folder, {}), data)
+    return load_segmentation_model(str(folder))
+
+
+def build_student(args: ModelArguments, data: DenseDatasets, seed: int) -> PreTrainedModel:
+    """Builds the untrained student for the data set's classes; the same seed gives the same weights.
+
+    Raises:
+        ValueError: if the arguments name no student.
+    """
+    if args.student is None:
+        raise ValueError("no student: give --student (Hub id, folder, or {backbone: ..., head: ...}).")
+    set_seed(seed)
+    return build_model(ModelSpec.parse(args.student, "student"), data["train"].id2label)
+
+
+def derive_config(config: BCDConfig, folder: Path, changes: Mapping[str, Any]) -> BCDConfig:
+    """The same training arguments for another model of the run: its own folder, never pushed.
+
+    Raises:
+        ValueError: for a change of an unknown argument.
+    """
+    known = {f.name for f in dataclasses.fields(BCDConfig) if f.init}
+    for key in changes:
+        if key not in known:
+            raise ValueError(unknown_key_message("training argument", key, known))
+    derived = copy.deepcopy(config)
+    for key, value in {**changes, "output_dir": str(folder), "push_to_hub": False, "run_name": None}.items():
+        setattr(derived, key, value)
+    return derived
+
+
+def train_model(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, config: BCDConfig, data: DenseDatasets
+) -> BCDTrainer:
+    """Trains a model, from its last checkpoint if `resume_from_checkpoint` says so, and saves it in the output folder."""
+    trainer = BCDTrainer(
+        model=model,
+        teacher_model=teacher,
+        args=config,
+        train_dataset=data["train"],
+        eval_dataset=data.get("validation"),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_of(config))
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
+def checkpoint_of(config: BCDConfig) -> str | None:
+    """The checkpoint a run continues from: a named one, or the last of its own folder."""
+    given, folder = config.resume_from_checkpoint, Path(config.output_dir or ".")
+    if given in (None, False, "False", "false"):
+        return None
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if given in (True, "True", "true") or folder.name in ("teacher", "baseline"):
+        return last
+    return str(given)
+
+
+def final_split(data: DenseDatasets) -> str | None:
+    """The split that final numbers come from: `test` where it is labelled, else `validation`."""
+    return next((name for name in ("test", "validation") if name in data), None)
+
+
+def evaluate_model(model: PreTrainedModel, config: BCDConfig, data: DenseDataset) -> dict[str, Any]:
+    """Scores of a model on a split, by metric name without prefix."""
+    trainer = BCDTrainer(model=model, args=config, eval_dataset=data)
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("TensorBoardCallback", "PictureCallback"):
+            trainer.remove_callback(callback)  # a final score is no point of a training curve
+    scores = trainer.evaluate(metric_key_prefix="final")
+    return {name: scores[f"final_{name}"] for name in trainer.metrics.compute() if f"final_{name}" in scores}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content`, so that a reader never sees half a file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)

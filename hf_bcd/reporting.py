@@ -1,0 +1,166 @@
+"""What a finished run leaves behind: results.json, figures and a model card, all from numbers it measured."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .adapters import DenseAdapter, build_adapter, image_statistics
+from .config import BCDConfig
+from .data import DenseDataset, DenseDatasets, EvalTransform
+from .experiment import write_json
+from .losses.bcd import BCDLoss
+from .losses.context import relation_features
+from .losses.functional import resize
+from .model_card import write_card
+from .trainer import BCDTrainer
+from .visualize import boundary_figure, comparison_figure, relation_figure
+
+
+COLUMNS = {
+    "mean_iou": "mIoU",
+    "overall_accuracy": "pixel acc.",
+    "boundary_f@3": "boundary F@3",
+    "boundary_iou": "boundary IoU",
+    "completeness": "completeness",
+    "connectivity": "connectivity",
+    "fragments": "fragments",
+}
+NUM_PICTURES = 4
+
+
+def metrics_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """A plain-text table of the main metrics, one row a model; percentages but for the number of fragments."""
+    rows = [["", *COLUMNS.values()]]
+    for name, values in scores.items():
+        rows.append([name, *(format_metric(key, values[key]) for key in COLUMNS)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(lines)
+
+
+def format_metric(key: str, value: float) -> str:
+    """Two decimals: percent for shares, a plain number for the number of fragments."""
+    return f"{value:.2f}" if key == "fragments" else f"{100 * value:.2f}"
+
+
+def protocol(data: DenseDataset, config: BCDConfig, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """How the numbers were measured, in words that fix them."""
+    size = config.image_size
+    return {
+        "dataset": data.name,
+        "split": data.split,
+        "num_images": len(data),
+        "num_labels": data.num_labels,
+        "classes_averaged": scores["classes_averaged"],
+        "input": "original size" if size is None else f"short side resized to {size}, aspect ratio kept",
+        "inference": "whole image, single scale, no flip",
+        "logits": "up-sampled bilinearly to the label's own size, then arg-max",
+        "ignore_index": data.ignore_index,
+        "boundary_f@d": "contours matched within d pixels (Euclidean)",
+        "boundary_iou": "bands of 2 % of the image diagonal",
+        "connectivity": "8-connected true regions of at least 64 pixels",
+    }
+
+
+def loading_lines(folder: str | None) -> str:
+    """The three lines that run a saved student."""
+    return (
+        "import hf_bcd\n"
+        "from transformers import pipeline\n"
+        f'pipeline("image-segmentation", "{folder}")("picture.jpg")'
+    )
+
+
+def write_report(
+    trainer: BCDTrainer,
+    models: Mapping[str, PreTrainedModel],
+    scores: Mapping[str, Mapping[str, Any]],
+    data: DenseDatasets,
+    split: str | None,
+) -> None:
+    """Writes results.json, figures/*.png and README.md into the run's folder.
+
+    Args:
+        trainer: the trainer of the student.
+        models: `teacher`, `baseline` and `student`, those that exist.
+        scores: metrics of those that were evaluated.
+        data: the data set.
+        split: the split of the scores; None when there is none to evaluate on.
+    """
+    folder = Path(trainer.args.output_dir or ".")
+    results: dict[str, Any] = dict(scores)
+    figures: list[str] = []
+    if split is not None:
+        if "student" in scores:
+            results["protocol"] = protocol(data[split], trainer.args, scores["student"])  # type: ignore[arg-type]
+        figures = write_figures(trainer, models, data[split], folder / "figures")
+    write_json(folder / "results.json", results)
+    write_card(folder, trainer, models, results, data, [f"figures/{name}" for name in figures])
+
+
+def write_figures(
+    trainer: BCDTrainer, models: Mapping[str, PreTrainedModel], data: DenseDataset, folder: Path
+) -> list[str]:
+    """Pictures of the first images of a split; returns the file names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = trainer.args.device
+    adapters = {
+        name: build_adapter(model, *image_statistics(model)).to(device).eval()
+        for name, model in models.items()
+        if model.config.num_labels == data.num_labels
+    }
+    transform = EvalTransform(trainer.args.image_size)  # type: ignore[attr-defined]
+    samples = []
+    for index in range(min(NUM_PICTURES, len(data))):
+        sample = data[index]
+        pixel_values = transform(sample["image"], sample["label"])["pixel_values"].to(device)
+        size = sample["label"].shape
+        predictions = {name: predict_image(adapters[name], pixel_values, size) for name in adapters}
+        named = {"distilled" if name == "student" and "teacher" in models else name: p for name, p in predictions.items()}
+        order = [name for name in ("baseline", "distilled", "student", "teacher") if name in named]
+        samples.append({"image": sample["image"], "label": sample["label"], **{name: named[name] for name in order}})
+    comparison_figure(samples, data.id2label, folder / "comparison.png")
+    return ["comparison.png", *_write_bcd_figures(trainer, data, folder)]
+
+
+@torch.no_grad()
+def predict_image(adapter: DenseAdapter, pixel_values: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Classes `[H, W]` of one image `[3, h, w]` at the label's size."""
+    logits = adapter(pixel_values[None]).logits.float()
+    return resize(logits, (size[0], size[1])).argmax(dim=1)[0].cpu()
+
+
+def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) -> list[str]:
+    """Boundary maps and a relation map of teacher and student, as the BCD loss sees them."""
+    losses = trainer.distiller.criterion.losses
+    if trainer.teacher is None or "bcd" not in losses:
+        return []
+    loss = losses["bcd"]
+    assert isinstance(loss, BCDLoss)
+    sample = data[0]
+    transform = EvalTransform(trainer.args.image_size)  # type: ignore[attr-defined]
+    pixel_values = transform(sample["image"], sample["label"])["pixel_values"][None].to(trainer.args.device)
+    labels = torch.zeros((1, *pixel_values.shape[-2:]), dtype=torch.int64, device=trainer.args.device)
+    trainer.distiller.eval()
+    with torch.no_grad():
+        maps = loss.inspect(trainer.distiller.student(pixel_values), trainer.teacher(pixel_values), labels)
+    boundaries = {"teacher": maps["teacher_boundary"][0].cpu(), "student": maps["student_boundary"][0].cpu()}
+    boundary_figure(sample["image"], boundaries, folder / "boundaries.png")
+
+    height, width = maps["teacher_features"].shape[-2:]
+    point = (height * 2 // 3, width // 2)
+    relations = {}
+    for name in ("teacher", "student"):
+        positions = relation_features(maps[f"{name}_features"])[0]
+        row = point[0] * width + point[1]
+        gram = positions[row] @ positions.T
+        gram[row] = float("-inf")  # the diagonal is left out of the loss too
+        relations[name] = gram.softmax(dim=0).view(height, width).cpu()
+    original = sample["image"].size
+    pixel = ((point[0] + 0.5) * original[1] / height, (point[1] + 0.5) * original[0] / width)
+    relation_figure(sample["image"], relations, pixel, folder / "relations.png")
+    return ["boundaries.png", "relations.png"]

@@ -1,0 +1,414 @@
+"""BCDTrainer: transformers' Trainer for a student with a frozen teacher."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, PreTrainedModel, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .adapters import FrozenTeacher, build_adapter, image_processor, image_statistics
+from .builders import load_segmentation_model
+from .callbacks import DistillationCallback, InterruptCallback, PictureCallback
+from .config import BCDConfig
+from .data import DenseDataset, EvalTransform, SemanticCollator, TrainTransform
+from .distiller import Distiller
+from .losses.criterion import DistillationCriterion, build_criterion
+from .losses.functional import resize
+from .metrics import SemanticMetrics
+from .outputs import DenseOutput
+
+
+logger = logging.getLogger(__name__)
+
+DISTILLER_FILE = "distiller.safetensors"
+STUDENT_PREFIX = "student.model."
+CRITERION_PREFIX = "criterion."
+# fixed, so that the teacher's head depends neither on the training batch nor on the number of ranks
+CALIBRATION_BATCH = 8
+
+
+class BCDTrainer(Trainer):
+    """Distils a frozen teacher into a student, or trains a model alone when there is no teacher.
+
+    Args:
+        model: segmentation model of transformers, or one of ours, to train and save.
+        teacher_model: larger segmentation model, its Hub id or folder; None trains `model` alone.
+        args: training arguments.
+        train_dataset: canonical samples (`DenseDataset`), to which the augmentation of `args` is added, or any dataset
+            of `{"index", "pixel_values", "labels"}`.
+        eval_dataset: like `train_dataset`; evaluated at the labels' own resolution.
+        processing_class: image processor to save with the student; built from the student by default.
+        kwargs: further arguments of `Trainer`.
+
+    Raises:
+        ValueError: if the model's classes are not the data set's, a loss option is unknown, or a model type has no
+            adapter.
+    """
+
+    # the loss is a mean over one batch, which the base class then divides by the accumulation steps
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher_model: PreTrainedModel | str | None = None,
+        args: BCDConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else BCDConfig(output_dir="trainer_output")
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # nn.DataParallel cannot carry the teacher's outputs; several GPUs need accelerate launch
+        share_cores(args)
+        reference = eval_dataset if eval_dataset is not None else train_dataset
+        adopt_labels(model, reference)
+        student = build_adapter(model, *image_statistics(model))
+        if isinstance(teacher_model, str):
+            teacher_model = load_segmentation_model(teacher_model)
+        self.teacher = None if teacher_model is None else build_frozen_teacher(teacher_model, student.id2label, args)
+        set_seed(args.seed)  # connectors start the same whatever ran before in this process
+        criterion = DistillationCriterion({}, {}, [])
+        if self.teacher is not None:
+            criterion = build_criterion(
+                args.resolved_losses, student.feature_specs, self.teacher.feature_specs, seed=args.seed
+            )
+        distiller = Distiller(student, criterion)
+        if args.sync_batchnorm and args.world_size > 1 and args.device.type == "cuda":
+            distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+        self.metrics = SemanticMetrics(student.num_labels)
+        self.per_class_iou: list[float] = []
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_steps = 0.0
+        self._images, self._clock = 0, time.perf_counter()
+        super().__init__(
+            model=distiller,
+            args=args,
+            data_collator=kwargs.pop("data_collator", SemanticCollator()),
+            train_dataset=with_transform(train_dataset, train_transform(args), args.seed),
+            eval_dataset=with_transform(eval_dataset, EvalTransform(args.image_size), args.seed),
+            processing_class=processing_class or image_processor(student, shortest_edge=args.image_size),
+            compute_metrics=self._add_counts,
+            **kwargs,
+        )
+        if self.teacher is not None:
+            self.teacher.to(self.args.device)
+        self.interrupt = InterruptCallback()
+        for callback in (DistillationCallback(distiller), self.interrupt, PictureCallback(self)):
+            self.add_callback(callback)
+
+    @property
+    def distiller(self) -> Distiller:
+        """The student with its connectors and losses, unwrapped."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)  # type: ignore[return-value]
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The model being trained, as `from_pretrained` will load it."""
+        return self.distiller.student.model  # type: ignore[return-value]
+
+    # ---- Training ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Calibrates the teacher's head where a loss needs it, then trains.
+
+        Ctrl-C and SIGTERM finish the current step, save a checkpoint and raise `KeyboardInterrupt`.
+
+        Args:
+            resume_from_checkpoint: folder, or True for the last checkpoint of the output folder.
+            kwargs: passed to `Trainer.train`.
+        """
+        if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is None:
+            raise ValueError(f"no checkpoint to resume from in {self.args.output_dir}.")
+        if not resume_from_checkpoint:
+            self.calibrate()
+        self._term_sums, self._term_steps = {}, 0.0
+        with self.interrupt.listening():
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if self.interrupt.requested:
+            raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; its checkpoint is in the output folder")
+        return output
+
+    def calibrate(self) -> None:
+        """Fits the teacher's head on training images: the same ones on every rank, so that all ranks agree."""
+        criterion = self.distiller.criterion
+        if self.teacher is None or not criterion.needs_calibration:
+            return
+        assert self.train_dataset is not None
+        count = min(self.args.calibration_images, len(self.train_dataset))  # type: ignore[arg-type]
+        step = len(self.train_dataset) / count  # type: ignore[arg-type]
+        samples = [self.train_dataset[int(i * step)] for i in range(count)]
+        batches, size = [], CALIBRATION_BATCH
+        for start in tqdm(range(0, count, size), desc="Teacher on calibration images", disable=self.args.disable_tqdm):
+            batch = self._prepare_inputs(self.data_collator(samples[start : start + size]))
+            batches.append((self._teacher_output(batch["pixel_values"]), batch["labels"]))
+        criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=self.args.disable_tqdm))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Weighted loss of one batch; keeps the unweighted terms for the log."""
+        pixel_values, labels = inputs["pixel_values"], inputs["labels"]
+        steps = self.current_gradient_accumulation_steps
+        num_valid = None
+        if num_items_in_batch is not None:  # the mean count of a batch, so that ranks and batches share one divisor
+            num_valid = num_items_in_batch / (self.accelerator.num_processes * steps)
+        outputs = model(
+            pixel_values=pixel_values,
+            labels=labels,
+            teacher_output=self._teacher_output(pixel_values),
+            num_valid=num_valid,
+        )
+        for name, value in outputs["terms"].items():
+            self._term_sums[name] = self._term_sums.get(name, 0) + value / steps
+        self._term_steps += 1 / steps
+        self._images += len(labels) * self.accelerator.num_processes
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _teacher_output(self, pixel_values: Tensor) -> DenseOutput | None:
+        return None if self.teacher is None else self.teacher(pixel_values)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Valid pixels of the whole step, over accumulated batches and ranks."""
+        if not batch_samples:
+            return None
+        counts = [(batch["labels"] != self.distiller.ignore_index).sum() for batch in batch_samples]
+        count = torch.stack(counts).sum().to(device)
+        return self.accelerator.reduce(count, "sum") if self.accelerator.num_processes > 1 else count  # type: ignore
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Optimizer of the arguments; weight decay spares biases, norms and other vectors."""
+        if self.optimizer is None:
+            trained = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.args.weight_decay},
+                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+    # ---- Logging -------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds every loss term and the throughput to the logged means.
+
+        Raises:
+            FloatingPointError: if a term is not finite.
+        """
+        if "loss" in logs:
+            logs = logs | self._mean_terms()
+            now = time.perf_counter()
+            logs["images_per_second"] = round(self._images / (now - self._clock), 2)
+            self._images, self._clock = 0, now
+        super().log(logs, start_time)
+
+    def _mean_terms(self) -> dict[str, float]:
+        """Mean of every term over the steps since the last log, and over ranks; resets the sums."""
+        names, steps = list(self._term_sums), self._term_steps
+        if not names:
+            return {}
+        means = torch.stack([self._term_sums[name] for name in names]) / steps
+        means = self.accelerator.reduce(means, "mean") if self.accelerator.num_processes > 1 else means
+        self._term_sums, self._term_steps = {}, 0.0
+        self._check_finite(dict(zip(names, means.tolist(), strict=True)))  # type: ignore[union-attr]
+        return dict(zip(names, means.tolist(), strict=True))  # type: ignore[union-attr]
+
+    def _check_finite(self, terms: dict[str, float]) -> None:
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        if bad:
+            last = get_last_checkpoint(self.args.output_dir)
+            raise FloatingPointError(
+                f"{', '.join(f'{name} is {terms[name]}' for name in bad)} at or before step {self.state.global_step}. "
+                f"Training stopped; the last good checkpoint is {last or 'none yet'}. Try a smaller learning rate, "
+                "bf16 instead of fp16, or a smaller weight of this term."
+            )
+
+    # ---- Evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """Metrics of `SemanticMetrics` over a data set, with the prefix; `per_class_iou` is a list."""
+        if isinstance(eval_dataset, DenseDataset):
+            eval_dataset = with_transform(eval_dataset, EvalTransform(self.args.image_size), self.args.seed)
+        self._share_buffers()
+        self.metrics.reset()
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._clock, self._images = time.perf_counter(), 0  # evaluation is not training time
+        return metrics | {f"{metric_key_prefix}_per_class_iou": self.per_class_iou}
+
+    def _share_buffers(self) -> None:
+        """Gives every rank the first one's BatchNorm statistics; otherwise ranks evaluate different models."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.student.buffers():
+                dist.broadcast(buffer, 0)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """Per-image counts of a batch; logits never leave the device."""
+        inputs = self._prepare_inputs(inputs)
+        rows = []
+        with torch.no_grad():
+            for pixel_values, labels in same_size_groups(inputs["pixel_values"], inputs["labels"]):
+                counts = self.metrics.counts(predict(model, pixel_values, labels.shape[-2:]), labels)
+                rows.append(torch.cat([count.flatten(1) for count in counts.values()], dim=1))
+        return None, torch.cat(rows), inputs["index"]
+
+    @torch.no_grad()
+    def predict_classes(self, sample: dict[str, Any]) -> Tensor:
+        """The student's classes `[H, W]` for one transformed sample, at its label's size, on the CPU."""
+        distiller = self.distiller.eval()
+        pixel_values = sample["pixel_values"][None].to(self.args.device)
+        return predict(distiller, pixel_values, sample["labels"].shape)[0].cpu()
+
+    def _add_counts(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        """Unpacks gathered per-image counts, from which duplicates that fill the last batch have been cut."""
+        rows, offset, counts = prediction.predictions, 0, {}
+        for name, shape in self.metrics.shapes.items():
+            width = math.prod(shape)
+            counts[name] = rows[:, offset : offset + width].reshape(-1, *shape)
+            offset += width
+        self.metrics.add(counts)
+        if not compute_result:
+            return {}
+        result = self.metrics.compute()
+        self.per_class_iou = result.pop("per_class_iou")  # a list is no scalar for the log
+        return result
+
+    # ---- Saving and loading --------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # a checkpoint taken after a step that went wrong must not replace a good one
+        sums = dict(self._term_sums)
+        if sums:
+            values = torch.stack(list(sums.values()))
+            values = self.accelerator.reduce(values, "mean") if self.accelerator.num_processes > 1 else values
+            self._check_finite(dict(zip(sums, values.tolist(), strict=True)))  # type: ignore[union-attr]
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Saves the student as `from_pretrained` reads it; in checkpoints also the connectors and temperatures."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.distiller.state_dict() if state_dict is None else state_dict
+        self.student.save_pretrained(folder, state_dict=with_prefix(state, STUDENT_PREFIX))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        criterion = with_prefix(state, CRITERION_PREFIX)
+        if self.is_in_train and criterion:
+            criterion = {name: tensor.contiguous() for name, tensor in criterion.items()}
+            save_file(criterion, folder / DISTILLER_FILE, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Restores every weight, and fails where stock Trainer only warns.
+
+        `save_pretrained` renames the keys of SegFormer, Mask2Former and others; only `from_pretrained` reads them back.
+        """
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(self.student).from_pretrained(resume_from_checkpoint)
+        self.student.load_state_dict(saved.state_dict())
+        path = Path(resume_from_checkpoint) / DISTILLER_FILE
+        if path.is_file():
+            self.distiller.criterion.load_state_dict(load_file(path))
+        elif self.teacher is not None:
+            raise ValueError(f"{path} is missing, so {resume_from_checkpoint} is no checkpoint of a distillation run.")
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        logger.info("loading the best model, %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def share_cores(args: BCDConfig) -> None:
+    """Divides the machine's cores among its processes: more threads and workers than cores slow all of them down."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = max(1, (os.cpu_count() or 1) // local_processes)
+    torch.set_num_threads(min(torch.get_num_threads(), cores))
+    args.dataloader_num_workers = min(args.dataloader_num_workers, cores)
+
+
+def adopt_labels(model: PreTrainedModel, dataset: Any) -> None:
+    """Gives a model with placeholder class names the data set's names.
+
+    Raises:
+        ValueError: if the model has another number of classes, or the same names in another order.
+    """
+    id2label = getattr(dataset, "id2label", None)
+    if id2label is None:
+        return
+    if model.config.num_labels != len(id2label):
+        raise ValueError(
+            f"the model predicts {model.config.num_labels} classes, but the data set has {len(id2label)} "
+            f"({', '.join(list(id2label.values())[:5])}, ...). Load the model with num_labels={len(id2label)}, "
+            "ignore_mismatched_sizes=True."
+        )
+    names = {int(index): str(name) for index, name in model.config.id2label.items()}
+    if all(name == f"LABEL_{index}" for index, name in names.items()):
+        model.config.id2label = dict(id2label)
+        model.config.label2id = {name: index for index, name in id2label.items()}
+    elif sorted(names.values()) == sorted(id2label.values()) and names != dict(id2label):
+        raise ValueError(
+            f"the model has the data set's classes in another order ({names} against {dict(id2label)}); set "
+            "id2label when loading the model, or reorder the data set's."
+        )
+
+
+def build_frozen_teacher(model: PreTrainedModel, student_id2label: dict[int, str], args: BCDConfig) -> FrozenTeacher:
+    """Wraps a teacher in the precision that the arguments ask for."""
+    dtypes: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+    automatic = torch.bfloat16 if args.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return FrozenTeacher(
+        build_adapter(model, *image_statistics(model)),
+        student_id2label,
+        dtype=dtypes.get(args.teacher_dtype, automatic),
+    )
+
+
+def train_transform(args: BCDConfig) -> TrainTransform:
+    """The paper's augmentation as the arguments set it."""
+    strength = args.color_jitter
+    return TrainTransform(
+        args.crop_size,
+        image_size=args.image_size,
+        scale=(args.scale_min, args.scale_max),
+        jitter=(strength, strength, strength, 0.0) if strength else None,
+    )
+
+
+def with_transform(dataset: Any, transform: Callable, seed: int) -> Any:
+    """Adds a transform to canonical samples; leaves datasets that already yield tensors alone."""
+    return dataset.with_transform(transform, seed=seed) if isinstance(dataset, DenseDataset) else dataset
+
+
+def same_size_groups(pixel_values: Tensor | list[Tensor], labels: Tensor | list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """A batch as one group if it is stacked, image by image if sizes differ (nothing is padded)."""
+    if isinstance(pixel_values, Tensor) and isinstance(labels, Tensor):
+        return [(pixel_values, labels)]
+    return [(image[None], label[None]) for image, label in zip(pixel_values, labels, strict=True)]
+
+
+def predict(model: nn.Module, pixel_values: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Classes `[B, H, W]` at `size`: logits are up-sampled bilinearly, then arg-max, as the exported pipeline does."""
+    logits = model(pixel_values=pixel_values)["logits"].float()
+    return resize(logits, (size[0], size[1])).argmax(dim=1)
+
+
+def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of a state dict below `prefix`, which is cut off."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

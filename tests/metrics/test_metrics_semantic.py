@@ -1,0 +1,237 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from metrics_reference import blobs, perturbed, reference_metrics
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+from hf_bcd.metrics import SemanticMetrics
+
+
+KEYS = [
+    "mean_iou",
+    "mean_accuracy",
+    "overall_accuracy",
+    "per_class_iou",
+    "classes_averaged",
+    "boundary_f@1",
+    "boundary_f@3",
+    "boundary_f@5",
+    "boundary_iou",
+    "completeness",
+    "connectivity",
+    "fragments",
+    "missed",
+]
+
+
+def random_batch(images, height, width, num_labels, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.stack([blobs(rng, height, width, num_labels) for _ in range(images)])
+    predictions = np.stack([perturbed(rng, label, num_labels) for label in labels])
+    return torch.from_numpy(predictions), torch.from_numpy(labels)
+
+
+def evaluated(predictions, labels, num_labels):
+    metrics = SemanticMetrics(num_labels)
+    metrics.update(predictions, labels)
+    return metrics.compute()
+
+
+def assert_close(found, expected):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-9, nan_ok=True), name
+
+
+@pytest.mark.parametrize(("height", "width", "num_labels"), [(37, 53, 5), (64, 41, 3), (1, 200, 2), (75, 3, 9)])
+def test_matches_reference(height, width, num_labels):
+    predictions, labels = random_batch(3, height, width, num_labels)
+    assert (labels == 255).any() and (predictions != labels).any()
+    expected = reference_metrics(predictions.numpy(), labels.numpy(), num_labels)
+    assert_close(evaluated(predictions, labels, num_labels), expected)
+
+
+def test_real_masks_match_reference(shared_data):
+    files = sorted((shared_data / "camvid" / "test" / "masks").iterdir())[::80]
+    rng = np.random.default_rng(0)
+    labels = [np.asarray(Image.open(file)).astype(np.int64) for file in files]
+    labels = [np.where(label == 11, 255, label) for label in labels]
+    predictions = [perturbed(rng, label, 11, scale=3, share=0.2) for label in labels]
+    metrics = SemanticMetrics(11)
+    for prediction, label in zip(predictions, labels, strict=True):
+        metrics.update(torch.from_numpy(prediction)[None], torch.from_numpy(label)[None])
+    result = metrics.compute()
+    assert_close(result, reference_metrics(predictions, labels, 11))
+    assert 0.3 < result["mean_iou"] < 0.9 and result["boundary_f@1"] < result["boundary_f@5"]
+
+
+def test_confusion_matches_sklearn():
+    predictions, labels = random_batch(4, 33, 29, 6)
+    counts = SemanticMetrics(8).counts(predictions, labels)["confusion"]
+    for image, confusion in enumerate(counts):
+        valid = labels[image] != 255
+        expected = confusion_matrix(labels[image][valid], predictions[image][valid], labels=range(8))
+        assert np.array_equal(confusion.numpy(), expected)
+    total = confusion_matrix(labels[labels != 255], predictions[labels != 255], labels=range(6))
+    iou = total.diagonal() / (total.sum(0) + total.sum(1) - total.diagonal())
+    assert evaluated(predictions, labels, 8)["mean_iou"] == pytest.approx(iou.mean())
+
+
+def test_counts_are_int64_rows_per_image():
+    metrics = SemanticMetrics(6)
+    shapes = []
+    for images, height, width in ((1, 9, 14), (3, 20, 11), (0, 5, 5)):
+        maps = torch.randint(0, 6, (images, height, width), generator=torch.Generator().manual_seed(0))
+        counts = metrics.counts(maps, maps)
+        assert all(count.dtype == torch.int64 and len(count) == images for count in counts.values())
+        shapes.append({name: count.shape[1:] for name, count in counts.items()})
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_batch_size_order_and_processes_do_not_matter():
+    predictions, labels = random_batch(7, 45, 38, 5)
+    expected = evaluated(predictions, labels, 5)
+    assert not any(math.isnan(value) for name, value in expected.items() if name != "per_class_iou")
+
+    for batches in (range(7), [6, 2, 4, 0, 1, 3, 5]):
+        metrics = SemanticMetrics(5)
+        for image in batches:
+            metrics.update(predictions[image : image + 1], labels[image : image + 1])
+        assert metrics.compute() == expected
+
+    # Two processes take every other image; the shorter one repeats image 0, which is trimmed after gathering.
+    ranks = [[0, 2, 4, 6], [1, 3, 5, 0]]
+    metrics = SemanticMetrics(5)
+    for step in (slice(0, 2), slice(2, 4)):
+        shares = [metrics.counts(predictions[rank[step]], labels[rank[step]]) for rank in ranks]
+        keep = 4 if step.stop == 2 else 3
+        metrics.add({name: torch.cat([share[name] for share in shares])[:keep] for name in shares[0]})
+    assert metrics.compute() == expected
+
+
+def test_images_of_a_batch_are_counted_apart():
+    predictions, labels = random_batch(3, 31, 27, 4)
+    metrics = SemanticMetrics(4)
+    together = metrics.counts(predictions, labels)
+    for image in range(3):
+        alone = metrics.counts(predictions[image : image + 1], labels[image : image + 1])
+        assert all(torch.equal(together[name][image], count[0]) for name, count in alone.items())
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.uint8, torch.uint8), (torch.int64, torch.uint8), (torch.int16, torch.int32)]
+)
+def test_integer_types_do_not_matter(dtypes):
+    predictions, labels = random_batch(2, 30, 30, 4)
+    expected = evaluated(predictions, labels, 4)
+    assert evaluated(predictions.to(dtypes[0]), labels.to(dtypes[1]), 4) == expected
+
+
+def test_perfect_prediction():
+    _, labels = random_batch(2, 50, 50, 5)
+    result = evaluated(labels.clone(), labels, 7)  # 255 in a prediction is fine where the label is ignored
+    assert list(result) == KEYS
+    assert result["missed"] == 0 and result["fragments"] == 1 and result["classes_averaged"] == 5
+    ones = set(KEYS) - {"missed", "fragments", "classes_averaged", "per_class_iou"}
+    assert {result[name] for name in ones} == {1.0}
+    assert result["per_class_iou"][:5] == [1.0] * 5 and all(map(math.isnan, result["per_class_iou"][5:]))
+
+
+def test_predictions_at_ignored_pixels_do_not_matter():
+    predictions, labels = random_batch(2, 40, 40, 4)
+    changed = torch.where(labels == 255, 3 - predictions, predictions)
+    assert not torch.equal(changed, predictions)
+    assert evaluated(changed, labels, 4) == evaluated(predictions, labels, 4)
+
+
+@pytest.mark.parametrize("updates", [0, 1])
+def test_nothing_to_count_gives_nan(updates):
+    metrics = SemanticMetrics(3)
+    for _ in range(updates):
+        metrics.update(torch.zeros(2, 9, 9, dtype=torch.int64), torch.full((2, 9, 9), 255))
+    result = metrics.compute()
+    assert list(result) == KEYS
+    assert result.pop("classes_averaged") == 0
+    assert all(map(math.isnan, result.pop("per_class_iou")))
+    assert all(map(math.isnan, result.values()))
+
+
+def test_class_in_prediction_alone_lowers_mean_iou_but_not_mean_accuracy():
+    labels = torch.zeros(1, 2, 4, dtype=torch.int64)
+    predictions = labels.clone()
+    predictions[0, 0, 0] = 1
+    result = evaluated(predictions, labels, 3)
+    assert result["mean_iou"] == pytest.approx((7 / 8 + 0) / 2) and result["classes_averaged"] == 2
+    assert result["mean_accuracy"] == result["overall_accuracy"] == pytest.approx(7 / 8)
+
+
+def test_reset_forgets():
+    predictions, labels = random_batch(2, 30, 30, 4)
+    metrics = SemanticMetrics(4)
+    metrics.update(labels, labels)
+    metrics.reset()
+    metrics.update(predictions, labels)
+    assert metrics.compute() == evaluated(predictions, labels, 4)
+
+
+def test_other_ignore_index():
+    predictions, labels = random_batch(1, 30, 30, 4)
+    metrics = SemanticMetrics(4, ignore_index=-100)
+    metrics.update(predictions, labels.where(labels != 255, -100))
+    assert metrics.compute() == evaluated(predictions, labels, 4)
+    # A negative ignore_index must not wrap around to a class in uint8.
+    metrics = SemanticMetrics(200, ignore_index=-100)
+    metrics.update(torch.full((1, 2, 2), 156, dtype=torch.uint8), torch.full((1, 2, 2), 156, dtype=torch.uint8))
+    assert metrics.compute()["overall_accuracy"] == 1
+
+
+def test_ids_out_of_range_are_errors():
+    metrics = SemanticMetrics(3)
+    good = torch.zeros(1, 2, 2, dtype=torch.int64)
+    bad = torch.tensor([[[0, 7], [-1, 1]]])
+    with pytest.raises(ValueError, match=r"label ids \[-1, 7\] .* \[0, 3\) .* ignore_index=255.*label rule"):
+        metrics.update(good, bad)
+    with pytest.raises(ValueError, match=r"predicted ids \[-1, 7\] .* \[0, 3\).*num_labels"):
+        metrics.update(bad, good)
+    with pytest.raises(ValueError, match="label ids.*; predicted ids"):
+        metrics.update(bad, bad)
+    with pytest.raises(ValueError, match=r"\[3, 4, 5, 6, 7, 8, 9, 10, 11, 12\] and 7 more"):
+        metrics.update(torch.zeros(1, 1, 20, dtype=torch.int64), torch.arange(20).view(1, 1, 20))
+    assert metrics.compute()["classes_averaged"] == 0  # a refused batch leaves no trace
+
+
+def test_wrong_shapes_and_types_are_errors():
+    metrics = SemanticMetrics(3)
+    maps = torch.zeros(2, 4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"\(2, 4, 4\) and labels \(2, 4, 5\)"):
+        metrics.update(maps, torch.zeros(2, 4, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\[B, H, W\]"):
+        metrics.update(maps[0], maps[0])
+    with pytest.raises(ValueError, match="predictions are torch.float32.*arg-max"):
+        metrics.update(maps.float(), maps)
+    counts = metrics.counts(maps, maps)
+    with pytest.raises(ValueError, match=r"confusion.*\[images, 3, 3\], got \(3, 3\)"):
+        metrics.add({name: count.sum(0) for name, count in counts.items()})
+    with pytest.raises(ValueError, match="missed.*nothing"):
+        metrics.add({name: count for name, count in counts.items() if name != "missed"})
+
+
+@pytest.mark.gpu
+def test_cuda_counts_equal_cpu_counts():
+    predictions, labels = random_batch(3, 61, 83, 5)
+    metrics = SemanticMetrics(5)
+    expected = metrics.counts(predictions, labels)
+    found = metrics.counts(predictions.cuda(), labels.cuda())
+    assert all(count.is_cuda and torch.equal(count.cpu(), expected[name]) for name, count in found.items())
+    metrics.add(found)
+    assert metrics.compute() == evaluated(predictions, labels, 5)
+
+
+def test_import_leaves_evaluate_alone():
+    code = "import sys, hf_bcd.metrics; sys.exit('evaluate' in sys.modules or 'datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

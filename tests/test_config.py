@@ -1,0 +1,109 @@
+"""Recipes, the command line and what wins over what."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_bcd.config import ModelSpec, parse_arguments
+
+
+ROOT = Path(__file__).parent.parent
+CPU = ["--use_cpu", "true", "--report_to", "none"]
+
+
+def write(path: Path, **content: object) -> str:
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", student="a/b", learning_rate=0.5, max_steps=7, losses={"bcd": {"radius": 5}})
+    model, _, config = parse_arguments(["--config", recipe, "--max_steps", "3", *CPU])
+    assert (model.student, config.learning_rate, config.max_steps, config.crop_size) == ("a/b", 0.5, 3, 512)
+    assert config.resolved_losses == {"bcd": {"radius": 5}}
+
+
+def test_a_value_typed_again_as_the_default_still_wins(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", student="a/b", with_baseline=True, crop_size=96)
+    model, _, config = parse_arguments(["--config", recipe, "--crop_size=512", "--with_baseline", "false", *CPU])
+    assert config.crop_size == 512 and model.with_baseline is False
+
+
+def test_fields_of_mappings_can_be_set_one_by_one(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path / "r.yaml",
+        student={"backbone": "mobilenetv2_100", "head": "fpn"},
+        losses={"bcd": {"radius": 5, "weight": {"boundary": 3.0}}},
+    )
+    argv = ["--config", recipe, "--student.weights", "file.safetensors", "--losses.bcd.weight.boundary=7", *CPU]
+    model, _, config = parse_arguments(argv)
+    assert ModelSpec.parse(model.student, "student").weights == "file.safetensors"
+    assert ModelSpec.parse(model.student, "student").backbone == "mobilenetv2_100"
+    assert config.resolved_losses == {"bcd": {"radius": 5, "weight": {"boundary": 7}}}
+
+
+def test_mappings_are_read_as_yaml_or_json() -> None:
+    argv = ["--student", "{backbone: resnet18, output_stride: 8}", "--losses", '{"bcd": {"kappa": 0.25}}', *CPU]
+    model, _, config = parse_arguments(argv)
+    assert ModelSpec.parse(model.student, "student").output_stride == 8
+    assert config.resolved_losses == {"bcd": {"kappa": 0.25}}
+
+
+def test_the_paper_preset_is_literal() -> None:
+    _, _, config = parse_arguments(["--student", "a/b", "--preset", "paper", *CPU])
+    assert config.resolved_losses["bcd"]["weight"] == {"boundary": 10.0, "context": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lerning_rate", "1"], "Did you mean 'learning_rate'"),
+        (["--losess.bcd.radius", "1"], "Did you mean 'losses'"),
+        (["--config", "missing.yaml"], "missing.yaml: no such file"),
+        (["--student", "a/b", "--crop_size", "0"], "crop_size is 0; it must be > 0"),
+        (["--student", "a/b", "--scale_min", "3"], "scale_min 3.0 exceeds scale_max 2.0"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([*argv, *CPU])
+
+
+def test_unknown_keys_of_a_recipe_are_errors_that_name_the_file(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", student="a/b", crop_sise=96)
+    with pytest.raises(ValueError, match=r"r\.yaml: unknown key 'crop_sise'\. Did you mean 'crop_size'"):
+        parse_arguments(["--config", recipe, *CPU])
+
+
+def test_unknown_fields_of_a_model_are_errors() -> None:
+    with pytest.raises(ValueError, match="unknown field of student 'backbon'. Did you mean 'backbone'"):
+        ModelSpec.parse({"backbon": "resnet18"}, "student")
+    with pytest.raises(ValueError, match="either name_or_path"):
+        ModelSpec.parse({"head": "psp"}, "teacher")
+    with pytest.raises(ValueError, match="either name_or_path"):
+        ModelSpec.parse({"backbone": "resnet18", "name_or_path": "a/b"}, "teacher")
+
+
+def test_without_arguments_the_default_recipe_is_in_force(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "demo.yaml", student="a/b", max_steps=5)
+    assert parse_arguments(["--max_steps", "2", *CPU], default_config=recipe)[0].student == "a/b"
+    assert parse_arguments(["--student", "c/d", *CPU], default_config=recipe)[2].max_steps == 40_000
+
+
+def test_help_shows_our_arguments_and_hides_inherited_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"], description="Distils.")
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in ("student", "teacher", "losses", "crop_size", "output_dir", "config"))
+    assert "--torch_empty_cache_steps" not in text and "--help_all" in text
+    assert len(text.splitlines()) < 150
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses(recipe: Path) -> None:
+    model, data, config = parse_arguments(["--config", str(recipe), *CPU])
+    ModelSpec.parse(model.student or "", "student")
+    assert config.output_dir and (data.dataset_name or data.data_dir)
+    first = recipe.read_text().splitlines()
+    assert any("accelerate launch scripts/distill.py" in line for line in first if line.startswith("#"))

@@ -1,0 +1,110 @@
+"""Tiny models and data that tests of the trainer share."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel
+from hf_bcd.data import DenseDatasets, load_dense_dataset
+
+
+ID2LABEL = {0: "sky", 1: "ground", 2: "road", 3: "building", 4: "tree", 5: "pole", 6: "person", 7: "vehicle"}
+
+
+def tiny_timm(channels: tuple[int, ...] = (8, 8, 16, 16), seed: int = 0, **config: Any) -> TimmSegmentationModel:
+    torch.manual_seed(seed)
+    return TimmSegmentationModel.from_backbone(
+        "resnet10t",
+        head="fpn",
+        head_channels=8,
+        backbone_kwargs={"channels": list(channels), "stem_width": 8},
+        id2label=ID2LABEL,
+        label2id={name: index for index, name in ID2LABEL.items()},
+        **config,
+    )
+
+
+def tiny_segformer(seed: int = 0, width: int = 8) -> SegformerForSemanticSegmentation:
+    torch.manual_seed(seed)
+    config = SegformerConfig(
+        hidden_sizes=[width, width, 2 * width, 2 * width],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 1, 2, 2],
+        decoder_hidden_size=16,
+        drop_path_rate=0.0,
+        classifier_dropout_prob=0.0,
+        id2label=ID2LABEL,
+        label2id={name: index for index, name in ID2LABEL.items()},
+    )
+    return SegformerForSemanticSegmentation(config)
+
+
+def scenes(train: int = 8, validation: int = 3, size: tuple[int, int] = (48, 64)) -> DenseDatasets:
+    return load_dense_dataset("synthetic", size=size, num_images={"train": train, "validation": validation, "test": 2})
+
+
+def config(folder: Path, **changes: Any) -> BCDConfig:
+    """Arguments of a run of a few steps on one CPU thread."""
+    options = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "crop_size": 48,
+        "calibration_images": 4,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "use_cpu": True,
+    }
+    return BCDConfig(**(options | changes))
+
+
+def trainer(folder: Path, model: Any = None, teacher: Any = "default", data: Any = None, **changes: Any) -> BCDTrainer:
+    data = scenes() if data is None else data
+    return BCDTrainer(
+        model=tiny_timm() if model is None else model,
+        teacher_model=tiny_timm((8, 16, 16, 32), seed=1) if teacher == "default" else teacher,
+        args=config(folder, **changes),
+        train_dataset=data["train"],
+        eval_dataset=data.get("validation"),
+    )
+
+
+def history(run: BCDTrainer, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in run.state.log_history if key in entry]
+
+
+def freeze_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
+    """Batch statistics differ between a batch and its halves by nature; fixed ones let the rest be compared."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+    return model
+
+
+class TensorSamples(torch.utils.data.Dataset):
+    """Fixed random images and labels, optionally with very unequal void shares."""
+
+    def __init__(self, count: int, size: int = 48, void: bool = False, repeat: int = 1) -> None:
+        generator = np.random.default_rng(0)
+        self.images = torch.from_numpy(generator.integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+        self.labels = torch.from_numpy(generator.integers(0, 8, (count, size, size)))
+        if void:
+            for index in range(count):
+                self.labels[index, : size * (index % 4) // 4] = 255
+        self.repeat = repeat
+
+    def __len__(self) -> int:
+        return len(self.images) * self.repeat
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        inner = index % len(self.images)
+        return {"index": index, "pixel_values": self.images[inner], "labels": self.labels[inner]}
