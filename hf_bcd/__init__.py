@@ -1,10 +1,13 @@
 """Boundary and context distillation of dense-prediction models for the Hugging Face ecosystem.
 
-Public names load on first use, so that `import hf_bcd.losses` needs torch alone.
+Public names load on first use, so that `import hf_bcd.losses` needs torch alone. Our models are registered with the
+Auto classes of transformers when these are imported, before or after this package.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .registration import register_models
 
 
 if TYPE_CHECKING:
@@ -46,3 +49,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+register_models()

@@ -7,13 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from .data.dataset import TransformedDataset
 from .distiller import Distiller
 from .losses.functional import is_distributed
+from .visualize import colorize, palette
 
 
 if TYPE_CHECKING:
@@ -23,10 +28,17 @@ logger = logging.getLogger(__name__)
 
 
 class DistillationCallback(TrainerCallback):
-    """Tells the distiller where the run stands: r(t) before a step, temperatures after it."""
+    """Tells distiller and data where the run stands: the epoch, r(t) before a step, temperatures after it."""
 
-    def __init__(self, distiller: Distiller) -> None:
-        self.distiller = distiller
+    def __init__(self, distiller: Distiller, train_dataset: Any) -> None:
+        self.distiller, self.train_dataset = distiller, train_dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # the prepared data loader forgets its data set on several ranks and when an epoch is resumed
+        if isinstance(self.train_dataset, TransformedDataset):
+            self.train_dataset.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,13 +109,19 @@ class PictureCallback(TrainerCallback):
         dataset = self.trainer.eval_dataset
         if not state.is_world_process_zero or not writers or dataset is None or self.trainer.is_fsdp_enabled:
             return
-        from .visualize import prediction_strip
-
         strips = []
         for index in range(min(self.count, len(dataset))):  # type: ignore[arg-type]
             sample = dataset[index]
             prediction = self.trainer.predict_classes(sample)
-            strips.append(prediction_strip(sample["pixel_values"], sample["labels"], prediction))
+            strips.append(prediction_strip(sample, prediction, self.trainer.metrics.num_labels))
         for writer in writers:
             for index, strip in enumerate(strips):
                 writer.add_image(f"evaluation/{index}", strip, state.global_step, dataformats="HWC")
+
+
+def prediction_strip(sample: dict[str, Any], prediction: Tensor, num_labels: int) -> np.ndarray:
+    """Input, truth and prediction side by side, uint8 `[H, 3 W, 3]`."""
+    height, width = prediction.shape
+    image = Image.fromarray(sample["pixel_values"].permute(1, 2, 0).numpy()).resize((width, height))
+    colours = palette(num_labels)
+    return np.concatenate([np.asarray(image), colorize(sample["labels"], colours), colorize(prediction, colours)], 1)

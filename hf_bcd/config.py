@@ -143,7 +143,9 @@ class BCDConfig(TrainingArguments):
 
     preset: Literal["stable", "paper"] = field(
         default="stable",
-        metadata={"help": "Losses where `losses` says nothing: ours, or the paper's equations with alpha 10, beta 50."},
+        metadata={
+            "help": "Losses where `losses` says nothing: ours, or the paper's equations with alpha 10, beta 50."
+        },
     )
     losses: dict[str, Any] | str | None = field(
         default=None,
@@ -152,7 +154,9 @@ class BCDConfig(TrainingArguments):
     crop_size: int = field(default=512, metadata={"help": "Side of the square training crops, in pixels."})
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Short side images are resized to, in training (before scaling) and evaluation; None keeps it."},
+        metadata={
+            "help": "Short side images are resized to, in training (before scaling) and evaluation; None keeps it."
+        },
     )
     scale_min: float = field(default=0.5, metadata={"help": "Smallest random scale."})
     scale_max: float = field(default=2.0, metadata={"help": "Largest random scale."})
@@ -266,7 +270,17 @@ def _shorten_help(parser: argparse.ArgumentParser) -> None:
     """Hides the arguments that BCDConfig merely inherits, so that --help shows what this package is about."""
     own = {f.name for cls in (ModelArguments, DataArguments) for f in dataclasses.fields(cls)}
     own |= set(BCDConfig.__annotations__)
-    own |= {"config", "help", "help_all", "output_dir", "seed", "bf16", "fp16", "resume_from_checkpoint", "push_to_hub"}
+    own |= {
+        "config",
+        "help",
+        "help_all",
+        "output_dir",
+        "seed",
+        "bf16",
+        "fp16",
+        "resume_from_checkpoint",
+        "push_to_hub",
+    }
     own |= {"gradient_accumulation_steps", "hub_model_id", "torch_compile"}
     for action in parser._actions:
         if action.dest not in own or any(option.startswith(("--no_", "--no-")) for option in action.option_strings):

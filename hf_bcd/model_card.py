@@ -83,6 +83,7 @@ def write_card(
             "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
             "weight decay": args.weight_decay,
             "seed": args.seed,
+            "processes": args.world_size,
         },
         per_class=list(zip(split.id2label.values(), results["student"]["per_class_iou"], strict=True))
         if "student" in results

@@ -69,9 +69,7 @@ def protocol(data: DenseDataset, config: BCDConfig, scores: Mapping[str, Any]) -
 def loading_lines(folder: str | None) -> str:
     """The three lines that run a saved student."""
     return (
-        "import hf_bcd\n"
-        "from transformers import pipeline\n"
-        f'pipeline("image-segmentation", "{folder}")("picture.jpg")'
+        f'import hf_bcd\nfrom transformers import pipeline\npipeline("image-segmentation", "{folder}")("picture.jpg")'
     )
 
 
@@ -120,9 +118,11 @@ def write_figures(
         pixel_values = transform(sample["image"], sample["label"])["pixel_values"].to(device)
         size = sample["label"].shape
         predictions = {name: predict_image(adapters[name], pixel_values, size) for name in adapters}
-        named = {"distilled" if name == "student" and "teacher" in models else name: p for name, p in predictions.items()}
+        named = {
+            "distilled" if name == "student" and "teacher" in models else name: p for name, p in predictions.items()
+        }
         order = [name for name in ("baseline", "distilled", "student", "teacher") if name in named]
-        samples.append({"image": sample["image"], "label": sample["label"], **{name: named[name] for name in order}})
+        samples.append({**sample, "predictions": {name: named[name] for name in order}})
     comparison_figure(samples, data.id2label, folder / "comparison.png")
     return ["comparison.png", *_write_bcd_figures(trainer, data, folder)]
 
@@ -161,6 +161,6 @@ def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) ->
         gram[row] = float("-inf")  # the diagonal is left out of the loss too
         relations[name] = gram.softmax(dim=0).view(height, width).cpu()
     original = sample["image"].size
-    pixel = ((point[0] + 0.5) * original[1] / height, (point[1] + 0.5) * original[0] / width)
+    pixel = (int((point[0] + 0.5) * original[1] / height), int((point[1] + 0.5) * original[0] / width))
     relation_figure(sample["image"], relations, pixel, folder / "relations.png")
     return ["boundaries.png", "relations.png"]

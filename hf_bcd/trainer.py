@@ -76,6 +76,7 @@ class BCDTrainer(Trainer):
         reference = eval_dataset if eval_dataset is not None else train_dataset
         adopt_labels(model, reference)
         student = build_adapter(model, *image_statistics(model))
+        student.freeze_unused()
         if isinstance(teacher_model, str):
             teacher_model = load_segmentation_model(teacher_model)
         self.teacher = None if teacher_model is None else build_frozen_teacher(teacher_model, student.id2label, args)
@@ -106,7 +107,7 @@ class BCDTrainer(Trainer):
         if self.teacher is not None:
             self.teacher.to(self.args.device)
         self.interrupt = InterruptCallback()
-        for callback in (DistillationCallback(distiller), self.interrupt, PictureCallback(self)):
+        for callback in (DistillationCallback(distiller, self.train_dataset), self.interrupt, PictureCallback(self)):
             self.add_callback(callback)
 
     @property
@@ -135,10 +136,14 @@ class BCDTrainer(Trainer):
         if not resume_from_checkpoint:
             self.calibrate()
         self._term_sums, self._term_steps = {}, 0.0
+        # an evaluation before training marks the model as prepared, and then no DDP would be wrapped around it
+        self.model._is_accelerate_prepared = False
         with self.interrupt.listening():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.interrupt.requested:
-            raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; its checkpoint is in the output folder")
+            raise KeyboardInterrupt(
+                f"stopped at step {self.state.global_step}; its checkpoint is in the output folder"
+            )
         return output
 
     def calibrate(self) -> None:
@@ -341,6 +346,7 @@ def share_cores(args: BCDConfig) -> None:
     cores = max(1, (os.cpu_count() or 1) // local_processes)
     torch.set_num_threads(min(torch.get_num_threads(), cores))
     args.dataloader_num_workers = min(args.dataloader_num_workers, cores)
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
 
 
 def adopt_labels(model: PreTrainedModel, dataset: Any) -> None:
@@ -396,7 +402,9 @@ def with_transform(dataset: Any, transform: Callable, seed: int) -> Any:
     return dataset.with_transform(transform, seed=seed) if isinstance(dataset, DenseDataset) else dataset
 
 
-def same_size_groups(pixel_values: Tensor | list[Tensor], labels: Tensor | list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def same_size_groups(
+    pixel_values: Tensor | list[Tensor], labels: Tensor | list[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
     """A batch as one group if it is stacked, image by image if sizes differ (nothing is padded)."""
     if isinstance(pixel_values, Tensor) and isinstance(labels, Tensor):
         return [(pixel_values, labels)]

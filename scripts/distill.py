@@ -1,7 +1,8 @@
 """Distils a small segmentation model from a large one.
 
     accelerate launch scripts/distill.py                                   # demo: no download, about two minutes
-    accelerate launch scripts/distill.py --config examples/recipes/camvid/resnet18_to_mobilenetv2.yaml --data_dir camvid
+    accelerate launch scripts/distill.py --config examples/recipes/camvid/mobilenetv2_deeplabv3plus_to_mobilenetv2_fpn.yaml \\
+        --data_dir path/to/camvid --student.weights W --teacher.weights W
     accelerate launch scripts/distill.py --dataset_name user/data --teacher nvidia/segformer-b4-finetuned-ade-512-512 \\
         --student nvidia/mit-b0 --output_dir runs/mine
 
@@ -33,7 +34,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if config.should_log else logging.ERROR, format="%(message)s")
     data = load_data(data_args)
     student = build_student(model_args, data, config.seed)  # a wrong name fails before hours of teacher training
-    models = {"teacher": prepare_teacher(model_args, config, data), "baseline": prepare_baseline(model_args, config, data)}
+    models = {
+        "teacher": prepare_teacher(model_args, config, data),
+        "baseline": prepare_baseline(model_args, config, data),
+    }
     trainer = train_model(student, models["teacher"], config, data)
     models["student"] = trainer.student
 
@@ -44,7 +48,9 @@ def main() -> None:
             if model is not None and model.config.num_labels == data[split].num_labels:
                 scores[name] = evaluate_model(model, config, data[split])
     if config.should_save:
-        write_report(trainer, {name: model for name, model in models.items() if model is not None}, scores, data, split)
+        write_report(
+            trainer, {name: model for name, model in models.items() if model is not None}, scores, data, split
+        )
         print(metrics_table(scores))
         print(loading_lines(config.output_dir))
     if config.push_to_hub:

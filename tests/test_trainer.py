@@ -30,14 +30,15 @@ class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001
+    def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             control.should_training_stop = control.should_save = True
 
 
+@pytest.mark.parametrize("steps", [range(1, 4), range(5, 7)], ids=["first epoch", "second epoch"])
 @pytest.mark.parametrize("build", [tiny.tiny_timm, tiny.tiny_segformer])
-def test_resuming_at_a_random_step_repeats_the_run_bit_for_bit(build, tmp_path: Path) -> None:
-    stop = random.Random(os.getpid()).randrange(1, 6)
+def test_resuming_at_a_random_step_repeats_the_run_bit_for_bit(build, steps: range, tmp_path: Path) -> None:
+    stop = random.Random(os.getpid()).choice(steps)  # four steps make an epoch
     options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 100, "dataloader_num_workers": 0}
 
     def start(name: str, seed: int = 0) -> BCDTrainer:
@@ -94,7 +95,9 @@ def test_load_best_model_at_end_restores_the_best_weights(tmp_path: Path) -> Non
     assert_equal(best.state_dict(), run.student.state_dict())
 
 
-@pytest.mark.parametrize("build", [lambda: tiny.tiny_timm(dropout=0.0), tiny.tiny_segformer], ids=["timm", "segformer"])
+@pytest.mark.parametrize(
+    "build", [lambda: tiny.tiny_timm(dropout=0.0), tiny.tiny_segformer], ids=["timm", "segformer"]
+)
 def test_accumulation_equals_a_larger_batch(build, tmp_path: Path) -> None:
     """Silent failure 2. Void shares differ between the accumulated batches, so a mean of means would not do.
 
@@ -139,9 +142,7 @@ def test_accumulation_counts_valid_pixels_over_the_whole_step(tmp_path: Path) ->
 def compare(first: BCDTrainer, second: BCDTrainer, keys=("loss", "loss_task", "bcd/boundary", "bcd/context")) -> None:
     for key in keys:
         assert tiny.history(first, key) == pytest.approx(tiny.history(second, key), rel=1e-5), key
-    for (name, a), (_, b) in zip(
-        first.distiller.named_parameters(), second.distiller.named_parameters(), strict=True
-    ):
+    for (name, a), (_, b) in zip(first.distiller.named_parameters(), second.distiller.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
 
 
@@ -168,7 +169,11 @@ def test_the_teacher_stays_as_it_was_and_in_no_checkpoint(tmp_path: Path) -> Non
 
 
 def test_every_trainable_parameter_gets_a_gradient(tmp_path: Path) -> None:
-    for losses in ({"bcd": {}}, {"bcd": {"mode": "paper", "teacher_head": "orthogonal"}}, {"bcd": {"teacher_head": "logits"}}):
+    for losses in (
+        {"bcd": {}},
+        {"bcd": {"mode": "paper", "teacher_head": "orthogonal"}},
+        {"bcd": {"teacher_head": "logits"}},
+    ):
         run = tiny.trainer(tmp_path, losses=losses, max_steps=1)
         seen: set[str] = set()
         for name, parameter in run.distiller.named_parameters():
@@ -182,7 +187,7 @@ def test_a_nan_stops_the_run_names_the_term_and_keeps_the_last_checkpoint(tmp_pa
     run = tiny.trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=1, logging_steps=100)
 
     class Poison(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):  # noqa: ANN001
+        def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
                 with torch.no_grad():
                     run.distiller.criterion.losses["bcd"].student_head.readout.weight.fill_(float("nan"))
@@ -199,7 +204,7 @@ def test_ctrl_c_leaves_a_resumable_folder(tmp_path: Path) -> None:
     run = tiny.trainer(tmp_path, max_steps=5)
 
     class Press(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):  # noqa: ANN001
+        def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 

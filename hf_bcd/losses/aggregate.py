@@ -51,10 +51,10 @@ class StudentHead(nn.Module):
         self.aggregate = FeatureAggregator(specs, channels, reduced_channels)
         self.readout = nn.Conv2d(channels, 1, 1)
 
-    def boundary_field(self, aggregated: Tensor, mask: Tensor) -> Tensor:
-        """Boundary scalar `[B, h, w]`, standardised over the valid positions of the batch on all ranks."""
+    def boundary_field(self, aggregated: Tensor, mask: Tensor, over_ranks: bool = True) -> Tensor:
+        """Boundary scalar `[B, h, w]`, standardised over the valid positions of the batch, on all ranks or this one."""
         z = self.readout(aggregated).squeeze(1)
-        return standardize(z, (0, 1, 2), mask)
+        return standardize(z, (0, 1, 2), mask, over_ranks=over_ranks)
 
 
 class TeacherHead(nn.Module):

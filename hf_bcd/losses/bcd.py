@@ -10,7 +10,7 @@ from ..outputs import DenseOutput, FeatureSpec
 from .aggregate import SelfRelationHead, StudentHead, TeacherHead
 from .boundary import (
     Mode,
-    boundary_distillation_loss,
+    boundary_divergence,
     boundary_strength,
     check_mode,
     different_neighbour,
@@ -154,20 +154,13 @@ class BCDLoss(nn.Module):
         if self.teacher_head_kind == "logits":
             logits = resize(at_least_float32(student.logits), (mask.shape[-2], mask.shape[-1]))
             soft = class_affinity_boundary(logits, self.radius, mask)
-            loss = tau**2 * spatial_divergence(soft, hard_teacher, tau=tau, mask=mask).mean()
+            divergence = spatial_divergence(soft, hard_teacher, tau=tau, mask=mask)
         else:
-            loss = boundary_distillation_loss(
-                self.student_head.boundary_field(student_features, mask),
-                self.teacher_head.boundary_field(teacher_features),
-                radius=self.radius,
-                theta=self.teacher_head.theta,
-                kappa=self.kappa,
-                tau=tau,
-                mask=mask,
-                mode=self.mode,
-            )
+            field = self.student_head.boundary_field(student_features, mask)
+            strength, theta = boundary_strength(field, self.radius, mask), self.teacher_head.theta
+            divergence = boundary_divergence(strength, hard_teacher, theta, self.kappa, tau, mask, self.mode)
         self.boundary_temperature.observe(self._peak(hard_teacher, mask, tau))
-        return loss
+        return tau**2 * divergence.mean()
 
     def _peak(self, item: Tensor, mask: Tensor, tau: Tensor) -> Tensor:
         """Statistic of the temperature rule for a 0/1 map: one number an image."""
@@ -194,9 +187,9 @@ class BCDLoss(nn.Module):
         """The teacher's hard boundary map `[B, h, w]`, 0 or 1 as float."""
         if self.teacher_head_kind == "logits":
             classes = resize(at_least_float32(teacher.logits), (mask.shape[-2], mask.shape[-1])).argmax(dim=1)
-            return different_neighbour(classes, self.radius, mask).float()
+            return different_neighbour(classes, self.radius, mask).to(teacher_features.dtype)
         field = self.teacher_head.boundary_field(teacher_features)
-        return (boundary_strength(field, self.radius, mask) > self.teacher_head.theta).float()
+        return (boundary_strength(field, self.radius, mask) > self.teacher_head.theta).to(field.dtype)
 
     @property
     def needs_calibration(self) -> bool:
@@ -248,7 +241,7 @@ class BCDLoss(nn.Module):
                 resize(at_least_float32(student.logits), size), self.radius, mask
             )
         else:
-            field = self.student_head.boundary_field(student_features, mask)
+            field = self.student_head.boundary_field(student_features, mask, over_ranks=False)
             student_boundary = torch.sigmoid(
                 (boundary_strength(field, self.radius, mask) - self.teacher_head.theta) / self.kappa
             )

@@ -134,11 +134,25 @@ def boundary_distillation_loss(
         student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
         hard_teacher = (boundary_strength(teacher, radius, mask) > theta).to(teacher.dtype)
         strength = boundary_strength(student, radius, mask)
-        soft = torch.sigmoid((strength - theta) / kappa)
-        if mode == "paper":
-            hard = (strength > theta).to(soft.dtype)
-            straight_through = hard + (soft - soft.detach())  # exactly hard: the bracket is zero
-            divergence = spatial_divergence(1 - straight_through, 1 - hard_teacher, tau=tau, mask=mask, entropy=False)
-        else:
-            divergence = spatial_divergence(soft, hard_teacher, tau=tau, mask=mask)
-        return tau**2 * divergence.mean()
+        return tau**2 * boundary_divergence(strength, hard_teacher, theta, kappa, tau, mask, mode).mean()
+
+
+def boundary_divergence(
+    strength: Tensor,
+    hard_teacher: Tensor,
+    theta: float | Tensor,
+    kappa: float,
+    tau: float | Tensor,
+    mask: Tensor | None,
+    mode: Mode,
+) -> Tensor:
+    """The divergence inside `boundary_distillation_loss`, per image `[B]`, for a teacher map `[B, H, W]` of 0 and 1.
+
+    `strength` is the student's `boundary_strength`; the other arguments are those of `boundary_distillation_loss`.
+    """
+    soft = torch.sigmoid((strength - theta) / kappa)
+    if mode == "stable":
+        return spatial_divergence(soft, hard_teacher, tau=tau, mask=mask)
+    hard = (strength > theta).to(soft.dtype)
+    straight_through = hard + (soft - soft.detach())  # exactly hard: the bracket is zero
+    return spatial_divergence(1 - straight_through, 1 - hard_teacher, tau=tau, mask=mask, entropy=False)

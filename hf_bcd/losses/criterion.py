@@ -126,6 +126,8 @@ def build_criterion(
         for key in options:
             if key not in known:
                 raise ValueError(unknown_key_message(f"option of loss {name!r}", key, known | {"weight", "decay"}))
+        if not isinstance(decay, bool):
+            raise ValueError(f"decay of loss {name!r} is {decay!r}; it must be true or false.")
         modules[name] = cls(student_specs, teacher_specs, ignore_index=ignore_index, seed=seed, **options)
         weights[name] = _term_weights(name, cls, weight, options)
         if decay:

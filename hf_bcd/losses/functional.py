@@ -65,7 +65,9 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return _AllReduceSum.apply(x) if is_distributed() else x  # type: ignore[return-value]
 
 
-def standardize(x: Tensor, dims: tuple[int, ...], mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def standardize(
+    x: Tensor, dims: tuple[int, ...], mask: Tensor | None = None, eps: float = 1e-5, over_ranks: bool = True
+) -> Tensor:
     """Standardises `x` with the mean and deviation of the whole batch, over all ranks, differentiably.
 
     Args:
@@ -73,14 +75,16 @@ def standardize(x: Tensor, dims: tuple[int, ...], mask: Tensor | None = None, ep
         dims: the dimensions the statistics run over.
         mask: broadcastable to `x`, True where a value counts. Masked values are transformed but do not count.
         eps: added to the deviation.
+        over_ranks: whether the batch is that of all ranks together, which then must all call this, or of this one.
 
     Returns:
         `(x - mean) / (std + eps)`, shape of `x`. Constant input gives zeros with a finite gradient.
     """
+    total = all_reduce_sum if over_ranks else torch.Tensor.clone
     weight = torch.ones_like(x) if mask is None else mask.to(x.dtype).expand_as(x)
-    count = all_reduce_sum(weight.sum(dims, keepdim=True)).clamp_min(1)
-    mean = all_reduce_sum((x * weight).sum(dims, keepdim=True)) / count
+    count = total(weight.sum(dims, keepdim=True)).clamp_min(1)
+    mean = total((x * weight).sum(dims, keepdim=True)) / count
     centred = x - mean
-    variance = all_reduce_sum((centred.square() * weight).sum(dims, keepdim=True)) / count
+    variance = total((centred.square() * weight).sum(dims, keepdim=True)) / count
     # the clamp keeps the gradient of the root finite when x is constant
     return centred / (variance.clamp_min(1e-12).sqrt() + eps)

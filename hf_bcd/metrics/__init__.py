@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hf_bcd.metrics.semantic import SemanticMetrics
+from .semantic import SemanticMetrics
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_bcd.metrics.histogram import image_histograms
+from .histogram import image_histograms
 
 
 DISTANCES = (1, 3, 5)

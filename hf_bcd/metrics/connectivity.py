@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_bcd.metrics.components import label_components
+from .components import label_components
 
 
 MIN_REGION_PIXELS = 64

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_bcd.metrics.semantic import SemanticMetrics
+from .semantic import SemanticMetrics
 
 
 class SegmentationMetric(evaluate.Metric):

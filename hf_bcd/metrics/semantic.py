@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_bcd.metrics.boundary import boundary_counts, boundary_scores
-from hf_bcd.metrics.connectivity import connectivity_counts, connectivity_scores
-from hf_bcd.metrics.histogram import image_histograms
+from .boundary import boundary_counts, boundary_scores
+from .connectivity import connectivity_counts, connectivity_scores
+from .histogram import image_histograms
 
 
 class SemanticMetrics:

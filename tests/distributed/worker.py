@@ -31,12 +31,14 @@ def main() -> None:
         shared = [b.clone() for n, b in run.student.named_buffers() if "running" in n]
         torch.save({"before": statistics, "after": shared}, folder / f"buffers{run.args.process_index}.pt")
     scores = {key: scores[key] for key in ("eval_mean_iou", "eval_boundary_f@3", "eval_per_class_iou")}
+    epochs = getattr(run.train_dataset, "_epoch", None)
     result = {
         "log": [entry for entry in run.state.log_history if "loss_task" in entry],
         "parameters": {n: p.detach() for n, p in run.distiller.named_parameters()},
         "temperature": run.distiller.criterion.losses["bcd"].context_temperature.value,
         "scores": scores,
         "world_size": run.args.world_size,
+        "epoch": None if epochs is None else int(epochs),
         "threads": torch.get_num_threads(),
     }
     torch.save(result, folder / f"rank{run.args.process_index}.pt")

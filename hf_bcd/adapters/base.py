@@ -1,0 +1,156 @@
+"""What every adapted model offers: named feature levels, logits, and its own input normalisation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..outputs import DenseOutput, FeatureSpec
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+class DenseAdapter(nn.Module):
+    """Turns one family of segmentation models into `DenseOutput`.
+
+    A subclass states the family's rules as class attributes and implements `find_feature_specs` and `run`.
+
+    Args:
+        model: segmentation model of the family; it stays the module `model` of the adapter, unchanged.
+        image_mean: mean of each channel in RGB order, for images scaled to 0..1; the family's own if `None`.
+        image_std: standard deviation of each channel, likewise.
+
+    Attributes:
+        feature_specs: level name -> channels and true stride, from fine to coarse, known before the first forward.
+    """
+
+    default_statistics: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD)
+    channel_order = "RGB"
+    size_multiple = 32
+    """A teacher's images are resized to the next multiple of this along each axis."""
+    processor_class = "SegformerImageProcessor"
+    """Image processor of `transformers` that prepares and post-processes images as this adapter does."""
+    unused_parameters: tuple[str, ...] = ()
+    """Beginnings of the names of parameters that no output of the adapter depends on."""
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.model: Any = model  # each family reaches for parts that PreTrainedModel does not declare
+        default_mean, default_std = self.family_statistics(model)
+        for name, values in (("image_mean", image_mean or default_mean), ("image_std", image_std or default_std)):
+            if len(values) != 3:
+                raise ValueError(f"{name} has {len(values)} values {list(values)}; give one for each of R, G and B")
+            # not persistent: the state dict of an adapter holds the model's weights alone
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.feature_specs: dict[str, FeatureSpec] = self.find_feature_specs()
+
+    @classmethod
+    def family_statistics(cls, model: PreTrainedModel) -> tuple[Sequence[float], Sequence[float]]:
+        """Channel means and standard deviations that the family's weights expect, for images scaled to 0..1."""
+        return cls.default_statistics
+
+    @property
+    def num_labels(self) -> int:
+        return self.model.config.num_labels
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return self.model.config.id2label
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """Height and width of the only input size the model was made for, or `None` where any size will do."""
+        return None
+
+    def find_feature_specs(self) -> dict[str, FeatureSpec]:
+        """Reads channels and strides of the levels off the configuration and the layers, without a forward pass."""
+        raise NotImplementedError
+
+    def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
+        """Runs the model on normalised images `[B, 3, H, W]`."""
+        raise NotImplementedError
+
+    def freeze_unused(self) -> None:
+        """Freezes what gets no gradient: data-parallel training waits for one from every trainable parameter."""
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(self.unused_parameters):
+                parameter.requires_grad_(False)
+
+    def normalize(self, pixel_values: Tensor) -> Tensor:
+        """Normalises RGB images with values 0..255 as the family's image processor does, in float32."""
+        # the order of operations of transformers' torchvision image processors, so that results agree bit for bit
+        normalized = (pixel_values.float() - self.image_mean * 255) / (self.image_std * 255)
+        return normalized.flip(1) if self.channel_order == "BGR" else normalized
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> DenseOutput:
+        """Runs the model on RGB images.
+
+        Args:
+            pixel_values: `[B, 3, H, W]`, uint8 or float, values 0..255, not normalised.
+            labels: `[B, H, W]`, 255 = ignored; used only by models whose loss is a set prediction.
+
+        Raises:
+            ValueError: if `pixel_values` is not a batch of RGB images, or has a size that the model cannot take.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"pixel_values has shape {list(pixel_values.shape)}; expected RGB images [B, 3, H, W]")
+        return self.run(self.normalize(pixel_values).to(self.model.dtype), labels)
+
+    def processor_options(self, shortest_edge: int | None) -> dict[str, Any]:
+        """Arguments of `processor_class` with which a saved model sees images as this adapter shows them."""
+        options: dict[str, Any] = {
+            "do_resize": shortest_edge is not None,
+            "do_reduce_labels": False,
+            "resample": 2,  # bilinear
+            "image_mean": self.image_mean.flatten().tolist(),
+            "image_std": self.image_std.flatten().tolist(),
+        }
+        if shortest_edge is not None:
+            options["size"] = {"shortest_edge": shortest_edge, "longest_edge": 4 * shortest_edge}
+        return options
+
+
+def stage_specs(channels: Sequence[int], strides: Sequence[int]) -> dict[str, FeatureSpec]:
+    """Names the consecutive stages of a backbone.
+
+    A stage is named after its nominal stride, which doubles from stage to stage, so that a dilated stage keeps its
+    name. A first stage of stride 2 becomes `stem`, at stride 4: it is tapped after `pool_stem`.
+
+    Args:
+        channels: number of channels of each stage, from fine to coarse.
+        strides: true stride of each stage.
+    """
+    specs = {}
+    for index, (stage_channels, stride) in enumerate(zip(channels, strides, strict=True)):
+        nominal = strides[0] * 2**index
+        if nominal == 2:
+            specs["stem"] = FeatureSpec(stage_channels, 4)
+        else:
+            specs[f"stride_{nominal}"] = FeatureSpec(stage_channels, stride)
+    return specs
+
+
+def stage_features(specs: dict[str, FeatureSpec], maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Gives the maps `[B, C, h, w]` of consecutive stages their level names; the stem is pooled to stride 4."""
+    features = dict(zip(specs, maps, strict=True))
+    if "stem" in features:
+        features["stem"] = pool_stem(features["stem"])
+    return features
+
+
+def pool_stem(stem: Tensor) -> Tensor:
+    """Max-pools a stride-2 map `[B, C, h, w]` to stride 4, as ResNet does after its first convolution."""
+    return F.max_pool2d(stem, kernel_size=3, stride=2, padding=1)

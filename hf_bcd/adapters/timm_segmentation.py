@@ -1,0 +1,28 @@
+"""Our own `TimmSegmentationModel`: every feature map of its timm backbone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..outputs import DenseOutput, FeatureSpec
+from .base import DenseAdapter, stage_features, stage_specs
+
+
+class TimmSegmentationAdapter(DenseAdapter):
+    """Levels `stride_4` to `stride_32`, and `stem` where the backbone has a map of stride 2; logits of the head."""
+
+    @classmethod
+    def family_statistics(cls, model: PreTrainedModel) -> tuple[Sequence[float], Sequence[float]]:
+        config: Any = model.config
+        default_mean, default_std = cls.default_statistics
+        return config.image_mean or default_mean, config.image_std or default_std
+
+    def find_feature_specs(self) -> dict[str, FeatureSpec]:
+        return stage_specs(self.model.feature_channels, self.model.feature_strides)
+
+    def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
+        outputs = self.model(pixel_values, output_hidden_states=True)
+        features = stage_features(self.feature_specs, outputs.hidden_states)
+        return DenseOutput(features, outputs.logits, outputs.auxiliary_logits)

@@ -1,0 +1,40 @@
+"""UperNet (`UperNetForSemanticSegmentation`) on Swin, ConvNeXt, ResNet and timm backbones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..outputs import DenseOutput, FeatureSpec
+from .backbones import backbone_feature_specs
+from .base import DenseAdapter, stage_features
+
+
+class UperNetAdapter(DenseAdapter):
+    """Levels are the maps that the backbone hands to the head; logits have the stride of the finest of them.
+
+    The model is run part by part: its own forward returns neither those maps nor the auxiliary logits, and upsamples
+    the logits to the input size, 16 times the memory.
+    """
+
+    unused_parameters = ("backbone.swin.layernorm.",)
+
+    @classmethod
+    def family_statistics(cls, model: PreTrainedModel) -> tuple[Sequence[float], Sequence[float]]:
+        backbone: Any = model.backbone
+        if backbone.config.model_type == "timm_backbone":
+            # most timm weights were trained with ImageNet's statistics, some with 0.5
+            return backbone._backbone.pretrained_cfg["mean"], backbone._backbone.pretrained_cfg["std"]
+        return cls.default_statistics
+
+    def find_feature_specs(self) -> dict[str, FeatureSpec]:
+        return backbone_feature_specs(self.model.backbone)
+
+    def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
+        model = self.model
+        maps = model.backbone.forward_with_filtered_kwargs(pixel_values).feature_maps
+        auxiliary_logits = None
+        if model.training and model.auxiliary_head is not None:
+            auxiliary_logits = model.auxiliary_head(maps)
+        return DenseOutput(stage_features(self.feature_specs, maps), model.decode_head(maps), auxiliary_logits)

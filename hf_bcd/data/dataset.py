@@ -1,0 +1,170 @@
+"""Data sets of images with label maps in canonical form, and their reproducible random transforms."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypedDict, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Subset
+
+from .images import match_orientation, read_image, to_rgb
+from .labels import IGNORE_INDEX, LabelRule, decode_label
+
+
+SPLIT_ALIASES = {"val": "validation", "valid": "validation"}
+
+
+class Row(NamedTuple):
+    """One raw sample: files, their encoded bytes or decoded images, with names for error messages."""
+
+    image: str | Path | bytes | Image.Image
+    label: str | Path | bytes | Image.Image | np.ndarray
+    image_name: str
+    label_name: str
+
+    def stored_ids(self) -> np.ndarray:
+        """Decodes the mask to the ids that it stores, `[H, W]`."""
+        mask = self.label if isinstance(self.label, np.ndarray) else read_image(self.label, self.label_name)
+        return decode_label(mask, self.label_name)
+
+
+class Rows(Protocol):
+    """Random access to raw samples. Picklable, because loader workers may be spawned."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+class Sample(TypedDict):
+    """RGB `image` and int64 `label` `[H, W]` of the same size."""
+
+    image: Image.Image
+    label: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class DenseDataset(Dataset[Sample]):
+    """One split of a data set, with images in RGB and labels as class ids; void pixels are 255.
+
+    Attributes:
+        rows: the raw samples.
+        name: name of the data set.
+        split: `train`, `validation`, `test` or the source's own name.
+        source: address of the data: Hub id, web page or folder.
+        id2label: names of the classes 0..num_labels-1.
+        rule: how stored ids become class ids.
+    """
+
+    rows: Rows
+    name: str
+    split: str
+    source: str
+    id2label: dict[int, str]
+    rule: LabelRule = field(default_factory=LabelRule)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def ignore_index(self) -> int:
+        return IGNORE_INDEX
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Decodes a sample.
+
+        Raises:
+            ValueError: a file cannot be decoded, image and mask differ in size, or the mask holds unknown ids.
+        """
+        row = self.rows[range(len(self))[index]]
+        label = self.rule.apply(row.stored_ids(), self.num_labels, row.label_name)
+        image = match_orientation(read_image(row.image, row.image_name), label.shape[::-1], row.image_name)
+        return {"image": to_rgb(image), "label": label}
+
+    def select(self, indices: Sequence[int]) -> "DenseDataset":
+        """The samples at `indices`, in this order."""
+        rows = Subset(cast(Any, self.rows), [range(len(self))[index] for index in indices])
+        return replace(self, rows=rows)
+
+    def with_transform(
+        self, transform: Callable[[Image.Image, np.ndarray], Mapping[str, Any]], seed: int = 0
+    ) -> "TransformedDataset":
+        """Applies `transform(image, label)` to every sample; see `TransformedDataset`."""
+        return TransformedDataset(self, transform, seed)
+
+
+class DenseDatasets(Mapping[str, DenseDataset]):
+    """Splits of a data set by name. `val` and `valid` stand for `validation`."""
+
+    def __init__(self, splits: Mapping[str, DenseDataset]):
+        self._splits = dict(splits)
+
+    def __getitem__(self, split: str) -> DenseDataset:
+        name = SPLIT_ALIASES.get(split, split)
+        if name not in self._splits:
+            raise KeyError(f"no split {split!r}; this data set has {', '.join(self._splits)}")
+        return self._splits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._splits)
+
+    def __len__(self) -> int:
+        return len(self._splits)
+
+    def __repr__(self) -> str:
+        return f"DenseDatasets({', '.join(f'{name}: {len(dataset)}' for name, dataset in self.items())})"
+
+
+class TransformedDataset(Dataset[dict[str, Any]]):
+    """A data set whose random transform depends on `(seed, epoch, index)` alone.
+
+    So a run gives the same samples with any number of loader workers, started in any way, and after resuming. The
+    epoch lives in shared memory: `set_epoch` also reaches workers that are already running.
+
+    Args:
+        dataset: samples in canonical form.
+        transform: function of image and label to a mapping of tensors; random numbers must come from torch's CPU
+            generator.
+        seed: non-negative seed of the transform.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Sample], transform: Callable[[Image.Image, np.ndarray], Mapping], seed: int = 0
+    ):
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; it must not be negative.")
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the random numbers of the samples that are read from now on."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The transformed sample and its `index`."""
+        index = range(len(self))[index]
+        sample = self.dataset[index]
+        with _torch_seed(self.seed, int(self._epoch), index):
+            return {"index": index, **self.transform(sample["image"], sample["label"])}
+
+
+@contextmanager
+def _torch_seed(*entropy: int) -> Iterator[None]:
+    """Seeds torch's CPU generator from several numbers; restores it afterwards."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the accelerators
+        yield

@@ -1,0 +1,176 @@
+"""From a stored mask to class ids: decoding of the file's pixel format, then the data set's label rule."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+
+
+IGNORE_INDEX = 255
+MAX_LABELS = IGNORE_INDEX  # ids 0..254; 255 marks void pixels
+_TABLE_SIZE = 1 << 16  # every id that an 8-bit or 16-bit mask can hold
+
+NameSource = Mapping[int, str] | Mapping[str, str] | Sequence[str] | str | Path
+
+
+def decode_label(mask: Image.Image | np.ndarray, name: str) -> np.ndarray:
+    """Reads the stored ids of a mask without interpreting them.
+
+    Palette images give their indices; converting them to grey would turn ids into luminances. RGB images are accepted if
+    their three channels are equal, as in several exports of Cityscapes.
+
+    Args:
+        mask: image of mode `P`, `L`, `1`, `I`, `I;16` or `RGB`, or integer array `[H, W]` or `[H, W, 3]`.
+        name: the file or row, for error messages.
+
+    Returns:
+        Integer array `[H, W]`.
+
+    Raises:
+        ValueError: the mask is colour-coded or holds no integers.
+    """
+    ids = np.asarray(mask)
+    if ids.dtype == bool:
+        ids = ids.astype(np.uint8)
+    if ids.ndim == 3 and ids.shape[-1] == 3:
+        if not (ids == ids[..., :1]).all():
+            raise ValueError(
+                f"{name}: a colour-coded mask (its red, green and blue channels differ). Class ids cannot be read from "
+                "colours: store the masks as single-channel images of ids, or as palette images."
+            )
+        ids = ids[..., 0]
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        mode = f"mode {mask.mode}, " if isinstance(mask, Image.Image) else ""
+        raise ValueError(
+            f"{name}: not a label map ({mode}{ids.dtype} array of shape {ids.shape}). Store the masks as single-channel "
+            "8-bit or 16-bit images of class ids."
+        )
+    return ids
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """How the ids stored in a data set's masks become the ids of its classes.
+
+    255 is always void. Rules are fast look-up tables, built once per process.
+
+    Attributes:
+        reduce_zero: 0 is void and class k is stored as k + 1, as in ADE20K.
+        mapping: pairs (stored id, class id or 255); stored ids without a pair are void, as in Cityscapes.
+        void_ids: further stored ids that are void.
+    """
+
+    reduce_zero: bool = False
+    mapping: tuple[tuple[int, int], ...] = ()
+    void_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.reduce_zero and self.mapping:
+            raise ValueError("reduce_zero and mapping exclude each other: write the reduction into the mapping.")
+        outside = [i for i in (*self.void_ids, *(pair[0] for pair in self.mapping)) if not 0 <= i < _TABLE_SIZE]
+        if outside:
+            raise ValueError(f"ids {outside} cannot be stored in a mask, which holds 0..{_TABLE_SIZE - 1}.")
+
+    def apply(self, ids: np.ndarray, num_labels: int, name: str) -> np.ndarray:
+        """Maps stored ids to class ids.
+
+        Args:
+            ids: integer array `[H, W]` of `decode_label`.
+            num_labels: number of classes.
+            name: the file or row, for error messages.
+
+        Returns:
+            int64 array `[H, W]` of ids in 0..num_labels-1 and 255.
+
+        Raises:
+            ValueError: a stored id is neither a class nor void.
+        """
+        inside = ids
+        if ids.dtype.itemsize > 2 or ids.dtype.kind == "i":
+            inside = np.where((ids >= 0) & (ids < _TABLE_SIZE), ids, _TABLE_SIZE)
+        labels = _table(self, num_labels)[inside]
+        if labels.min(initial=0) < 0:
+            found = np.unique(ids[labels < 0]).tolist()
+            shown = ", ".join(map(str, found[:10])) + (", ..." if len(found) > 10 else "")
+            raise ValueError(
+                f"{name}: the mask holds ids [{shown}], which are neither void nor one of the num_labels={num_labels} "
+                "classes. Either num_labels (id2label) is wrong, or these ids are void (ignore_labels, "
+                "`--ignore_labels`), or 0 is void and the classes count from 1 (reduce_labels, `--reduce_labels`)."
+            )
+        return labels
+
+
+@lru_cache(maxsize=32)
+def _table(rule: LabelRule, num_labels: int) -> np.ndarray:
+    """Class id of every stored id, -1 where it is none; the last entry stands for all ids outside the table."""
+    table = np.full(_TABLE_SIZE + 1, -1, dtype=np.int64)
+    if rule.mapping:
+        table[:_TABLE_SIZE] = IGNORE_INDEX
+        stored, classes = np.array(rule.mapping).T
+        table[stored] = np.where((classes >= 0) & (classes < num_labels) | (classes == IGNORE_INDEX), classes, -1)
+    else:
+        first = int(rule.reduce_zero)
+        table[first : first + num_labels] = np.arange(num_labels)
+        table[:first] = IGNORE_INDEX
+        table[IGNORE_INDEX] = IGNORE_INDEX
+    table[list(rule.void_ids)] = IGNORE_INDEX
+    table.flags.writeable = False
+    return table
+
+
+def read_id2label(source: NameSource) -> dict[int, str]:
+    """Class names by id, from a mapping, a list of names or a JSON file of either.
+
+    Raises:
+        ValueError: the ids are not 0..n-1, a name occurs twice, or there are more than 255 classes.
+    """
+    origin, names = "id2label", cast(Any, source)
+    if isinstance(source, str | Path):
+        origin = str(source)
+        try:
+            names = json.loads(Path(source).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{origin}: not a readable JSON file of class names ({error}).") from error
+    try:
+        pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+        id2label = dict(sorted((int(index), str(label)) for index, label in pairs))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{origin}: expected a list of class names or a mapping of ids to names ({error})."
+        ) from error
+    if list(id2label) != list(range(len(id2label))) or not 1 <= len(id2label) <= MAX_LABELS:
+        raise ValueError(
+            f"{origin}: class ids must be 0..n-1 with n at most {MAX_LABELS} (255 marks void pixels), got {len(id2label)} "
+            f"ids from {min(id2label, default=None)} to {max(id2label, default=None)}."
+        )
+    twice = sorted({label for label in id2label.values() if list(id2label.values()).count(label) > 1})
+    if twice:
+        raise ValueError(f"{origin}: class names {twice} occur more than once; label2id would lose classes.")
+    return id2label
+
+
+def infer_id2label(masks: Iterable[tuple[np.ndarray, str]], rule: LabelRule) -> dict[int, str]:
+    """Names `class_0` .. `class_n` for the ids 0 to the largest one that occurs in any mask after the label rule.
+
+    Args:
+        masks: stored ids `[H, W]` of every mask, with its file or row for error messages.
+        rule: the label rule.
+
+    Raises:
+        ValueError: fewer than two classes occur.
+    """
+    counts = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
+    for ids, name in masks:
+        counts += np.bincount(rule.apply(ids, MAX_LABELS, name).ravel(), minlength=len(counts))
+    found = np.flatnonzero(counts[:IGNORE_INDEX]).tolist()
+    if not found or found[-1] == 0:
+        raise ValueError(
+            f"No class beside {'0' if found else 'void'} occurs in any mask. 255 marks void pixels: if it stands for the "
+            "foreground in these masks, store the foreground as 1; if one class is right, pass id2label."
+        )
+    return {index: f"class_{index}" for index in range(found[-1] + 1)}

@@ -1,0 +1,195 @@
+"""Finds images and label maps in folders, Hub data sets and known data sets. No other module knows raw columns."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .catalog import CATALOG, DatasetSpec
+from .dataset import SPLIT_ALIASES, DenseDataset, DenseDatasets, Row, Rows
+from .folders import pair_folders
+from .labels import LabelRule, NameSource, infer_id2label, read_id2label
+from .tables import read_tables
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+logger = logging.getLogger(__name__)
+
+NAME_FILES = ("id2label.json", "classes.json")
+METADATA_FILES = [f"{folder}metadata.{kind}" for folder in ("", "*/") for kind in ("csv", "jsonl", "parquet")]
+FOLDERS = {split: (f"{split}/images", f"{split}/masks") for split in ("train", "val", "valid", "validation", "test")}
+SCENE_COUNTS = {"train": 1000, "validation": 200, "test": 200}
+
+
+def load_dense_dataset(
+    name_or_path: str | Path | datasets.Dataset | datasets.DatasetDict,
+    *,
+    data_dir: str | Path | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    id2label: NameSource | None = None,
+    reduce_labels: bool = False,
+    ignore_labels: Sequence[int] = (),
+    **scene_options: Any,
+) -> DenseDatasets:
+    """Loads a segmentation data set in canonical form, whatever its source.
+
+    Args:
+        name_or_path: one of
+            - a name in `CATALOG`, whose label rule and class names are known;
+            - a folder with `{train,val,test}/{images,masks}`, where image and mask share the file name's stem, and
+              optionally `id2label.json` or `classes.json`;
+            - a folder that `datasets.load_dataset` reads, such as an `imagefolder` whose `metadata.jsonl` has `file_name`
+              and `mask_file_name`;
+            - a Hub id `user/name`;
+            - a loaded data set; a single `Dataset` counts as the split `train`.
+        data_dir: root of the local copy of a data set of the catalog; otherwise a folder inside the source.
+        revision: branch, tag or commit of a Hub id.
+        image_column: column of the images; found by its name if None.
+        label_column: column of the masks; found by its name if None.
+        id2label: class names as mapping, list or JSON file. If None: from the folder's JSON file or the features, else
+            inferred as 0 to the largest id in all masks of `train`.
+        reduce_labels: stored 0 is void and class k is stored as k + 1.
+        ignore_labels: further stored ids that are void. 255 always is.
+        scene_options: for `synthetic`: `num_images` (split -> number), `size`, `seed`, `num_classes`.
+
+    Returns:
+        The splits that exist, usually `train`, `validation` and `test`.
+
+    Raises:
+        ValueError: the source does not exist or is incomplete, or columns or class names cannot be found.
+    """
+    if scene_options and name_or_path != "synthetic":
+        raise TypeError(f"Arguments {', '.join(scene_options)} are for the data set 'synthetic' only.")
+    if isinstance(name_or_path, str) and name_or_path in CATALOG:
+        fixed = {
+            "revision": revision, "image_column": image_column, "label_column": label_column, "id2label": id2label,
+            "reduce_labels": reduce_labels, "ignore_labels": ignore_labels,
+            "data_dir": data_dir if name_or_path == "synthetic" else None,
+        }  # fmt: skip
+        if any(fixed.values()):
+            raise ValueError(
+                f"{', '.join(key for key, value in fixed.items() if value)} cannot be set for {name_or_path!r}, whose "
+                "files and label rule are known. For a copy that differs, give its Hub id or folder instead."
+            )
+        if name_or_path == "synthetic":
+            return _load_scenes(**scene_options)
+        return _load_known(name_or_path, CATALOG[name_or_path], data_dir)
+
+    rule = LabelRule(reduce_zero=reduce_labels, void_ids=tuple(ignore_labels))
+    if isinstance(name_or_path, str | Path):
+        root = Path(name_or_path).expanduser()
+        if root.is_dir() or isinstance(name_or_path, Path) or name_or_path.startswith((".", "/", "~")):
+            root = root / (data_dir or "")
+            name, source = root.resolve().name, str(root)
+            id2label = id2label or next((root / file for file in NAME_FILES if (root / file).is_file()), None)
+            # Metadata may pair files of different names, so it goes before the pairing by stem.
+            described = any(next(root.glob(pattern), None) for pattern in METADATA_FILES)
+            rows = {} if described else pair_folders(root, FOLDERS)
+            if rows:
+                return _assemble(rows, name, source, id2label, rule)
+            loaded = _load_folder(root)
+        else:
+            name = source = _checked_hub_id(name_or_path)
+            loaded = _load_dataset(name, revision=revision, data_dir=None if data_dir is None else str(data_dir))
+    else:
+        loaded, name, source = name_or_path, "dataset", type(name_or_path).__name__
+    rows = read_tables(loaded, name, image_column, label_column)
+    return _assemble(rows, name, source, id2label or next(iter(rows.values())).class_names, rule)
+
+
+def _load_dataset(path: str, **options: Any) -> Any:
+    import datasets
+
+    return datasets.load_dataset(path, **options)
+
+
+def _load_known(name: str, spec: DatasetSpec, data_dir: str | Path | None) -> DenseDatasets:
+    logger.info("%s: %s. Terms of use: %s.", name, spec.source, spec.licence)
+    layout = ", ".join(folder for pair in spec.folders.values() for folder in pair)
+    if data_dir is not None:
+        rows = pair_folders(Path(data_dir).expanduser(), spec.folders)
+        if not rows:
+            raise ValueError(f"{data_dir}: not a copy of {name}, which has the folders {layout}.")
+    elif spec.hub is not None:
+        hub = spec.hub
+        loaded = _load_dataset(hub.repo, revision=hub.revision, data_files=dict(hub.data_files))
+        rows = read_tables(loaded, hub.repo, hub.image_column, hub.label_column)
+    else:
+        raise ValueError(
+            f"{name} is not on the Hub: download it from {spec.source} and give its folder as data_dir (`--data_dir`). "
+            f"The folder must hold {layout}."
+        )
+    return _assemble(rows, name, spec.source, spec.id2label, spec.rule)
+
+
+def _assemble(
+    splits: Mapping[str, Rows], name: str, source: str, id2label: NameSource | None, rule: LabelRule
+) -> DenseDatasets:
+    if len({SPLIT_ALIASES.get(split, split) for split in splits}) < len(splits):
+        raise ValueError(f"{source}: several of the splits {', '.join(splits)} are validation splits; keep one.")
+    splits = {SPLIT_ALIASES.get(split, split): rows for split, rows in splits.items()}
+    for split, rows in splits.items():
+        if len(rows) == 0:
+            raise ValueError(f"{source}: split {split!r} holds no images.")
+    if id2label is not None:
+        id2label = read_id2label(id2label)
+    elif "train" in splits:
+        train = splits["train"]
+        logger.info("%s: no class names; reading all %d masks of 'train' for the largest id.", source, len(train))
+        masks = ((row.stored_ids(), row.label_name) for row in map(train.__getitem__, range(len(train))))
+        id2label = infer_id2label(masks, rule)
+        logger.info("%s: %d classes found. Give id2label to name them and to start faster.", source, len(id2label))
+    else:
+        raise ValueError(f"{source}: without a split 'train', class names cannot be inferred; give id2label.")
+    return DenseDatasets(
+        {split: DenseDataset(rows, name, split, source, id2label, rule) for split, rows in splits.items()}
+    )
+
+
+class _SceneRows:
+    def __init__(self, scenes: Any):
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Row:
+        scene, name = self.scenes[index], f"synthetic/{self.scenes.split}[{index}]"
+        return Row(scene["image"], scene["label"], name, name)
+
+
+def _load_scenes(num_images: Mapping[str, int] | None = None, **options: Any) -> DenseDatasets:
+    from hf_bcd.data.synthetic import SyntheticScenes
+
+    counts = SCENE_COUNTS if num_images is None else num_images
+    scenes = {split: SyntheticScenes(num_images=count, split=split, **options) for split, count in counts.items()}
+    rows = {split: _SceneRows(scene) for split, scene in scenes.items()}
+    return _assemble(rows, "synthetic", CATALOG["synthetic"].source, next(iter(scenes.values())).id2label, LabelRule())
+
+
+def _load_folder(root: Path) -> datasets.DatasetDict:
+    try:
+        return _load_dataset(str(root))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{root}: no data found. Expected folders {{train,val,test}}/{{images,masks}}, an imagefolder whose "
+            "metadata.jsonl has file_name and mask_file_name, or parquet files."
+        ) from error
+
+
+def _checked_hub_id(name: str) -> str:
+    if name.count("/") != 1:
+        near = difflib.get_close_matches(name, CATALOG, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(
+            f"{name!r} is neither a known data set ({', '.join(CATALOG)}), nor a folder, nor a Hub id 'user/name'{hint}"
+        )
+    return name

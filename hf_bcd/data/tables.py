@@ -1,0 +1,111 @@
+"""Images and masks as columns of a `datasets.Dataset`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .dataset import Row
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+IMAGE_COLUMNS = ("image", "pixel_values", "rgb", "img")
+LABEL_COLUMNS = (
+    "annotation", "label", "mask", "semantic_segmentation", "seg", "seg_map", "semantic_seg_map", "annotations",
+    "segmentation",
+)  # fmt: skip
+
+
+class TableRows:
+    """Rows of a `datasets.Dataset`, with encoded files kept as they are.
+
+    Decoding by the library would turn a photograph by its EXIF orientation without its mask.
+
+    Attributes:
+        class_names: names of the classes, if the label maps are nested lists of `ClassLabel`.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, image_column: str, label_column: str, name: str):
+        import datasets
+
+        self.class_names: list[str] | None = getattr(_element(dataset.features[label_column]), "names", None)
+        dataset = dataset.with_format(None).select_columns([image_column, label_column])
+        for column in (image_column, label_column):
+            if isinstance(dataset.features[column], datasets.Image):
+                dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        self.dataset, self.image_column, self.label_column, self.name = dataset, image_column, label_column, name
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        record = self.dataset[index]
+        image, image_name = self._file(record, index, self.image_column)
+        label, label_name = self._file(record, index, self.label_column)
+        return Row(image, label, image_name, label_name)
+
+    def _file(self, record: dict[str, Any], index: int, column: str) -> tuple[Any, str]:
+        value, name = record[column], f"{self.name}, row {index}, column {column!r}"
+        if value is None:
+            raise ValueError(f"{name}: empty. Remove rows without image or mask.")
+        if isinstance(value, dict):
+            file = value["path"] if value["bytes"] is None else value["bytes"]
+            return file, f"{name} ({value['path']})" if value["path"] else name
+        return np.asarray(value), name
+
+
+def read_tables(
+    loaded: datasets.Dataset | datasets.DatasetDict,
+    name: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> dict[str, TableRows]:
+    """Finds the columns of images and label maps of every split; a single `Dataset` is the split `train`.
+
+    Raises:
+        TypeError: `loaded` is neither a `Dataset` nor a `DatasetDict`, for example a stream.
+        ValueError: none or several columns fit.
+    """
+    import datasets
+
+    if isinstance(loaded, datasets.Dataset):
+        loaded = datasets.DatasetDict({"train": loaded})
+    if not isinstance(loaded, datasets.DatasetDict):
+        raise TypeError(f"{name}: expected a datasets.Dataset or DatasetDict, got {type(loaded).__name__}.")
+    rows = {}
+    for split, table in loaded.items():
+        is_image = {column: isinstance(feature, datasets.Image) for column, feature in table.features.items()}
+        is_label = {column: is_image[column] or _element(table.features[column]) is not None for column in is_image}
+        image = _find_column("image", is_image, image_column, IMAGE_COLUMNS, name)
+        label = _find_column("label", is_label, label_column, LABEL_COLUMNS, name)
+        rows[str(split)] = TableRows(table, image, label, f"{name}/{split}")
+    return rows
+
+
+def _find_column(
+    kind: str, fits: Mapping[str, bool], requested: str | None, synonyms: Sequence[str], name: str
+) -> str:
+    found = [column for column in ((requested,) if requested else synonyms) if fits.get(column)]
+    if len(found) != 1:
+        state = f"{requested!r} is none" if requested else f"{' and '.join(found) or 'none'} found by name"
+        able = ", ".join(column for column, fit in fits.items() if fit) or "no column"
+        raise ValueError(
+            f"{name}: needs one {kind} column, but {state}. Columns are {', '.join(fits)}, of which {able} can hold "
+            f"{kind}s. Set {kind}_column (`--{kind}_column`)."
+        )
+    return found[0]
+
+
+def _element(feature: Any) -> Any:
+    """Feature of one pixel of a label map stored as a table of ids; None for every other kind of column."""
+    import datasets
+
+    if isinstance(feature, datasets.Array2D):
+        return datasets.Value(feature.dtype)
+    inner = getattr(getattr(feature, "feature", None), "feature", None)
+    return inner if isinstance(inner, datasets.Value | datasets.ClassLabel) else None

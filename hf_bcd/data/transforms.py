@@ -1,0 +1,202 @@
+"""Joint transforms of image and label map. Images stay uint8; models normalise them on the device."""
+
+import math
+from collections.abc import Callable
+from typing import TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from .labels import IGNORE_INDEX
+
+
+# ImageNet's mean colour: padding is close to zero once a model has normalised it.
+PADDING_COLOUR = (124, 116, 104)
+LUMA = np.array([0.299, 0.587, 0.114])
+RGB_TO_YIQ = np.array([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+CROP_ATTEMPTS = 10
+
+
+class Transformed(TypedDict):
+    """Input of a model: uint8 RGB `pixel_values` `[3, H, W]` and int64 `labels` `[H, W]`."""
+
+    pixel_values: Tensor
+    labels: Tensor
+
+
+class ColourMatrix:
+    """Random brightness, contrast, saturation and hue as one affine map of the RGB values.
+
+    One 3x4 matrix replaces four passes over the image. Each factor is drawn as in torchvision's `ColorJitter`; the hue
+    turns in the IQ plane of YIQ, which keeps the luma, instead of HSV. Values are clipped once, at the end.
+
+    Args:
+        brightness: the factor is drawn from [1 - brightness, 1 + brightness].
+        contrast: likewise.
+        saturation: likewise.
+        hue: the turn is drawn from [-hue, hue], in turns of the colour circle.
+    """
+
+    def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0):
+        for name, value, largest in (
+            ("brightness", brightness, 1.0),
+            ("contrast", contrast, 1.0),
+            ("saturation", saturation, 1.0),
+            ("hue", hue, 0.5),
+        ):
+            if not 0 <= value <= largest:
+                raise ValueError(f"{name} is {value}; it must lie in 0..{largest}.")
+        self.centre = torch.tensor([1.0, 1.0, 1.0, 0.0])
+        self.spread = torch.tensor([brightness, contrast, saturation, hue])
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Changes the colours of a uint8 image `[3, H, W]`."""
+        return adjust_colours(pixels, *(self.centre + self.spread * (2 * torch.rand(4) - 1)).tolist())
+
+
+def adjust_colours(
+    pixels: Tensor, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0
+) -> Tensor:
+    """Applies brightness, contrast, saturation and hue, in this order, to a uint8 image `[3, H, W]`.
+
+    Contrast pivots on the image's mean luma, saturation blends with the pixel's luma; a hue of 1/3 turns red to green.
+    """
+    values = pixels.reshape(3, -1).float()
+    mean_luma = brightness * float(LUMA @ values.mean(dim=1).numpy())
+    angle = -2 * math.pi * hue
+    turn = np.array([[1, 0, 0], [0, math.cos(angle), -math.sin(angle)], [0, math.sin(angle), math.cos(angle)]])
+    # Both matrices keep grey values, so the contrast's offset passes through them unchanged.
+    saturate = saturation * np.eye(3) + (1 - saturation) * LUMA
+    matrix = brightness * contrast * np.linalg.inv(RGB_TO_YIQ) @ turn @ RGB_TO_YIQ @ saturate
+    half = 0.5  # uint8 conversion truncates
+    offset = torch.full((3, 1), (1 - contrast) * mean_luma + half)
+    values = torch.addmm(offset, torch.from_numpy(matrix).float(), values)
+    return values.clamp_(0, 255).to(torch.uint8).view_as(pixels)
+
+
+class TrainTransform:
+    """Random scale, crop, horizontal flip and colours.
+
+    An image smaller than the crop is padded with the mean colour and void labels. As in mmsegmentation, a crop is drawn
+    again (at most ten times) if one class covers `max_class_share` of its labelled pixels, or all of it is void.
+
+    Args:
+        crop_size: side, or (height, width), of the result in pixels.
+        image_size: length to which the short side is resized before the random scale; None keeps the image's own.
+        scale: smallest and largest random scale.
+        flip: probability of a horizontal flip.
+        jitter: strengths of `ColourMatrix`; None leaves colours alone.
+        max_class_share: see above; 1 takes the first crop.
+    """
+
+    def __init__(
+        self,
+        crop_size: int | tuple[int, int],
+        image_size: int | None = None,
+        scale: tuple[float, float] = (0.5, 2.0),
+        flip: float = 0.5,
+        jitter: tuple[float, float, float, float] | None = (0.4, 0.4, 0.4, 0.1),
+        max_class_share: float = 0.75,
+    ):
+        self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
+        if min(self.crop_size) < 1 or (image_size is not None and image_size < 1):
+            raise ValueError(f"crop_size {crop_size} and image_size {image_size} must be positive.")
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale is {scale}; it must be (smallest, largest), both positive.")
+        self.image_size = image_size
+        self.scale = scale
+        self.flip = flip
+        self.colours = None if jitter is None else ColourMatrix(*jitter)
+        self.max_class_share = max_class_share
+
+    def __call__(self, image: Image.Image, label: np.ndarray) -> Transformed:
+        """Transforms an RGB image and its int64 label map `[H, W]` to the crop size."""
+        pixels = F.pil_to_tensor(image)
+        labels = torch.from_numpy(label.astype(np.uint8))[None]  # ids and 255 fit; a quarter of the time of int64
+
+        height, width = pixels.shape[-2:]
+        scale = _uniform(*self.scale) * (self.image_size / min(height, width) if self.image_size else 1.0)
+        size = [max(1, round(height * scale)), max(1, round(width * scale))]
+        pixels = F.resize(pixels, size, antialias=True)
+        # Plain nearest would shift labels by up to half a pixel against the image.
+        labels = F.resize(labels, size, interpolation=InterpolationMode.NEAREST_EXACT)
+
+        (rows, to_rows), (columns, to_columns) = self._draw_crop(labels[0])
+        pixels, labels = pixels[:, rows, columns], labels[0, rows, columns]
+        if self.colours is not None:
+            pixels = self.colours(pixels)
+        crop_pixels = torch.tensor(PADDING_COLOUR, dtype=torch.uint8)[:, None, None].repeat(1, *self.crop_size)
+        crop_pixels[:, to_rows, to_columns] = pixels
+        crop_labels = torch.full(self.crop_size, IGNORE_INDEX)
+        crop_labels[to_rows, to_columns] = labels.long()
+        if _uniform(0, 1) < self.flip:
+            crop_pixels, crop_labels = crop_pixels.flip(-1), crop_labels.flip(-1)
+        return {"pixel_values": crop_pixels, "labels": crop_labels}
+
+    def _draw_crop(self, labels: Tensor) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        for _ in range(CROP_ATTEMPTS - 1):
+            (rows, _), (columns, _) = crop = self._draw_overlaps(labels)
+            if self.max_class_share >= 1:
+                return crop
+            counts = torch.bincount(labels[rows, columns].flatten(), minlength=IGNORE_INDEX)[:IGNORE_INDEX]
+            if counts.max() < self.max_class_share * counts.sum():
+                return crop
+        return self._draw_overlaps(labels)
+
+    def _draw_overlaps(self, labels: Tensor) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        return _overlap(labels.shape[0], self.crop_size[0]), _overlap(labels.shape[1], self.crop_size[1])
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
+
+
+def _overlap(length: int, crop: int) -> tuple[slice, slice]:
+    """Places a crop at random along an axis: the part of the image that it shows, and where in the crop that lies."""
+    start = int(torch.randint(abs(length - crop) + 1, ()))
+    if length >= crop:
+        return slice(start, start + crop), slice(0, crop)
+    return slice(0, length), slice(start, start + length)
+
+
+class EvalTransform:
+    """Resizes the image for the model and leaves the label at its original size.
+
+    Args:
+        resize: length of the short side, the long side being at most four times as long: the same arithmetic as
+            transformers' `SegformerImageProcessor(size={"shortest_edge": s, "longest_edge": 4 * s})` in its torchvision
+            form, so that evaluation sees exactly what an exported pipeline sees. Or a function from and to uint8
+            `[3, H, W]`. None keeps the image's size.
+    """
+
+    def __init__(self, resize: int | Callable[[Tensor], Tensor] | None = None):
+        if isinstance(resize, int) and resize < 1:
+            raise ValueError(f"resize is {resize}; the short side must have at least one pixel.")
+        self.resize = resize
+
+    def __call__(self, image: Image.Image, label: np.ndarray) -> Transformed:
+        """Transforms an RGB image; its int64 label map `[H, W]` is passed on."""
+        pixels = F.pil_to_tensor(image)
+        if isinstance(self.resize, int):
+            size = resized_size(pixels.shape[-2:], self.resize, 4 * self.resize)
+            pixels = F.resize(pixels, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+        elif self.resize is not None:
+            pixels = self.resize(pixels)
+        return {"pixel_values": pixels.contiguous(), "labels": torch.from_numpy(label)}
+
+
+def resized_size(size: tuple[int, int] | torch.Size, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
+    """Height and width with the given short side, unless the long side would exceed `longest_edge`.
+
+    Rounds as transformers' `get_size_with_aspect_ratio` does.
+    """
+    short, long = min(size), max(size)
+    target = float(shortest_edge)
+    if long / short * shortest_edge > longest_edge:
+        target = longest_edge * short / long
+    other = long if round(target) == short else int(target * long / short)
+    return (round(target), other) if size[0] <= size[1] else (other, round(target))

@@ -1,0 +1,47 @@
+"""Makes `import hf_bcd` enough for the Auto classes to know our models, without importing transformers itself."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+
+# the module that holds the Auto classes; `pipeline` and every AutoModel import it
+AUTO_MODULE = "transformers.models.auto.modeling_auto"
+
+
+def register_models() -> None:
+    """Registers our models with the Auto classes now, or as soon as something imports these."""
+    if AUTO_MODULE in sys.modules:
+        import_module("hf_bcd.models")
+    else:
+        sys.meta_path.insert(0, _AutoClassFinder())
+
+
+class _AutoClassFinder(MetaPathFinder):
+    """Finds `AUTO_MODULE` as usual, once, and adds our models after it has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != AUTO_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _AutoClassLoader(spec.loader)
+        return spec
+
+
+class _AutoClassLoader(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        import_module("hf_bcd.models")

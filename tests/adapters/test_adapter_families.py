@@ -1,0 +1,207 @@
+"""What every adapter promises, checked on every family against real forward passes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from adapter_tiny_models import MODELS, STAGES, TOKENS, images, segformer, tiny_model, upernet
+from transformers import (
+    MobileNetV2Config,
+    MobileNetV2ForSemanticSegmentation,
+    PvtV2Config,
+    ResNetConfig,
+    SegformerConfig,
+    SegformerForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_bcd.adapters import ADAPTERS, build_adapter, describe
+from hf_bcd.outputs import FeatureSpec
+
+
+ANY_SIZES = [(96, 96), (96, 128), (100, 140), (64, 65)]
+SIZES = {"data2vec": [(96, 96)], "dpt": [(96, 96), (128, 128), (100, 100)]}
+CASES = [(name, size) for name in MODELS for size in SIZES.get(name, ANY_SIZES)]
+
+
+def test_every_adapter_is_covered():
+    assert {tiny_model(name).config.model_type for name in MODELS} == set(ADAPTERS)
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=lambda value: str(value))
+@torch.no_grad()
+def test_feature_specs_equal_what_a_forward_gives(name, size):
+    adapter = build_adapter(tiny_model(name))
+    output = adapter(images(*size))
+    assert list(output.features) == list(adapter.feature_specs)
+    for level, spec in adapter.feature_specs.items():
+        feature = output.features[level]
+        assert feature.shape[:2] == (2, spec.channels), level
+        for length, pixels in zip(feature.shape[2:], size, strict=True):
+            assert abs(length - math.ceil(pixels / spec.stride)) <= 1, (level, feature.shape)
+    assert adapter.num_labels == 5
+    assert output.logits.shape[:2] == (2, 5)
+    assert output.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "mask2former"])
+@torch.no_grad()
+def test_logits_are_the_models_own(name):
+    adapter = build_adapter(tiny_model(name))
+    pixel_values = images(96, 96)
+    expected = adapter.model(adapter.normalize(pixel_values)).logits
+    logits = adapter(pixel_values).logits
+    if name.startswith("upernet"):  # UperNet's own forward upsamples its logits to the input size
+        logits = F.interpolate(logits, expected.shape[-2:], mode="bilinear", align_corners=False)
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_flow_through_taps_also_with_activation_checkpointing(name):
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        adapter = build_adapter(tiny_model(name)).train()
+        if checkpointing:
+            adapter.model.activation_checkpointing_enable()
+        torch.manual_seed(1)  # drop path
+        features = adapter(images(96, 96)).features
+        sum(feature.square().mean() for feature in features.values()).backward()
+        return {key: p.grad for key, p in adapter.model.named_parameters() if p.grad is not None}
+
+    plain = gradients(checkpointing=False)
+    assert any(gradient.any() for gradient in plain.values())
+    if not tiny_model(name).supports_gradient_checkpointing:
+        return
+    checkpointed = gradients(checkpointing=True)
+    assert plain.keys() == checkpointed.keys()
+    for key, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[key], gradient)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_state_dict_is_the_models_alone(name):
+    model = tiny_model(name)
+    assert list(build_adapter(model).state_dict()) == [f"model.{key}" for key in model.state_dict()]
+
+
+def test_dilated_stages_keep_their_names():
+    specs = build_adapter(tiny_model("timm_segmentation-stride_8")).feature_specs
+    assert specs == {
+        "stem": FeatureSpec(8, 4),
+        "stride_4": FeatureSpec(8, 4),
+        "stride_8": FeatureSpec(16, 8),
+        "stride_16": FeatureSpec(32, 8),
+        "stride_32": FeatureSpec(112, 8),
+    }
+    assert list(build_adapter(tiny_model("timm_segmentation-four_maps")).feature_specs) == list(specs)[1:]
+    assert [spec.stride for spec in build_adapter(tiny_model("mobilevit")).feature_specs.values()] == [4, 4, 8, 16, 16]
+    assert [spec.stride for spec in build_adapter(tiny_model("mobilenet_v2-stride_8")).feature_specs.values()] == [
+        4,
+        8,
+        8,
+        8,
+    ]
+
+
+def test_levels_of_a_full_width_mobilenet_v2():
+    with torch.device("meta"):
+        model = MobileNetV2ForSemanticSegmentation(MobileNetV2Config(output_stride=16, num_labels=21))
+    assert build_adapter(model).feature_specs == {
+        "stride_4": FeatureSpec(24, 4),
+        "stride_8": FeatureSpec(32, 8),
+        "stride_16": FeatureSpec(96, 16),
+        "stride_32": FeatureSpec(320, 16),
+    }
+
+
+@torch.no_grad()
+def test_stem_is_the_stride_2_map_after_pooling():
+    model = tiny_model("timm_segmentation")
+    adapter = build_adapter(model)
+    stem = model.backbone(adapter.normalize(images()))[0]
+    assert torch.equal(adapter(images()).features["stem"], F.max_pool2d(stem, 3, stride=2, padding=1))
+
+
+@torch.no_grad()
+def test_token_levels_are_the_grids_that_the_neck_takes():
+    """Replays BEiT's head on the tapped levels."""
+    adapter = build_adapter(tiny_model("beit"))
+    output = adapter(images(96, 128))
+    pyramid = adapter.model.fpn(tuple(output.features.values()))
+    assert torch.equal(adapter.model.decode_head(pyramid), output.logits)
+
+
+@torch.no_grad()
+def test_dpt_levels_are_the_grids_that_the_neck_takes():
+    adapter = build_adapter(tiny_model("dpt"))
+    output = adapter(images(96, 96))
+    # readout "project" mixes the class token in, which the levels leave out
+    tokens = [feature.flatten(2).transpose(1, 2) for feature in output.features.values()]
+    hidden_states = adapter.model.dpt(adapter.normalize(images(96, 96)), output_hidden_states=True).hidden_states
+    for grid, hidden_state in zip(tokens, hidden_states[1:], strict=True):
+        assert torch.equal(grid, hidden_state[:, 1:])
+
+
+@pytest.mark.parametrize("name", ["timm_segmentation", "upernet-swin"])
+def test_auxiliary_logits_in_training_only(name):
+    adapter = build_adapter(tiny_model(name))
+    assert adapter(images()).auxiliary_logits is None
+    auxiliary_logits = adapter.train()(images()).auxiliary_logits
+    assert auxiliary_logits.shape[:2] == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "segformer", "timm_segmentation"])
+def test_labels_are_ignored_by_models_with_per_pixel_classes(name):
+    adapter = build_adapter(tiny_model(name))
+    assert adapter(images(), torch.zeros(2, 64, 96, dtype=torch.long)).task_losses == {}
+
+
+def test_runs_in_the_precision_of_the_parameters():
+    adapter = build_adapter(segformer().to(torch.bfloat16))
+    output = adapter(images())
+    assert output.logits.dtype == torch.bfloat16
+    assert adapter.image_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "size", "message"), [
+    ("data2vec", (96, 128), "its own size only \\(96x96 best\\), but pixel_values is 96x128"),
+    ("dpt", (96, 128), "squares only"),
+])  # fmt: skip
+def test_sizes_that_a_model_cannot_take(name, size, message):
+    with pytest.raises(ValueError, match=message):
+        build_adapter(tiny_model(name))(images(*size))
+
+
+def test_images_must_be_a_batch_of_rgb():
+    with pytest.raises(ValueError, match=r"pixel_values has shape \[3, 64, 96\]"):
+        build_adapter(tiny_model("segformer"))(images()[0])
+
+
+def test_unsupported_models():
+    vit = ViTForImageClassification(ViTConfig(**TOKENS))
+    with pytest.raises(ValueError, match="'vit'; supported types: .*segformer.*timm_segmentation"):
+        build_adapter(vit)
+    classifier = SegformerForImageClassification(SegformerConfig(depths=[1] * 4, hidden_sizes=[8] * 4))
+    with pytest.raises(ValueError, match="SegformerForImageClassification predicts no segmentation"):
+        build_adapter(classifier)
+    pyramid = PvtV2Config(depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, out_features=STAGES)
+    with pytest.raises(ValueError, match="backbone 'pvt_v2' are not known; supported backbones: convnext"):
+        build_adapter(upernet(pyramid))
+    stem = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stem", *STAGES])
+    with pytest.raises(ValueError, match="leave 'stem' out"):
+        build_adapter(upernet(stem))
+
+
+def test_describe():
+    assert describe(tiny_model("timm_segmentation-stride_8")).splitlines() == [
+        "TimmSegmentationModel (timm_segmentation), adapted by TimmSegmentationAdapter",
+        "labels: 5 (road, traffic light, car, person, ...)",
+        "input: RGB, any size, mean 0.485 0.456 0.406, std 0.229 0.224 0.225",
+        "level      channels stride",
+        "stem              8      4",
+        "stride_4          8      4",
+        "stride_8         16      8",
+        "stride_16        32      8",
+        "stride_32       112      8",
+    ]

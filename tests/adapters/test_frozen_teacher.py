@@ -1,0 +1,111 @@
+"""The frozen teacher: constants, precision, sizes and label order."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from adapter_tiny_models import LABELS, MODELS, images, tiny_model
+from torch import nn
+
+from hf_bcd.adapters import FrozenTeacher, build_adapter
+
+
+def teacher(name: str = "segformer", id2label: dict[int, str] = LABELS, **options) -> FrozenTeacher:
+    return FrozenTeacher(build_adapter(tiny_model(name)), id2label, **options)
+
+
+def test_stays_in_evaluation_mode():
+    frozen = teacher("timm_segmentation")
+    assert frozen.train() is frozen
+    nn.ModuleList([frozen]).train()
+    assert not any(module.training for module in frozen.modules())
+
+
+@pytest.mark.parametrize("name", ["mask2former", "segformer", "timm_segmentation"])
+def test_unchanged_by_a_students_training(name):
+    """Batch norms included; and its outputs serve as constants in the student's backward pass."""
+    frozen = teacher(name)
+    before = {key: value.clone() for key, value in frozen.state_dict().items()}
+    student = nn.Conv2d(3, 5, kernel_size=8, stride=8)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    for _ in range(3):
+        frozen.train()
+        output = frozen(images())
+        predicted = student(images().float() / 255)
+        target = F.interpolate(output.logits, predicted.shape[-2:], mode="bilinear")
+        # both products save the teacher's tensors for the backward pass
+        loss = (predicted * target).mean() + (predicted.mean() * output.features["stride_8"]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert student.weight.grad is not None and student.weight.grad.any()
+    assert not any(p.requires_grad or p.grad is not None for p in frozen.parameters())
+    after = frozen.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_float32_constants(name):
+    output = teacher(name, dtype=torch.bfloat16)(images(100, 140))
+    for tensor in (output.logits, *output.features.values()):
+        assert tensor.dtype == torch.float32
+        assert not tensor.requires_grad and not tensor.is_inference()
+        assert tensor.isfinite().all()
+    assert output.auxiliary_logits is None and output.task_losses == {}
+
+
+def test_precision_is_its_own():
+    frozen = teacher()
+    expected = frozen(images()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(images()).logits, expected)
+    rounded = teacher(dtype=torch.bfloat16)
+    logits = rounded(images()).logits
+    assert not torch.equal(logits, expected)
+    torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1)
+    assert {p.dtype for p in rounded.parameters()} == {torch.float32}
+
+
+def test_images_are_resized_to_the_next_multiple_of_32():
+    frozen = teacher()
+    pixel_values = images(100, 140)
+    assert frozen(pixel_values).features["stride_4"].shape[-2:] == (32, 40)
+    expected = F.interpolate(pixel_values.float(), (128, 160), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(frozen.resize(pixel_values), expected, rtol=0, atol=1e-3)
+    assert frozen.resize(images(64, 96)).dtype == torch.uint8  # nothing to do
+
+
+def test_images_are_resized_to_the_size_that_position_embeddings_were_made_for():
+    output = teacher("data2vec")(images(128, 64))
+    assert output.features["stride_16"].shape[-2:] == (6, 6)
+    assert teacher("beit")(images(128, 64)).logits.shape[-2:] == (24, 24)
+
+
+def test_images_are_resized_to_the_size_asked_for():
+    assert teacher("beit", image_size=(64, 128))(images()).logits.shape[-2:] == (16, 32)
+
+
+@pytest.mark.parametrize("name", ["mask2former", "segformer"])
+def test_logits_follow_the_students_order(name):
+    student = {0: "Sky", 1: "car", 2: "Traffic-Light"}
+    frozen = teacher(name, student)
+    assert frozen.shares_labels and frozen.missing_labels == []
+    assert frozen.num_labels == 3
+    own = teacher(name)(images()).logits
+    assert torch.equal(frozen(images()).logits, own[:, [4, 2, 1]])
+
+
+def test_logits_stay_as_they_are_when_labels_are_missing():
+    frozen = teacher("segformer", {0: "car", 1: "unicorn", 2: "sky", 3: "dragon"})
+    assert not frozen.shares_labels
+    assert frozen.missing_labels == ["unicorn", "dragon"]
+    assert frozen.num_labels == 5
+    assert torch.equal(frozen(images()).logits, teacher()(images()).logits)
+
+
+def test_own_normalisation():
+    pixel_values = images()
+    adapter = build_adapter(tiny_model("segformer"), image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = adapter.model((pixel_values / 255 - mean) / std).logits
+    torch.testing.assert_close(FrozenTeacher(adapter, LABELS)(pixel_values).logits, expected, rtol=1e-4, atol=1e-5)

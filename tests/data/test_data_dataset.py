@@ -1,0 +1,151 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from hf_bcd.data import DenseDataset, DenseDatasets, EvalTransform, SemanticCollator, TrainTransform
+from hf_bcd.data.dataset import Row, TransformedDataset
+from hf_bcd.data.labels import LabelRule
+
+
+SIZE = 24
+
+
+class NoiseRows:
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(index)
+        image = Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8))
+        return Row(image, rng.integers(0, 3, (SIZE, SIZE)), f"image {index}", f"mask {index}")
+
+
+@pytest.fixture
+def dataset():
+    return DenseDataset(NoiseRows(), "noise", "train", "nowhere", {0: "a", 1: "b", 2: "c"})
+
+
+def read(transformed, epochs=3, **options):
+    loader = DataLoader(transformed, batch_size=2, collate_fn=SemanticCollator(), **options)
+    samples = []
+    for epoch in range(epochs):
+        transformed.set_epoch(epoch)
+        for batch in loader:
+            samples += zip(*batch.values(), strict=True)
+    return samples
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
+
+
+@pytest.fixture
+def transformed(dataset):
+    return dataset.with_transform(TrainTransform(16), seed=3)
+
+
+def test_sample_is_canonical(dataset):
+    sample = dataset[1]
+    assert sample["image"].mode == "RGB" and sample["image"].size == (SIZE, SIZE)
+    assert sample["label"].dtype == np.int64 and sample["label"].shape == (SIZE, SIZE)
+    assert (dataset.num_labels, dataset.ignore_index, dataset.split) == (3, 255, "train")
+
+
+def test_iteration_ends_and_negative_indices_count_from_the_end(dataset):
+    assert len(list(dataset)) == 6
+    assert np.array_equal(dataset[-1]["label"], dataset[5]["label"])
+    transformed = dataset.with_transform(EvalTransform())
+    assert [sample["index"] for sample in transformed] == list(range(6))
+    assert transformed[-1]["index"] == 5
+
+
+def test_select(dataset):
+    chosen = dataset.select([4, -1, 0]).select([1, 0])
+    assert len(chosen) == 2
+    assert np.array_equal(chosen[0]["label"], dataset[5]["label"])
+    assert np.array_equal(chosen[1]["label"], dataset[4]["label"])
+    assert chosen.id2label == dataset.id2label and chosen.name == "noise"
+    with pytest.raises(IndexError):
+        dataset.select([6])
+
+
+def test_errors_name_the_row(dataset):
+    fewer = DenseDataset(NoiseRows(), "noise", "train", "nowhere", {0: "a", 1: "b"})
+    with pytest.raises(ValueError, match=r"mask 3: the mask holds ids \[2\]"):
+        fewer[3]
+    reduced = DenseDataset(NoiseRows(), "noise", "train", "nowhere", {0: "a", 1: "b"}, LabelRule(reduce_zero=True))
+    assert set(np.unique(reduced[3]["label"])) == {0, 1, 255}
+
+
+def test_all_void_mask_is_a_sample(dataset):
+    rule = LabelRule(void_ids=(0, 1, 2))
+    void = DenseDataset(NoiseRows(), "noise", "train", "nowhere", dataset.id2label, rule)
+    assert (void.with_transform(TrainTransform(16))[0]["labels"] == 255).all()
+
+
+def test_aliases_of_splits(dataset):
+    splits = DenseDatasets({"train": dataset, "validation": dataset})
+    assert splits["val"] is splits["valid"] is splits["validation"]
+    assert "val" in splits and "test" not in splits and splits.get("test") is None
+    assert list(splits) == ["train", "validation"] and repr(splits) == "DenseDatasets(train: 6, validation: 6)"
+    with pytest.raises(KeyError, match="no split 'test'; this data set has train, validation"):
+        splits["test"]
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(transformed, dataset):
+    transformed.set_epoch(2)
+    first = transformed[3]
+    torch.rand(7)
+    again = [transformed[index] for index in (5, 3)][1]
+    assert torch.equal(first["pixel_values"], again["pixel_values"])
+    assert first["index"] == 3 and first["pixel_values"].dtype == torch.uint8
+    transformed.set_epoch(1)
+    assert not torch.equal(first["pixel_values"], transformed[3]["pixel_values"])
+    other_seed = dataset.with_transform(TrainTransform(16), seed=4)
+    other_seed.set_epoch(2)
+    assert not torch.equal(first["pixel_values"], other_seed[3]["pixel_values"])
+
+
+def test_equal_images_get_different_crops(dataset):
+    twice = dataset.select([0, 0]).with_transform(TrainTransform(16))
+    assert not torch.equal(twice[0]["pixel_values"], twice[1]["pixel_values"])
+
+
+def test_global_random_state_is_restored(transformed):
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    transformed[0]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}, {"num_workers": 1, "prefetch_factor": 4}],
+    ids=["workers", "persistent", "prefetch"],
+)
+def test_workers_give_the_samples_of_the_main_process(transformed, options):
+    expected = read(transformed)
+    assert same(read(transformed, **options), expected)
+    assert not same(expected[:6], expected[6:12])
+
+
+@pytest.mark.slow
+def test_spawned_worker_gives_the_samples_of_the_main_process(transformed):
+    options = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "spawn"}
+    assert same(read(transformed, epochs=2, **options), read(transformed, epochs=2))
+
+
+def test_pickled_copy_gives_the_same_samples(transformed):
+    copy = pickle.loads(pickle.dumps(transformed))
+    assert torch.equal(copy[2]["pixel_values"], transformed[2]["pixel_values"])
+
+
+def test_negative_seed(dataset):
+    with pytest.raises(ValueError, match="seed is -1"):
+        TransformedDataset(dataset, EvalTransform(), seed=-1)

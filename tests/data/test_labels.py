@@ -1,0 +1,166 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_bcd.data.labels import LabelRule, decode_label, infer_id2label, read_id2label
+
+
+IDS = np.array([[0, 1, 2], [3, 2, 255]], dtype=np.uint8)
+
+
+def palette_mask(ids):
+    mask = Image.fromarray(ids).convert("P")
+    mask.putdata(ids.ravel().tolist())
+    mask.putpalette([value for index in range(256) for value in (255 - index, index // 2, 7)])
+    return mask
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Image.fromarray(IDS),
+        palette_mask(IDS),
+        Image.fromarray(IDS.astype(np.uint16)),
+        Image.fromarray(IDS.astype(np.int32)),
+        Image.fromarray(np.repeat(IDS[..., None], 3, axis=2)),
+        IDS.astype(np.int64),
+    ],
+    ids=["L", "P", "I;16", "I", "RGB-equal", "array"],
+)
+def test_every_storage_of_the_same_ids_decodes_to_them(mask):
+    np.testing.assert_array_equal(decode_label(mask, "mask.png"), IDS)
+
+
+def test_palette_colours_are_ignored():
+    mask = palette_mask(IDS)
+    assert mask.mode == "P"
+    assert not np.array_equal(np.asarray(mask.convert("L")), IDS)
+    np.testing.assert_array_equal(decode_label(mask, "mask.png"), IDS)
+
+
+def test_one_bit_masks_are_zero_and_one():
+    mask = Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8)).convert("1")
+    np.testing.assert_array_equal(decode_label(mask, "mask.png"), [[0, 1], [1, 0]])
+
+
+def test_sixteen_bit_ids_keep_their_value(tmp_path):
+    Image.fromarray(np.array([[0, 1000], [26001, 65535]], dtype=np.uint16)).save(tmp_path / "m.png")
+    np.testing.assert_array_equal(decode_label(Image.open(tmp_path / "m.png"), "m"), [[0, 1000], [26001, 65535]])
+
+
+def test_colour_coded_mask_is_refused():
+    colours = np.zeros((2, 2, 3), dtype=np.uint8)
+    colours[0, 0] = (128, 64, 128)
+    with pytest.raises(ValueError, match=r"road\.png: a colour-coded mask"):
+        decode_label(Image.fromarray(colours), "road.png")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [Image.new("RGBA", (2, 2)), Image.new("F", (2, 2)), np.zeros((2, 2)), np.zeros(4, int), np.zeros((1, 2, 2), int)],
+    ids=["RGBA", "F", "float", "flat", "batch"],
+)
+def test_other_arrays_are_no_label_maps(mask):
+    with pytest.raises(ValueError, match=r"x\.png: not a label map"):
+        decode_label(mask, "x.png")
+
+
+def test_reduce_zero():
+    labels = LabelRule(reduce_zero=True).apply(np.array([[0, 1, 150, 255]], dtype=np.uint8), 150, "m")
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [[255, 0, 149, 255]]
+
+
+def test_reduce_zero_does_not_turn_256_into_void():
+    with pytest.raises(ValueError, match=r"ids \[256\]"):
+        LabelRule(reduce_zero=True).apply(np.array([[256, 1]], dtype=np.uint16), 150, "m")
+
+
+def test_void_ids_are_stored_ids():
+    ids = np.array([[0, 5, 11, 255]], dtype=np.uint8)
+    assert LabelRule(void_ids=(11,)).apply(ids, 11, "m").tolist() == [[0, 5, 255, 255]]
+    assert LabelRule(reduce_zero=True, void_ids=(5,)).apply(ids, 11, "m").tolist() == [[255, 255, 10, 255]]
+
+
+def test_mapping_makes_unlisted_ids_void_and_may_use_255():
+    rule = LabelRule(mapping=((7, 0), (26001, 1), (255, 2)))
+    assert rule.apply(np.array([[7, 26001, 255, 8]], dtype=np.int32), 3, "m").tolist() == [[0, 1, 2, 255]]
+
+
+def test_mapping_to_a_class_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"ids \[8\].*num_labels=3"):
+        LabelRule(mapping=((7, 0), (8, 3))).apply(np.array([[7, 8]], dtype=np.uint8), 3, "m")
+
+
+@pytest.mark.parametrize("wrong", [11, 200, 65535, 70000, -1])
+def test_ids_out_of_range_name_file_ids_and_remedies(wrong):
+    ids = np.array([[0, 10, wrong, 255]], dtype=np.int32)
+    with pytest.raises(ValueError) as error:
+        LabelRule().apply(ids, 11, "val/masks/a.png")
+    message = str(error.value)
+    for part in ("val/masks/a.png", f"[{wrong}]", "num_labels=11", "--ignore_labels", "--reduce_labels"):
+        assert part in message
+
+
+def test_long_lists_of_wrong_ids_are_shortened():
+    with pytest.raises(ValueError, match=r"\[2, 3, 4, 5, 6, 7, 8, 9, 10, 11, \.\.\.\]"):
+        LabelRule().apply(np.arange(50, dtype=np.uint8)[None], 2, "m")
+
+
+def test_all_void_mask():
+    assert (LabelRule().apply(np.full((2, 2), 255, dtype=np.uint8), 3, "m") == 255).all()
+
+
+def test_contradictory_and_impossible_rules():
+    with pytest.raises(ValueError, match="exclude each other"):
+        LabelRule(reduce_zero=True, mapping=((1, 0),))
+    with pytest.raises(ValueError, match=r"\[-1\].*cannot be stored"):
+        LabelRule(void_ids=(-1,))
+
+
+@pytest.mark.parametrize("source", [{0: "sky", 1: "road"}, {"1": "road", "0": "sky"}, ["sky", "road"]])
+def test_read_id2label(source, tmp_path):
+    assert list(read_id2label(source).items()) == [(0, "sky"), (1, "road")]
+    path = tmp_path / "names.json"
+    path.write_text(json.dumps(source))
+    assert read_id2label(path) == read_id2label(str(path)) == {0: "sky", 1: "road"}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({1: "sky", 2: "road"}, "0..n-1"),
+        ({}, "0..n-1"),
+        ([str(index) for index in range(256)], "at most 255"),
+        ({"sky": 0}, "mapping of ids to names"),
+        (["sky", "sky"], "sky.*more than once"),
+    ],
+)
+def test_read_id2label_refuses(source, message):
+    with pytest.raises(ValueError, match=message):
+        read_id2label(source)
+
+
+def test_read_id2label_names_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.json"):
+        read_id2label(tmp_path / "absent.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match=r"bad\.json"):
+        read_id2label(tmp_path / "bad.json")
+    (tmp_path / "number.json").write_text("3")
+    with pytest.raises(ValueError, match=r"number\.json"):
+        read_id2label(tmp_path / "number.json")
+
+
+def test_infer_id2label_takes_the_largest_id_of_all_masks():
+    masks = [(np.array([[0, 1]]), "a"), (np.array([[4, 255]]), "b")]
+    assert list(infer_id2label(masks, LabelRule())) == [0, 1, 2, 3, 4]
+    assert infer_id2label(masks, LabelRule(reduce_zero=True))[3] == "class_3"
+
+
+@pytest.mark.parametrize("ids", [[[0, 255]], [[255, 255]]])
+def test_infer_id2label_needs_two_classes(ids):
+    with pytest.raises(ValueError, match="255 marks void"):
+        infer_id2label([(np.array(ids), "a")], LabelRule())

@@ -1,0 +1,406 @@
+import math
+from typing import Any
+
+import loss_references as reference
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from loss_references import dense_output, randn, random_labels
+
+from hf_bcd.losses import BCDLoss
+from hf_bcd.losses.bcd import class_affinity_boundary
+from hf_bcd.outputs import DenseOutput, FeatureSpec
+
+
+NUM_LABELS = 4
+# four levels with a dilated last stage against five that go down to stride 32
+STUDENT = {
+    "stride_4": FeatureSpec(4, 4),
+    "stride_8": FeatureSpec(6, 8),
+    "stride_16": FeatureSpec(8, 16),
+    "stride_32": FeatureSpec(10, 16),
+}
+TEACHER = {
+    "stem": FeatureSpec(5, 4),
+    "stride_4": FeatureSpec(8, 4),
+    "stride_8": FeatureSpec(16, 8),
+    "stride_16": FeatureSpec(24, 16),
+    "stride_32": FeatureSpec(32, 32),
+}
+KINDS = pytest.mark.parametrize(
+    ("mode", "teacher_head"),
+    [("stable", "calibrated"), ("stable", "orthogonal"), ("stable", "logits"), ("paper", "calibrated")],
+)
+
+
+def make_loss(mode: Any = "stable", teacher_head: Any = "calibrated", **options: Any) -> BCDLoss:
+    torch.manual_seed(0)
+    loss = BCDLoss(STUDENT, TEACHER, mode=mode, teacher_head=teacher_head, channels=16, reduced_channels=8, **options)
+    loss.teacher_head.theta.fill_(1.5)
+    return loss
+
+
+def make_batch(size: int = 64, seed: int = 0) -> tuple[DenseOutput, DenseOutput, torch.Tensor]:
+    labels = random_labels(2, size, size, num_labels=NUM_LABELS, seed=seed)
+    labels[:, : size // 2, : size // 4] = 255
+    student = dense_output(STUDENT, 2, size, NUM_LABELS, seed=seed)
+    return student, dense_output(TEACHER, 2, size, NUM_LABELS, seed=seed + 500), labels
+
+
+def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+def requires_grad(output: DenseOutput) -> list[torch.Tensor]:
+    return [x.requires_grad_() for x in (*output.features.values(), output.logits)]
+
+
+def aggregate(
+    features: dict[str, torch.Tensor], state: dict[str, torch.Tensor], prefix: str, size: int
+) -> torch.Tensor:
+    levels = []
+    for name, feature in features.items():
+        weight, bias = (state[f"{prefix}.aggregate.reduce.{name}.{key}"] for key in ("weight", "bias"))
+        reduced = F.conv2d(feature.double(), weight.double(), bias.double())
+        levels.append(F.interpolate(reduced, size=(size, size), mode="bilinear", align_corners=False))
+    weight, bias = (state[f"{prefix}.aggregate.fuse.{key}"].double() for key in ("weight", "bias"))
+    return F.conv2d(torch.cat(levels, dim=1), weight, bias, padding=1)
+
+
+def norm_relu(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    values = x.movedim(1, -1)[mask]
+    return F.relu((x - values.mean(dim=0)[:, None, None]) / (values.std(dim=0, correction=0) + 1e-5)[:, None, None])
+
+
+# --- the whole of it against plain loops ------------------------------------------------------------------------------
+
+
+@KINDS
+def test_terms_equal_plain_loops(mode, teacher_head):
+    loss, (student, teacher, labels) = make_loss(mode, teacher_head), make_batch()
+    loss.boundary_temperature.value.fill_(1.5)
+    loss.context_temperature.value.fill_(2.0)
+    actual = loss(student, teacher, labels)
+    assert set(actual) == set(BCDLoss.terms)
+    assert all(x.dtype == torch.float32 and x.shape == () for x in actual.values())
+
+    state = loss.state_dict()
+    mask = (labels != 255)[:, 4::8, 4::8]  # the pixel under the centre of each stride-8 position
+    s, t = (aggregate(o.features, state, f"{p}_head", 8) for o, p in ((student, "student"), (teacher, "teacher")))
+    if teacher_head == "logits":
+        boundaries = []
+        for image in range(2):
+            small = [
+                F.interpolate(o.logits[image : image + 1], (8, 8), mode="bilinear")[0] for o in (student, teacher)
+            ]
+            p = small[0].softmax(dim=0).double().numpy()
+            m = mask[image].numpy()
+            hard = reference.class_boundary(small[1].argmax(dim=0).numpy(), m, 3)
+            soft = np.zeros((8, 8))
+            for y, x in np.ndindex(8, 8):
+                for dy, dx in reference.disc(3):
+                    v, u = y + dy, x + dx
+                    if 0 <= v < 8 and 0 <= u < 8 and m[v, u]:
+                        soft[y, x] = max(soft[y, x], 1 - p[:, y, x] @ p[:, v, u])
+            boundaries.append(reference.divergence(reference.softmax(hard[m] / 1.5), reference.softmax(soft[m] / 1.5)))
+        boundary = 1.5**2 * sum(boundaries) / 2
+    else:
+        z_student, z_teacher = (
+            (x * state[f"{p}_head.readout.weight"]).sum(dim=1) + state[f"{p}_head.readout.bias"]
+            for x, p in ((s, "student"), (t, "teacher"))
+        )
+        values = z_student[mask]
+        z_student = (z_student - values.mean()) / (values.std(correction=0) + 1e-5)
+        fields = z_student.numpy(), (z_teacher / (1 + 1e-5)).numpy(), mask.numpy()
+        boundary = reference.boundary_loss(*fields, radius=3, theta=1.5, kappa=0.5, tau=1.5, mode=mode)
+    if mode == "paper":
+        s = norm_relu(F.conv2d(norm_relu(s, mask), state["student_relation.predictor.weight"].double()), mask)
+        context = reference.literal_context_loss(s.numpy(), norm_relu(t, mask).numpy(), mask.numpy(), 2.0)
+    else:
+        context = reference.context_loss(s.numpy(), t.numpy(), mask.numpy(), 2.0)
+    assert actual["boundary"].item() == pytest.approx(boundary, rel=1e-4)
+    assert actual["context"].item() == pytest.approx(context, rel=1e-4)
+    assert boundary > 1e-3 and context > 1e-3
+
+
+def test_class_affinity_by_hand():
+    # certain classes 0 0 1: the affinity of equal ones is 1, of different ones 0
+    logits = torch.tensor([[[[50.0, 50.0, 0.0, 0.0]], [[0.0, 0.0, 50.0, 0.0]]]])
+    mask = torch.tensor([[[True, True, True, False]]])
+    assert class_affinity_boundary(logits, 2, mask)[0, 0, :3].tolist() == pytest.approx([0, 1, 1], abs=1e-6)
+    # a position that knows nothing is half of each: 1 - 1/2
+    assert class_affinity_boundary(logits, 2, mask | True)[0, 0].tolist() == pytest.approx([0, 1, 1, 0.5], abs=1e-6)
+
+
+def test_the_border_of_the_void_is_no_boundary():
+    loss, (_, teacher, labels) = make_loss(teacher_head="logits"), make_batch()
+    labels[:] = 0
+    labels[:, :, 32:] = 255
+    teacher.logits = 10 * F.one_hot((labels > 0)[:, ::4, ::4].long(), NUM_LABELS).movedim(-1, 1).float()
+    mask = (labels != 255)[:, 4::8, 4::8]
+    features = loss.teacher_head(teacher.features, (8, 8))
+    assert not loss.teacher_boundary(teacher, features, mask).any()
+    assert loss.teacher_boundary(teacher, features, torch.ones_like(mask)).any()
+
+
+@pytest.mark.parametrize("teacher_head", ["calibrated", "logits"])
+def test_the_teachers_output_may_have_any_resolution_and_a_size_that_no_stride_divides(teacher_head):
+    labels = random_labels(2, 37, 50, num_labels=NUM_LABELS)
+    student = dense_output(STUDENT, 2, 32, NUM_LABELS, seed=1)
+    teacher = dense_output(TEACHER, 2, 64, NUM_LABELS, seed=2)
+    terms = make_loss(teacher_head=teacher_head)(student, teacher, labels)
+    assert all(torch.isfinite(x) for x in terms.values())
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_gradient_reaches_the_whole_student_and_nothing_of_the_teacher(mode, teacher_head):
+    loss, (student, teacher, labels) = make_loss(mode, teacher_head), make_batch()
+    student_tensors, teacher_tensors = requires_grad(student), requires_grad(teacher)
+    total(loss(student, teacher, labels)).backward()
+    levels = student_tensors[:-1]
+    assert all(x.grad is not None and x.grad.any() for x in levels)
+    assert (student_tensors[-1].grad is not None) == (teacher_head == "logits")
+    assert all(x.grad is None for x in teacher_tensors)
+    for name, parameter in loss.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+        assert not (name.startswith("teacher") and parameter.requires_grad), name
+
+
+@KINDS
+def test_training_never_moves_the_teachers_head(mode, teacher_head):
+    """Were it trained, it would collapse to a constant, the target that is matched most easily."""
+    loss = make_loss(mode, teacher_head)
+    before = {name: x.clone() for name, x in loss.teacher_head.state_dict().items()}
+    connectors = {name: x.detach().clone() for name, x in loss.student_head.named_parameters()}
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=0.1, weight_decay=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        total(loss(*make_batch(seed=step))).backward()
+        optimizer.step()
+        loss.after_step()
+    assert all(torch.equal(x, before[name]) for name, x in loss.teacher_head.state_dict().items())
+    moved = [not torch.equal(x, connectors[name]) for name, x in loss.student_head.named_parameters()]
+    assert sum(moved) == sum(x.requires_grad for x in loss.student_head.parameters())
+
+
+def test_a_few_steps_lower_both_terms():
+    loss, batch = make_loss(), make_batch()
+    levels = requires_grad(batch[0])[:-1]
+    optimizer = torch.optim.Adam([*loss.student_head.parameters(), *levels], lr=0.05)
+    first = loss(*batch)
+    for _ in range(25):
+        optimizer.zero_grad()
+        total(loss(*batch)).backward()
+        optimizer.step()
+    last = loss(*batch)
+    assert last["context"] < 0.5 * first["context"]
+    assert last["boundary"] < first["boundary"]
+
+
+def test_a_teacher_run_under_inference_mode_is_accepted():
+    loss, (student, _, labels) = make_loss(), make_batch()
+    requires_grad(student)
+    with torch.inference_mode():
+        teacher = dense_output(TEACHER, 2, 64, NUM_LABELS, seed=500)
+    loss.calibrate([(teacher, labels)], num_steps=2)
+    total(loss(student, teacher, labels)).backward()
+    assert student.features["stride_4"].grad is not None
+
+
+# --- void, precision --------------------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_what_lies_deep_in_the_void_changes_nothing(mode, teacher_head):
+    """The 3x3 convolution and the resizing blur by a few positions; 24 of the 32 columns of the grid are void."""
+    loss, results = make_loss(mode, teacher_head), []
+    for noise in (0.0, 10.0):
+        student, teacher = (dense_output(s, 1, 256, NUM_LABELS, seed=3) for s in (STUDENT, TEACHER))
+        labels = random_labels(1, 256, 256, num_labels=NUM_LABELS)
+        labels[:, :, 64:] = 255
+        for output in (student, teacher):
+            for x in (*output.features.values(), output.logits):
+                deep = x.shape[-1] * 3 // 4
+                x[..., deep:] += noise * randn(*x[..., deep:].shape, seed=8, dtype=torch.float32)
+        tensors = requires_grad(student)
+        terms = loss(student, teacher, labels)
+        total(terms).backward()
+        peaks = loss.boundary_temperature._observed, loss.context_temperature._observed
+        loss.boundary_temperature._observed = loss.context_temperature._observed = None
+        grads = [x.grad for x in tensors if x.grad is not None]
+        assert all(not g[..., g.shape[-1] * 3 // 4 :].any() and g.any() for g in grads)
+        results.append(([x.item() for x in terms.values()], grads, peaks))
+    (terms, grads, peaks), (noisy_terms, noisy_grads, noisy_peaks) = results
+    assert terms == noisy_terms
+    assert all(torch.equal(a, b) for a, b in zip(grads, noisy_grads, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(peaks, noisy_peaks, strict=True))  # type: ignore[arg-type]
+
+
+def test_labels_count_by_their_void_alone():
+    loss, (student, teacher, labels) = make_loss(), make_batch()
+    expected = loss(student, teacher, labels)
+    other = loss(student, teacher, torch.where(labels == 255, labels, (labels + 1) % NUM_LABELS))
+    assert {k: v.item() for k, v in other.items()} == {k: v.item() for k, v in expected.items()}
+    renamed = make_loss(ignore_index=7)(student, teacher, torch.where(labels == 255, 7, labels))
+    assert {k: v.item() for k, v in renamed.items()} == {k: v.item() for k, v in expected.items()}
+
+
+@KINDS
+def test_a_batch_of_void_gives_connected_zeros(mode, teacher_head):
+    loss, (student, teacher, labels) = make_loss(mode, teacher_head), make_batch()
+    tensors = requires_grad(student)
+    terms = loss(student, teacher, torch.full_like(labels, 255))
+    total(terms).backward()
+    assert all(x.item() == 0 for x in terms.values())
+    assert all(x.grad is not None and not x.grad.any() for x in tensors[:-1])
+    assert all(p.grad is not None and not p.grad.any() for p in loss.parameters() if p.requires_grad)
+    loss.after_step()
+    assert loss.boundary_temperature.value == loss.context_temperature.value == 1
+
+
+@KINDS
+def test_autocast_changes_nothing_and_half_precision_features_little(mode, teacher_head):
+    loss, (student, teacher, labels) = make_loss(mode, teacher_head), make_batch()
+    expected = loss(student, teacher, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = loss(student, teacher, labels)
+    assert {k: v.item() for k, v in autocast.items()} == {k: v.item() for k, v in expected.items()}
+
+    def rounded(output: DenseOutput, dtype: torch.dtype) -> DenseOutput:
+        features = {name: x.bfloat16().to(dtype) for name, x in output.features.items()}
+        return DenseOutput(features, output.logits.bfloat16().to(dtype))
+
+    half, full = (loss(rounded(student, d), rounded(teacher, d), labels) for d in (torch.bfloat16, torch.float32))
+    assert all(x.dtype == torch.float32 for x in half.values())
+    assert {k: v.item() for k, v in half.items()} == {k: v.item() for k, v in full.items()}
+    assert half["context"].item() == pytest.approx(expected["context"].item(), rel=0.02)
+
+
+# --- calibration, temperature, state ----------------------------------------------------------------------------------
+
+
+def test_which_heads_need_calibration():
+    _, teacher, labels = make_batch()
+    assert not make_loss(teacher_head="logits").needs_calibration
+    for kind in ("calibrated", "orthogonal"):
+        loss = make_loss(teacher_head=kind)
+        readout = loss.teacher_head.readout.weight.clone()
+        assert loss.needs_calibration
+        loss.calibrate([(teacher, labels)], num_steps=3)
+        assert not loss.needs_calibration
+        assert torch.equal(readout, loss.teacher_head.readout.weight) == (kind == "orthogonal")
+        restored = make_loss(teacher_head=kind, seed=4)
+        restored.load_state_dict(loss.state_dict())
+        assert not restored.needs_calibration
+
+
+@pytest.mark.parametrize("radius", [2, 3])
+def test_calibration_sets_theta_to_the_share_of_the_teachers_own_boundaries(radius):
+    loss, (_, teacher, labels) = make_loss(radius=radius), make_batch()
+    teacher.logits = F.interpolate(randn(2, NUM_LABELS, 3, 3, dtype=torch.float32), (16, 16), mode="nearest")
+    loss.calibrate([(teacher, labels)], num_steps=3)
+    mask = (labels != 255)[:, 4::8, 4::8]
+    marked = loss.teacher_boundary(teacher, loss.teacher_head(teacher.features, (8, 8)), mask)[mask]
+    classes = F.interpolate(teacher.logits, (8, 8), mode="bilinear").argmax(dim=1)
+    expected = [reference.class_boundary(c.numpy(), m.numpy(), radius) for c, m in zip(classes, mask, strict=True)]
+    share = np.stack(expected)[mask.numpy()].mean()
+    assert 0.2 < share < 0.98
+    assert marked.mean().item() == pytest.approx(share, abs=0.05)
+
+
+@KINDS
+def test_temperature_statistics(mode, teacher_head):
+    loss, (student, teacher, labels) = make_loss(mode, teacher_head), make_batch()
+    loss.boundary_temperature.value.fill_(1.5)
+    loss.context_temperature.value.fill_(2.0)
+    loss(student, teacher, labels)
+    observed = []
+    for temperature in (loss.boundary_temperature, loss.context_temperature):
+        assert temperature._observed is not None
+        total, count = temperature._observed.tolist()
+        assert count == 2  # one number an image
+        observed.append(total / 2)
+    mask = (labels != 255)[:, 4::8, 4::8]
+    features = loss.teacher_head(teacher.features, (8, 8))
+    hard = loss.teacher_boundary(teacher, features, mask)
+    t = features.double().numpy()
+    if mode == "paper":
+        ranges = [h[m].max() - h[m].min() for h, m in zip(hard.numpy(), mask.numpy(), strict=True)]
+        assert observed[0] == pytest.approx(np.mean(ranges) / 1.5, rel=1e-5)
+        relu = norm_relu(features.double(), mask).numpy()
+        grams = [x.reshape(16, -1).T @ x.reshape(16, -1) / 4 for x in relu]
+        peaks = [g.diagonal()[m.reshape(-1)].max() for g, m in zip(grams, mask.numpy(), strict=True)]
+        assert observed[1] == pytest.approx(np.mean(peaks) / 2, rel=1e-5)
+    else:
+        peaks = [reference.softmax(h[m] / 1.5).max() for h, m in zip(hard.numpy(), mask.numpy(), strict=True)]
+        assert observed[0] == pytest.approx(np.mean(peaks), rel=1e-5)
+        pairs = [(reference.layer_norm(x), m.reshape(-1)) for x, m in zip(t, mask.numpy(), strict=True)]
+        peaks = [reference.relation(x, x, m, 2.0)[1] for x, m in pairs]
+        assert observed[1] == pytest.approx(np.mean(peaks), rel=1e-5)
+
+
+def test_void_positions_do_not_widen_the_range_of_a_map():
+    ones, mask = torch.ones(2, 3, 3), torch.ones(2, 3, 3, dtype=torch.bool)
+    ones[0, 0], mask[0, 0] = 0, False
+    ones[1, 1] = 0
+    assert make_loss("paper")._peak(ones, mask, torch.tensor(2.0)).tolist() == [0, 0.5]
+
+
+def test_after_step_adapts_each_temperature_by_its_own_statistic():
+    loss = make_loss()
+    loss.boundary_temperature.observe(torch.tensor([0.9]))
+    loss.context_temperature.observe(torch.tensor([0.1]))
+    loss.after_step()
+    assert loss.boundary_temperature.value.item() == pytest.approx(1.05)
+    assert loss.context_temperature.value.item() == 1
+
+
+def test_state_restores_terms_and_temperatures():
+    loss, batch = make_loss(), make_batch()
+    loss.context_temperature.value.fill_(1.05**3)
+    restored = make_loss(seed=3)
+    restored.load_state_dict(loss.state_dict())
+    assert {k: v.item() for k, v in restored(*batch).items()} == {k: v.item() for k, v in loss(*batch).items()}
+    assert restored.context_temperature.value.item() == pytest.approx(1.05**3)
+
+
+@KINDS
+def test_inspect_shows_what_is_compared(mode, teacher_head):
+    loss, (student, teacher, labels) = make_loss(mode, teacher_head), make_batch()
+    shown = loss.inspect(student, teacher, labels)
+    assert shown["teacher_boundary"].shape == shown["student_boundary"].shape == (2, 8, 8)
+    assert shown["teacher_features"].shape == shown["student_features"].shape == (2, 16, 8, 8)
+    assert set(shown["teacher_boundary"].unique().tolist()) <= {0.0, 1.0}
+    assert 0 <= shown["student_boundary"].min() and shown["student_boundary"].max() <= 1
+    assert not any(x.requires_grad for x in shown.values())
+
+
+def test_weights_belong_to_the_mode():
+    assert BCDLoss.default_weights() == {"boundary": 3, "context": 1}
+    assert BCDLoss.default_weights(mode="paper", radius=5) == {"boundary": 10, "context": 50}
+
+
+def test_literal_sums_have_the_papers_magnitude():
+    """Cross-entropies over n positions: about log n an image, and n log n over the rows."""
+    loss, (student, teacher, labels) = make_loss("paper"), make_batch()
+    terms = loss(student, teacher, labels.clamp_max(0))
+    assert terms["boundary"].item() == pytest.approx(math.log(64), rel=0.1)
+    assert terms["context"].item() == pytest.approx(64 * math.log(64), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "literal"}, "'literal'.*'paper'"),
+        ({"teacher_head": "pca"}, "'pca'.*'calibrated'"),
+        ({"mode": "paper", "teacher_head": "logits"}, "no literal form"),
+        ({"radius": 1}, "radius is 1"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_loss(**options)

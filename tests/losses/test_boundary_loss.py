@@ -1,0 +1,283 @@
+import math
+
+import loss_references as reference
+import numpy as np
+import pytest
+import torch
+from loss_references import randn, random_mask
+
+from hf_bcd.losses import boundary_distillation_loss, boundary_strength
+from hf_bcd.losses.boundary import different_neighbour, pair_differences, spatial_divergence
+
+
+MODES = pytest.mark.parametrize("mode", ["stable", "paper"])
+
+
+def gradient(loss: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(loss, of)[0]
+
+
+# --- the boundary map -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("radius", [2, 3])
+def test_strength_equals_plain_loops(radius):
+    z, mask = randn(2, 5, 6), random_mask(2, 5, 6)
+    expected = np.stack([reference.boundary_strength(z[b].numpy(), mask[b].numpy(), radius) for b in range(2)])
+    torch.testing.assert_close(boundary_strength(z, radius, mask), torch.from_numpy(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("radius", [2, 3])
+def test_class_boundary_equals_plain_loops(radius):
+    classes = (randn(2, 6, 7) * 0.7).round().long()
+    mask = random_mask(2, 6, 7)
+    expected = np.stack([reference.class_boundary(classes[b].numpy(), mask[b].numpy(), radius) for b in range(2)])
+    assert different_neighbour(classes, radius, mask).double().numpy().tolist() == expected.tolist()
+    everything = np.ones((6, 7), dtype=bool)
+    expected = reference.class_boundary(classes[0].numpy(), everything, radius)
+    assert different_neighbour(classes, radius)[0].double().numpy().tolist() == expected.tolist()
+
+
+def test_pair_differences_need_two_valid_ends():
+    classes = torch.tensor([[[0, 0, 1, 1]]])
+    mask = torch.tensor([[[True, True, True, False]]])
+    differs, both = pair_differences(classes, 2, "half", mask)
+    # directions of radius 2: (0, 1), (1, -1), (1, 0), (1, 1); all but the first leave this image
+    assert differs[0, :, 0].tolist() == [[False, True, False, False]] + [[False] * 4] * 3
+    assert both[0, :, 0].tolist() == [[True, True, False, False]] + [[False] * 4] * 3
+
+
+def test_class_map_as_field_has_the_same_boundary():
+    """On integers the range of a line exceeds 0.5 exactly where two classes meet inside the disc."""
+    classes = (randn(1, 9, 8) * 0.6).round().long()
+    strength = boundary_strength(classes.double(), 3)
+    assert torch.equal(strength > 0.5, different_neighbour(classes, 3))
+
+
+# --- values worked out by hand ----------------------------------------------------------------------------------------
+
+
+def test_step_edge_by_hand():
+    # z = 0 0 0 1 1 1, R = 2: only the positions beside the step have a line across it, u = 0 0 1 1 0 0.
+    z = torch.tensor([[[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]], dtype=torch.float64)
+    assert boundary_strength(z, 2).tolist() == [[[0, 0, 1, 1, 0, 0]]]
+
+    # Teacher, theta = 0.5: b = u; p = e/(2e+4) twice and 1/(2e+4) four times.
+    # A flat student has q = 1/6, so KL = 2e/(2e+4) - log((2e+4)/6) = e/(e+2) - log((e+2)/3).
+    flat = torch.zeros_like(z)
+    against_flat = boundary_distillation_loss(flat, z, radius=2, theta=0.5)
+    assert against_flat.item() == pytest.approx(math.e / (math.e + 2) - math.log((math.e + 2) / 3), abs=1e-12)
+
+    # A student with the same step, kappa = 0.5: b = sigmoid(±1) = 0.731059, 0.268941, a gap of g = 0.462117 = tanh(1/2),
+    # so q = e^g/(2e^g+4) twice and 1/(2e^g+4) four times and
+    # KL = sum p log(p/q) = P (1 - g) - log((2e+4)/(2e^g+4)) with P = 2e/(2e+4), the teacher's mass on the edge.
+    g, mass = math.tanh(0.5), math.e / (math.e + 2)
+    expected = mass * (1 - g) - math.log((math.e + 2) / (math.exp(g) + 2))
+    loss = boundary_distillation_loss(z, z, radius=2, theta=0.5)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    assert 0 < loss < against_flat
+
+    # Paper: T = 1 - b, p = 1/(4e+2) twice and e/(4e+2) four times, for both nets: L = H(p).
+    entropy = math.log(4 * math.e + 2) - 4 * math.e / (4 * math.e + 2)
+    literal = boundary_distillation_loss(z, z, radius=2, theta=0.5, mode="paper")
+    assert literal.item() == pytest.approx(entropy, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("share", "nat"), [(0.02, 0.019), (0.05, 0.043), (0.1, 0.073), (0.3, 0.122), (0.5, 0.111), (0.9, 0.026)]
+)
+def test_divergence_of_a_binary_map_from_uniform(share, nat):
+    n = 4096
+    ones = torch.zeros(n, dtype=torch.float64)
+    ones[: round(share * n)] = 1
+    divergence = spatial_divergence(torch.zeros(1, 64, 64, dtype=torch.float64), ones.view(1, 64, 64))
+    assert divergence.item() == pytest.approx(nat, abs=5e-4)
+    entropy_kept = spatial_divergence(torch.zeros(1, 64, 64), ones.view(1, 64, 64).float(), entropy=False)
+    assert entropy_kept.item() == pytest.approx(8.318, abs=5e-4)  # log n, whatever the teacher
+
+
+def test_reducible_part_on_the_full_grid_through_the_loss():
+    # spikes 8 apart: with R = 2 each marks its 3x3 block, f = 64 * 9 / 4096
+    teacher = torch.zeros(1, 64, 64)
+    teacher[:, 4::8, 4::8] = 10
+    f = 64 * 9 / 4096
+    z = f * math.e + 1 - f
+    expected = f * math.e / z - math.log(z)
+    loss = boundary_distillation_loss(torch.zeros_like(teacher), teacher, radius=2)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert loss.item() < 0.124
+
+
+# --- agreement with plain loops ---------------------------------------------------------------------------------------
+
+
+@MODES
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("radius", "theta", "kappa", "tau"), [(2, 1.0, 0.5, 1.0), (3, 1.5, 0.5, 2.3), (3, 0.7, 0.1, 1.05)]
+)
+def test_loss_equals_plain_loops(mode, masked, radius, theta, kappa, tau):
+    student, teacher = randn(3, 5, 6, seed=1), randn(3, 5, 6, seed=2)
+    mask = random_mask(3, 5, 6) if masked else torch.ones(3, 5, 6, dtype=torch.bool)
+    if masked:
+        mask[1] = False  # one image is void throughout
+    loss = boundary_distillation_loss(
+        student,
+        teacher,
+        radius=radius,
+        theta=torch.tensor(theta, dtype=torch.float64),
+        kappa=kappa,
+        tau=torch.tensor(tau, dtype=torch.float64),
+        mask=mask if masked else None,
+        mode=mode,
+    )
+    expected = reference.boundary_loss(
+        student.numpy(),
+        teacher.numpy(),
+        mask.numpy(),
+        radius=radius,
+        theta=theta,
+        kappa=kappa,
+        tau=tau,
+        mode=mode,
+    )
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.079, 4.0])
+def test_temperature_is_the_renormalised_power_of_the_softmax(tau):
+    student, teacher = randn(1, 4, 4, seed=1), randn(1, 4, 4, seed=2)
+
+    def power(x: np.ndarray) -> np.ndarray:
+        p = reference.softmax(x) ** (1 / tau)
+        return p / p.sum()
+
+    expected = reference.divergence(power(teacher.flatten().numpy()), power(student.flatten().numpy()))
+    assert spatial_divergence(student, teacher, tau=tau).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_better_student_has_a_lower_loss():
+    teacher = torch.zeros(1, 16, 16)
+    teacher[:, :, 8:] = 2
+    shifted = torch.zeros(1, 16, 16)
+    shifted[:, :, 4:] = 2
+    losses = [boundary_distillation_loss(s, teacher) for s in (teacher, torch.zeros_like(teacher), shifted)]
+    assert losses[0] < losses[1] < losses[2]
+
+
+# --- limits and invariants --------------------------------------------------------------------------------------------
+
+
+def test_equal_boundary_maps_give_zero_with_zero_gradient():
+    field = randn(2, 5, 5)
+    student = field.clone().requires_grad_()
+    divergence = spatial_divergence(student, field)
+    assert divergence.abs().max() < 1e-12
+    assert gradient(divergence.sum(), student).abs().max() < 1e-12
+
+    # the teacher's map is hard and the student's soft: equal fields give equal maps as kappa goes to 0
+    loss = boundary_distillation_loss(student, field, kappa=1e-5, theta=2.0)
+    assert loss.abs() < 1e-12
+    assert gradient(loss, student).abs().max() < 1e-12
+
+
+@MODES
+def test_constant_fields_have_no_boundary_and_a_finite_loss(mode):
+    constant, varied = torch.zeros(1, 6, 6, requires_grad=True), randn(1, 6, 6, dtype=torch.float32)
+    assert not boundary_strength(constant).any()
+    both = boundary_distillation_loss(constant, torch.zeros(1, 6, 6), mode=mode)
+    assert both.item() == pytest.approx(0 if mode == "stable" else math.log(36), abs=1e-5)
+    loss = boundary_distillation_loss(constant, varied, theta=2.5, mode=mode)
+    assert torch.isfinite(loss) and torch.isfinite(gradient(loss, constant)).all()
+
+
+def test_a_hard_student_map_has_exactly_zero_gradient():
+    """Why the student's map is soft: Eq. 2 read literally teaches the student nothing."""
+    student, teacher = randn(2, 6, 6, seed=1, dtype=torch.float32).requires_grad_(), randn(2, 6, 6, seed=2).float()
+    strength, hard_teacher = boundary_strength(student), (boundary_strength(teacher) > 2.5).float()
+    hard = torch.where(strength > 2.5, torch.ones_like(strength), torch.zeros_like(strength)) + 0 * strength
+    assert not gradient(spatial_divergence(hard, hard_teacher).sum(), student).any()
+    assert not gradient(boundary_distillation_loss(student, teacher, theta=2.5, kappa=1e-9), student).any()
+    assert gradient(boundary_distillation_loss(student, teacher, theta=2.5), student).any()
+    assert gradient(boundary_distillation_loss(student, teacher, theta=2.5, mode="paper"), student).any()
+
+
+def test_straight_through_gradient_of_paper_mode():
+    """Hard forward: d L / d b = q_i - p_i at the hard map; backward through the sigmoid of the strength."""
+    student, teacher = randn(1, 4, 5, seed=1).requires_grad_(), randn(1, 4, 5, seed=2)
+    theta, kappa, tau = 2.0, 0.5, 1.5
+    loss = boundary_distillation_loss(student, teacher, theta=theta, kappa=kappa, tau=tau, mode="paper")
+    actual = gradient(loss, student)
+
+    everything = np.ones((4, 5), dtype=bool)
+    strengths = [reference.boundary_strength(x[0].detach().numpy(), everything, 3) for x in (teacher, student)]
+    p, q = (reference.softmax((u.flatten() <= theta) / tau) for u in strengths)
+    # L = -tau² sum p log softmax((1 - b) / tau): dL/db_i = -tau (q_i - p_i)
+    wrt_map = torch.from_numpy(-tau * (q - p)).view(1, 4, 5)
+    strength = boundary_strength(student)
+    slope = torch.sigmoid((strength.detach() - theta) / kappa)
+    surrogate = (wrt_map * slope * (1 - slope) / kappa * strength).sum()
+    torch.testing.assert_close(actual, gradient(surrogate, student), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck_stable(masked):
+    student, teacher = randn(2, 3, 3, seed=1).requires_grad_(), randn(2, 3, 3, seed=2)
+    mask = random_mask(2, 3, 3) if masked else None
+    assert torch.autograd.gradcheck(
+        lambda s: boundary_distillation_loss(s, teacher, theta=1.5, tau=1.3, mask=mask), student
+    )
+
+
+# --- precision, masks, gradients --------------------------------------------------------------------------------------
+
+
+@MODES
+def test_half_precision_input_is_computed_in_float32(mode):
+    # multiples of 1/8 are exact in bfloat16, and no range lies near theta
+    student, teacher = ((randn(2, 8, 8, seed=s) * 8).round().float() / 8 for s in (1, 2))
+    expected = boundary_distillation_loss(student, teacher, theta=2.0625, mode=mode)
+    half = boundary_distillation_loss(student.bfloat16(), teacher.bfloat16(), theta=2.0625, mode=mode)
+    assert half.dtype == torch.float32
+    assert half.item() == expected.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = boundary_distillation_loss(student, teacher, theta=2.0625, mode=mode)
+    assert autocast.dtype == torch.float32
+    assert autocast.item() == expected.item()
+
+
+@MODES
+def test_ignored_positions_change_nothing(mode):
+    student, teacher, mask = randn(2, 6, 6, seed=1), randn(2, 6, 6, seed=2), random_mask(2, 6, 6)
+    noisy = [torch.where(mask, x, x + 100 * randn(2, 6, 6, seed=7)).requires_grad_() for x in (student, teacher)]
+    expected = boundary_distillation_loss(student, teacher, theta=2.0, mask=mask, mode=mode)
+    loss = boundary_distillation_loss(*noisy, theta=2.0, mask=mask, mode=mode)
+    assert loss.item() == expected.item()
+    grad = gradient(loss, noisy[0])
+    assert not grad[~mask].any() and grad[mask].any()
+
+
+@MODES
+def test_everything_void_gives_a_connected_zero(mode):
+    student = randn(2, 4, 4, seed=1).requires_grad_()
+    loss = boundary_distillation_loss(
+        student, randn(2, 4, 4, seed=2), mask=torch.zeros(2, 4, 4, dtype=torch.bool), mode=mode
+    )
+    assert loss.item() == 0
+    assert not gradient(loss, student).any()
+
+
+@MODES
+def test_only_the_student_receives_a_gradient(mode):
+    student, teacher = randn(1, 5, 5, seed=1).requires_grad_(), randn(1, 5, 5, seed=2).requires_grad_()
+    boundary_distillation_loss(student, teacher, theta=2.0, mode=mode).backward()
+    assert teacher.grad is None
+    assert student.grad is not None and student.grad.any()
+
+
+def test_errors_name_both_values():
+    with pytest.raises(ValueError, match=r"\(1, 4, 4\).*\(1, 4, 5\)"):
+        boundary_distillation_loss(torch.zeros(1, 4, 4), torch.zeros(1, 4, 5))
+    with pytest.raises(ValueError, match="'literal'.*'stable'.*'paper'"):
+        boundary_distillation_loss(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4), mode="literal")  # type: ignore[arg-type]

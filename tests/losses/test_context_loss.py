@@ -1,0 +1,184 @@
+import math
+
+import loss_references as reference
+import pytest
+import torch
+from loss_references import randn, random_mask
+
+from hf_bcd.losses import context_distillation_loss
+from hf_bcd.losses.context import context_relation, literal_relation, relation_features
+
+
+MODES = pytest.mark.parametrize("mode", ["stable", "paper"])
+REFERENCES = {"stable": reference.context_loss, "paper": reference.literal_context_loss}
+
+
+def gradient(loss: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(loss, of)[0]
+
+
+def test_three_positions_by_hand():
+    # Two channels: layer norm leaves the sign, (+1, -1) or (-1, +1), so G = O·O/sqrt(2) = ±sqrt(2).
+    # Teacher signs + + -: row 0 sees (G01, G02) = (√2, -√2), row 1 likewise (G10, G12), row 2 sees (-√2, -√2).
+    # Student signs + - -: row 0 sees (-√2, -√2), row 1 sees (G10, G12) = (-√2, √2), row 2 (G20, G21) = (-√2, √2).
+    # With p = sigmoid(2√2):
+    #   row 0: KL((p, 1-p) ‖ (1/2, 1/2)) = log 2 - H(p)
+    #   row 1: KL((p, 1-p) ‖ (1-p, p))   = (2p - 1) · 2√2
+    #   row 2: KL((1/2, 1/2) ‖ (1-p, p)) = -log 2 - log(p (1-p)) / 2
+    def features(*signs: int) -> torch.Tensor:
+        return torch.tensor([[[[1000.0 * s for s in signs]], [[-1000.0 * s for s in signs]]]], dtype=torch.float64)
+
+    p = 1 / (1 + math.exp(-2 * math.sqrt(2)))
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    rows = [
+        math.log(2) - entropy,
+        (2 * p - 1) * 2 * math.sqrt(2),
+        -math.log(2) - math.log(p * (1 - p)) / 2,
+    ]
+    student, teacher = features(1, -1, -1), features(1, 1, -1)
+    assert context_distillation_loss(student, teacher).item() == pytest.approx(sum(rows) / 3, rel=1e-9)
+    peak = context_relation(student, teacher).peak
+    assert peak.item() == pytest.approx((p + p + 0.5) / 3, rel=1e-9)
+
+
+def test_relation_features_equal_plain_loops():
+    x = randn(2, 8, 3, 2) * 3 + 1
+    expected = [torch.from_numpy(reference.layer_norm(image.numpy())) for image in x]
+    torch.testing.assert_close(relation_features(x), torch.stack(expected))
+
+
+@MODES
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tau", [1.0, 2.3])
+def test_loss_equals_plain_loops(mode, masked, tau):
+    student, teacher = randn(3, 4, 2, 3, seed=1), randn(3, 6, 2, 3, seed=2)
+    mask = random_mask(3, 2, 3, seed=3) if masked else torch.ones(3, 2, 3, dtype=torch.bool)
+    if masked:
+        mask[1] = False
+    loss = context_distillation_loss(
+        student, teacher, tau=torch.tensor(tau, dtype=torch.float64), mask=mask if masked else None, mode=mode
+    )
+    expected = REFERENCES[mode](student.numpy(), teacher.numpy(), mask.numpy(), tau)
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_literal_equations_hardly_depend_on_the_student():
+    """n = 4096: even one-hot relations leave an outer softmax 2.4e-4 nat from uniform, on a constant of 8.318 a row."""
+    n = 4096
+    bits = (torch.arange(n)[:, None] >> torch.arange(12)) & 1
+    codes = (20.0 * (2 * bits - 1)).double().T.reshape(1, 12, 64, 64)  # neighbours lose 2·400/√12 = 231: one-hot rows
+    against_flat = math.log(n)
+    against_itself = literal_relation(codes, codes).item() / n
+
+    on, off = math.e / (math.e + n - 1), 1 / (math.e + n - 1)
+    assert on == pytest.approx(6.63e-4, abs=5e-7) and off == pytest.approx(2.44e-4, abs=5e-7)
+    assert against_flat == pytest.approx(8.318, abs=5e-4)
+    assert against_itself == pytest.approx(-on * math.log(on) - (n - 1) * off * math.log(off), rel=1e-10)
+    assert against_flat - against_itself == pytest.approx(2.4e-4, abs=5e-6)
+
+
+def test_equal_features_give_zero_with_zero_gradient():
+    student = randn(2, 8, 3, 3).requires_grad_()
+    loss = context_distillation_loss(student, student.detach().clone())
+    assert loss.abs() < 1e-12
+    assert gradient(loss, student).abs().max() < 1e-12
+    # paper: zero gradient too, on a constant that only the entropy of the teacher decides
+    loss = context_distillation_loss(student, student.detach().clone(), mode="paper")
+    assert loss.item() == pytest.approx(9 * math.log(9), rel=0.05)
+    assert gradient(loss, student).abs().max() < 1e-12
+
+
+def test_invariant_to_a_scale_of_every_position():
+    student, teacher = randn(2, 16, 3, 3, seed=1) * 30, randn(2, 16, 3, 3, seed=2) * 30
+    scale = 0.5 + random_mask(2, 1, 3, 3).double() * 7
+    expected = context_distillation_loss(student, teacher)
+    torch.testing.assert_close(context_distillation_loss(student * scale, teacher), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(context_distillation_loss(student, teacher * scale), expected, rtol=1e-5, atol=0)
+
+
+def test_invariant_to_an_orthogonal_rotation_of_the_channels():
+    """A layer norm singles out the mean over the channels: rotations that keep it change nothing."""
+    student, teacher = randn(2, 16, 3, 3, seed=1), randn(2, 16, 3, 3, seed=2)
+    ones = torch.full((16, 1), 0.25, dtype=torch.float64)
+    centred = torch.linalg.qr(torch.cat([ones, randn(16, 15, seed=3)], dim=1)).Q[
+        :, 1:
+    ]  # basis of the other directions
+    rotation = centred @ torch.linalg.qr(randn(15, 15, seed=4)).Q @ centred.T + ones @ ones.T
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(16, dtype=torch.float64))
+    rotated = torch.einsum("dc,bchw->bdhw", rotation, student)
+    assert not torch.allclose(rotated, student)
+    torch.testing.assert_close(
+        context_distillation_loss(rotated, teacher), context_distillation_loss(student, teacher), rtol=1e-9, atol=0
+    )
+
+
+def test_literal_form_is_invariant_to_any_rotation():
+    student, teacher = randn(2, 16, 3, 3, seed=1), randn(2, 16, 3, 3, seed=2)
+    rotated = torch.einsum("dc,bchw->bdhw", torch.linalg.qr(randn(16, 16, seed=3)).Q, student)
+    torch.testing.assert_close(literal_relation(rotated, teacher), literal_relation(student, teacher))
+
+
+@MODES
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck(mode, masked):
+    student, teacher = randn(2, 4, 2, 2, seed=1).requires_grad_(), randn(2, 3, 2, 2, seed=2)
+    mask = torch.tensor([[[True, False], [True, True]], [[False, False], [False, True]]]) if masked else None
+    assert torch.autograd.gradcheck(
+        lambda s: context_distillation_loss(s, teacher, tau=1.3, mask=mask, mode=mode), student
+    )
+
+
+@MODES
+def test_half_precision_input_is_computed_in_float32(mode):
+    student, teacher = randn(2, 16, 4, 4, seed=1, dtype=torch.float32), randn(2, 16, 4, 4, seed=2, dtype=torch.float32)
+    expected = context_distillation_loss(student, teacher, mode=mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = context_distillation_loss(student, teacher, mode=mode)
+    assert autocast.dtype == torch.float32
+    assert autocast.item() == expected.item()
+    half = context_distillation_loss(student.bfloat16(), teacher.bfloat16(), mode=mode)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(expected.item(), rel=1e-2)
+    rounded = context_distillation_loss(student.bfloat16().float(), teacher.bfloat16().float(), mode=mode)
+    assert half.item() == rounded.item()
+
+
+@MODES
+def test_ignored_positions_change_nothing(mode):
+    student, teacher, mask = randn(2, 4, 3, 3, seed=1), randn(2, 6, 3, 3, seed=2), random_mask(2, 3, 3)
+    keep = mask[:, None]
+    noisy = [torch.where(keep, x, x + 10 * torch.ones_like(x).cumsum(1)).requires_grad_() for x in (student, teacher)]
+    expected = context_distillation_loss(student, teacher, mask=mask, mode=mode)
+    loss = context_distillation_loss(*noisy, mask=mask, mode=mode)
+    assert loss.item() == expected.item()
+    grad = gradient(loss, noisy[0])
+    assert not grad.masked_select(~keep).any() and grad.masked_select(keep).any()
+
+
+@MODES
+def test_everything_void_gives_a_connected_zero(mode):
+    student = randn(2, 4, 3, 3, seed=1).requires_grad_()
+    mask = torch.zeros(2, 3, 3, dtype=torch.bool)
+    loss = context_distillation_loss(student, randn(2, 4, 3, 3, seed=2), mask=mask, mode=mode)
+    assert loss.item() == 0
+    assert not gradient(loss, student).any()
+
+
+@MODES
+def test_only_the_student_receives_a_gradient(mode):
+    student, teacher = randn(1, 4, 3, 3, seed=1).requires_grad_(), randn(1, 6, 3, 3, seed=2).requires_grad_()
+    context_distillation_loss(student, teacher, mode=mode).backward()
+    assert teacher.grad is None
+    assert student.grad is not None and student.grad.any()
+
+
+@MODES
+def test_different_grids_are_an_error_that_names_both(mode):
+    with pytest.raises(ValueError, match=r"\(1, 4, 2, 2\).*\(1, 4, 2, 3\).*resize"):
+        context_distillation_loss(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 3), mode=mode)
+
+
+def test_unknown_mode_is_named():
+    with pytest.raises(ValueError, match="'both'"):
+        context_distillation_loss(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), mode="both")  # type: ignore[arg-type]

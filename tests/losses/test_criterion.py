@@ -1,0 +1,150 @@
+from typing import Any
+
+import pytest
+import torch
+from loss_references import dense_output, random_labels
+
+from hf_bcd.losses import LOSSES, BCDLoss, build_criterion
+from hf_bcd.losses.criterion import DistillationCriterion, unknown_key_message
+from hf_bcd.outputs import FeatureSpec
+
+
+SPECS = {"stride_4": FeatureSpec(4, 4), "stride_8": FeatureSpec(6, 8)}
+SMALL: dict[str, Any] = {"channels": 8, "reduced_channels": 4}
+
+
+def build(options: dict | None = None) -> DistillationCriterion:
+    torch.manual_seed(0)
+    return build_criterion({"bcd": SMALL | (options or {})}, SPECS, SPECS)
+
+
+def batch():
+    outputs = [dense_output(SPECS, 2, 32, 3, seed=seed) for seed in (0, 100)]
+    return *outputs, random_labels(2, 32, 32, num_labels=3)
+
+
+TASK = {"loss_task": torch.tensor(2.0), "loss_auxiliary": torch.tensor(1.25)}  # 2 + 0.4 · 1.25 = 2.5
+
+
+@pytest.mark.parametrize("mode", ["stable", "paper"])
+def test_weights_are_applied_once(mode):
+    criterion = build({"mode": mode, "weight": {"boundary": 7, "context": 0.25}})
+    student, teacher, labels = batch()
+    total, terms = criterion(TASK, student, teacher, labels)
+    assert set(terms) == {"loss_task", "loss_auxiliary", "bcd/boundary", "bcd/context"}
+    unweighted = criterion.losses["bcd"](student, teacher, labels)
+    assert {k: v.item() for k, v in unweighted.items()} == {
+        term: terms[f"bcd/{term}"].item() for term in ("boundary", "context")
+    }
+    expected = 2.5 + 7 * terms["bcd/boundary"].item() + 0.25 * terms["bcd/context"].item()
+    assert total.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_decay_multiplies_distillation_and_not_the_task():
+    student, teacher, labels = batch()
+    for decays in (True, False):
+        criterion = build({"decay": decays})
+        full, terms = criterion(TASK, student, teacher, labels)
+        criterion.decay.fill_(0.25)
+        quarter, same_terms = criterion(TASK, student, teacher, labels)
+        distilled = full.item() - 2.5
+        assert distilled > 0.01
+        assert quarter.item() - 2.5 == pytest.approx(distilled * (0.25 if decays else 1), rel=1e-5)
+        assert {k: v.item() for k, v in terms.items()} == {k: v.item() for k, v in same_terms.items()}
+    assert build().decays == {"bcd"}  # r(t) is part of the method
+
+
+def test_without_a_teacher_the_task_alone_remains():
+    student, _, labels = batch()
+    total, terms = build()(TASK, student, None, labels)
+    assert total.item() == 2.5
+    assert set(terms) == set(TASK)
+    empty, _ = build_criterion({}, SPECS, SPECS)(TASK, student, None, labels)
+    assert empty.item() == 2.5
+
+
+def test_total_carries_the_gradient_of_every_term():
+    student, teacher, labels = batch()
+    task = torch.tensor(1.0, requires_grad=True)
+    level = student.features["stride_8"].requires_grad_()
+    criterion = build({"weight": 2})
+    total, _ = criterion({"loss_task": task}, student, teacher, labels)
+    total.backward()
+    assert task.grad == 1
+    assert level.grad is not None and level.grad.any()
+
+
+def test_default_weights_follow_the_mode():
+    assert build().weights == {"bcd/boundary": 3, "bcd/context": 1}
+    assert build({"mode": "paper"}).weights == {"bcd/boundary": 10, "bcd/context": 50}
+    assert build({"weight": {"context": 4}}).weights == {"bcd/boundary": 3, "bcd/context": 4}
+    assert build({"weight": 0.5}).weights == {"bcd/boundary": 0.5, "bcd/context": 0.5}
+    assert build_criterion({"bcd": None}, SPECS, SPECS).weights == {"bcd/boundary": 3, "bcd/context": 1}
+
+
+def test_options_reach_the_loss():
+    loss = build_criterion({"bcd": SMALL | {"radius": 5}}, SPECS, SPECS, ignore_index=7, seed=3).losses["bcd"]
+    assert isinstance(loss, BCDLoss)
+    assert (loss.radius, loss.ignore_index) == (5, 7)
+    same_seed = BCDLoss(SPECS, SPECS, **SMALL, seed=3)
+    assert torch.equal(loss.teacher_head.readout.weight, same_seed.teacher_head.readout.weight)
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({"bdc": {}}, "unknown loss 'bdc'. Did you mean 'bcd'"),
+        ({"bcd": {"raduis": 3}}, "unknown option of loss 'bcd' 'raduis'. Did you mean 'radius'.*weight"),
+        ({"bcd": {"ignore_index": 0}}, "unknown option of loss 'bcd' 'ignore_index'"),
+        ({"bcd": {"weight": {"boundry": 1}}}, "unknown term of loss 'bcd' 'boundry'. Did you mean 'boundary'"),
+        ({"bcd": {"weight": -1}}, "weight of bcd/boundary is -1"),
+        ({"bcd": {"weight": {"context": float("nan")}}}, "weight of bcd/context is nan"),
+        ({"bcd": {"weight": float("inf")}}, "is inf"),
+        ({"bcd": {"weight": "3"}}, "is '3'"),
+        ({"bcd": {"weight": True}}, "is True"),
+        ({"bcd": {"mode": "literal"}}, "'literal'"),
+    ],
+)
+def test_bad_recipes_are_explained(losses, message):
+    with pytest.raises(ValueError, match=message):
+        build_criterion(losses, SPECS, SPECS)
+
+
+def test_no_hint_where_nothing_is_near():
+    assert unknown_key_message("loss", "zzz", ["kd", "bcd"]) == "unknown loss 'zzz'. Known: bcd, kd."
+
+
+def test_calibration_and_steps_are_passed_on():
+    criterion, (_, teacher, labels) = build(), batch()
+    assert criterion.needs_calibration
+    criterion.calibrate([(teacher, labels)], progress=lambda steps: list(steps)[:3])
+    assert not criterion.needs_calibration
+    loss = criterion.losses["bcd"]
+    assert isinstance(loss, BCDLoss)
+    loss.context_temperature.observe(torch.tensor([0.9]))
+    criterion.after_step()
+    assert loss.context_temperature.value.item() == pytest.approx(1.05)
+
+
+def test_state_holds_what_a_resumed_run_needs_and_not_the_decay():
+    criterion, (student, teacher, labels) = build(), batch()
+    criterion.calibrate([(teacher, labels)], progress=lambda steps: list(steps)[:3])
+    criterion.decay.fill_(0.5)
+    state = criterion.state_dict()
+    assert "decay" not in state
+    assert {"losses.bcd.teacher_head.theta", "losses.bcd.context_temperature.value"} <= set(state)
+    restored = build_criterion({"bcd": SMALL}, SPECS, SPECS, seed=8)
+    restored.load_state_dict(state)
+    restored.decay.fill_(0.5)
+    assert not restored.needs_calibration
+    totals = [c(TASK, student, teacher, labels)[0].item() for c in (criterion, restored)]
+    assert totals[0] == totals[1]
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_loss_keeps_the_contract(name):
+    cls = LOSSES[name]
+    loss = cls(SPECS, SPECS)
+    student, teacher, labels = batch()
+    assert set(loss(student, teacher, labels)) == set(cls.terms) == set(cls.default_weights())
+    assert cls.citation.startswith("@") and cls.needs <= {"features", "logits"}

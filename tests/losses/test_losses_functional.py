@@ -1,0 +1,103 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from loss_references import randn, random_mask
+
+from hf_bcd.losses.functional import (
+    all_reduce_sum,
+    at_least_float32,
+    grid_size,
+    is_distributed,
+    mask_fill_value,
+    resize,
+    resize_nearest,
+    standardize,
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_at_least_float32(given, expected):
+    assert at_least_float32(torch.zeros(2, dtype=given)).dtype == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mask_fill_value_vanishes_in_a_softmax_and_stays_finite(dtype):
+    fill = mask_fill_value(dtype)
+    assert torch.tensor([0.0, fill], dtype=dtype).softmax(0).tolist() == [1, 0]
+    assert torch.isfinite(torch.full((3,), fill, dtype=dtype).log_softmax(0)).all()
+
+
+def test_resize_has_half_pixel_centres():
+    x = torch.tensor([[[[0.0, 4.0]]]])
+    # centres of four target pixels in source coordinates: -1/4, 1/4, 3/4, 5/4
+    assert resize(x, (1, 4)).flatten().tolist() == [0, 1, 3, 4]
+    assert resize(x, (1, 2)) is x
+
+
+@pytest.mark.parametrize("size", [(3, 5), (8, 8), (16, 4), (5, 12), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_resize_nearest_takes_the_pixel_under_the_centre(size, dtype):
+    x = (torch.arange(2 * 8 * 12).view(2, 8, 12) % 256).to(dtype)
+    resized = resize_nearest(x, size)
+    assert resized.dtype == dtype
+    for y in range(size[0]):
+        for x_ in range(size[1]):
+            source = math.floor((y + 0.5) * 8 / size[0]), math.floor((x_ + 0.5) * 12 / size[1])
+            assert torch.equal(resized[:, y, x_], x[:, source[0], source[1]])
+
+
+def test_resize_nearest_keeps_large_ids():
+    x = torch.full((1, 4, 4), 2**53 + 1)
+    assert resize_nearest(x, (2, 2)).unique().tolist() == [2**53 + 1]
+
+
+@pytest.mark.parametrize(("height", "width", "expected"), [(512, 1024, (64, 128)), (513, 1, (65, 1)), (8, 9, (1, 2))])
+def test_grid_size_rounds_up(height, width, expected):
+    assert grid_size(torch.empty(1, height, width), 8) == expected
+
+
+def test_one_process_reduces_nothing():
+    x = torch.ones(2)
+    assert not is_distributed()
+    assert all_reduce_sum(x) is x
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_standardize_over_everything(masked):
+    x, mask = randn(2, 4, 5) * 3 + 7, random_mask(2, 4, 5)
+    values = (x[mask] if masked else x.flatten()).numpy()
+    expected = (x.numpy() - values.mean()) / (values.std() + 1e-5)
+    actual = standardize(x, (0, 1, 2), mask if masked else None)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_standardize_per_channel():
+    x, mask = randn(2, 3, 4, 5), random_mask(2, 4, 5)
+    actual = standardize(x, (0, 2, 3), mask[:, None])
+    for channel in range(3):
+        values = x[:, channel][mask]
+        expected = (x[:, channel] - values.mean()) / (values.std(correction=0) + 1e-5)
+        torch.testing.assert_close(actual[:, channel], expected)
+
+
+def test_standardize_of_a_constant_is_zero_with_a_finite_gradient():
+    x = torch.full((1, 3, 3), 5.0, requires_grad=True)
+    y = standardize(x, (0, 1, 2))
+    (y * torch.arange(9.0).view(1, 3, 3)).sum().backward()
+    assert not y.any()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
+def test_standardize_gradcheck():
+    x, mask = randn(2, 2, 3).requires_grad_(), random_mask(2, 2, 3)
+    assert torch.autograd.gradcheck(lambda x: standardize(x, (0, 1, 2), mask), x)

@@ -1,0 +1,162 @@
+"""The scripts as a user starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parent.parent.parent
+DISTILL, EVALUATE = ROOT / "scripts" / "distill.py", ROOT / "scripts" / "evaluate.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+TINY = [
+    "--dataset_options.size", "[48, 64]",
+    "--dataset_options.num_images", "{train: 8, validation: 2, test: 3}",
+    "--teacher.options", "{head_channels: 8, backbone_kwargs: {channels: [8, 16, 16, 32]}}",
+    "--student.options", "{head_channels: 8, backbone_kwargs: {channels: [8, 8, 16, 16], stem_width: 8}}",
+    "--crop_size", "48", "--per_device_train_batch_size", "2", "--calibration_images", "4",
+    "--dataloader_num_workers", "0",
+]  # fmt: skip
+
+pytestmark = pytest.mark.slow
+
+
+def run(
+    *arguments: object, launcher: tuple[str, ...] = (sys.executable,), code: int = 0
+) -> subprocess.CompletedProcess:
+    command = [*launcher, *(str(argument) for argument in arguments)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == code, done.stdout[-1500:] + done.stderr[-3000:]
+    return done
+
+
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The demo, shortened, started as the README says; its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    options = ["--output_dir", folder, "--max_steps", 3, "--teacher_training.max_steps", 2, "--logging_steps", 1]
+    return folder, run(DISTILL, *options, *TINY, launcher=(*ACCELERATE, "--num_processes", "1")).stdout
+
+
+def test_the_demo_leaves_a_complete_folder_and_a_table(demo: tuple[Path, str]) -> None:
+    folder, printed = demo
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json", "README.md", "results.json"):
+        assert (folder / name).stat().st_size > 0, name
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        "comparison.png",
+        "boundaries.png",
+        "relations.png",
+    }
+    results = json.loads((folder / "results.json").read_text())
+    assert results.keys() == {"teacher", "baseline", "student", "protocol"}
+    metrics = {
+        "mean_iou", "mean_accuracy", "overall_accuracy", "per_class_iou", "classes_averaged", "boundary_f@1",
+        "boundary_f@3", "boundary_f@5", "boundary_iou", "completeness", "connectivity", "fragments", "missed",
+    }  # fmt: skip
+    for name in ("teacher", "baseline", "student"):
+        assert results[name].keys() == metrics
+        assert f"{100 * results[name]['mean_iou']:.2f}" in printed
+    assert results["protocol"]["split"] == "test" and results["protocol"]["num_images"] == 3
+    assert f'pipeline("image-segmentation", "{folder}")' in printed
+    assert "teacher" not in load_file(folder / "model.safetensors")
+    card = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    assert card["pipeline_tag"] == "image-segmentation" and "knowledge-distillation" in card["tags"]
+    events = [path for path in folder.rglob("events.out.tfevents*") if path.parent.parent.parent == folder]
+    assert events, "no TensorBoard log of the student"
+
+
+def test_the_printed_lines_load_the_student(demo: tuple[Path, str], tmp_path: Path) -> None:
+    folder, printed = demo
+    lines = printed[printed.index("import hf_bcd") :].strip().splitlines()[:3]
+    picture = tmp_path / "picture.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(picture)
+    lines[-1] = f"print([s['mask'].size for s in {lines[-1].replace('picture.jpg', str(picture))}])"
+    assert "(70, 50)" in run("-c", "\n".join(lines)).stdout
+
+
+def test_evaluate_repeats_the_runs_numbers(demo: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = demo
+    data = ["--dataset_name", "synthetic", *TINY[:4]]
+    run(EVALUATE, "--student", folder, *data, "--output_dir", tmp_path, "--report_to", "none")
+    scores = json.loads((tmp_path / "evaluation.json").read_text())["scores"]
+    expected = json.loads((folder / "results.json").read_text())["student"]
+    assert scores["mean_iou"] == expected["mean_iou"]
+
+
+def test_a_killed_run_resumes_to_the_same_student(tmp_path: Path) -> None:
+    options = [
+        *TINY,
+        "--teacher_training.max_steps",
+        1,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        2,
+        "--max_steps",
+        40,
+    ]
+    options += ["--with_baseline", "false", "--report_to", "none"]
+    command = [sys.executable, str(DISTILL), "--output_dir", str(tmp_path / "killed"), *map(str, options)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(3000):
+        if list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists(), "finished before it could be killed"
+    run(DISTILL, "--output_dir", tmp_path / "killed", *options, "--resume_from_checkpoint", "true")
+    run(DISTILL, "--output_dir", tmp_path / "whole", *options)
+    killed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
+    assert all((killed[name] == whole[name]).all() for name in whole)
+
+
+def test_the_two_process_configuration_starts_two_processes(tmp_path: Path) -> None:
+    """Silent failure 3: `--cpu --num_processes 2` would run one."""
+    config = ROOT / "examples" / "accelerate_configs" / "cpu_x2.yaml"
+    options = [*TINY, "--teacher_training.max_steps", 1, "--max_steps", 2, "--with_baseline", "false"]
+    launcher = (*ACCELERATE, "--config_file", str(config))
+    done = run(DISTILL, "--output_dir", tmp_path, *options, launcher=launcher)
+    assert "- processes: 2" in (tmp_path / "README.md").read_text()
+    assert done.stdout.count("mIoU") == 1, "only the first process prints"
+
+
+def test_real_photographs_from_a_local_folder(shared_data: Path, tmp_path: Path) -> None:
+    recipe = ROOT / "examples" / "recipes" / "camvid" / "mobilenetv2_deeplabv3plus_to_mobilenetv2_fpn.yaml"
+    weights = shared_data / "weights" / "mobilenetv2_100.tf_in1k.timm.safetensors"
+    run(
+        DISTILL, "--config", recipe, "--data_dir", shared_data / "camvid", "--output_dir", tmp_path,
+        "--student.weights", weights, "--teacher.weights", weights, "--max_steps", 1, "--teacher_training.max_steps", 1,
+        "--crop_size", 64, "--image_size", 90, "--per_device_train_batch_size", 2, "--calibration_images", 4,
+        "--max_eval_samples", 2, "--eval_strategy", "no", "--report_to", "none", "--dataloader_num_workers", 0,
+    )  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["protocol"]["dataset"] == "camvid" and results["protocol"]["num_labels"] == 11
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset_name", "synthetic"], "no student: give --student"),
+        (["--student", "{backbone: resnet18}"], "no data: give --dataset_name"),
+        (["--student", "{backbone: resnet1}", "--dataset_name", "synthetic"], "not an architecture of timm"),
+        (["--data_dir", "/missing/folder", "--student", "{backbone: resnet18}"], "/missing/folder"),
+    ],
+)
+def test_mistakes_end_in_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    done = run(DISTILL, "--output_dir", tmp_path, *options, code=1)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+    assert "Traceback" not in done.stderr
