@@ -13,7 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from .data.dataset import TransformedDataset
 from .distiller import Distiller
@@ -106,11 +106,11 @@ class PictureCallback(TrainerCallback):
     ) -> None:
         handler = self.trainer.callback_handler
         writers = [c.tb_writer for c in handler.callbacks if isinstance(c, TensorBoardCallback) and c.tb_writer]
-        dataset = self.trainer.eval_dataset
+        dataset: Any = self.trainer.eval_dataset
         if not state.is_world_process_zero or not writers or dataset is None or self.trainer.is_fsdp_enabled:
             return
         strips = []
-        for index in range(min(self.count, len(dataset))):  # type: ignore[arg-type]
+        for index in range(min(self.count, len(dataset))):
             sample = dataset[index]
             prediction = self.trainer.predict_classes(sample)
             strips.append(prediction_strip(sample, prediction, self.trainer.metrics.num_labels))

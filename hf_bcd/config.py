@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,7 @@ class ModelSpec:
         """
         if isinstance(given, ModelSpec):
             return given
-        fields = {"name_or_path": given} if isinstance(given, str) else dict(given)
+        fields: dict[str, Any] = {"name_or_path": given} if isinstance(given, str) else dict(given)
         known = [f.name for f in dataclasses.fields(cls)]
         for key in fields:
             if key not in known:
@@ -175,6 +176,8 @@ class BCDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.batch_eval_metrics = True  # evaluation streams counts; predictions are never gathered
+        # an accelerate configuration with use_cpu reaches us through the environment alone
+        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
         super().__post_init__()
         if isinstance(self.losses, str):
             self.losses = parse_mapping(self.losses, "losses")
@@ -341,7 +344,8 @@ def _set_nested(values: dict[str, Any], path: list[str], value: Any) -> None:
     current = values[key]
     if isinstance(current, str):  # `--teacher some/model` and then one more field of it
         current = {"name_or_path": current}
-    node = values[key] = dict(current or {})
+    node: dict[str, Any] = dict(current or {})
+    values[key] = node
     for name in inner:
         node[name] = dict(node.get(name) or {})
         node = node[name]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import DenseAdapter
 from .losses.criterion import DistillationCriterion
 from .losses.schedules import decay
 from .losses.task import segmentation_loss
@@ -24,7 +25,10 @@ class Distiller(nn.Module):
     # the Trainer must not guess from the signature that the loss is already normalised over accumulated batches
     accepts_loss_kwargs = False
 
-    def __init__(self, student: nn.Module, criterion: DistillationCriterion, ignore_index: int = 255) -> None:
+    student: DenseAdapter
+    criterion: DistillationCriterion
+
+    def __init__(self, student: DenseAdapter, criterion: DistillationCriterion, ignore_index: int = 255) -> None:
         super().__init__()
         self.student = student
         self.criterion = criterion
@@ -75,8 +79,8 @@ class Distiller(nn.Module):
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recomputes the student's activations in the backward pass; options as for the student itself."""
-        self.student.model.activation_checkpointing_enable(**options)  # type: ignore[union-attr]
+        self.student.model.activation_checkpointing_enable(**options)
 
     def activation_checkpointing_disable(self) -> None:
         """Keeps the student's activations again."""
-        self.student.model.activation_checkpointing_disable()  # type: ignore[union-attr]
+        self.student.model.activation_checkpointing_disable()

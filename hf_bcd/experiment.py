@@ -126,6 +126,7 @@ def train_model(
     trainer.train(resume_from_checkpoint=checkpoint_of(config))
     trainer.save_model()
     trainer.save_state()
+    trainer.accelerator.wait_for_everyone()  # the first rank writes what all ranks may read next
     return trainer
 
 

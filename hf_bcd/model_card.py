@@ -78,7 +78,7 @@ def write_card(
         schedule={
             "steps": trainer.state.global_step,
             "images a step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            "crop": f"{args.crop_size} x {args.crop_size}",  # type: ignore[attr-defined]
+            "crop": f"{args.crop_size} x {args.crop_size}",
             "optimizer": f"{getattr(args.optim, 'value', args.optim)} ({args.optim_args or 'default options'})",
             "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
             "weight decay": args.weight_decay,

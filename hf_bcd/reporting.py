@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 
 from .adapters import DenseAdapter, build_adapter, image_statistics
 from .config import BCDConfig
-from .data import DenseDataset, DenseDatasets, EvalTransform
+from .data import DenseDataset, DenseDatasets
+from .data.dataset import Sample
 from .experiment import write_json
 from .losses.bcd import BCDLoss
 from .losses.context import relation_features
 from .losses.functional import resize
 from .model_card import write_card
+from .preparation import eval_transform
 from .trainer import BCDTrainer
 from .visualize import boundary_figure, comparison_figure, relation_figure
 
@@ -94,7 +96,7 @@ def write_report(
     figures: list[str] = []
     if split is not None:
         if "student" in scores:
-            results["protocol"] = protocol(data[split], trainer.args, scores["student"])  # type: ignore[arg-type]
+            results["protocol"] = protocol(data[split], trainer.args, scores["student"])
         figures = write_figures(trainer, models, data[split], folder / "figures")
     write_json(folder / "results.json", results)
     write_card(folder, trainer, models, results, data, [f"figures/{name}" for name in figures])
@@ -111,13 +113,10 @@ def write_figures(
         for name, model in models.items()
         if model.config.num_labels == data.num_labels
     }
-    transform = EvalTransform(trainer.args.image_size)  # type: ignore[attr-defined]
     samples = []
     for index in range(min(NUM_PICTURES, len(data))):
         sample = data[index]
-        pixel_values = transform(sample["image"], sample["label"])["pixel_values"].to(device)
-        size = sample["label"].shape
-        predictions = {name: predict_image(adapters[name], pixel_values, size) for name in adapters}
+        predictions = {name: predict_sample(adapter, sample, trainer.args) for name, adapter in adapters.items()}
         named = {
             "distilled" if name == "student" and "teacher" in models else name: p for name, p in predictions.items()
         }
@@ -128,10 +127,12 @@ def write_figures(
 
 
 @torch.no_grad()
-def predict_image(adapter: DenseAdapter, pixel_values: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Classes `[H, W]` of one image `[3, h, w]` at the label's size."""
-    logits = adapter(pixel_values[None]).logits.float()
-    return resize(logits, (size[0], size[1])).argmax(dim=1)[0].cpu()
+def predict_sample(adapter: DenseAdapter, sample: Sample, config: BCDConfig) -> Tensor:
+    """Classes `[H, W]` of one canonical sample, at the label's size, on the CPU."""
+    pixel_values = eval_transform(adapter, config.image_size)(**sample)["pixel_values"]
+    logits = adapter(pixel_values[None].to(config.device)).logits.float()
+    height, width = sample["label"].shape
+    return resize(logits, (height, width)).argmax(dim=1)[0].cpu()
 
 
 def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) -> list[str]:
@@ -142,12 +143,13 @@ def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) ->
     loss = losses["bcd"]
     assert isinstance(loss, BCDLoss)
     sample = data[0]
-    transform = EvalTransform(trainer.args.image_size)  # type: ignore[attr-defined]
-    pixel_values = transform(sample["image"], sample["label"])["pixel_values"][None].to(trainer.args.device)
+    student = trainer.distiller.student
+    pixel_values = eval_transform(student, trainer.args.image_size)(**sample)["pixel_values"]
+    pixel_values = pixel_values[None].to(trainer.args.device)
     labels = torch.zeros((1, *pixel_values.shape[-2:]), dtype=torch.int64, device=trainer.args.device)
     trainer.distiller.eval()
     with torch.no_grad():
-        maps = loss.inspect(trainer.distiller.student(pixel_values), trainer.teacher(pixel_values), labels)
+        maps = loss.inspect(student(pixel_values), trainer.teacher(pixel_values), labels)
     boundaries = {"teacher": maps["teacher_boundary"][0].cpu(), "student": maps["student_boundary"][0].cpu()}
     boundary_figure(sample["image"], boundaries, folder / "boundaries.png")
 

@@ -2,11 +2,9 @@
 
 import logging
 import math
-import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,16 +15,24 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .adapters import FrozenTeacher, build_adapter, image_processor, image_statistics
+from .adapters import DenseAdapter, build_adapter, image_processor, image_statistics
 from .builders import load_segmentation_model
 from .callbacks import DistillationCallback, InterruptCallback, PictureCallback
 from .config import BCDConfig
-from .data import DenseDataset, EvalTransform, SemanticCollator, TrainTransform
+from .data import DenseDataset, SemanticCollator
 from .distiller import Distiller
 from .losses.criterion import DistillationCriterion, build_criterion
 from .losses.functional import resize
 from .metrics import SemanticMetrics
 from .outputs import DenseOutput
+from .preparation import (
+    adopt_labels,
+    build_frozen_teacher,
+    eval_transform,
+    share_cores,
+    train_transform,
+    with_transform,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -56,6 +62,9 @@ class BCDTrainer(Trainer):
             adapter.
     """
 
+    args: BCDConfig
+    model: nn.Module
+
     # the loss is a mean over one batch, which the base class then divides by the accumulation steps
     loss_is_scaled_for_ga = False
 
@@ -75,7 +84,7 @@ class BCDTrainer(Trainer):
         share_cores(args)
         reference = eval_dataset if eval_dataset is not None else train_dataset
         adopt_labels(model, reference)
-        student = build_adapter(model, *image_statistics(model))
+        student: DenseAdapter = build_adapter(model, *image_statistics(model))
         student.freeze_unused()
         if isinstance(teacher_model, str):
             teacher_model = load_segmentation_model(teacher_model)
@@ -88,7 +97,7 @@ class BCDTrainer(Trainer):
             )
         distiller = Distiller(student, criterion)
         if args.sync_batchnorm and args.world_size > 1 and args.device.type == "cuda":
-            distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+            distiller = cast(Distiller, nn.SyncBatchNorm.convert_sync_batchnorm(distiller))
         self.metrics = SemanticMetrics(student.num_labels)
         self.per_class_iou: list[float] = []
         self._term_sums: dict[str, Tensor] = {}
@@ -99,9 +108,9 @@ class BCDTrainer(Trainer):
             args=args,
             data_collator=kwargs.pop("data_collator", SemanticCollator()),
             train_dataset=with_transform(train_dataset, train_transform(args), args.seed),
-            eval_dataset=with_transform(eval_dataset, EvalTransform(args.image_size), args.seed),
+            eval_dataset=with_transform(eval_dataset, eval_transform(student, args.image_size), args.seed),
             processing_class=processing_class or image_processor(student, shortest_edge=args.image_size),
-            compute_metrics=self._add_counts,
+            compute_metrics=self._add_counts,  # type: ignore[arg-type] # streamed: called once a batch
             **kwargs,
         )
         if self.teacher is not None:
@@ -137,7 +146,7 @@ class BCDTrainer(Trainer):
             self.calibrate()
         self._term_sums, self._term_steps = {}, 0.0
         # an evaluation before training marks the model as prepared, and then no DDP would be wrapped around it
-        self.model._is_accelerate_prepared = False
+        self.model._is_accelerate_prepared = False  # type: ignore[assignment]
         with self.interrupt.listening():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.interrupt.requested:
@@ -246,7 +255,8 @@ class BCDTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Metrics of `SemanticMetrics` over a data set, with the prefix; `per_class_iou` is a list."""
         if isinstance(eval_dataset, DenseDataset):
-            eval_dataset = with_transform(eval_dataset, EvalTransform(self.args.image_size), self.args.seed)
+            transform = eval_transform(self.distiller.student, self.args.image_size)
+            eval_dataset = with_transform(eval_dataset, transform, self.args.seed)
         self._share_buffers()
         self.metrics.reset()
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -280,7 +290,7 @@ class BCDTrainer(Trainer):
 
     def _add_counts(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
         """Unpacks gathered per-image counts, from which duplicates that fill the last batch have been cut."""
-        rows, offset, counts = prediction.predictions, 0, {}
+        rows, offset, counts = cast(Tensor, prediction.predictions), 0, {}
         for name, shape in self.metrics.shapes.items():
             width = math.prod(shape)
             counts[name] = rows[:, offset : offset + width].reshape(-1, *shape)
@@ -307,7 +317,7 @@ class BCDTrainer(Trainer):
         """Saves the student as `from_pretrained` reads it; in checkpoints also the connectors and temperatures."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         state = self.distiller.state_dict() if state_dict is None else state_dict
         self.student.save_pretrained(folder, state_dict=with_prefix(state, STUDENT_PREFIX))
@@ -338,68 +348,6 @@ class BCDTrainer(Trainer):
         assert self.state.best_model_checkpoint is not None
         logger.info("loading the best model, %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def share_cores(args: BCDConfig) -> None:
-    """Divides the machine's cores among its processes: more threads and workers than cores slow all of them down."""
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = max(1, (os.cpu_count() or 1) // local_processes)
-    torch.set_num_threads(min(torch.get_num_threads(), cores))
-    args.dataloader_num_workers = min(args.dataloader_num_workers, cores)
-    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
-
-
-def adopt_labels(model: PreTrainedModel, dataset: Any) -> None:
-    """Gives a model with placeholder class names the data set's names.
-
-    Raises:
-        ValueError: if the model has another number of classes, or the same names in another order.
-    """
-    id2label = getattr(dataset, "id2label", None)
-    if id2label is None:
-        return
-    if model.config.num_labels != len(id2label):
-        raise ValueError(
-            f"the model predicts {model.config.num_labels} classes, but the data set has {len(id2label)} "
-            f"({', '.join(list(id2label.values())[:5])}, ...). Load the model with num_labels={len(id2label)}, "
-            "ignore_mismatched_sizes=True."
-        )
-    names = {int(index): str(name) for index, name in model.config.id2label.items()}
-    if all(name == f"LABEL_{index}" for index, name in names.items()):
-        model.config.id2label = dict(id2label)
-        model.config.label2id = {name: index for index, name in id2label.items()}
-    elif sorted(names.values()) == sorted(id2label.values()) and names != dict(id2label):
-        raise ValueError(
-            f"the model has the data set's classes in another order ({names} against {dict(id2label)}); set "
-            "id2label when loading the model, or reorder the data set's."
-        )
-
-
-def build_frozen_teacher(model: PreTrainedModel, student_id2label: dict[int, str], args: BCDConfig) -> FrozenTeacher:
-    """Wraps a teacher in the precision that the arguments ask for."""
-    dtypes: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
-    automatic = torch.bfloat16 if args.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    return FrozenTeacher(
-        build_adapter(model, *image_statistics(model)),
-        student_id2label,
-        dtype=dtypes.get(args.teacher_dtype, automatic),
-    )
-
-
-def train_transform(args: BCDConfig) -> TrainTransform:
-    """The paper's augmentation as the arguments set it."""
-    strength = args.color_jitter
-    return TrainTransform(
-        args.crop_size,
-        image_size=args.image_size,
-        scale=(args.scale_min, args.scale_max),
-        jitter=(strength, strength, strength, 0.0) if strength else None,
-    )
-
-
-def with_transform(dataset: Any, transform: Callable, seed: int) -> Any:
-    """Adds a transform to canonical samples; leaves datasets that already yield tensors alone."""
-    return dataset.with_transform(transform, seed=seed) if isinstance(dataset, DenseDataset) else dataset
 
 
 def same_size_groups(

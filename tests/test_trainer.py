@@ -178,7 +178,7 @@ def test_every_trainable_parameter_gets_a_gradient(tmp_path: Path) -> None:
         seen: set[str] = set()
         for name, parameter in run.distiller.named_parameters():
             if parameter.requires_grad:
-                parameter.register_hook(lambda grad, name=name: seen.add(name))
+                parameter.register_hook(lambda grad, name=name, seen=seen: seen.add(name))
         run.train()
         assert seen == {name for name, p in run.distiller.named_parameters() if p.requires_grad}
 
@@ -281,7 +281,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
 def test_wrong_class_counts_and_orders_are_named(tmp_path: Path) -> None:
     data = tiny.scenes()
     model = tiny.tiny_timm()
-    model.config.id2label = {i: name for i, name in enumerate(reversed(tiny.ID2LABEL.values()))}
+    model.config.id2label = dict(enumerate(reversed(tiny.ID2LABEL.values())))
     with pytest.raises(ValueError, match="another order"):
         tiny.trainer(tmp_path, model=model, data=data)
     small = tiny.load_dense_dataset("synthetic", size=(48, 64), num_classes=5, num_images={"train": 2})

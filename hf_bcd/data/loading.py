@@ -67,7 +67,7 @@ def load_dense_dataset(
         ValueError: the source does not exist or is incomplete, or columns or class names cannot be found.
     """
     if scene_options and name_or_path != "synthetic":
-        raise TypeError(f"Arguments {', '.join(scene_options)} are for the data set 'synthetic' only.")
+        raise ValueError(f"Arguments {', '.join(scene_options)} are for the data set 'synthetic' only.")
     if isinstance(name_or_path, str) and name_or_path in CATALOG:
         fixed = {
             "revision": revision, "image_column": image_column, "label_column": label_column, "id2label": id2label,
@@ -167,7 +167,7 @@ class _SceneRows:
 
 
 def _load_scenes(num_images: Mapping[str, int] | None = None, **options: Any) -> DenseDatasets:
-    from hf_bcd.data.synthetic import SyntheticScenes
+    from .synthetic import SyntheticScenes
 
     counts = SCENE_COUNTS if num_images is None else num_images
     scenes = {split: SyntheticScenes(num_images=count, split=split, **options) for split, count in counts.items()}

@@ -68,7 +68,7 @@ def read_tables(
     """Finds the columns of images and label maps of every split; a single `Dataset` is the split `train`.
 
     Raises:
-        TypeError: `loaded` is neither a `Dataset` nor a `DatasetDict`, for example a stream.
+        ValueError: `loaded` is neither a `Dataset` nor a `DatasetDict`, for example a stream.
         ValueError: none or several columns fit.
     """
     import datasets
@@ -76,7 +76,7 @@ def read_tables(
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
     if not isinstance(loaded, datasets.DatasetDict):
-        raise TypeError(f"{name}: expected a datasets.Dataset or DatasetDict, got {type(loaded).__name__}.")
+        raise ValueError(f"{name}: expected a datasets.Dataset or DatasetDict, got {type(loaded).__name__}.")
     rows = {}
     for split, table in loaded.items():
         is_image = {column: isinstance(feature, datasets.Image) for column, feature in table.features.items()}

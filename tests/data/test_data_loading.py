@@ -271,7 +271,7 @@ def test_table_errors_name_the_row():
 def test_empty_table_and_streams():
     with pytest.raises(ValueError, match="split 'train' holds no images"):
         load_dense_dataset(table([], []), id2label=NAMES)
-    with pytest.raises(TypeError, match="got IterableDataset"):
+    with pytest.raises(ValueError, match="got IterableDataset"):
         stream: Any = table([photograph()], [Image.fromarray(LABEL)]).to_iterable_dataset()
         load_dense_dataset(stream)
 
@@ -313,7 +313,7 @@ def test_synthetic():
 
 
 def test_options_of_other_sources_are_refused(tmp_path):
-    with pytest.raises(TypeError, match="seed are for the data set 'synthetic' only"):
+    with pytest.raises(ValueError, match="seed are for the data set 'synthetic' only"):
         load_dense_dataset(tmp_path, seed=1)
     with pytest.raises(ValueError, match="data_dir cannot be set for 'synthetic'"):
         load_dense_dataset("synthetic", data_dir=tmp_path)

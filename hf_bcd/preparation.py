@@ -1,0 +1,86 @@
+"""What the trainer sets up before its first step: labels, teacher, transforms and the machine's cores."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+from transformers import PreTrainedModel
+
+from .adapters import DenseAdapter, FrozenTeacher, build_adapter, image_statistics
+from .config import BCDConfig
+from .data import DenseDataset, EvalTransform, TrainTransform
+
+
+def share_cores(args: BCDConfig) -> None:
+    """Divides the machine's cores among its processes: more threads and workers than cores slow all of them down."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = max(1, (os.cpu_count() or 1) // local_processes)
+    torch.set_num_threads(min(torch.get_num_threads(), cores))
+    args.dataloader_num_workers = min(args.dataloader_num_workers, cores)
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+
+
+def adopt_labels(model: PreTrainedModel, dataset: Any) -> None:
+    """Gives a model with placeholder class names the data set's names.
+
+    Raises:
+        ValueError: if the model has another number of classes, or the same names in another order.
+    """
+    id2label = getattr(dataset, "id2label", None)
+    if id2label is None:
+        return
+    if model.config.num_labels != len(id2label):
+        raise ValueError(
+            f"the model predicts {model.config.num_labels} classes, but the data set has {len(id2label)} "
+            f"({', '.join(list(id2label.values())[:5])}, ...). Load the model with num_labels={len(id2label)}, "
+            "ignore_mismatched_sizes=True."
+        )
+    names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
+    if all(name == f"LABEL_{index}" for index, name in names.items()):
+        model.config.id2label = dict(id2label)
+        model.config.label2id = {name: index for index, name in id2label.items()}
+    elif sorted(names.values()) == sorted(id2label.values()) and names != dict(id2label):
+        raise ValueError(
+            f"the model has the data set's classes in another order ({names} against {dict(id2label)}); set "
+            "id2label when loading the model, or reorder the data set's."
+        )
+
+
+def build_frozen_teacher(model: PreTrainedModel, student_id2label: dict[int, str], args: BCDConfig) -> FrozenTeacher:
+    """Wraps a teacher in the precision that the arguments ask for."""
+    dtypes: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+    automatic = torch.bfloat16 if args.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return FrozenTeacher(
+        build_adapter(model, *image_statistics(model)),
+        student_id2label,
+        dtype=dtypes.get(args.teacher_dtype, automatic),
+    )
+
+
+def train_transform(args: BCDConfig) -> TrainTransform:
+    """The paper's augmentation as the arguments set it."""
+    strength = args.color_jitter
+    return TrainTransform(
+        args.crop_size,
+        image_size=args.image_size,
+        scale=(args.scale_min, args.scale_max),
+        jitter=(strength, strength, strength, 0.0) if strength else None,
+    )
+
+
+def with_transform(dataset: Any, transform: Callable, seed: int) -> Any:
+    """Adds a transform to canonical samples; leaves datasets that already yield tensors alone."""
+    return dataset.with_transform(transform, seed=seed) if isinstance(dataset, DenseDataset) else dataset
+
+
+def eval_transform(adapter: DenseAdapter, image_size: int | None) -> EvalTransform:
+    """Shows a model its images as the image processor saved beside it will: aspect ratio kept, or the squares it needs."""
+    size = adapter.processor_options(image_size).get("size", {})
+    if "height" not in size:
+        return EvalTransform(image_size)
+    square = [size["height"], size["width"]]
+    return EvalTransform(partial(F.resize, size=square, interpolation=InterpolationMode.BILINEAR, antialias=True))
