@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from .adapters import match_labels
 from .builders import build_model, load_segmentation_model
 from .config import BCDConfig, DataArguments, ModelArguments, ModelSpec, parse_mapping
 from .data import DenseDataset, DenseDatasets, load_dense_dataset
@@ -144,6 +145,11 @@ def checkpoint_of(config: BCDConfig) -> str | None:
 def final_split(data: DenseDatasets) -> str | None:
     """The split that final numbers come from: `test` where it is labelled, else `validation`."""
     return next((name for name in ("test", "validation") if name in data), None)
+
+
+def predicts_classes_of(model: PreTrainedModel, data: DenseDataset) -> bool:
+    """Whether class i of the model is class i of the data set, by name; a teacher from the Hub may have others."""
+    return match_labels(model.config.id2label or {}, data.id2label) == list(range(model.config.num_labels))
 
 
 def evaluate_model(model: PreTrainedModel, config: BCDConfig, data: DenseDataset) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from .adapters import DenseAdapter, build_adapter, image_statistics
 from .config import BCDConfig
 from .data import DenseDataset, DenseDatasets
 from .data.dataset import Sample
-from .experiment import write_json
+from .experiment import predicts_classes_of, write_json
 from .losses.bcd import BCDLoss
 from .losses.context import relation_features
 from .losses.functional import resize
@@ -111,7 +111,7 @@ def write_figures(
     adapters = {
         name: build_adapter(model, *image_statistics(model)).to(device).eval()
         for name, model in models.items()
-        if model.config.num_labels == data.num_labels
+        if predicts_classes_of(model, data)
     }
     samples = []
     for index in range(min(NUM_PICTURES, len(data))):
@@ -138,7 +138,7 @@ def predict_sample(adapter: DenseAdapter, sample: Sample, config: BCDConfig) -> 
 def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) -> list[str]:
     """Boundary maps and a relation map of teacher and student, as the BCD loss sees them."""
     losses = trainer.distiller.criterion.losses
-    if trainer.teacher is None or "bcd" not in losses:
+    if trainer.teacher is None or "bcd" not in losses or trainer.is_fsdp_enabled:  # sharded weights cannot run here
         return []
     loss = losses["bcd"]
     assert isinstance(loss, BCDLoss)

@@ -13,12 +13,14 @@ import logging
 import sys
 from pathlib import Path
 
+from hf_bcd.builders import load_segmentation_model
 from hf_bcd.config import parse_arguments
 from hf_bcd.experiment import (
     build_student,
     evaluate_model,
     final_split,
     load_data,
+    predicts_classes_of,
     prepare_baseline,
     prepare_teacher,
     train_model,
@@ -39,13 +41,13 @@ def main() -> None:
         "baseline": prepare_baseline(model_args, config, data),
     }
     trainer = train_model(student, models["teacher"], config, data)
-    models["student"] = trainer.student
+    models["student"] = load_segmentation_model(str(config.output_dir))  # the scores are those of the saved student
 
     split = final_split(data)
     scores = {}
     if split is not None:
         for name, model in models.items():
-            if model is not None and model.config.num_labels == data[split].num_labels:
+            if model is not None and predicts_classes_of(model, data[split]):
                 scores[name] = evaluate_model(model, config, data[split])
     if config.should_save:
         write_report(

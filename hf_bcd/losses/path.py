@@ -5,7 +5,6 @@ loop over pairs. The lines are those of IRN (Ahn et al., CVPR 2019): all grid po
 distance to the line is below one.
 """
 
-from functools import cache
 from typing import Literal
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 Directions = Literal["disc", "half"]
 
 
-@cache
 def line_offsets(radius: int, directions: Directions = "disc") -> tuple[tuple[int, int], ...]:
     """The offsets of `path_offsets` as plain numbers, for loops over them."""
     if radius < 2:
@@ -29,7 +27,6 @@ def line_offsets(radius: int, directions: Directions = "disc") -> tuple[tuple[in
     return tuple(half) if directions == "half" else (*half, *((-y, -x) for y, x in half))
 
 
-@cache
 def _line_points(dy: int, dx: int) -> tuple[tuple[int, int], ...]:
     """Grid points of the bounding box of (0, 0)-(dy, dx) closer than 1 to the line through both."""
     ys = range(min(dy, 0), max(dy, 0) + 1)
@@ -75,15 +72,16 @@ def path_range(z: Tensor, radius: int, directions: Directions = "disc", mask: Te
     pad = [2 * reach] * 4
     highs, lows = F.pad(highs, pad, value=-inf), F.pad(lows, pad, value=inf)
 
-    @cache  # lines share their points
     def window(y: int, x: int) -> tuple[Tensor, Tensor]:
         rows = slice(reach + y, height + 3 * reach + y)
         columns = slice(reach + x, width + 3 * reach + x)
         return highs[:, rows, columns], lows[:, rows, columns]
 
+    lines = {offset: _line_points(*offset) for offset in line_offsets(radius, "half")}
+    windows = {point: window(*point) for points in lines.values() for point in points}  # lines share their points
     forward, backward = [], []
-    for dy, dx in line_offsets(radius, "half"):
-        points_high, points_low = zip(*(window(*point) for point in _line_points(dy, dx)), strict=True)
+    for (dy, dx), points in lines.items():
+        points_high, points_low = zip(*(windows[point] for point in points), strict=True)
         line = (torch.stack(points_high).amax(dim=0) - torch.stack(points_low).amin(dim=0)).clamp_min(0)
         forward.append(line[:, reach : reach + height, reach : reach + width])
         if directions == "disc":
