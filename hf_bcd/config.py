@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     "stable": {"bcd": {}},
     "paper": {"bcd": {"mode": "paper", "teacher_head": "orthogonal", "weight": {"boundary": 10.0, "context": 50.0}}},
 }
+
+
+TEACHER_DTYPES = ("auto", "float32", "bfloat16")
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number; YAML 1.1 takes it for text, because it has no dot."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML document; tags that would build Python objects are errors."""
+    return yaml.load(text, Loader=_YamlLoader)
 
 
 @dataclass
@@ -178,7 +196,13 @@ class BCDConfig(TrainingArguments):
         self.batch_eval_metrics = True  # evaluation streams counts; predictions are never gathered
         # an accelerate configuration with use_cpu reaches us through the environment alone
         self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) is False:  # YAML reads an unquoted `no` as false
+                setattr(self, name, "no")
         super().__post_init__()
+        for name, known in (("preset", PRESETS), ("teacher_dtype", TEACHER_DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(unknown_key_message(name, str(getattr(self, name)), known))
         if isinstance(self.losses, str):
             self.losses = parse_mapping(self.losses, "losses")
         for name in ("crop_size", "calibration_images", "scale_min"):
@@ -199,7 +223,7 @@ def parse_mapping(text: str, key: str) -> dict[str, Any]:
     Raises:
         ValueError: if `text` is something else.
     """
-    value = yaml.safe_load(text)
+    value = read_yaml(text)
     if not isinstance(value, dict):
         raise ValueError(f"{key} is {text!r}; expected a mapping such as '{{max_steps: 100}}'.")
     return value
@@ -254,7 +278,7 @@ def parse_arguments(
         if isinstance(values[key], str) and values[key].lstrip().startswith("{"):
             values[key] = parse_mapping(values[key], key)
     for path, text in dotted:
-        _set_nested(values, path, yaml.safe_load(text))
+        _set_nested(values, path, read_yaml(text))
     built = []
     for cls in ARGUMENT_CLASSES:
         own = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}
@@ -330,7 +354,7 @@ def _is_typed(parser: argparse.ArgumentParser, key: str, argv: list[str]) -> boo
 def _read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file.")
-    recipe = yaml.safe_load(path.read_text()) or {}
+    recipe = read_yaml(path.read_text()) or {}
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}.")
     for key in recipe:

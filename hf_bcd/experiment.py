@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import match_labels
+from .adapters import match_labels
 from .builders import build_model, load_segmentation_model
 from .config import BCDConfig, DataArguments, ModelArguments, ModelSpec, parse_mapping
 from .data import DenseDataset, DenseDatasets, load_dense_dataset
@@ -22,8 +23,12 @@ from .trainer import BCDTrainer
 logger = logging.getLogger(__name__)
 
 
-def load_data(args: DataArguments) -> DenseDatasets:
+def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
     """Loads the data set that the arguments name, cut to the sample limits.
+
+    Args:
+        args: the data set.
+        for_training: whether there must be a training split.
 
     Raises:
         ValueError: if neither a data set nor a folder is named, or there is no training split.
@@ -42,7 +47,7 @@ def load_data(args: DataArguments) -> DenseDatasets:
         ignore_labels=args.ignore_labels,
         **(parse_mapping(options, "dataset_options") if isinstance(options, str) else options),
     )
-    if "train" not in data:
+    if for_training and "train" not in data:
         raise ValueError(f"{source} has no training split, only {', '.join(data)}.")
 
     def cut(split: DenseDataset, limit: int | None) -> DenseDataset:
@@ -107,10 +112,8 @@ def derive_config(config: BCDConfig, folder: Path, changes: Mapping[str, Any]) -
     for key in changes:
         if key not in known:
             raise ValueError(unknown_key_message("training argument", key, known))
-    derived = copy.deepcopy(config)
-    for key, value in {**changes, "output_dir": str(folder), "push_to_hub": False, "run_name": None}.items():
-        setattr(derived, key, value)
-    return derived
+    own = {"output_dir": str(folder), "push_to_hub": False, "run_name": None}
+    return dataclasses.replace(copy.deepcopy(config), **{**changes, **own})  # checks and converts every value again
 
 
 def train_model(
@@ -125,7 +128,7 @@ def train_model(
         eval_dataset=data.get("validation"),
     )
     trainer.train(resume_from_checkpoint=checkpoint_of(config))
-    trainer.save_model()
+    trainer.save_model(config.output_dir, _internal_call=True)  # pushed later, with what the card reports
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()  # the first rank writes what all ranks may read next
     return trainer
@@ -150,6 +153,11 @@ def final_split(data: DenseDatasets) -> str | None:
 def predicts_classes_of(model: PreTrainedModel, data: DenseDataset) -> bool:
     """Whether class i of the model is class i of the data set, by name; a teacher from the Hub may have others."""
     return match_labels(model.config.id2label or {}, data.id2label) == list(range(model.config.num_labels))
+
+
+def predicts_classes_of(model: PreTrainedModel, data: DenseDataset) -> bool:
+    """Whether class i of the model is class i of the data set; other models cannot be scored on it."""
+    return match_labels(model.config.id2label, data.id2label) == list(range(model.config.num_labels))
 
 
 def evaluate_model(model: PreTrainedModel, config: BCDConfig, data: DenseDataset) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def write_report(
         figures = write_figures(trainer, models, data[split], folder / "figures")
     write_json(folder / "results.json", results)
     write_card(folder, trainer, models, results, data, [f"figures/{name}" for name in figures])
+    trainer.has_card = True
 
 
 def write_figures(

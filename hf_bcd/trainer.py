@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -19,7 +20,7 @@ from .adapters import DenseAdapter, build_adapter, image_processor, image_statis
 from .builders import load_segmentation_model
 from .callbacks import DistillationCallback, InterruptCallback, PictureCallback
 from .config import BCDConfig
-from .data import DenseDataset, SemanticCollator
+from .data import DenseDataset, DenseDatasets, SemanticCollator
 from .distiller import Distiller
 from .losses.criterion import DistillationCriterion, build_criterion
 from .losses.functional import resize
@@ -97,9 +98,11 @@ class BCDTrainer(Trainer):
             )
         distiller = Distiller(student, criterion)
         if args.sync_batchnorm and args.world_size > 1 and args.device.type == "cuda":
-            distiller = cast(Distiller, nn.SyncBatchNorm.convert_sync_batchnorm(distiller))
+            # torch's own conversion would drop the activations inside timm's BatchNormAct2d
+            distiller = cast(Distiller, convert_sync_batchnorm(distiller))
         self.metrics = SemanticMetrics(student.num_labels)
         self.per_class_iou: list[float] = []
+        self.has_card = False
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0.0
         self._images, self._clock = 0, time.perf_counter()
@@ -113,6 +116,10 @@ class BCDTrainer(Trainer):
             compute_metrics=self._add_counts,  # type: ignore[arg-type] # streamed: called once a batch
             **kwargs,
         )
+        if self.is_fsdp_enabled and train_dataset is None:
+            # FSDP shards a model together with its optimizer; an evaluation has none and needs no shards
+            self.is_fsdp_enabled = False
+            self._move_model_to_device(self.model, self.args.device)
         if self.teacher is not None:
             self.teacher.to(self.args.device)
         self.interrupt = InterruptCallback()
@@ -142,13 +149,17 @@ class BCDTrainer(Trainer):
         """
         if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is None:
             raise ValueError(f"no checkpoint to resume from in {self.args.output_dir}.")
+        if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint).is_dir():
+            raise ValueError(f"resume_from_checkpoint is {resume_from_checkpoint!r}, which is no folder.")
         if not resume_from_checkpoint:
             self.calibrate()
         self._term_sums, self._term_steps = {}, 0.0
+        self._images, self._clock = 0, time.perf_counter()
         # an evaluation before training marks the model as prepared, and then no DDP would be wrapped around it
         self.model._is_accelerate_prepared = False  # type: ignore[assignment]
         with self.interrupt.listening():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        self._check_sums()  # the steps since the last log
         if self.interrupt.requested:
             raise KeyboardInterrupt(
                 f"stopped at step {self.state.global_step}; its checkpoint is in the output folder"
@@ -250,6 +261,20 @@ class BCDTrainer(Trainer):
                 "bf16 instead of fp16, or a smaller weight of this term."
             )
 
+    def _check_sums(self) -> None:
+        """Checks the steps that no log has checked yet; every rank calls it."""
+        if self._term_sums:
+            values = torch.stack(list(self._term_sums.values()))
+            values = self.accelerator.reduce(values, "mean") if self.accelerator.num_processes > 1 else values
+            self._check_finite(dict(zip(self._term_sums, values.tolist(), strict=True)))  # type: ignore[union-attr]
+
+    def _check_weights(self) -> None:
+        """Checks what the last step made of the weights: a gradient can overflow although the loss is finite."""
+        finite = {name: p.isfinite().all() for name, p in self.distiller.named_parameters() if p.requires_grad}
+        if not torch.stack(list(finite.values())).all():
+            first = next(name for name, good in finite.items() if not good)
+            self._check_finite({f"weight {first}": math.nan})
+
     # ---- Evaluation ----------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
@@ -306,11 +331,9 @@ class BCDTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # a checkpoint taken after a step that went wrong must not replace a good one
-        sums = dict(self._term_sums)
-        if sums:
-            values = torch.stack(list(sums.values()))
-            values = self.accelerator.reduce(values, "mean") if self.accelerator.num_processes > 1 else values
-            self._check_finite(dict(zip(sums, values.tolist(), strict=True)))  # type: ignore[union-attr]
+        self._check_sums()
+        if not self.is_fsdp_enabled:  # ranks hold different shards there and could not raise together
+            self._check_weights()
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -327,6 +350,18 @@ class BCDTrainer(Trainer):
         if self.is_in_train and criterion:
             criterion = {name: tensor.contiguous() for name, tensor in criterion.items()}
             save_file(criterion, folder / DISTILLER_FILE, metadata={"format": "pt"})
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md for `push_to_hub`, unless the run's report has; the base class knows no teacher."""
+        from .model_card import write_card
+
+        data = getattr(self.train_dataset, "dataset", None)
+        if self.has_card or not self.is_world_process_zero() or not isinstance(data, DenseDataset):
+            return
+        models = {"student": self.student}
+        if self.teacher is not None:
+            models["teacher"] = self.teacher.adapter.model
+        write_card(Path(self.args.output_dir or "."), self, models, {}, DenseDatasets({"train": data}), [])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restores every weight, and fails where stock Trainer only warns.

@@ -22,7 +22,7 @@ def main() -> None:
     spec = ModelSpec.parse(model_args.student, "student")
     if spec.name_or_path is None:
         raise ValueError("--student must be a trained model: a Hub id or a folder.")
-    data = load_data(data_args)
+    data = load_data(data_args, for_training=False)
     split = final_split(data)
     if split is None:
         raise ValueError(f"no labelled evaluation split; the data set has {', '.join(data)}.")

@@ -292,13 +292,33 @@ def test_wrong_class_counts_and_orders_are_named(tmp_path: Path) -> None:
 
 
 def test_teacher_with_other_classes_size_rule_and_normalisation_distils(tmp_path: Path) -> None:
-    teacher = tiny.tiny_segformer(seed=3)
+    teacher = tiny.tiny_timm(seed=3, image_mean=[0.5] * 3, image_std=[0.25] * 3)
     teacher.config.id2label = {i: f"thing {i}" for i in range(8)}
-    teacher.config.image_mean = [0.5] * 3
-    run = tiny.trainer(tmp_path, teacher=teacher, max_steps=2, crop_size=40)
+    run = tiny.trainer(tmp_path, model=tiny.tiny_segformer(), teacher=teacher, max_steps=2, crop_size=40)
     assert run.teacher is not None and not run.teacher.shares_labels
+    assert run.teacher.adapter.image_std.flatten().tolist() == [0.25] * 3
+    assert run.distiller.student.image_std.flatten().tolist() != [0.25] * 3
     run.train()
     assert all(math.isfinite(value) for value in tiny.history(run, "bcd/context"))
+
+
+def test_tensorboard_gets_every_term_and_a_picture_at_each_evaluation(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    run = tiny.trainer(tmp_path, **options)
+    run.train()
+    run.callback_handler.on_train_end(run.args, run.state, run.control)
+    events = EventAccumulator(str(next((tmp_path / "runs").iterdir())), size_guidance={"images": 0})
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    for name in ("loss", "loss_task", "bcd/boundary", "bcd/context", "learning_rate", "images_per_second"):
+        assert f"train/{name}" in scalars
+    assert "eval/mean_iou" in scalars and "eval/boundary_f@3" in scalars
+    for index in range(3):
+        pictures = events.Images(f"evaluation/{index}")
+        assert [picture.step for picture in pictures] == [1, 2]
+        assert (pictures[0].height, pictures[0].width) == (48, 3 * 64)
 
 
 def test_a_saved_student_loads_everywhere(tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 """Boundary and context distillation (BCD), https://huggingface.co/papers/2401.13174."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
-from .aggregate import SelfRelationHead, StudentHead, TeacherHead
+from .aggregate import PrincipalComponents, SelfRelationHead, StudentHead, TeacherHead
 from .boundary import (
     Mode,
     boundary_divergence,
@@ -22,7 +22,7 @@ from .path import line_offsets
 from .schedules import Temperature
 
 
-TeacherHeadKind = Literal["calibrated", "orthogonal", "logits"]
+TeacherHeadKind = Literal["calibrated", "orthogonal", "logits", "pca"]
 
 
 def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor:
@@ -59,7 +59,8 @@ class BCDLoss(nn.Module):
         teacher_specs: feature levels of the teacher.
         mode: `stable` (default) or `paper`, the equations as printed.
         teacher_head: `calibrated` fits the boundary readout to the teacher's classes before training; `orthogonal`
-            leaves it random ("only the student is trained"); `logits` takes boundaries from class scores on both sides.
+            leaves it random ("only the student is trained"); `logits` takes boundaries from class scores on both sides;
+            `pca` aggregates by principal components and takes boundaries from the first one.
         radius: radius of the boundary lines, in positions of the stride-8 grid.
         kappa: width of the student's boundary sigmoid.
         channels: channels of the aggregated features.
@@ -103,8 +104,10 @@ class BCDLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_mode(mode)
-        if teacher_head not in ("calibrated", "orthogonal", "logits"):
-            raise ValueError(f"teacher_head is {teacher_head!r}; choose 'calibrated', 'orthogonal' or 'logits'.")
+        if teacher_head not in get_args(TeacherHeadKind):
+            raise ValueError(
+                f"teacher_head is {teacher_head!r}; choose one of {', '.join(get_args(TeacherHeadKind))}."
+            )
         if mode == "paper" and teacher_head == "logits":
             raise ValueError("teacher_head='logits' has no literal form; use mode='stable' or another teacher_head.")
         line_offsets(radius)  # fails here, not at the first step
@@ -114,7 +117,9 @@ class BCDLoss(nn.Module):
         self.student_head = StudentHead(student_specs, channels, reduced_channels)
         if teacher_head == "logits":
             self.student_head.readout.requires_grad_(False)  # unused: DDP waits for gradients of all that require them
-        self.teacher_head = TeacherHead(teacher_specs, channels, reduced_channels, seed)
+        self.teacher_head = TeacherHead(
+            teacher_specs, channels, reduced_channels, seed, components=teacher_head == "pca"
+        )
         paper = mode == "paper"
         self.student_relation = SelfRelationHead(channels, predictor=True) if paper else None
         self.teacher_relation = SelfRelationHead(channels, predictor=False) if paper else None
@@ -210,11 +215,17 @@ class BCDLoss(nn.Module):
             progress: wraps the steps, e.g. in a progress bar.
             num_steps: Adam steps of the fit.
         """
-        prepared = []
+        grids = []
         for teacher, labels in batches:
             size = grid_size(labels, self.stride)
+            grids.append((teacher, size, resize_nearest(labels != self.ignore_index, size)))
+        if isinstance(self.teacher_head.aggregate, PrincipalComponents):
+            self.teacher_head.aggregate.fit([(teacher.features, size, mask) for teacher, size, mask in grids])
+            self.teacher_head.readout.weight.zero_()
+            self.teacher_head.readout.weight[0, 0] = 1
+        prepared = []
+        for teacher, size, mask in grids:
             classes = resize(at_least_float32(teacher.logits), size).argmax(dim=1)
-            mask = resize_nearest(labels != self.ignore_index, size)
             prepared.append((self.teacher_head(teacher.features, size), classes, mask))
         self.teacher_head.calibrate(
             prepared,

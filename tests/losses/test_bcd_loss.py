@@ -396,7 +396,7 @@ def test_literal_sums_have_the_papers_magnitude():
     ("options", "message"),
     [
         ({"mode": "literal"}, "'literal'.*'paper'"),
-        ({"teacher_head": "pca"}, "'pca'.*'calibrated'"),
+        ({"teacher_head": "pcx"}, "'pcx'.*calibrated"),
         ({"mode": "paper", "teacher_head": "logits"}, "no literal form"),
         ({"radius": 1}, "radius is 1"),
     ],
@@ -404,3 +404,23 @@ def test_literal_sums_have_the_papers_magnitude():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         make_loss(**options)
+
+
+def test_principal_components_are_fitted_before_the_first_step_and_then_fixed():
+    loss, (student, teacher, labels) = make_loss(teacher_head="pca"), make_batch()
+    assert loss.needs_calibration
+    loss.calibrate([(teacher, labels)])
+    head = loss.teacher_head
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    components = head(teacher.features, (8, 8))
+    mask = (labels != 255)[:, 4::8, 4::8]
+    spread = components.movedim(1, -1)[mask].std(dim=0)
+    assert (spread[:-1] >= spread[1:] - 1e-4).all() and spread[0] > 0, "strongest component first"
+    first = components[:, 0][mask]
+    torch.testing.assert_close(head.boundary_field(components)[mask], (first - first.mean()) / first.std(correction=0))
+    total(loss(student, teacher, labels)).backward()
+    assert loss.student_head.readout.weight.grad is not None
+    assert all(torch.equal(before[name], tensor) for name, tensor in head.state_dict().items())
+    fresh = make_loss(teacher_head="pca")
+    fresh.load_state_dict(loss.state_dict())
+    assert not fresh.needs_calibration
