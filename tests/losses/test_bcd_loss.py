@@ -417,7 +417,8 @@ def test_principal_components_are_fitted_before_the_first_step_and_then_fixed():
     spread = components.movedim(1, -1)[mask].std(dim=0)
     assert (spread[:-1] >= spread[1:] - 1e-4).all() and spread[0] > 0, "strongest component first"
     first = components[:, 0][mask]
-    torch.testing.assert_close(head.boundary_field(components)[mask], (first - first.mean()) / first.std(correction=0))
+    expected = (first - first.mean()) / first.std(correction=0)
+    torch.testing.assert_close(head.boundary_field(components)[mask], expected, atol=1e-4, rtol=1e-4)
     total(loss(student, teacher, labels)).backward()
     assert loss.student_head.readout.weight.grad is not None
     assert all(torch.equal(before[name], tensor) for name, tensor in head.state_dict().items())
