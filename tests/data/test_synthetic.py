@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from hf_bcd.data.dataset import Sample
-from hf_bcd.data.synthetic import TAXONOMIES, SyntheticScenes, _Scene
+from hf_bcd.data.synthetic import TAXONOMIES, Scene, SyntheticScenes
 
 
 NAMES = TAXONOMIES[8]
@@ -98,7 +98,7 @@ def test_poles_are_thin_and_long(scenes):
 
 
 def test_void_rims_lie_outside_objects_and_spare_poles(scenes, monkeypatch):
-    monkeypatch.setattr(_Scene, "_void", lambda self, label, vague: np.zeros(label.shape, bool))
+    monkeypatch.setattr(Scene, "_void", lambda self, label, vague: np.zeros(label.shape, bool))
     exact = SyntheticScenes(size=(128, 128), num_images=12, seed=3)
     for i in range(12):
         label, whole = scenes[i]["label"], exact[i]["label"]
