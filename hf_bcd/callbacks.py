@@ -1,6 +1,7 @@
 """What happens around a training step."""
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from .trainer import BCDTrainer
 
 logger = logging.getLogger(__name__)
+
+# launchers kill a rank 30 seconds after they passed a signal on
+STEPS_BETWEEN_AGREEMENTS = 10
 
 
 class DistillationCallback(TrainerCallback):
@@ -63,7 +67,7 @@ class InterruptCallback(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handles the signals inside the block; only a program's main thread can."""
-        self.requested = False
+        self.requested, self.pid = False, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -76,6 +80,10 @@ class InterruptCallback(TrainerCallback):
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.pid:  # a loader worker, which inherits this handler and lives as long as it is needed
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
@@ -85,8 +93,8 @@ class InterruptCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if is_distributed():
-            # asking the others costs a wait, so several ranks decide only where they wait for each other anyway
-            if not control.should_log and not control.should_save:
+            # asking the others costs a wait, so several ranks decide only now and then
+            if not control.should_log and not control.should_save and state.global_step % STEPS_BETWEEN_AGREEMENTS:
                 return
             flag = torch.tensor(int(self.requested), device=args.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)

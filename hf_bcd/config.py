@@ -275,6 +275,8 @@ def parse_arguments(
     values = {key: getattr(namespace, key) for key in known}
     values |= {key: value for key, value in recipe.items() if key not in typed}
     for key in MAPPINGS:
+        if values[key] in ("none", "null"):  # so that the command line can undo what the recipe says
+            values[key] = None
         if isinstance(values[key], str) and values[key].lstrip().startswith("{"):
             values[key] = parse_mapping(values[key], key)
     for path, text in dotted:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .adapters import match_labels
 from .adapters import match_labels
 from .builders import build_model, load_segmentation_model
 from .config import BCDConfig, DataArguments, ModelArguments, ModelSpec, parse_mapping
@@ -21,6 +21,13 @@ from .trainer import BCDTrainer
 
 
 logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "recipe.json"
+OUTCOME = (
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "crop_size", "image_size",
+    "scale_min", "scale_max", "color_jitter", "seed",
+)  # fmt: skip
 
 
 def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
@@ -69,25 +76,68 @@ def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets
     spec = ModelSpec.parse(args.teacher, "teacher")
     if spec.name_or_path is not None:
         return load_segmentation_model(spec.name_or_path, revision=spec.revision)
-    folder = Path(config.output_dir or ".") / "teacher"
-    if not is_finished(folder):
-        changes = args.teacher_training or {}
-        changes = parse_mapping(changes, "teacher_training") if isinstance(changes, str) else changes
-        logger.warning("training the teacher (%s) in %s", spec.backbone, folder)
-        set_seed(config.seed)
-        train_model(build_model(spec, data["train"].id2label), None, derive_config(config, folder, changes), data)
-    return load_segmentation_model(str(folder))
+    changes = args.teacher_training or {}
+    changes = parse_mapping(changes, "teacher_training") if isinstance(changes, str) else changes
+    return train_or_reuse(
+        "teacher", spec, derive_config(config, Path(config.output_dir or ".") / "teacher", changes), data
+    )
 
 
 def prepare_baseline(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> PreTrainedModel | None:
     """Trains the student without its teacher, on the same budget; re-uses a finished one."""
-    if not args.with_baseline:
+    if not args.with_baseline or args.student is None:
         return None
-    folder = Path(config.output_dir or ".") / "baseline"
-    if not is_finished(folder):
-        logger.warning("training the undistilled baseline in %s", folder)
-        train_model(build_student(args, data, config.seed), None, derive_config(config, folder, {}), data)
+    spec = ModelSpec.parse(args.student, "student")
+    return train_or_reuse(
+        "baseline", spec, derive_config(config, Path(config.output_dir or ".") / "baseline", {}), data
+    )
+
+
+def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> PreTrainedModel:
+    """Trains a model alone in its own folder, or takes the one that the same recipe has left there.
+
+    Raises:
+        ValueError: if the folder holds a finished model of another recipe.
+    """
+    folder = Path(config.output_dir or ".")
+    recipe = recipe_of(spec, config, data)
+    if is_finished(folder):
+        logger.warning("re-using the %s in %s", role, folder)
+        check_recipe(folder / RECIPE_FILE, recipe)
+    else:
+        logger.warning("training the %s in %s", role, folder)
+        set_seed(config.seed)
+        train_model(build_model(spec, data["train"].id2label), None, config, data)
+        if config.should_save:
+            write_json(folder / RECIPE_FILE, recipe)
     return load_segmentation_model(str(folder))
+
+
+def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:
+    """What decides how a model trained alone comes out."""
+    train = data["train"]
+    first = train[0]["image"] if len(train) else None
+    return {
+        **{f"model.{key}": value for key, value in dataclasses.asdict(spec).items()},
+        **{f"training.{key}": str(getattr(config, key)) for key in OUTCOME},
+        "data.name": train.name,
+        "data.images": len(train),
+        "data.classes": list(train.id2label.values()),
+        "data.first_image": None if first is None else zlib.crc32(first.tobytes()),
+    }
+
+
+def check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
+    """Compares the recipe of a finished model with the present one."""
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text())
+    for key, value in json.loads(json.dumps(recipe)).items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"{path.parent} holds a model of another recipe: {key} is {found.get(key)} there and {value} here. "
+                "Choose another --output_dir, or remove that folder to train it again."
+            )
 
 
 def build_student(args: ModelArguments, data: DenseDatasets, seed: int) -> PreTrainedModel:
@@ -119,7 +169,18 @@ def derive_config(config: BCDConfig, folder: Path, changes: Mapping[str, Any]) -
 def train_model(
     model: PreTrainedModel, teacher: PreTrainedModel | None, config: BCDConfig, data: DenseDatasets
 ) -> BCDTrainer:
-    """Trains a model, from its last checkpoint if `resume_from_checkpoint` says so, and saves it in the output folder."""
+    """Trains a model, from its last checkpoint if `resume_from_checkpoint` says so, and saves it in the output folder.
+
+    Raises:
+        ValueError: if the folder holds checkpoints of an earlier run that this one would not continue, but mix with.
+    """
+    checkpoint, folder = checkpoint_of(config), Path(config.output_dir or ".")
+    left = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint is None and left is not None:
+        raise ValueError(
+            f"{left} is left of an earlier run. Continue that with --resume_from_checkpoint true, choose another "
+            "--output_dir, or remove it."
+        )
     trainer = BCDTrainer(
         model=model,
         teacher_model=teacher,
@@ -127,7 +188,7 @@ def train_model(
         train_dataset=data["train"],
         eval_dataset=data.get("validation"),
     )
-    trainer.train(resume_from_checkpoint=checkpoint_of(config))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(config.output_dir, _internal_call=True)  # pushed later, with what the card reports
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()  # the first rank writes what all ranks may read next
@@ -152,12 +213,8 @@ def final_split(data: DenseDatasets) -> str | None:
 
 def predicts_classes_of(model: PreTrainedModel, data: DenseDataset) -> bool:
     """Whether class i of the model is class i of the data set, by name; a teacher from the Hub may have others."""
-    return match_labels(model.config.id2label or {}, data.id2label) == list(range(model.config.num_labels))
-
-
-def predicts_classes_of(model: PreTrainedModel, data: DenseDataset) -> bool:
-    """Whether class i of the model is class i of the data set; other models cannot be scored on it."""
-    return match_labels(model.config.id2label, data.id2label) == list(range(model.config.num_labels))
+    names = {int(index): name for index, name in (model.config.id2label or {}).items()}
+    return match_labels(names, data.id2label) == list(range(len(names)))
 
 
 def evaluate_model(model: PreTrainedModel, config: BCDConfig, data: DenseDataset) -> dict[str, Any]:

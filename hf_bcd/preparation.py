@@ -1,5 +1,6 @@
 """What the trainer sets up before its first step: labels, teacher, transforms and the machine's cores."""
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -10,9 +11,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from transformers import PreTrainedModel
 
-from .adapters import DenseAdapter, FrozenTeacher, build_adapter, image_statistics
+from .adapters import DenseAdapter, FrozenTeacher, build_adapter, image_statistics, match_labels
 from .config import BCDConfig
 from .data import DenseDataset, EvalTransform, TrainTransform
+
+
+logger = logging.getLogger(__name__)
 
 
 def share_cores(args: BCDConfig) -> None:
@@ -43,7 +47,16 @@ def adopt_labels(model: PreTrainedModel, dataset: Any) -> None:
     if all(name == f"LABEL_{index}" for index, name in names.items()):
         model.config.id2label = dict(id2label)
         model.config.label2id = {name: index for index, name in id2label.items()}
-    elif sorted(names.values()) == sorted(id2label.values()) and names != dict(id2label):
+        return
+    match = match_labels(names, dict(id2label))
+    if match is None:
+        logger.warning(
+            "the model names its classes %s, the data set %s; class i of the one is taken for class i of the other. "
+            "Set id2label when loading the model.",
+            list(names.values()),
+            list(id2label.values()),
+        )
+    elif match != list(range(len(match))):
         raise ValueError(
             f"the model has the data set's classes in another order ({names} against {dict(id2label)}); set "
             "id2label when loading the model, or reorder the data set's."

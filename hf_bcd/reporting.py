@@ -106,7 +106,7 @@ def write_report(
 def write_figures(
     trainer: BCDTrainer, models: Mapping[str, PreTrainedModel], data: DenseDataset, folder: Path
 ) -> list[str]:
-    """Pictures of the first images of a split; returns the file names."""
+    """Pictures of images spread over a split (neighbours are often frames of one video); returns the file names."""
     folder.mkdir(parents=True, exist_ok=True)
     device = trainer.args.device
     adapters = {
@@ -115,8 +115,9 @@ def write_figures(
         if predicts_classes_of(model, data)
     }
     samples = []
-    for index in range(min(NUM_PICTURES, len(data))):
-        sample = data[index]
+    count = min(NUM_PICTURES, len(data))
+    for index in range(count):
+        sample = data[index * len(data) // count]
         predictions = {name: predict_sample(adapter, sample, trainer.args) for name, adapter in adapters.items()}
         named = {
             "distilled" if name == "student" and "teacher" in models else name: p for name, p in predictions.items()

@@ -76,6 +76,31 @@ def test_unknown_keys_of_a_recipe_are_errors_that_name_the_file(tmp_path: Path) 
         parse_arguments(["--config", recipe, *CPU])
 
 
+def test_the_command_line_can_take_the_teacher_out_of_a_recipe(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", student="a/b", teacher={"backbone": "resnet18"})
+    assert parse_arguments(["--config", recipe, "--teacher", "none", *CPU])[0].teacher is None
+
+
+def test_values_of_a_recipe_mean_what_they_look_like(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("student: a/b\nlearning_rate: 1e-4\neval_strategy: no\nteacher_training: {learning_rate: 2E-3}\n")
+    model, _, config = parse_arguments(["--config", str(path), "--teacher_training.weight_decay", "5e-5", *CPU])
+    assert config.learning_rate == 1e-4 and config.eval_strategy == "no"
+    assert model.teacher_training == {"learning_rate": 2e-3, "weight_decay": 5e-5}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("preset", "papper", "unknown preset 'papper'. Did you mean 'paper'"),
+        ("teacher_dtype", "bfloat", "unknown teacher_dtype 'bfloat'. Did you mean 'bfloat16'"),
+    ],
+)
+def test_unknown_choices_of_a_recipe_are_errors(key: str, value: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--config", write(tmp_path / "r.yaml", student="a/b", **{key: value}), *CPU])
+
+
 def test_unknown_fields_of_a_model_are_errors() -> None:
     with pytest.raises(ValueError, match="unknown field of student 'backbon'. Did you mean 'backbone'"):
         ModelSpec.parse({"backbon": "resnet18"}, "student")

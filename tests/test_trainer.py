@@ -5,14 +5,17 @@ import os
 import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSemanticSegmentation, TrainerCallback
+from transformers import AutoModelForSemanticSegmentation, Trainer, TrainerCallback
 
-from hf_bcd import BCDConfig, BCDTrainer
+from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel, experiment
+from hf_bcd.callbacks import InterruptCallback
+from hf_bcd.config import DataArguments, ModelSpec
 from hf_bcd.losses.bcd import BCDLoss
 
 
@@ -200,6 +203,43 @@ def test_a_nan_stops_the_run_names_the_term_and_keeps_the_last_checkpoint(tmp_pa
     assert all(tensor.isfinite().all() for tensor in good.values())
 
 
+def test_a_nan_in_the_last_steps_is_found_without_a_log_or_a_checkpoint(tmp_path: Path) -> None:
+    run = tiny.trainer(tmp_path, max_steps=2, logging_steps=100)
+    with torch.no_grad():
+        run.distiller.criterion.losses["bcd"].student_head.readout.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="bcd/boundary is nan"):
+        run.train()
+
+
+def test_weights_that_a_gradient_has_ruined_are_not_saved(tmp_path: Path) -> None:
+    run = tiny.trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+
+    class Overflow(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                next(run.student.parameters()).grad.fill_(float("inf"))
+
+    run.add_callback(Overflow())
+    with pytest.raises(
+        FloatingPointError, match=r"weight student\.model\..* is nan at or before step 2.*checkpoint-1"
+    ):
+        run.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_loader_worker_survives_ctrl_c_and_obeys_sigterm() -> None:
+    callback = InterruptCallback()
+    with callback.listening():
+        worker = os.fork()
+        if worker == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 128 + signal.SIGTERM
+    assert not callback.requested
+
+
 def test_ctrl_c_leaves_a_resumable_folder(tmp_path: Path) -> None:
     run = tiny.trainer(tmp_path, max_steps=5)
 
@@ -278,17 +318,25 @@ def test_evaluation_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
         assert scores[0][key] == pytest.approx(scores[1][key], abs=1e-3, nan_ok=True), key
 
 
-def test_wrong_class_counts_and_orders_are_named(tmp_path: Path) -> None:
+def test_wrong_class_counts_and_orders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = tiny.scenes()
     model = tiny.tiny_timm()
     model.config.id2label = dict(enumerate(reversed(tiny.ID2LABEL.values())))
     with pytest.raises(ValueError, match="another order"):
         tiny.trainer(tmp_path, model=model, data=data)
+    model.config.id2label = {index: f"{name.title()}; other" for index, name in enumerate(tiny.ID2LABEL.values())}
+    tiny.trainer(tmp_path, model=model, data=data)
+    assert "names its classes" not in caplog.text
+    model.config.id2label = {index: f"thing {index}" for index in range(8)}
+    tiny.trainer(tmp_path, model=model, data=data)
+    assert "the model names its classes ['thing 0'" in caplog.text
     small = tiny.load_dense_dataset("synthetic", size=(48, 64), num_classes=5, num_images={"train": 2})
     with pytest.raises(ValueError, match=r"predicts 8 classes, but the data set has 5.*num_labels=5"):
         tiny.trainer(tmp_path, data=small)
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
         tiny.trainer(tmp_path / "new").train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="'nowhere/checkpoint-1', which is no folder"):
+        tiny.trainer(tmp_path / "new").train(resume_from_checkpoint="nowhere/checkpoint-1")
 
 
 def test_teacher_with_other_classes_size_rule_and_normalisation_distils(tmp_path: Path) -> None:
@@ -341,3 +389,92 @@ def test_defaults_are_the_papers() -> None:
     assert (config.scale_min, config.scale_max) == (0.5, 2.0)
     paper = BCDConfig(output_dir="unused", use_cpu=True, report_to="none", preset="paper").resolved_losses["bcd"]
     assert paper["mode"] == "paper" and paper["weight"] == {"boundary": 10.0, "context": 50.0}
+
+
+def test_synchronised_batchnorm_keeps_the_activations_inside_timms_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = TimmSegmentationModel.from_backbone("mobilenetv2_100", head="fpn", head_channels=8, id2label=tiny.ID2LABEL)
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model.eval()(image).logits
+    config = tiny.config(tmp_path)
+    # two GPUs up to the point where the base class would look for them
+    monkeypatch.setattr(BCDConfig, "world_size", property(lambda self: 2))
+    monkeypatch.setattr(BCDConfig, "device", property(lambda self: torch.device("cuda")))
+    built = {}
+    monkeypatch.setattr(Trainer, "__init__", lambda self, model, **kwargs: built.update(model=model) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        BCDTrainer(model=model, args=config)
+    student = built["model"].eval().student.model
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in student.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(student(image).logits, before)
+
+
+class HubStub:
+    """Records what would go to the Hub."""
+
+    def __init__(self) -> None:
+        self.uploads: list[str] = []
+
+    def create_repo(self, repo_id, **kwargs):
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def upload_folder(self, folder_path, **kwargs):
+        self.uploads.append((Path(folder_path) / "README.md").read_text())
+
+
+def test_pushing_sends_our_card_and_never_replaces_a_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = HubStub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    run = tiny.trainer(tmp_path / "student", max_steps=1)
+    run.train()
+    run.push_to_hub()
+    assert "knowledge-distillation" in hub.uploads[0] and "hf_bcd" in hub.uploads[0]
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+    (tmp_path / "student" / "README.md").write_text("the report's card")
+    run.has_card = True
+    run.push_to_hub()
+    assert hub.uploads[1] == "the report's card"
+
+
+def test_a_model_trained_on_the_way_is_reused_for_the_same_recipe_alone(tmp_path: Path) -> None:
+    spec = ModelSpec(
+        backbone="resnet10t", options={"head_channels": 8, "backbone_kwargs": {"channels": [8] * 4, "stem_width": 8}}
+    )
+    data, folder = tiny.scenes(), tmp_path / "teacher"
+    first = experiment.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=1), data)
+    again = experiment.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=1), data)
+    assert_equal(first.state_dict(), again.state_dict())
+    with pytest.raises(
+        ValueError, match=r"teacher holds a model of another recipe: training\.max_steps is 1 there and 2"
+    ):
+        experiment.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=2), data)
+    with pytest.raises(ValueError, match="another recipe: data.first_image"):
+        experiment.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=1), tiny.scenes(size=(64, 64)))
+
+
+def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(tmp_path: Path) -> None:
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    experiment.train_model(tiny.tiny_timm(), None, tiny.config(tmp_path, **options), tiny.scenes())
+    with pytest.raises(ValueError, match=r"checkpoint-1 is left of an earlier run.*--resume_from_checkpoint true"):
+        experiment.train_model(tiny.tiny_timm(), None, tiny.config(tmp_path, **options), tiny.scenes())
+
+
+def test_derived_training_arguments_are_converted_and_checked(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, optim_args=None)
+    derived = experiment.derive_config(config, tmp_path / "teacher", {"optim": "adamw_torch", "eval_strategy": False})
+    assert Trainer.get_optimizer_cls_and_kwargs(derived)[0] is torch.optim.AdamW
+    assert derived.eval_strategy == "no" and derived.output_dir == str(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="crop_size is 0"):
+        experiment.derive_config(config, tmp_path, {"crop_size": 0})
+
+
+def test_scoring_needs_no_training_split(tmp_path: Path) -> None:
+    arguments = DataArguments(dataset_name="synthetic", dataset_options={"size": [48, 64], "num_images": {"test": 2}})
+    assert list(experiment.load_data(arguments, for_training=False)) == ["test"]
+    with pytest.raises(ValueError, match="no training split, only test"):
+        experiment.load_data(arguments)

@@ -46,7 +46,8 @@ def test_losses_parameters_and_temperatures_agree(tmp_path: Path) -> None:
             assert result["scores"][key] == pytest.approx(value, rel=0, abs=0, nan_ok=True)
     for single, double in zip(one["log"], two[0]["log"], strict=True):
         for key in ("loss", "loss_task", "bcd/boundary", "bcd/context"):
-            assert double[key] == pytest.approx(single[key], rel=1e-5), key
+            # abs: the boundary term is a small difference of entropies of several nat
+            assert double[key] == pytest.approx(single[key], rel=1e-5, abs=1e-6), key
 
 
 @pytest.mark.slow
@@ -60,3 +61,11 @@ def test_ranks_evaluate_the_same_model(tmp_path: Path) -> None:
     assert drift > 1e-3, "ranks no longer drift apart; the broadcast may be unnecessary"
     assert all(torch.equal(a, b) for a, b in zip(buffers[0]["after"], buffers[1]["after"], strict=True))
     assert first["scores"]["eval_mean_iou"] == second["scores"]["eval_mean_iou"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    results = run(folder, "interrupt", 2)
+    assert all("stopped at step 10" in result["message"] for result in results)
+    assert (folder / "checkpoint-10" / "trainer_state.json").is_file()

@@ -1,14 +1,23 @@
 """One rank of a run that test_two_processes.py compares with a run of one process."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tiny
+
+
+class Press(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def main() -> None:
@@ -22,6 +31,15 @@ def main() -> None:
         run.distiller.criterion.losses["bcd"].context_temperature.threshold = 0.03
         scores = run.evaluate()
         run.train()
+    elif kind == "interrupt":  # one rank alone gets the signal, and nothing is logged or saved for a long time
+        options |= {"max_steps": 40, "logging_steps": 1000}
+        run = tiny.trainer(folder, model=tiny.tiny_timm(dropout=0.0), data={"train": tiny.TensorSamples(8)}, **options)
+        run.add_callback(Press())
+        try:
+            run.train()
+        except KeyboardInterrupt as interrupt:
+            torch.save({"message": str(interrupt)}, folder / f"rank{run.args.process_index}.pt")
+        return
     else:  # real BatchNorm: running statistics drift apart between ranks, evaluation must not
         data = tiny.scenes(train=8, validation=5)
         run = tiny.trainer(folder, model=tiny.tiny_timm(dropout=0.0), data=data, learning_rate=0.1, **options)
