@@ -158,6 +158,7 @@ class BCDConfig(TrainingArguments):
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where to log."})
     dataloader_num_workers: int = field(default=4, metadata={"help": "Worker processes that read and augment."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must be false here."})
+    hub_strategy: str = field(default="end", metadata={"help": "When to push; only the finished student is."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "No parameter is unused."})
 
     preset: Literal["stable", "paper"] = field(
@@ -205,6 +206,11 @@ class BCDConfig(TrainingArguments):
                 raise ValueError(unknown_key_message(name, str(getattr(self, name)), known))
         if isinstance(self.losses, str):
             self.losses = parse_mapping(self.losses, "losses")
+        if self.push_to_hub and self.hub_strategy != "end":
+            raise ValueError(
+                f"hub_strategy is {getattr(self.hub_strategy, 'value', self.hub_strategy)}; pushing checkpoints would "
+                "upload optimizer states and pickled arguments, so only 'end' is supported."
+            )
         for name in ("crop_size", "calibration_images", "scale_min"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0.")

@@ -64,11 +64,6 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
     return DenseDatasets({name: cut(split, limits[name]) for name, split in data.items()})
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a model has been trained to the end in `folder` (checkpoints lie in subfolders until then)."""
-    return (folder / "model.safetensors").is_file()
-
-
 def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> PreTrainedModel | None:
     """Loads the teacher, or trains it on the same data if it is a bare timm backbone; re-uses a finished one."""
     if args.teacher is None:
@@ -78,9 +73,7 @@ def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets
         return load_segmentation_model(spec.name_or_path, revision=spec.revision)
     changes = args.teacher_training or {}
     changes = parse_mapping(changes, "teacher_training") if isinstance(changes, str) else changes
-    return train_or_reuse(
-        "teacher", spec, derive_config(config, Path(config.output_dir or ".") / "teacher", changes), data
-    )
+    return train_or_reuse("teacher", spec, derive_config(config, "teacher", changes), data)
 
 
 def prepare_baseline(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> PreTrainedModel | None:
@@ -88,9 +81,7 @@ def prepare_baseline(args: ModelArguments, config: BCDConfig, data: DenseDataset
     if not args.with_baseline or args.student is None:
         return None
     spec = ModelSpec.parse(args.student, "student")
-    return train_or_reuse(
-        "baseline", spec, derive_config(config, Path(config.output_dir or ".") / "baseline", {}), data
-    )
+    return train_or_reuse("baseline", spec, derive_config(config, "baseline", {}), data)
 
 
 def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> PreTrainedModel:
@@ -101,13 +92,13 @@ def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDat
     """
     folder = Path(config.output_dir or ".")
     recipe = recipe_of(spec, config, data)
-    if is_finished(folder):
+    if (folder / RECIPE_FILE).is_file():  # written last, so the model beside it is whole
         logger.warning("re-using the %s in %s", role, folder)
         check_recipe(folder / RECIPE_FILE, recipe)
     else:
         logger.warning("training the %s in %s", role, folder)
         set_seed(config.seed)
-        train_model(build_model(spec, data["train"].id2label), None, config, data)
+        train_model(build_model(spec, data["train"].id2label), None, config, data, role)
         if config.should_save:
             write_json(folder / RECIPE_FILE, recipe)
     return load_segmentation_model(str(folder))
@@ -129,8 +120,6 @@ def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[s
 
 def check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
     """Compares the recipe of a finished model with the present one."""
-    if not path.is_file():
-        return
     found = json.loads(path.read_text())
     for key, value in json.loads(json.dumps(recipe)).items():
         if found.get(key) != value:
@@ -152,7 +141,7 @@ def build_student(args: ModelArguments, data: DenseDatasets, seed: int) -> PreTr
     return build_model(ModelSpec.parse(args.student, "student"), data["train"].id2label)
 
 
-def derive_config(config: BCDConfig, folder: Path, changes: Mapping[str, Any]) -> BCDConfig:
+def derive_config(config: BCDConfig, role: str, changes: Mapping[str, Any]) -> BCDConfig:
     """The same training arguments for another model of the run: its own folder, never pushed.
 
     Raises:
@@ -162,19 +151,25 @@ def derive_config(config: BCDConfig, folder: Path, changes: Mapping[str, Any]) -
     for key in changes:
         if key not in known:
             raise ValueError(unknown_key_message("training argument", key, known))
+    # `Trainer.push_to_hub` leaves names with an underscore out
+    folder = Path(config.output_dir or ".") / f"_{role}"
     own = {"output_dir": str(folder), "push_to_hub": False, "run_name": None}
     return dataclasses.replace(copy.deepcopy(config), **{**changes, **own})  # checks and converts every value again
 
 
 def train_model(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, config: BCDConfig, data: DenseDatasets
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    config: BCDConfig,
+    data: DenseDatasets,
+    role: str = "student",
 ) -> BCDTrainer:
     """Trains a model, from its last checkpoint if `resume_from_checkpoint` says so, and saves it in the output folder.
 
     Raises:
         ValueError: if the folder holds checkpoints of an earlier run that this one would not continue, but mix with.
     """
-    checkpoint, folder = checkpoint_of(config), Path(config.output_dir or ".")
+    checkpoint, folder = checkpoint_of(config, role), Path(config.output_dir or ".")
     left = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if checkpoint is None and left is not None:
         raise ValueError(
@@ -195,13 +190,13 @@ def train_model(
     return trainer
 
 
-def checkpoint_of(config: BCDConfig) -> str | None:
-    """The checkpoint a run continues from: a named one, or the last of its own folder."""
+def checkpoint_of(config: BCDConfig, role: str) -> str | None:
+    """The checkpoint a model continues from: for the student a named one, or the last of the model's own folder."""
     given, folder = config.resume_from_checkpoint, Path(config.output_dir or ".")
     if given in (None, False, "False", "false"):
         return None
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if given in (True, "True", "true") or folder.name in ("teacher", "baseline"):
+    if given in (True, "True", "true") or role != "student":
         return last
     return str(given)
 

@@ -87,6 +87,8 @@ def train_transform(args: BCDConfig) -> TrainTransform:
 
 def with_transform(dataset: Any, transform: Callable, seed: int) -> Any:
     """Adds a transform to canonical samples; leaves datasets that already yield tensors alone."""
+    if isinstance(dataset, dict):  # Trainer takes several evaluation sets by name
+        return {name: with_transform(one, transform, seed) for name, one in dataset.items()}
     return dataset.with_transform(transform, seed=seed) if isinstance(dataset, DenseDataset) else dataset
 
 

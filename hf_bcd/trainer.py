@@ -22,8 +22,8 @@ from .callbacks import DistillationCallback, InterruptCallback, PictureCallback
 from .config import BCDConfig
 from .data import DenseDataset, DenseDatasets, SemanticCollator
 from .distiller import Distiller
+from .evaluation import pack_counts, predict, same_size_groups, unpack_counts
 from .losses.criterion import DistillationCriterion, build_criterion
-from .losses.functional import resize
 from .metrics import SemanticMetrics
 from .outputs import DenseOutput
 from .preparation import (
@@ -34,6 +34,7 @@ from .preparation import (
     train_transform,
     with_transform,
 )
+from .terms import TermMeans, not_finite
 
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,7 @@ class BCDTrainer(Trainer):
         self.metrics = SemanticMetrics(student.num_labels)
         self.per_class_iou: list[float] = []
         self.has_card = False
-        self._term_sums: dict[str, Tensor] = {}
-        self._term_steps = 0.0
+        self.terms = TermMeans()
         self._images, self._clock = 0, time.perf_counter()
         super().__init__(
             model=distiller,
@@ -153,13 +153,13 @@ class BCDTrainer(Trainer):
             raise ValueError(f"resume_from_checkpoint is {resume_from_checkpoint!r}, which is no folder.")
         if not resume_from_checkpoint:
             self.calibrate()
-        self._term_sums, self._term_steps = {}, 0.0
+        self.terms.reset()
         self._images, self._clock = 0, time.perf_counter()
         # an evaluation before training marks the model as prepared, and then no DDP would be wrapped around it
         self.model._is_accelerate_prepared = False  # type: ignore[assignment]
         with self.interrupt.listening():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        self._check_sums()  # the steps since the last log
+        self._check_finite(self.terms.read())  # the steps since the last log
         if self.interrupt.requested:
             raise KeyboardInterrupt(
                 f"stopped at step {self.state.global_step}; its checkpoint is in the output folder"
@@ -196,9 +196,7 @@ class BCDTrainer(Trainer):
             teacher_output=self._teacher_output(pixel_values),
             num_valid=num_valid,
         )
-        for name, value in outputs["terms"].items():
-            self._term_sums[name] = self._term_sums.get(name, 0) + value / steps
-        self._term_steps += 1 / steps
+        self.terms.add(outputs["terms"], steps)
         self._images += len(labels) * self.accelerator.num_processes
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
@@ -234,39 +232,23 @@ class BCDTrainer(Trainer):
             FloatingPointError: if a term is not finite.
         """
         if "loss" in logs:
-            logs = logs | self._mean_terms()
+            means = self.terms.read()
+            self.terms.reset()
+            self._check_finite(means)
+            logs = logs | means
             now = time.perf_counter()
             logs["images_per_second"] = round(self._images / (now - self._clock), 2)
             self._images, self._clock = 0, now
         super().log(logs, start_time)
 
-    def _mean_terms(self) -> dict[str, float]:
-        """Mean of every term over the steps since the last log, and over ranks; resets the sums."""
-        names, steps = list(self._term_sums), self._term_steps
-        if not names:
-            return {}
-        means = torch.stack([self._term_sums[name] for name in names]) / steps
-        means = self.accelerator.reduce(means, "mean") if self.accelerator.num_processes > 1 else means
-        self._term_sums, self._term_steps = {}, 0.0
-        self._check_finite(dict(zip(names, means.tolist(), strict=True)))  # type: ignore[union-attr]
-        return dict(zip(names, means.tolist(), strict=True))  # type: ignore[union-attr]
-
-    def _check_finite(self, terms: dict[str, float]) -> None:
-        bad = [name for name, value in terms.items() if not math.isfinite(value)]
-        if bad:
+    def _check_finite(self, values: dict[str, float]) -> None:
+        if bad := not_finite(values):
             last = get_last_checkpoint(self.args.output_dir)
             raise FloatingPointError(
-                f"{', '.join(f'{name} is {terms[name]}' for name in bad)} at or before step {self.state.global_step}. "
-                f"Training stopped; the last good checkpoint is {last or 'none yet'}. Try a smaller learning rate, "
-                "bf16 instead of fp16, or a smaller weight of this term."
+                f"{bad} at or before step {self.state.global_step}. Training stopped; the last good checkpoint is "
+                f"{last or 'none yet'}. Try a smaller learning rate, bf16 instead of fp16, or a smaller weight of this "
+                "term."
             )
-
-    def _check_sums(self) -> None:
-        """Checks the steps that no log has checked yet; every rank calls it."""
-        if self._term_sums:
-            values = torch.stack(list(self._term_sums.values()))
-            values = self.accelerator.reduce(values, "mean") if self.accelerator.num_processes > 1 else values
-            self._check_finite(dict(zip(self._term_sums, values.tolist(), strict=True)))  # type: ignore[union-attr]
 
     def _check_weights(self) -> None:
         """Checks what the last step made of the weights: a gradient can overflow although the loss is finite."""
@@ -303,7 +285,7 @@ class BCDTrainer(Trainer):
         with torch.no_grad():
             for pixel_values, labels in same_size_groups(inputs["pixel_values"], inputs["labels"]):
                 counts = self.metrics.counts(predict(model, pixel_values, labels.shape[-2:]), labels)
-                rows.append(torch.cat([count.flatten(1) for count in counts.values()], dim=1))
+                rows.append(pack_counts(counts))
         return None, torch.cat(rows), inputs["index"]
 
     @torch.no_grad()
@@ -315,12 +297,7 @@ class BCDTrainer(Trainer):
 
     def _add_counts(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
         """Unpacks gathered per-image counts, from which duplicates that fill the last batch have been cut."""
-        rows, offset, counts = cast(Tensor, prediction.predictions), 0, {}
-        for name, shape in self.metrics.shapes.items():
-            width = math.prod(shape)
-            counts[name] = rows[:, offset : offset + width].reshape(-1, *shape)
-            offset += width
-        self.metrics.add(counts)
+        self.metrics.add(unpack_counts(cast(Tensor, prediction.predictions), self.metrics))
         if not compute_result:
             return {}
         result = self.metrics.compute()
@@ -331,7 +308,7 @@ class BCDTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # a checkpoint taken after a step that went wrong must not replace a good one
-        self._check_sums()
+        self._check_finite(self.terms.read())
         if not self.is_fsdp_enabled:  # ranks hold different shards there and could not raise together
             self._check_weights()
         super()._save_checkpoint(model, trial)
@@ -375,7 +352,12 @@ class BCDTrainer(Trainer):
         self.student.load_state_dict(saved.state_dict())
         path = Path(resume_from_checkpoint) / DISTILLER_FILE
         if path.is_file():
-            self.distiller.criterion.load_state_dict(load_file(path))
+            try:
+                self.distiller.criterion.load_state_dict(load_file(path))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{path} belongs to other losses or another teacher than this run's: {error}"
+                ) from error
         elif self.teacher is not None:
             raise ValueError(f"{path} is missing, so {resume_from_checkpoint} is no checkpoint of a distillation run.")
 
@@ -383,21 +365,6 @@ class BCDTrainer(Trainer):
         assert self.state.best_model_checkpoint is not None
         logger.info("loading the best model, %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def same_size_groups(
-    pixel_values: Tensor | list[Tensor], labels: Tensor | list[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """A batch as one group if it is stacked, image by image if sizes differ (nothing is padded)."""
-    if isinstance(pixel_values, Tensor) and isinstance(labels, Tensor):
-        return [(pixel_values, labels)]
-    return [(image[None], label[None]) for image, label in zip(pixel_values, labels, strict=True)]
-
-
-def predict(model: nn.Module, pixel_values: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Classes `[B, H, W]` at `size`: logits are up-sampled bilinearly, then arg-max, as the exported pipeline does."""
-    logits = model(pixel_values=pixel_values)["logits"].float()
-    return resize(logits, (size[0], size[1])).argmax(dim=1)
 
 
 def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

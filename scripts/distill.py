@@ -49,6 +49,8 @@ def main() -> None:
         for name, model in models.items():
             if model is not None and predicts_classes_of(model, data[split]):
                 scores[name] = evaluate_model(model, config, data[split])
+            elif model is not None:
+                logging.warning("the %s has other classes than %s, so it has no score", name, data[split].name)
     if config.should_save:
         write_report(
             trainer, {name: model for name, model in models.items() if model is not None}, scores, data, split

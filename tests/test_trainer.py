@@ -466,9 +466,9 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(tmp_path: Pa
 
 def test_derived_training_arguments_are_converted_and_checked(tmp_path: Path) -> None:
     config = tiny.config(tmp_path, optim_args=None)
-    derived = experiment.derive_config(config, tmp_path / "teacher", {"optim": "adamw_torch", "eval_strategy": False})
+    derived = experiment.derive_config(config, "teacher", {"optim": "adamw_torch", "eval_strategy": False})
     assert Trainer.get_optimizer_cls_and_kwargs(derived)[0] is torch.optim.AdamW
-    assert derived.eval_strategy == "no" and derived.output_dir == str(tmp_path / "teacher")
+    assert derived.eval_strategy == "no" and derived.output_dir == str(Path(config.output_dir) / "_teacher")
     with pytest.raises(ValueError, match="crop_size is 0"):
         experiment.derive_config(config, tmp_path, {"crop_size": 0})
 
