@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from .adapters import DenseAdapter, build_adapter, image_processor, image_statistics
 from .builders import load_segmentation_model
@@ -84,6 +84,9 @@ class BCDTrainer(Trainer):
         if args.n_gpu > 1:
             args._n_gpu = 1  # nn.DataParallel cannot carry the teacher's outputs; several GPUs need accelerate launch
         share_cores(args)
+        if eval_dataset is None and args.eval_strategy != "no":
+            logger.warning("no evaluation data, so training goes on without evaluations")
+            args.eval_strategy = IntervalStrategy.NO
         reference = eval_dataset if eval_dataset is not None else train_dataset
         adopt_labels(model, reference)
         student: DenseAdapter = build_adapter(model, *image_statistics(model))

@@ -279,6 +279,12 @@ def test_weights_and_decay_are_applied_once(tmp_path: Path) -> None:
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
 
 
+def test_without_evaluation_data_training_goes_on_without_evaluations(tmp_path: Path) -> None:
+    run = tiny.trainer(tmp_path, data={"train": tiny.TensorSamples(4)}, max_steps=1, eval_strategy="steps", eval_steps=1)
+    run.train()
+    assert len(tiny.history(run)) == 1 and not tiny.history(run, "eval_mean_iou")
+
+
 def test_without_a_teacher_the_student_trains_alone(tmp_path: Path) -> None:
     run = tiny.trainer(tmp_path, teacher=None, max_steps=2)
     run.train()

@@ -107,7 +107,7 @@ def test_a_killed_run_resumes_to_the_same_student(tmp_path: Path) -> None:
         "--max_steps",
         40,
     ]
-    options += ["--with_baseline", "false", "--report_to", "none"]
+    options += ["--with_baseline", "false", "--report_to", "none", "--dataloader_num_workers", 2]
     command = [sys.executable, str(DISTILL), "--output_dir", str(tmp_path / "killed"), *map(str, options)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(3000):
