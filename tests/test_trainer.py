@@ -121,7 +121,7 @@ def test_accumulation_equals_a_larger_batch(build, tmp_path: Path) -> None:
         )
         run.train()
         runs.append(run)
-    compare(*runs)
+    assert_same_run(*runs)
 
 
 def test_accumulation_counts_valid_pixels_over_the_whole_step(tmp_path: Path) -> None:
@@ -139,10 +139,12 @@ def test_accumulation_counts_valid_pixels_over_the_whole_step(tmp_path: Path) ->
         )
         run.train()
         runs.append(run)
-    compare(*runs, keys=("loss", "loss_task", "bcd/context"))
+    assert_same_run(*runs, keys=("loss", "loss_task", "bcd/context"))
 
 
-def compare(first: BCDTrainer, second: BCDTrainer, keys=("loss", "loss_task", "bcd/boundary", "bcd/context")) -> None:
+def assert_same_run(
+    first: BCDTrainer, second: BCDTrainer, keys=("loss", "loss_task", "bcd/boundary", "bcd/context")
+) -> None:
     for key in keys:
         assert tiny.history(first, key) == pytest.approx(tiny.history(second, key), rel=1e-5), key
     for (name, a), (_, b) in zip(first.distiller.named_parameters(), second.distiller.named_parameters(), strict=True):
@@ -280,7 +282,9 @@ def test_weights_and_decay_are_applied_once(tmp_path: Path) -> None:
 
 
 def test_without_evaluation_data_training_goes_on_without_evaluations(tmp_path: Path) -> None:
-    run = tiny.trainer(tmp_path, data={"train": tiny.TensorSamples(4)}, max_steps=1, eval_strategy="steps", eval_steps=1)
+    run = tiny.trainer(
+        tmp_path, data={"train": tiny.TensorSamples(4)}, max_steps=1, eval_strategy="steps", eval_steps=1
+    )
     run.train()
     assert len(tiny.history(run)) == 1 and not tiny.history(run, "eval_mean_iou")
 

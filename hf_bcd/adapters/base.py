@@ -1,5 +1,6 @@
 """What every adapted model offers: named feature levels, logits, and its own input normalisation."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-class DenseAdapter(nn.Module):
+class DenseAdapter(nn.Module, ABC):
     """Turns one family of segmentation models into `DenseOutput`.
 
     A subclass states the family's rules as class attributes and implements `find_feature_specs` and `run`.
@@ -75,13 +76,13 @@ class DenseAdapter(nn.Module):
         """Height and width of the only input size the model was made for, or `None` where any size will do."""
         return None
 
+    @abstractmethod
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         """Reads channels and strides of the levels off the configuration and the layers, without a forward pass."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
         """Runs the model on normalised images `[B, 3, H, W]`."""
-        raise NotImplementedError
 
     def freeze_unused(self) -> None:
         """Freezes what gets no gradient: data-parallel training waits for one from every trainable parameter."""

@@ -1,6 +1,7 @@
 """Families that hand out their stages as `hidden_states`: MobileNetV2, MobileViT, BEiT, Data2Vec and DPT."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ class ConvolutionalAdapter(DenseAdapter):
     stage_ends: tuple[int, ...]
     """Index of the last layer of each stage."""
 
+    @abstractmethod
     def layers(self) -> Sequence[nn.Module]:
-        raise NotImplementedError
+        """The layers whose outputs `hidden_states` lists."""
 
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         # the input has stride 2 after the stem; dilated layers have convolutions of stride 1
@@ -98,9 +100,9 @@ class TokenAdapter(DenseAdapter):
         size = self.model.config.image_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
+    @abstractmethod
     def hidden_state_indices(self) -> list[int]:
         """Positions of the grids in `hidden_states`, whose first entry is the embedding."""
-        raise NotImplementedError
 
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         config = self.model.config

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from .dataset import Sample
 from .labels import IGNORE_INDEX
-from .synthetic_objects import (
+from .synthetic_materials import (
     COLOURS,
     FAR,
     FLAT,
@@ -29,6 +29,9 @@ from .synthetic_objects import (
     Point,
     Position,
     mix,
+    tint,
+)
+from .synthetic_objects import (
     paint_hills,
     paint_overhanging_limb,
     paint_plain,
@@ -39,7 +42,6 @@ from .synthetic_objects import (
     place_plants,
     place_poles,
     place_traffic,
-    tint,
 )
 
 
