@@ -22,9 +22,6 @@ class Distiller(nn.Module):
         ignore_index: void label.
     """
 
-    # the Trainer must not guess from the signature that the loss is already normalised over accumulated batches
-    accepts_loss_kwargs = False
-
     student: DenseAdapter
     criterion: DistillationCriterion
 

@@ -1,6 +1,6 @@
 """Distils a small segmentation model from a large one.
 
-    accelerate launch scripts/distill.py                                   # demo: no download, about two minutes
+    accelerate launch scripts/distill.py                                   # demo: no download, under two minutes
     accelerate launch scripts/distill.py --config examples/recipes/camvid/mobilenetv2_deeplabv3plus_to_mobilenetv2_fpn.yaml \\
         --data_dir path/to/camvid --student.weights W --teacher.weights W
     accelerate launch scripts/distill.py --dataset_name user/data --teacher nvidia/segformer-b4-finetuned-ade-512-512 \\
