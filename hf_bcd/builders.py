@@ -59,14 +59,3 @@ def build_model(spec: ModelSpec, id2label: Mapping[int, str]) -> PreTrainedModel
         **spec.options,
         **labels,
     )
-
-
-def build_teacher(spec: ModelSpec) -> PreTrainedModel:
-    """Loads a finished teacher with its own classes.
-
-    Raises:
-        ValueError: if the description is a bare timm backbone, which no one has trained yet.
-    """
-    if spec.name_or_path is None:
-        raise ValueError(f"teacher {spec.backbone} is an untrained backbone; train it first or name a checkpoint.")
-    return load_segmentation_model(spec.name_or_path, revision=spec.revision)

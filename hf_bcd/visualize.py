@@ -72,31 +72,6 @@ def colorize(label_map: np.ndarray | Tensor, colours: np.ndarray, ignore_index: 
     return picture
 
 
-def overlay(
-    image: Image.Image | np.ndarray | Tensor,
-    label_map: np.ndarray | Tensor,
-    colours: np.ndarray,
-    alpha: float = 0.5,
-    ignore_index: int = 255,
-) -> np.ndarray:
-    """Image with the colours of its labels on top, uint8 `[H, W, 3]`; void pixels show the image alone.
-
-    Args:
-        image: RGB image: PIL, uint8 `[H, W, 3]` or uint8 `[3, H, W]`.
-        label_map: class ids `[H, W]`.
-        colours: one colour for each class, uint8 `[num_labels, 3]`.
-        alpha: share of the label's colour, 0..1.
-        ignore_index: id of void pixels.
-
-    Raises:
-        ValueError: image and label map differ in size, or see `colorize`.
-    """
-    pixels = _rgb(image)
-    labels = _label_map(label_map, "label_map", len(colours), ignore_index, pixels.shape[:2])
-    share = np.where(labels == ignore_index, 0.0, alpha)[..., None]
-    return ((1 - share) * pixels + share * colorize(labels, colours, ignore_index)).round().astype(np.uint8)
-
-
 def comparison_figure(
     samples: Sequence[Mapping[str, Any]],
     id2label: Mapping[int, str],

@@ -12,7 +12,6 @@ from hf_bcd.visualize import (
     boundary_figure,
     colorize,
     comparison_figure,
-    overlay,
     palette,
     relation_figure,
 )
@@ -78,18 +77,6 @@ def test_colorize_paints_each_class_and_leaves_void_white(convert):
 def test_colorize_rejects(labels, message):
     with pytest.raises(ValueError, match=message):
         colorize(labels, palette(3))
-
-
-def test_overlay_mixes_colours_and_spares_void():
-    image = np.full((2, 2, 3), 100, np.uint8)
-    labels = np.array([[0, 1], [255, 2]])
-    colours = palette(3)
-    mixed = overlay(torch.as_tensor(image).permute(2, 0, 1), labels, colours, alpha=0.25)
-    assert mixed[1, 0].tolist() == [100, 100, 100]
-    assert mixed[0, 1].tolist() == (75 + 0.25 * colours[1]).round().astype(int).tolist()
-    assert np.array_equal(overlay(Image.fromarray(image), labels, colours, alpha=0.0), image)
-    with pytest.raises(ValueError, match=r"\(2, 3\)"):
-        overlay(image, np.zeros((2, 3), int), colours)
 
 
 def test_comparison_shows_classes_in_their_colours(tmp_path):

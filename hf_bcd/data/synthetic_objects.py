@@ -35,7 +35,7 @@ from .synthetic_materials import (
     Position,
     mix,
     tint,
-)
+)  # fmt: skip
 
 
 if TYPE_CHECKING:

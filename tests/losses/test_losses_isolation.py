@@ -100,13 +100,14 @@ def test_a_training_step_never_waits_for_the_device(mode, teacher_head):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("mode", "teacher_head"), CONFIGURATIONS)
 def test_cuda_reports_no_synchronisation(mode, teacher_head):
-    _, step = training_step(mode, teacher_head, "cuda")
+    criterion, step = training_step(mode, teacher_head, "cuda")
     step()  # lets the libraries set themselves up
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad is not None for p in criterion.parameters() if p.requires_grad)
 
 
 def test_losses_import_torch_alone():

@@ -12,7 +12,7 @@ def test_every_named_head_exists():
 
 def test_builds_nothing(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("a model was built"))
-    TimmSegmentationConfig(backbone="mobilenetv2_050", num_labels=4)
+    assert TimmSegmentationConfig(backbone="mobilenetv2_050", num_labels=4).num_labels == 4
 
 
 @pytest.mark.parametrize("backbone, mean", [("resnet18.a1_in1k", 0.485), ("tf_efficientnet_lite0", 0.5)])
