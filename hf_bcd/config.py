@@ -105,6 +105,15 @@ class ModelArguments:
     with_baseline: bool = field(
         default=False, metadata={"help": "Also train the student without its teacher, on the same budget, to compare."}
     )
+    baseline: str | None = field(
+        default=None, metadata={"help": "Finished student without a teacher to compare with: folder or Hub id."}
+    )
+    label_synonyms: str | None = field(
+        default=None, metadata={"help": "JSON file {class of the data set: [names the teacher may use]}."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that lies in a Hub repository; read it first."}
+    )
 
 
 @dataclass
@@ -116,6 +125,14 @@ class DataArguments:
     )
     data_dir: str | None = field(
         default=None, metadata={"help": "Local root {train,val,test}/{images,masks} or an imagefolder."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read training data while training, without storing it; needs max_steps."}
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Images from which a stream draws at random; all of them stay in memory."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Image column, if it cannot be recognised."})
     label_column: str | None = field(default=None, metadata={"help": "Mask column, if it cannot be recognised."})

@@ -1,43 +1,8 @@
-"""Scores a segmentation model on a labelled data set.
+"""Scores a segmentation model on a labelled data set; `--help` says more."""
 
-    accelerate launch scripts/evaluate.py --student runs/demo --dataset_name synthetic
-    accelerate launch scripts/evaluate.py --student me/segformer-b0-bcd --data_dir path/to/data --image_size 512
-
-Writes `<output_dir>/evaluation.json` and prints the same numbers.
-"""
-
-import sys
-from pathlib import Path
-
-from hf_bcd.builders import load_segmentation_model
-from hf_bcd.config import ModelSpec, parse_arguments
-from hf_bcd.experiment import evaluate_model, final_split, load_data, write_json
-from hf_bcd.reporting import metrics_table, protocol
-
-
-def main() -> None:
-    model_args, data_args, config = parse_arguments(description=__doc__)
-    if model_args.student is None:
-        raise ValueError("name the model to evaluate with --student (Hub id or folder).")
-    spec = ModelSpec.parse(model_args.student, "student")
-    if spec.name_or_path is None:
-        raise ValueError("--student must be a trained model: a Hub id or a folder.")
-    data = load_data(data_args, for_training=False)
-    split = final_split(data)
-    if split is None:
-        raise ValueError(f"no labelled evaluation split; the data set has {', '.join(data)}.")
-    model = load_segmentation_model(spec.name_or_path, revision=spec.revision)
-    scores = evaluate_model(model, config, data[split])
-    if config.should_save:
-        result = {"model": spec.name_or_path, "scores": scores, "protocol": protocol(data[split], config, scores)}
-        folder = Path(config.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "evaluation.json", result)
-        print(metrics_table({spec.name_or_path: scores}))
+from hf_bcd.cli import run
+from hf_bcd.commands import evaluate
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run(evaluate.main)

@@ -1,0 +1,7 @@
+"""`python -m hf_bcd` is `hf-bcd`; `accelerate launch -m hf_bcd distill ...` runs it in several processes."""
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    main()

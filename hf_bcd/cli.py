@@ -1,0 +1,39 @@
+"""The console script `hf-bcd`, and how every command reports what went wrong."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+
+COMMANDS = {
+    "distill": "distil a student from a teacher, or train it alone",
+    "evaluate": "score a model on a labelled data set",
+}
+
+
+def main() -> None:
+    """Runs `hf-bcd COMMAND [ARGUMENTS]`."""
+    name, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print(
+            "usage: hf-bcd COMMAND [ARGUMENTS]; several processes: accelerate launch -m hf_bcd COMMAND [ARGUMENTS]\n"
+        )
+        print("\n".join(f"  {command:{width}}  {what}" for command, what in COMMANDS.items()))
+    elif name in COMMANDS:
+        sys.argv[0] = f"hf-bcd {name}"  # what --help calls the program
+        command = import_module(f".commands.{name}", __package__)
+        run(lambda: command.main(arguments))
+    else:
+        sys.exit(f"error: no command {name!r}; choose one of {', '.join(COMMANDS)}")
+
+
+def run(command: Callable[[], None]) -> None:
+    """Runs a command; errors that a user can mend become one line and exit code 1, Ctrl-C exit code 130."""
+    try:
+        command()
+    except (ValueError, FloatingPointError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{interrupt}. Run the same command with --resume_from_checkpoint true to continue.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""The commands behind `hf-bcd` and `scripts/`: each parses its arguments, builds and runs."""

@@ -1,0 +1,63 @@
+"""Distils a small segmentation model from a large one.
+
+    accelerate launch scripts/distill.py                                   # demo: no download, under two minutes
+    accelerate launch scripts/distill.py --config examples/recipes/camvid/mobilenetv2_deeplabv3plus_to_mobilenetv2_fpn.yaml \\
+        --data_dir path/to/camvid --student.weights W --teacher.weights W
+    accelerate launch scripts/distill.py --dataset_name user/data --teacher nvidia/segformer-b4-finetuned-ade-512-512 \\
+        --student nvidia/mit-b0 --output_dir runs/mine
+
+Without --teacher the student is trained alone. Everything a run produces lies in its output folder.
+"""
+
+import logging
+from pathlib import Path
+
+from ..builders import load_segmentation_model
+from ..config import parse_arguments
+from ..experiment import (
+    build_student,
+    evaluate_model,
+    final_split,
+    load_data,
+    predicts_classes_of,
+    prepare_baseline,
+    prepare_teacher,
+    train_model,
+)
+from ..reporting import loading_lines, metrics_table, write_report
+
+
+def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
+    """Trains what the arguments describe, scores it, reports it and pushes it if asked.
+
+    Args:
+        argv: command line; the process's own by default.
+        demo: recipe to run when the command line names neither recipe, data nor student.
+    """
+    model_args, data_args, config = parse_arguments(argv, default_config=demo, description=__doc__)
+    logging.basicConfig(level=logging.INFO if config.should_log else logging.ERROR, format="%(message)s")
+    data = load_data(data_args)
+    student = build_student(model_args, data, config.seed)  # a wrong name fails before hours of teacher training
+    models = {
+        "teacher": prepare_teacher(model_args, config, data),
+        "baseline": prepare_baseline(model_args, config, data),
+    }
+    trainer = train_model(student, models["teacher"], config, data)
+    models["student"] = load_segmentation_model(str(config.output_dir))  # the scores are those of the saved student
+
+    split = final_split(data)
+    scores = {}
+    if split is not None:
+        for name, model in models.items():
+            if model is not None and predicts_classes_of(model, data[split]):
+                scores[name] = evaluate_model(model, config, data[split])
+            elif model is not None:
+                logging.warning("the %s has other classes than %s, so it has no score", name, data[split].name)
+    if config.should_save:
+        write_report(
+            trainer, {name: model for name, model in models.items() if model is not None}, scores, data, split
+        )
+        print(metrics_table(scores))
+        print(loading_lines(config.output_dir))
+    if config.push_to_hub:
+        trainer.push_to_hub()
