@@ -8,15 +8,24 @@ from transformers import (
     SegformerImageProcessorPil,
 )
 
+from .configuration_espnet import EspNetConfig
 from .configuration_timm_segmentation import TimmSegmentationConfig
+from .modeling_espnet import EspNetForSemanticSegmentation
 from .modeling_timm_segmentation import TimmSegmentationModel
 
 
-__all__ = ["TimmSegmentationConfig", "TimmSegmentationModel"]
+__all__ = ["EspNetConfig", "EspNetForSemanticSegmentation", "TimmSegmentationConfig", "TimmSegmentationModel"]
 
-AutoConfig.register(TimmSegmentationConfig.model_type, TimmSegmentationConfig)
-AutoModelForSemanticSegmentation.register(TimmSegmentationConfig, TimmSegmentationModel)
-AutoImageProcessor.register(
-    TimmSegmentationConfig,
-    image_processor_classes={"torchvision": SegformerImageProcessor, "pil": SegformerImageProcessorPil},
-)
+for config_class, model_class in (
+    (EspNetConfig, EspNetForSemanticSegmentation),
+    (TimmSegmentationConfig, TimmSegmentationModel),
+):
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModelForSemanticSegmentation.register(config_class, model_class)
+    # `save_pretrained` copies their files into the folder, so that the model also runs where this package is missing
+    config_class.register_for_auto_class()
+    model_class.register_for_auto_class("AutoModelForSemanticSegmentation")
+    AutoImageProcessor.register(
+        config_class,
+        image_processor_classes={"torchvision": SegformerImageProcessor, "pil": SegformerImageProcessorPil},
+    )

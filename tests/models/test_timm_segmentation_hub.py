@@ -99,10 +99,8 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-def test_files_run_without_the_package(tmp_path, monkeypatch):
+def test_files_run_without_the_package(tmp_path):
     repository = tmp_path / "repository"
-    monkeypatch.setattr(TimmSegmentationConfig, "_auto_class", "AutoConfig")
-    monkeypatch.setattr(TimmSegmentationModel, "_auto_class", "AutoModelForSemanticSegmentation")
     model = disturbed()
     model.save_pretrained(repository)
     SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(repository)
