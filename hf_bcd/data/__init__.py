@@ -4,6 +4,7 @@ from .catalog import CATALOG, DatasetSpec
 from .collators import SemanticCollator
 from .dataset import DenseDataset, DenseDatasets
 from .loading import load_dense_dataset
+from .streaming import DenseStream, TransformedStream
 from .transforms import EvalTransform, TrainTransform
 
 
@@ -12,8 +13,10 @@ __all__ = [
     "DatasetSpec",
     "DenseDataset",
     "DenseDatasets",
+    "DenseStream",
     "EvalTransform",
     "SemanticCollator",
     "TrainTransform",
+    "TransformedStream",
     "load_dense_dataset",
 ]

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from .images import match_orientation, read_image, to_rgb
-from .labels import IGNORE_INDEX, LabelRule, decode_label
+from .labels import IGNORE_INDEX, ColourId, LabelRule, decode_label
 
 
 SPLIT_ALIASES = {"val": "validation", "valid": "validation"}
@@ -26,10 +26,10 @@ class Row(NamedTuple):
     image_name: str
     label_name: str
 
-    def stored_ids(self) -> np.ndarray:
-        """Decodes the mask to the ids that it stores, `[H, W]`."""
+    def stored_ids(self, colours: Sequence[ColourId] = ()) -> np.ndarray:
+        """Decodes the mask to the ids that it stores, `[H, W]`; `colours` are those of a colour-coded mask."""
         mask = self.label if isinstance(self.label, np.ndarray) else read_image(self.label, self.label_name)
-        return decode_label(mask, self.label_name)
+        return decode_label(mask, self.label_name, colours)
 
 
 class Rows(Protocol):
@@ -47,6 +47,17 @@ class Sample(TypedDict):
     label: np.ndarray
 
 
+def read_sample(row: Row, rule: LabelRule, num_labels: int) -> Sample:
+    """Decodes a row to its canonical form.
+
+    Raises:
+        ValueError: a file cannot be decoded, image and mask differ in size, or the mask holds unknown ids.
+    """
+    label = rule.apply(row.stored_ids(rule.colours), num_labels, row.label_name)
+    image = match_orientation(read_image(row.image, row.image_name), label.shape[::-1], row.image_name)
+    return {"image": to_rgb(image), "label": label}
+
+
 @dataclass(frozen=True, eq=False)
 class DenseDataset(Dataset[Sample]):
     """One split of a data set, with images in RGB and labels as class ids; void pixels are 255.
@@ -55,9 +66,10 @@ class DenseDataset(Dataset[Sample]):
         rows: the raw samples.
         name: name of the data set.
         split: `train`, `validation`, `test` or the source's own name.
-        source: address of the data: Hub id, web page or folder.
+        source: where the data was read from: Hub id or folder.
         id2label: names of the classes 0..num_labels-1.
         rule: how stored ids become class ids.
+        revision: branch, tag or commit of a Hub id, if one was named.
     """
 
     rows: Rows
@@ -66,6 +78,7 @@ class DenseDataset(Dataset[Sample]):
     source: str
     id2label: dict[int, str]
     rule: LabelRule = field(default_factory=LabelRule)
+    revision: str | None = None
 
     @property
     def num_labels(self) -> int:
@@ -84,10 +97,7 @@ class DenseDataset(Dataset[Sample]):
         Raises:
             ValueError: a file cannot be decoded, image and mask differ in size, or the mask holds unknown ids.
         """
-        row = self.rows[range(len(self))[index]]
-        label = self.rule.apply(row.stored_ids(), self.num_labels, row.label_name)
-        image = match_orientation(read_image(row.image, row.image_name), label.shape[::-1], row.image_name)
-        return {"image": to_rgb(image), "label": label}
+        return read_sample(self.rows[range(len(self))[index]], self.rule, self.num_labels)
 
     def select(self, indices: Sequence[int]) -> "DenseDataset":
         """The samples at `indices`, in this order."""
@@ -120,7 +130,11 @@ class DenseDatasets(Mapping[str, DenseDataset]):
         return len(self._splits)
 
     def __repr__(self) -> str:
-        return f"DenseDatasets({', '.join(f'{name}: {len(dataset)}' for name, dataset in self.items())})"
+        return f"DenseDatasets({', '.join(f'{name}: {_size(dataset)}' for name, dataset in self.items())})"
+
+
+def _size(dataset: Any) -> str:
+    return str(len(dataset)) if hasattr(dataset, "__len__") else "a stream"
 
 
 class TransformedDataset(Dataset[dict[str, Any]]):
@@ -157,12 +171,12 @@ class TransformedDataset(Dataset[dict[str, Any]]):
         """The transformed sample and its `index`."""
         index = range(len(self))[index]
         sample = self.dataset[index]
-        with _torch_seed(self.seed, int(self._epoch), index):
+        with torch_seed(self.seed, int(self._epoch), index):
             return {"index": index, **self.transform(sample["image"], sample["label"])}
 
 
 @contextmanager
-def _torch_seed(*entropy: int) -> Iterator[None]:
+def torch_seed(*entropy: int) -> Iterator[None]:
     """Seeds torch's CPU generator from several numbers; restores it afterwards."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     with torch.random.fork_rng(devices=[]):

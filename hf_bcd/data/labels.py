@@ -15,30 +15,37 @@ IGNORE_INDEX = 255
 MAX_LABELS = IGNORE_INDEX  # ids 0..254; 255 marks void pixels
 _TABLE_SIZE = 1 << 16  # every id that an 8-bit or 16-bit mask can hold
 
+ColourId = tuple[tuple[int, int, int], int]  # colour, and the id that it stands for
 NameSource = Mapping[int, str] | Mapping[str, str] | Sequence[str] | str | Path
 
 
-def decode_label(mask: Image.Image | np.ndarray, name: str) -> np.ndarray:
+def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[ColourId] = ()) -> np.ndarray:
     """Reads the stored ids of a mask without interpreting them.
 
     Palette images give their indices; converting them to grey would turn ids into luminances. RGB images are accepted if
-    their three channels are equal, as in several exports of Cityscapes.
+    their three channels are equal, as in several exports of Cityscapes, or if their colours are known.
 
     Args:
-        mask: image of mode `P`, `L`, `1`, `I`, `I;16` or `RGB`, or integer array `[H, W]` or `[H, W, 3]`.
+        mask: image of mode `P`, `L`, `1`, `I`, `I;16`, `RGB` or opaque `RGBA`, or integer array `[H, W]` or `[H, W, 3]`.
         name: the file or row, for error messages.
+        colours: ids by colour; of two ids with the same colour, the first is taken. An RGB mask whose channels are equal is still one of ids if these are among them.
 
     Returns:
         Integer array `[H, W]`.
 
     Raises:
-        ValueError: the mask is colour-coded or holds no integers.
+        ValueError: the mask has colours that stand for no id, or holds no integers.
     """
     ids = np.asarray(mask)
     if ids.dtype == bool:
         ids = ids.astype(np.uint8)
+    if colours and ids.ndim == 3 and ids.shape[-1] == 4 and (ids[..., 3] == 255).all():
+        ids = ids[..., :3]  # opaque RGBA
     if ids.ndim == 3 and ids.shape[-1] == 3:
-        if not (ids == ids[..., :1]).all():
+        equal = bool((ids == ids[..., :1]).all())
+        if colours and not (equal and np.isin(ids[..., 0], [IGNORE_INDEX, *(index for _, index in colours)]).all()):
+            return _ids_of_colours(ids, colours, name)
+        if not equal:
             raise ValueError(
                 f"{name}: a colour-coded mask (its red, green and blue channels differ). Class ids cannot be read from "
                 "colours: store the masks as single-channel images of ids, or as palette images."
@@ -53,21 +60,49 @@ def decode_label(mask: Image.Image | np.ndarray, name: str) -> np.ndarray:
     return ids
 
 
+def _ids_of_colours(pixels: np.ndarray, colours: Sequence[ColourId], name: str) -> np.ndarray:
+    ids = _colour_table(tuple(colours))[pack_rgb(pixels)]
+    if ids.min(initial=0) < 0:
+        row, column = np.argwhere(ids < 0)[0]
+        raise ValueError(
+            f"{name}: colour {tuple(pixels[row, column].tolist())} at row {row}, column {column} stands for no class. "
+            "The mask has been resized with interpolation or stored with loss, or belongs to another data set."
+        )
+    return ids
+
+
+@lru_cache(maxsize=2)
+def _colour_table(colours: tuple[ColourId, ...]) -> np.ndarray:
+    table = np.full(1 << 24, -1, dtype=np.int16)
+    for colour, index in reversed(colours):  # of two ids with one colour, the first remains
+        table[pack_rgb(np.array(colour))] = index
+    return table
+
+
+def pack_rgb(pixels: np.ndarray) -> np.ndarray:
+    """One number R + 256 G + 65536 B per pixel `[..., 3]`, which is also the segment id of COCO's panoptic masks."""
+    red, green, blue = np.moveaxis(pixels.astype(np.int32), -1, 0)
+    return red | green << 8 | blue << 16
+
+
 @dataclass(frozen=True)
 class LabelRule:
     """How the ids stored in a data set's masks become the ids of its classes.
 
-    255 is always void. Rules are fast look-up tables, built once per process.
+    Rules are fast look-up tables, built once per process.
 
     Attributes:
         reduce_zero: 0 is void and class k is stored as k + 1, as in ADE20K.
-        mapping: pairs (stored id, class id or 255); stored ids without a pair are void, as in Cityscapes.
+        mapping: pairs (stored id, class id or 255), as in Cityscapes. No other id may occur, not even 255: ids of
+            another encoding would otherwise train the wrong classes. Without a mapping, 255 is void.
         void_ids: further stored ids that are void.
+        colours: what the colours of a colour-coded mask stand for, as stored ids.
     """
 
     reduce_zero: bool = False
     mapping: tuple[tuple[int, int], ...] = ()
     void_ids: tuple[int, ...] = ()
+    colours: tuple[ColourId, ...] = ()
 
     def __post_init__(self) -> None:
         if self.reduce_zero and self.mapping:
@@ -97,6 +132,11 @@ class LabelRule:
         if labels.min(initial=0) < 0:
             found = np.unique(ids[labels < 0]).tolist()
             shown = ", ".join(map(str, found[:10])) + (", ..." if len(found) > 10 else "")
+            if self.mapping:
+                raise ValueError(
+                    f"{name}: the mask holds ids [{shown}], which its encoding maps neither to void nor to one of the "
+                    f"num_labels={num_labels} classes. It belongs to another data set or has another encoding."
+                )
             raise ValueError(
                 f"{name}: the mask holds ids [{shown}], which are neither void nor one of the num_labels={num_labels} "
                 "classes. Either num_labels (id2label) is wrong, or these ids are void (ignore_labels, "
@@ -110,7 +150,6 @@ def _table(rule: LabelRule, num_labels: int) -> np.ndarray:
     """Class id of every stored id, -1 where it is none; the last entry stands for all ids outside the table."""
     table = np.full(_TABLE_SIZE + 1, -1, dtype=np.int64)
     if rule.mapping:
-        table[:_TABLE_SIZE] = IGNORE_INDEX
         stored, classes = np.array(rule.mapping).T
         table[stored] = np.where((classes >= 0) & (classes < num_labels) | (classes == IGNORE_INDEX), classes, -1)
     else:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .catalog import CATALOG, DatasetSpec
-from .dataset import SPLIT_ALIASES, DenseDataset, DenseDatasets, Row, Rows
+from .catalog import CATALOG
+from .dataset import SPLIT_ALIASES, DenseDataset, DenseDatasets, Row
 from .folders import pair_folders
+from .hub_tables import hub_names, load_tables
+from .known import open_known, read_hub
 from .labels import LabelRule, NameSource, infer_id2label, read_id2label
+from .probing import examine, first_rows
+from .streaming import DenseStream, StreamRows, open_streams
 from .tables import read_tables
 
 
@@ -31,12 +36,16 @@ def load_dense_dataset(
     name_or_path: str | Path | datasets.Dataset | datasets.DatasetDict,
     *,
     data_dir: str | Path | None = None,
+    config: str | None = None,
     revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     id2label: NameSource | None = None,
     reduce_labels: bool = False,
     ignore_labels: Sequence[int] = (),
+    streaming: bool = False,
+    shuffle_buffer: int = 1000,
+    max_eval_samples: int | None = None,
     **scene_options: Any,
 ) -> DenseDatasets:
     """Loads a segmentation data set in canonical form, whatever its source.
@@ -51,26 +60,36 @@ def load_dense_dataset(
             - a Hub id `user/name`;
             - a loaded data set; a single `Dataset` counts as the split `train`.
         data_dir: root of the local copy of a data set of the catalog; otherwise a folder inside the source.
+        config: configuration of a Hub id or folder, if it has several.
         revision: branch, tag or commit of a Hub id.
         image_column: column of the images; found by its name if None.
         label_column: column of the masks; found by its name if None.
-        id2label: class names as mapping, list or JSON file. If None: from the folder's JSON file or the features, else
-            inferred as 0 to the largest id in all masks of `train`.
+        id2label: class names as mapping, list or JSON file. If None: from the features, or the file `id2label.json` of
+            the folder or Hub id, else inferred as 0 to the largest id in all masks of `train`.
         reduce_labels: stored 0 is void and class k is stored as k + 1.
         ignore_labels: further stored ids that are void. 255 always is.
+        streaming: give `train` as a `DenseStream`, which is read while training and never stored; the other splits are
+            stored. For Hub ids and folders that `datasets` reads, with known class names.
+        shuffle_buffer: number of encoded samples of a stream from which the next one is drawn.
+        max_eval_samples: number of samples of each other split that streaming stores; None for all.
         scene_options: for `synthetic`: `num_images` (split -> number), `size`, `seed`, `num_classes`.
 
     Returns:
         The splits that exist, usually `train`, `validation` and `test`.
 
     Raises:
-        ValueError: the source does not exist or is incomplete, or columns or class names cannot be found.
+        ValueError: the source does not exist or is incomplete, columns or class names cannot be found, or one of the
+            first rows cannot be read.
     """
     if scene_options and name_or_path != "synthetic":
         raise ValueError(f"Arguments {', '.join(scene_options)} are for the data set 'synthetic' only.")
+    if shuffle_buffer < 1:
+        raise ValueError(f"shuffle_buffer is {shuffle_buffer}; a stream draws from at least one sample.")
+    limits = {"shuffle_buffer": shuffle_buffer, "max_eval_samples": max_eval_samples}
+    open_tables: Callable[..., Mapping[str, Any]] = partial(open_streams, **limits) if streaming else load_tables
     if isinstance(name_or_path, str) and name_or_path in CATALOG:
         fixed = {
-            "revision": revision, "image_column": image_column, "label_column": label_column, "id2label": id2label,
+            "config": config, "revision": revision, "image_column": image_column, "label_column": label_column, "id2label": id2label,
             "reduce_labels": reduce_labels, "ignore_labels": ignore_labels,
             "data_dir": data_dir if name_or_path == "synthetic" else None,
         }  # fmt: skip
@@ -79,11 +98,16 @@ def load_dense_dataset(
                 f"{', '.join(key for key, value in fixed.items() if value)} cannot be set for {name_or_path!r}, whose "
                 "files and label rule are known. For a copy that differs, give its Hub id or folder instead."
             )
+        if streaming and (data_dir is not None or name_or_path == "synthetic"):
+            raise _nothing_to_stream(data_dir or name_or_path)
         if name_or_path == "synthetic":
             return _load_scenes(**scene_options)
-        return _load_known(name_or_path, CATALOG[name_or_path], data_dir)
+        read = partial(read_hub, open_tables=open_tables)
+        splits, source, revision, names, rule = open_known(name_or_path, data_dir, read)
+        return _assemble(splits, name_or_path, source, names, rule, revision)
 
     rule = LabelRule(reduce_zero=reduce_labels, void_ids=tuple(ignore_labels))
+    hub_id = None
     if isinstance(name_or_path, str | Path):
         root = Path(name_or_path).expanduser()
         if root.is_dir() or isinstance(name_or_path, Path) or name_or_path.startswith((".", "/", "~")):
@@ -93,54 +117,60 @@ def load_dense_dataset(
             # Metadata may pair files of different names, so it goes before the pairing by stem.
             described = any(next(root.glob(pattern), None) for pattern in METADATA_FILES)
             rows = {} if described else pair_folders(root, FOLDERS)
+            if rows and streaming:
+                raise _nothing_to_stream(root)
             if rows:
-                return _assemble(rows, name, source, id2label, rule)
-            loaded = _load_folder(root)
+                return _probed(_assemble(rows, name, source, id2label, rule))
+            rows = open_tables(str(root), name, image_column, label_column, config=config)
         else:
-            name = source = _checked_hub_id(name_or_path)
-            loaded = _load_dataset(name, revision=revision, data_dir=None if data_dir is None else str(data_dir))
+            name = source = hub_id = _checked_hub_id(name_or_path)
+            options = {"revision": revision, "data_dir": None if data_dir is None else str(data_dir)}
+            rows = open_tables(name, name, image_column, label_column, config=config, **options)
+    elif streaming:
+        raise _nothing_to_stream(type(name_or_path).__name__)
     else:
-        loaded, name, source = name_or_path, "dataset", type(name_or_path).__name__
-    rows = read_tables(loaded, name, image_column, label_column)
-    return _assemble(rows, name, source, id2label or next(iter(rows.values())).class_names, rule)
+        name, source = "dataset", type(name_or_path).__name__
+        rows = read_tables(name_or_path, name, image_column, label_column)
+    id2label = id2label or next(iter(rows.values())).class_names
+    if id2label is None and hub_id is not None:
+        id2label = hub_names(hub_id, revision)
+    return _probed(_assemble(rows, name, source, id2label, rule, revision))
 
 
-def _load_dataset(path: str, **options: Any) -> Any:
-    import datasets
+def _nothing_to_stream(source: object) -> ValueError:
+    return ValueError(
+        f"{source}: these images can be read at random as they are. Leave streaming out (`--streaming`): it is for Hub "
+        "ids, and for folders of Parquet files or with metadata.jsonl."
+    )
 
-    return datasets.load_dataset(path, **options)
 
-
-def _load_known(name: str, spec: DatasetSpec, data_dir: str | Path | None) -> DenseDatasets:
-    logger.info("%s: %s. Terms of use: %s.", name, spec.source, spec.licence)
-    layout = ", ".join(folder for pair in spec.folders.values() for folder in pair)
-    if data_dir is not None:
-        rows = pair_folders(Path(data_dir).expanduser(), spec.folders)
-        if not rows:
-            raise ValueError(f"{data_dir}: not a copy of {name}, which has the folders {layout}.")
-    elif spec.hub is not None:
-        hub = spec.hub
-        loaded = _load_dataset(hub.repo, revision=hub.revision, data_files=dict(hub.data_files))
-        rows = read_tables(loaded, hub.repo, hub.image_column, hub.label_column)
-    else:
-        raise ValueError(
-            f"{name} is not on the Hub: download it from {spec.source} and give its folder as data_dir (`--data_dir`). "
-            f"The folder must hold {layout}."
-        )
-    return _assemble(rows, name, spec.source, spec.id2label, spec.rule)
+def _probed(data: DenseDatasets) -> DenseDatasets:
+    """Decodes the first rows of every split, so that what is wrong with columns, masks or ids shows now."""
+    for dataset in data.values():
+        examine(first_rows(dataset.rows), dataset.rule, dataset.num_labels)
+    return data
 
 
 def _assemble(
-    splits: Mapping[str, Rows], name: str, source: str, id2label: NameSource | None, rule: LabelRule
+    splits: Mapping[str, Any],
+    name: str,
+    source: str,
+    id2label: NameSource | None,
+    rule: LabelRule,
+    revision: str | None = None,
 ) -> DenseDatasets:
     if len({SPLIT_ALIASES.get(split, split) for split in splits}) < len(splits):
         raise ValueError(f"{source}: several of the splits {', '.join(splits)} are validation splits; keep one.")
     splits = {SPLIT_ALIASES.get(split, split): rows for split, rows in splits.items()}
     for split, rows in splits.items():
-        if len(rows) == 0:
+        if next(iter(rows), None) is None:
             raise ValueError(f"{source}: split {split!r} holds no images.")
     if id2label is not None:
         id2label = read_id2label(id2label)
+    elif any(isinstance(rows, StreamRows) for rows in splits.values()):
+        raise ValueError(
+            f"{source}: a stream without class names; finding them would read all masks. Give id2label (`--id2label`)."
+        )
     elif "train" in splits:
         train = splits["train"]
         logger.info("%s: no class names; reading all %d masks of 'train' for the largest id.", source, len(train))
@@ -149,9 +179,11 @@ def _assemble(
         logger.info("%s: %d classes found. Give id2label to name them and to start faster.", source, len(id2label))
     else:
         raise ValueError(f"{source}: without a split 'train', class names cannot be inferred; give id2label.")
-    return DenseDatasets(
-        {split: DenseDataset(rows, name, split, source, id2label, rule) for split, rows in splits.items()}
-    )
+    built: dict[str, Any] = {}
+    for split, rows in splits.items():
+        kind = DenseStream if isinstance(rows, StreamRows) else DenseDataset
+        built[split] = kind(rows, name, split, source, id2label, rule, revision)  # type: ignore[arg-type]
+    return DenseDatasets(built)
 
 
 class _SceneRows:
@@ -173,16 +205,6 @@ def _load_scenes(num_images: Mapping[str, int] | None = None, **options: Any) ->
     scenes = {split: SyntheticScenes(num_images=count, split=split, **options) for split, count in counts.items()}
     rows = {split: _SceneRows(scene) for split, scene in scenes.items()}
     return _assemble(rows, "synthetic", CATALOG["synthetic"].source, next(iter(scenes.values())).id2label, LabelRule())
-
-
-def _load_folder(root: Path) -> datasets.DatasetDict:
-    try:
-        return _load_dataset(str(root))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{root}: no data found. Expected folders {{train,val,test}}/{{images,masks}}, an imagefolder whose "
-            "metadata.jsonl has file_name and mask_file_name, or parquet files."
-        ) from error
 
 
 def _checked_hub_id(name: str) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 IMAGE_COLUMNS = ("image", "pixel_values", "rgb", "img")
 LABEL_COLUMNS = (
     "annotation", "label", "mask", "semantic_segmentation", "seg", "seg_map", "semantic_seg_map", "annotations",
-    "segmentation",
+    "segmentation", "annotated",
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ class TableRows:
     def __init__(self, dataset: datasets.Dataset, image_column: str, label_column: str, name: str):
         import datasets
 
-        self.class_names: list[str] | None = getattr(_element(dataset.features[label_column]), "names", None)
+        self.class_names = class_names(dataset.features, label_column)
         dataset = dataset.with_format(None).select_columns([image_column, label_column])
         for column in (image_column, label_column):
             if isinstance(dataset.features[column], datasets.Image):
@@ -44,19 +44,32 @@ class TableRows:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Row:
-        record = self.dataset[index]
-        image, image_name = self._file(record, index, self.image_column)
-        label, label_name = self._file(record, index, self.label_column)
-        return Row(image, label, image_name, label_name)
+        return row_of(self.dataset[index], self.image_column, self.label_column, f"{self.name}, row {index}")
 
-    def _file(self, record: dict[str, Any], index: int, column: str) -> tuple[Any, str]:
-        value, name = record[column], f"{self.name}, row {index}, column {column!r}"
-        if value is None:
-            raise ValueError(f"{name}: empty. Remove rows without image or mask.")
-        if isinstance(value, dict):
-            file = value["path"] if value["bytes"] is None else value["bytes"]
-            return file, f"{name} ({value['path']})" if value["path"] else name
-        return np.asarray(value), name
+
+def row_of(record: Mapping[str, Any], image_column: str, label_column: str, name: str) -> Row:
+    """Takes image and mask out of a record of a table; `name` says where the record is.
+
+    Raises:
+        ValueError: image or mask is missing.
+    """
+    image, image_name = _file(record[image_column], f"{name}, column {image_column!r}")
+    label, label_name = _file(record[label_column], f"{name}, column {label_column!r}")
+    return Row(image, label, image_name, label_name)
+
+
+def _file(value: Any, name: str) -> tuple[Any, str]:
+    if value is None:
+        raise ValueError(f"{name}: empty. Remove rows without image or mask.")
+    if isinstance(value, dict):
+        file = value["path"] if value["bytes"] is None else value["bytes"]
+        return file, f"{name} ({value['path']})" if value["path"] else name
+    return np.asarray(value), name
+
+
+def class_names(features: Mapping[str, Any], label_column: str) -> list[str] | None:
+    """Names of the classes, if the label maps are nested lists of `ClassLabel`."""
+    return getattr(_element(features[label_column]), "names", None)
 
 
 def read_tables(
@@ -79,12 +92,25 @@ def read_tables(
         raise ValueError(f"{name}: expected a datasets.Dataset or DatasetDict, got {type(loaded).__name__}.")
     rows = {}
     for split, table in loaded.items():
-        is_image = {column: isinstance(feature, datasets.Image) for column, feature in table.features.items()}
-        is_label = {column: is_image[column] or _element(table.features[column]) is not None for column in is_image}
-        image = _find_column("image", is_image, image_column, IMAGE_COLUMNS, name)
-        label = _find_column("label", is_label, label_column, LABEL_COLUMNS, name)
-        rows[str(split)] = TableRows(table, image, label, f"{name}/{split}")
+        columns = find_columns(table.features, image_column, label_column, name)
+        rows[str(split)] = TableRows(table, *columns, f"{name}/{split}")
     return rows
+
+
+def find_columns(
+    features: Mapping[str, Any], image_column: str | None, label_column: str | None, name: str
+) -> tuple[str, str]:
+    """Finds the columns of images and label maps among the features of a table.
+
+    Raises:
+        ValueError: none or several columns fit.
+    """
+    import datasets
+
+    is_image = {column: isinstance(feature, datasets.Image) for column, feature in features.items()}
+    is_label = {column: is_image[column] or _element(features[column]) is not None for column in is_image}
+    image = _find_column("image", is_image, image_column, IMAGE_COLUMNS, name)
+    return image, _find_column("label", is_label, label_column, LABEL_COLUMNS, name)
 
 
 def _find_column(

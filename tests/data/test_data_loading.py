@@ -109,9 +109,8 @@ def test_label_options(folder):
 
 
 def test_ids_out_of_range_name_the_file(folder):
-    train = load_dense_dataset(folder, id2label=NAMES[:2])["train"]
     with pytest.raises(ValueError, match=r"masks.a\.png: the mask holds ids \[2\].*num_labels=2.*--reduce_labels"):
-        train[0]
+        load_dense_dataset(folder, id2label=NAMES[:2])
 
 
 @pytest.mark.parametrize(
@@ -252,20 +251,21 @@ def test_ambiguous_and_explicit_columns():
     assert load_dense_dataset(tables, id2label=NAMES, label_column="mask")["train"][0]["label"].max() == 2
     with pytest.raises(ValueError, match="'masks' is none.*of which image, mask, annotation can hold labels"):
         load_dense_dataset(tables, label_column="masks")
-    empty = load_dense_dataset(tables, id2label=NAMES, label_column="annotation")["train"]
     with pytest.raises(ValueError, match="dataset/train, row 0, column 'annotation': empty"):
-        empty[0]
+        load_dense_dataset(tables, id2label=NAMES, label_column="annotation")
 
 
 def test_table_errors_name_the_row():
     good, bad = rotated_jpeg(), rotated_jpeg()
     bad["bytes"] = bad["bytes"][:-40]
-    train = load_dense_dataset(table([good, bad], [Image.fromarray(LABEL)] * 2), id2label=NAMES)["train"]
-    assert train[0]["label"].shape == (HEIGHT, WIDTH)
     with pytest.raises(ValueError, match=r"dataset/train, row 1, column 'image' \(phone\.jpg\): cannot be decoded"):
-        train[1]
+        load_dense_dataset(table([good, bad], [Image.fromarray(LABEL)] * 2), id2label=NAMES)
+    late = load_dense_dataset(table([good] * 5 + [bad], [Image.fromarray(LABEL)] * 6), id2label=NAMES)["train"]
+    assert late[4]["label"].shape == (HEIGHT, WIDTH)
+    with pytest.raises(ValueError, match=r"dataset/train, row 5, column 'image' \(phone\.jpg\): cannot be decoded"):
+        late[5]
     with pytest.raises(ValueError, match=r"row 0, column 'mask'.*ids \[2\]"):
-        load_dense_dataset(table([photograph()], [Image.fromarray(LABEL)]), id2label=NAMES[:2])["train"][0]
+        load_dense_dataset(table([photograph()], [Image.fromarray(LABEL)]), id2label=NAMES[:2])
 
 
 def test_empty_table_and_streams():

@@ -57,6 +57,33 @@ def test_colour_coded_mask_is_refused():
         decode_label(Image.fromarray(colours), "road.png")
 
 
+COLOURS = (((0, 0, 0), 0), ((128, 0, 0), 1), ((70, 70, 70), 2), ((0, 0, 0), 3), ((0, 0, 142), 5))
+COLOURED = np.array([[[128, 0, 0], [70, 70, 70]], [[0, 0, 0], [0, 0, 142]]], dtype=np.uint8)
+
+
+def opaque(pixels):
+    return Image.fromarray(np.dstack([pixels, np.full(pixels.shape[:2], 255, dtype=np.uint8)]))
+
+
+@pytest.mark.parametrize("mask", [Image.fromarray(COLOURED), opaque(COLOURED), COLOURED], ids=["RGB", "RGBA", "array"])
+def test_known_colours_become_ids(mask):
+    np.testing.assert_array_equal(decode_label(mask, "m", COLOURS), [[1, 2], [0, 5]])
+
+
+def test_equal_channels_are_ids_unless_they_are_none():
+    ids = np.array([[0, 5], [1, 255]], dtype=np.uint8)
+    np.testing.assert_array_equal(decode_label(np.repeat(ids[..., None], 3, axis=2), "m", COLOURS), ids)
+    grey = np.full((2, 2, 3), 70, dtype=np.uint8)  # a mask that shows one class, whose colour is grey
+    np.testing.assert_array_equal(decode_label(grey, "m", COLOURS), np.full((2, 2), 2))
+
+
+def test_unknown_colours_name_their_place():
+    pixels = COLOURED.copy()
+    pixels[1, 0] = (1, 2, 3)
+    with pytest.raises(ValueError, match=r"m: colour \(1, 2, 3\) at row 1, column 0 stands for no class"):
+        decode_label(pixels, "m", COLOURS)
+
+
 @pytest.mark.parametrize(
     "mask",
     [Image.new("RGBA", (2, 2)), Image.new("F", (2, 2)), np.zeros((2, 2)), np.zeros(4, int), np.zeros((1, 2, 2), int)],
@@ -84,9 +111,13 @@ def test_void_ids_are_stored_ids():
     assert LabelRule(reduce_zero=True, void_ids=(5,)).apply(ids, 11, "m").tolist() == [[255, 255, 10, 255]]
 
 
-def test_mapping_makes_unlisted_ids_void_and_may_use_255():
-    rule = LabelRule(mapping=((7, 0), (26001, 1), (255, 2)))
+def test_mapping_may_use_255_and_knows_no_other_ids():
+    rule = LabelRule(mapping=((7, 0), (26001, 1), (255, 2), (8, 255)))
     assert rule.apply(np.array([[7, 26001, 255, 8]], dtype=np.int32), 3, "m").tolist() == [[0, 1, 2, 255]]
+    with pytest.raises(ValueError, match=r"m: the mask holds ids \[9\].*another encoding"):
+        rule.apply(np.array([[7, 9]], dtype=np.uint8), 3, "m")
+    with pytest.raises(ValueError, match=r"ids \[255\]"):
+        LabelRule(mapping=((7, 0), (8, 1))).apply(np.array([[7, 255]], dtype=np.uint8), 2, "m")
 
 
 def test_mapping_to_a_class_that_does_not_exist():

@@ -1,0 +1,95 @@
+"""A first look at a data set's rows, so that what is wrong with it shows before training."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import cast
+
+import numpy as np
+from PIL import Image
+
+from .dataset import Row, Rows, read_sample
+from .images import read_image
+from .labels import IGNORE_INDEX, LabelRule
+
+
+PROBED_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What some rows hold.
+
+    Attributes:
+        sizes: (width, height) of the images.
+        modes: how the masks are stored: modes of images, or the kind of array.
+        stored_ids: ids that occur in the masks.
+        pixels: number of pixels of every class, and of void at 255, int64 `[256]`.
+    """
+
+    sizes: list[tuple[int, int]]
+    modes: list[str]
+    stored_ids: list[int]
+    pixels: np.ndarray
+
+    @property
+    def void_share(self) -> float:
+        """Fraction of the pixels that is void."""
+        return float(self.pixels[IGNORE_INDEX] / max(1, self.pixels.sum()))
+
+
+def first_rows(rows: Iterable[Row] | Rows) -> list[Row]:
+    """The rows that are looked at; fewer if there are fewer."""
+    return list(islice(cast(Iterable[Row], rows), PROBED_ROWS))
+
+
+def examine(rows: Sequence[Row], rule: LabelRule, num_labels: int) -> Findings:
+    """Decodes rows completely.
+
+    Raises:
+        ValueError: a row cannot be read: see `read_sample`.
+    """
+    sizes, modes, stored_ids, pixels = set(), set(), set(), np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
+    for row in rows:
+        sample = read_sample(row, rule, num_labels)
+        sizes.add(sample["image"].size)
+        modes.add(_mode(row))
+        stored_ids.update(np.unique(row.stored_ids(rule.colours)).tolist())
+        pixels += np.bincount(sample["label"].ravel(), minlength=len(pixels))
+    return Findings(sorted(sizes), sorted(modes), sorted(stored_ids), pixels)
+
+
+def _mode(row: Row) -> str:
+    if isinstance(row.label, np.ndarray):
+        return f"array of {row.label.dtype}"
+    mask: Image.Image = read_image(row.label, row.label_name)
+    return mask.mode
+
+
+def choose_encoding(rows: Sequence[Row], rules: Mapping[str, LabelRule], num_labels: int, name: str) -> str:
+    """The one encoding whose rule fits all masks.
+
+    It is decided from several masks together, because the ids of a single one may be legal in two encodings.
+
+    Raises:
+        ValueError: none fits, or several do.
+    """
+    if len(rules) == 1:
+        return next(iter(rules))
+    reasons: dict[str, str] = {}
+    for encoding, rule in rules.items():
+        try:
+            for row in rows:
+                rule.apply(row.stored_ids(rule.colours), num_labels, row.label_name)
+        except ValueError as error:
+            reasons[encoding] = str(error)
+    fitting = [encoding for encoding in rules if encoding not in reasons]
+    if not fitting:
+        why = " ".join(f"Not {encoding}: {reason}" for encoding, reason in reasons.items())
+        raise ValueError(f"{name}: the first {len(rows)} masks are in none of the known encodings. {why}")
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{name}: the first {len(rows)} masks could be {' or '.join(fitting)}: their ids occur in both. Use a local "
+            "copy (`--data_dir`), whose file names tell."
+        )
+    return fitting[0]

@@ -1,0 +1,346 @@
+"""Training data that is read while training: an endless stream that ranks and loader workers share."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import fsspec
+import numpy as np
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ..hub import explained
+from .dataset import Row, Sample, read_sample, torch_seed
+from .hub_tables import load_hub
+from .labels import LabelRule
+from .probing import PROBED_ROWS
+from .tables import TableRows, class_names, find_columns, row_of
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 16
+
+
+class Part(NamedTuple):
+    """The rows `first`, `first + step`, `first + 2 * step` ... of a shard."""
+
+    shard: int
+    first: int
+    step: int
+
+
+class StreamRows:
+    """Raw samples of a `datasets.IterableDataset`, shard by shard: files, or row groups of Parquet files.
+
+    Attributes:
+        class_names: names of the classes, if the label maps are nested lists of `ClassLabel`.
+        name: data set and split, for error messages.
+        source: Hub id or folder.
+        shuffle_buffer: number of encoded samples that a rank keeps in memory to draw from.
+    """
+
+    def __init__(
+        self,
+        table: datasets.IterableDataset,
+        image_column: str,
+        label_column: str,
+        name: str,
+        source: str,
+        shuffle_buffer: int,
+    ):
+        self.table, self.image_column, self.label_column = table, image_column, label_column
+        self.name, self.source, self.shuffle_buffer = name, source, shuffle_buffer
+        self.class_names = class_names(table.features or {}, label_column)
+
+    @property
+    def num_shards(self) -> int:
+        return self.table.num_shards
+
+    def resharded(self) -> StreamRows:
+        """The same rows in the smallest shards that their format has."""
+        with explained("data set", self.source):
+            table = self.table.reshard()
+        columns = self.image_column, self.label_column
+        return StreamRows(table, *columns, self.name, self.source, self.shuffle_buffer)
+
+    def read(self, part: Part) -> Iterator[Row]:
+        """Reads some rows of a shard; images that are files of their own are read for these rows alone.
+
+        Raises:
+            HubError: the connection broke off.
+            ValueError: a row has no image or no mask.
+        """
+        shard = self.table.shard(num_shards=self.num_shards, index=part.shard)
+        with explained("data set", self.source):
+            # `iter` and not a plain loop, which would share the shard among loader workers once more
+            batches = shard.iter(batch_size=ROWS_AT_ONCE)
+            columns = self.image_column, self.label_column
+            pairs = (pair for batch in batches for pair in zip(*map(batch.__getitem__, columns), strict=True))
+            for index, pair in enumerate(pairs):
+                if index % part.step == part.first:
+                    record = {column: with_bytes(value) for column, value in zip(columns, pair, strict=True)}
+                    yield row_of(record, *columns, f"{self.name}, shard {part.shard}, row {index}")
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows in the order in which they are stored."""
+        yield from self._head
+        yield from itertools.islice(self._from_start(), len(self._head), None)
+
+    @cached_property
+    def _head(self) -> list[Row]:
+        """Rows that are looked at several times before training starts."""
+        return list(itertools.islice(self._from_start(), PROBED_ROWS))
+
+    def _from_start(self) -> Iterator[Row]:
+        return itertools.chain.from_iterable(self.read(Part(shard, 0, 1)) for shard in range(self.num_shards))
+
+
+def with_bytes(value: Any) -> Any:
+    """Reads an image that a stream names by its address; local files stay paths."""
+    if isinstance(value, dict) and value.get("bytes") is None and "://" in (value.get("path") or ""):
+        with fsspec.open(value["path"], "rb") as file:
+            return {"path": value["path"], "bytes": file.read()}  # type: ignore[union-attr]
+    return value
+
+
+def share(num_shards: int, reader: int, readers: int, seed: int, epoch: int) -> list[Part]:
+    """What one of several readers reads of an epoch; together they read every row once.
+
+    As many whole shards as divide evenly go to one reader each. Every reader reads the others, less than `readers` of
+    them, and takes every `readers`-th row. The order of shards is drawn from `(seed, epoch)`.
+
+    Args:
+        num_shards: number of shards.
+        reader: 0..readers-1.
+        readers: ranks times loader workers.
+        seed: non-negative seed of the run.
+        epoch: number of the epoch.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(num_shards).tolist()
+    even = num_shards - num_shards % readers
+    # which reader gets the odd row of a shard changes from epoch to epoch, so that none stays without
+    first = (reader + epoch) % readers
+    return [Part(shard, 0, 1) for shard in order[:even][reader::readers]] + [
+        Part(shard, first, readers) for shard in order[even:]
+    ]
+
+
+def shuffled(rows: Iterable[Row], size: int, generator: np.random.Generator) -> Iterator[Row]:
+    """The rows in random order, each drawn from the `size` rows that were read last."""
+    buffer: list[Row] = []
+    for row in rows:
+        buffer.append(row)
+        if len(buffer) == size:
+            chosen = int(generator.integers(size))
+            buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+            yield buffer.pop()
+    for index in generator.permutation(len(buffer)):
+        yield buffer[index]
+
+
+@dataclass(frozen=True, eq=False)
+class DenseStream(IterableDataset[Sample]):
+    """A training split without length and random access, in the canonical form of `DenseDataset`.
+
+    Iterating gives every sample once, in the order in which it is stored.
+
+    Attributes:
+        rows: the raw samples.
+        name: name of the data set.
+        split: `train`.
+        source: address of the data: Hub id, web page or folder.
+        id2label: names of the classes 0..num_labels-1.
+        rule: how stored ids become class ids.
+        revision: branch, tag or commit of a Hub id, if one was named.
+        limit: number of samples after which the data set ends; None for all.
+    """
+
+    rows: StreamRows
+    name: str
+    split: str
+    source: str
+    id2label: dict[int, str]
+    rule: LabelRule = field(default_factory=LabelRule)
+    revision: str | None = None
+    limit: int | None = None
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    def take(self, count: int) -> DenseStream:
+        """The first `count` samples. Every reader reads all of them then, so let them be few.
+
+        Raises:
+            ValueError: `count` is not positive.
+        """
+        if count < 1:
+            raise ValueError(f"{self.source}: cannot train on the first {count} images; take at least one.")
+        return replace(self, limit=count)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.decode, itertools.islice(self.rows, self.limit))
+
+    def decode(self, row: Row) -> Sample:
+        """Decodes a row; see `read_sample`."""
+        return read_sample(row, self.rule, self.num_labels)
+
+    def epoch(self, epoch: int, seed: int, reader: int, readers: int, buffer: int) -> Iterator[Row]:
+        """The rows that one of several readers gets in an epoch, shuffled; see `share` and `shuffled`."""
+        if self.limit is None:
+            parts = share(self.rows.num_shards, reader, readers, seed, epoch)
+            rows = itertools.chain.from_iterable(map(self.rows.read, parts))
+        else:
+            rows = itertools.islice(self.rows, (reader + epoch) % readers, self.limit, readers)
+        return shuffled(rows, buffer, np.random.default_rng((seed, epoch, reader)))
+
+    def with_transform(
+        self, transform: Callable[[Image.Image, np.ndarray], Mapping[str, Any]], seed: int = 0
+    ) -> TransformedStream:
+        """Makes an endless stream of samples to train on; see `TransformedStream`."""
+        return TransformedStream(self, transform, seed)
+
+
+class TransformedStream(IterableDataset[dict[str, Any]]):
+    """An endless stream of shuffled samples with random transforms, for one rank of a run.
+
+    Readers (the loader workers of every rank) share the samples: within an epoch each sample is given once. A reader
+    that comes to its end starts its next epoch, in another order, so no rank ever waits for another. Where the number
+    of shards is a multiple of that of readers, each byte is read once; otherwise all readers read the shards that are
+    left over and take turns with their rows. Epochs of two readers differ in length only as far as shards do.
+
+    Order and transforms depend on the seed, the numbers of ranks and workers, and how far a reader has come, so a run
+    that resumes with the same numbers continues exactly; the samples before that point are read again.
+
+    Args:
+        dataset: samples in canonical form.
+        transform: function of image and label to a mapping of tensors; random numbers must come from torch's CPU
+            generator.
+        seed: non-negative seed of order and transforms.
+        rank: which rank reads.
+        ranks: number of ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: DenseStream,
+        transform: Callable[[Image.Image, np.ndarray], Mapping[str, Any]],
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; it must not be negative.")
+        self.dataset, self.transform, self.seed, self.rank, self.ranks = dataset, transform, seed, rank, ranks
+
+    def for_rank(self, rank: int, ranks: int, workers: int) -> TransformedStream:
+        """The part of one rank, in smaller shards if those of the source would be read more than twice on average.
+
+        Args:
+            rank: 0..ranks-1.
+            ranks: number of ranks.
+            workers: loader workers of each rank; 0 for none.
+        """
+        dataset, readers = self.dataset, ranks * max(1, workers)
+        num_shards = dataset.rows.num_shards
+        if dataset.limit is None and num_shards % readers * (readers - 1) > num_shards:
+            dataset = replace(dataset, rows=dataset.rows.resharded())
+        return TransformedStream(dataset, self.transform, self.seed, rank, ranks)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Samples with their `index`, which is unique within an epoch over all readers."""
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        reader, readers = self.rank * workers + number, self.ranks * workers
+        buffer = max(1, self.dataset.rows.shuffle_buffer // workers)
+        for epoch in itertools.count():
+            rows = self.dataset.epoch(epoch, self.seed, reader, readers, buffer)
+            for position, row in enumerate(rows):
+                yield self._transformed(row, epoch, reader + position * readers)
+
+    def first(self, count: int) -> list[dict[str, Any]]:
+        """The first `count` stored samples, transformed: the same ones on every rank."""
+        rows = itertools.islice(self.dataset.rows, min(count, self.dataset.limit or count))
+        return [self._transformed(row, 0, index) for index, row in enumerate(rows)]
+
+    def _transformed(self, row: Row, epoch: int, index: int) -> dict[str, Any]:
+        sample = self.dataset.decode(row)
+        with torch_seed(self.seed, epoch, index):
+            return {"index": index, **self.transform(sample["image"], sample["label"])}
+
+
+def open_streams(
+    path: str,
+    name: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    *,
+    shuffle_buffer: int = 1000,
+    max_eval_samples: int | None = None,
+    **options: Any,
+) -> dict[str, StreamRows | TableRows]:
+    """Opens `train` as a stream and stores the other splits, without reading more of `train` than its first rows.
+
+    The encoded images of the other splits are kept in the cache of `datasets`, which later runs use again.
+
+    Args:
+        path: Hub id or folder.
+        name: what messages call the data set.
+        image_column: column of the images; found by its name if None.
+        label_column: column of the masks; found by its name if None.
+        shuffle_buffer: number of encoded samples that a rank keeps in memory to draw from.
+        max_eval_samples: number of rows to read of every other split; None for all.
+        options: passed to `load_hub`.
+
+    Raises:
+        HubError: the repository cannot be read.
+        ValueError: columns cannot be found.
+    """
+    import datasets
+
+    builder = load_hub(path, load=datasets.load_dataset_builder, **options)
+    with explained("data set", path, revision=options.get("revision")):
+        tables = builder.as_streaming_dataset()
+        features = builder.info.features
+        if features is None:
+            raise ValueError(f"{name}: its files name no columns; store it as Parquet to stream it.")
+        columns = find_columns(features, image_column, label_column, name)
+        if hasattr(builder.config, "columns") and len(features) > len(set(columns)):
+            builder.config.columns = list(dict.fromkeys(columns))  # type: ignore[attr-defined] # reads no other bytes
+            tables = builder.as_streaming_dataset()
+        rows: dict[str, StreamRows | TableRows] = {}
+        for split, table in tables.items():
+            # `decode` first: it can take back the decoding that datasets adds for loose images, but only from the top
+            full_name, table = f"{name}/{split}", table.decode(False).select_columns(list(dict.fromkeys(columns)))
+            if split == "train":
+                rows[split] = StreamRows(table, *columns, full_name, path, shuffle_buffer)
+            else:
+                key = f"{builder.cache_dir} {split} {columns} {max_eval_samples}"
+                rows[split] = TableRows(_stored(table, max_eval_samples, key, full_name), *columns, full_name)
+    return rows
+
+
+def _stored(table: datasets.IterableDataset, count: int | None, key: str, name: str) -> datasets.Dataset:
+    """Copies the first `count` rows to the cache of `datasets`; `key` says what they are."""
+    import datasets
+
+    def records() -> Iterator[dict[str, Any]]:
+        logger.info("%s: storing %s rows for evaluation.", name, "all" if count is None else f"the first {count}")
+        for record in itertools.islice(table, count):
+            yield {column: with_bytes(value) for column, value in record.items()}
+
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
+    stored = datasets.Dataset.from_generator(records, features=table.features, fingerprint=fingerprint)
+    assert isinstance(stored, datasets.Dataset)
+    return stored

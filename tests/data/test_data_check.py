@@ -1,0 +1,85 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_bcd.commands.check import main
+from hf_bcd.data.check import check, report
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "streets"
+    ids = np.array([[0, 1, 1, 1], [2, 2, 255, 255]], dtype=np.uint8)
+    for split in ("train", "val"):
+        for index in range(6 if split == "train" else 1):
+            for kind, picture in (("images", Image.new("RGB", (4, 2))), ("masks", Image.fromarray(ids))):
+                (root / split / kind).mkdir(parents=True, exist_ok=True)
+                picture.save(root / split / kind / f"{index}.png")
+    (root / "id2label.json").write_text(json.dumps(["sky", "road", "car"]))
+    return root
+
+
+REPORT = """\
+train: 6 images
+  of the first 4
+  image sizes (width x height): 4x2
+  masks stored as: L
+  ids stored: 0, 1, 2, 255
+  void: 25.0% of the pixels
+  class   0:  12.5%  sky
+  class   1:  37.5%  road
+  class   2:  25.0%  car
+
+validation: 1 images
+  of all 1
+"""
+
+
+def test_a_folder(folder):
+    text = check(folder)
+    assert text.startswith(f"data set  streets\nread from {folder}\nclasses   3\n\n{REPORT}")
+
+
+def test_a_row_of_the_catalog(shared_data):
+    root = shared_data / "format_samples/ade20k/ADEChallengeData2016"
+    text = check("ade20k", data_dir=root)
+    for part in (
+        "source    https://sceneparsing.csail.mit.edu",
+        "licence   BSD-3-Clause; images for non-commercial",
+        "classes   150",
+        "validation: 2 images, expected 2000",
+        "ids stored: 0, 1, 2, 3, 5, 7, 10, 14, 18",
+        "class   0:   4.3%  wall",
+        "not there: train",
+    ):
+        assert part in text
+
+
+def test_the_number_that_is_expected(shared_data):
+    assert "train: 367 images, as expected" in check("camvid", data_dir=shared_data / "camvid")
+
+
+def test_arguments(folder, tmp_path, capsys):
+    (tmp_path / "names.json").write_text(json.dumps(["a", "b"]))
+    arguments = ["--id2label", str(tmp_path / "names.json"), "--reduce_labels"]
+    for source in ([str(folder)], ["--dataset_name", str(folder)], ["--data_dir", str(folder)]):
+        main(source + arguments)
+        text = capsys.readouterr().out
+        assert text.endswith("\n") and "class   1:  25.0%  b" in text and "void: 37.5%" in text
+    with pytest.raises(ValueError, match="no data set: name one of the catalog"):
+        report([])
+    with pytest.raises(ValueError, match=r"ids \[2\]"):
+        report([str(folder), *arguments[:2]])
+
+
+@pytest.mark.slow
+def test_as_a_module(folder):
+    command = [sys.executable, "-m", "hf_bcd.data.check"]
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=True)
+    assert REPORT in done.stdout and "Traceback" not in done.stderr and "Warning" not in done.stderr
+    failed = subprocess.run([*command, "camvit"], capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: 'camvit' is neither a known data set")
