@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from transformers import PreTrainedModel
 
-from .adapters import DenseAdapter, FrozenTeacher, build_adapter, image_statistics, match_labels
+from .adapters import DenseAdapter, FrozenTeacher, LabelMap, build_adapter, image_statistics, match_labels
 from .config import BCDConfig
-from .data import DenseDataset, EvalTransform, TrainTransform
+from .data import DenseDataset, DenseStream, EvalTransform, TrainTransform
+from .losses.criterion import LOSSES
 
 
 logger = logging.getLogger(__name__)
@@ -48,22 +49,64 @@ def adopt_labels(model: PreTrainedModel, dataset: Any) -> None:
         model.config.id2label = dict(id2label)
         model.config.label2id = {name: index for index, name in id2label.items()}
         return
-    match = match_labels(names, dict(id2label))
-    if match is None:
+    label_map = match_labels(names, id2label)
+    if not label_map.is_complete:
         logger.warning(
             "the model names its classes %s, the data set %s; class i of the one is taken for class i of the other. "
             "Set id2label when loading the model.",
             list(names.values()),
             list(id2label.values()),
         )
-    elif match != list(range(len(match))):
+    elif not label_map.is_identity:
         raise ValueError(
             f"the model has the data set's classes in another order ({names} against {dict(id2label)}); set "
             "id2label when loading the model, or reorder the data set's."
         )
 
 
-def build_frozen_teacher(model: PreTrainedModel, student_id2label: dict[int, str], args: BCDConfig) -> FrozenTeacher:
+def adapt_to_score(
+    model: PreTrainedModel, id2label: Mapping[int, str], synonyms: Mapping[str, Sequence[str]] | None = None
+) -> DenseAdapter:
+    """Adapts a model that is not trained: with logits in a data set's classes if it has all of them, else in its own.
+
+    Args:
+        model: the model; a teacher may have more classes than the data set, or another order.
+        id2label: the data set's classes.
+        synonyms: the model's names for these, see `match_labels`.
+    """
+    adapter = build_adapter(model, *image_statistics(model))
+    label_map = match_labels(adapter.id2label, id2label, synonyms)
+    if label_map.is_complete:
+        adapter.label_map = label_map
+    return adapter
+
+
+def check_label_needs(label_map: LabelMap, losses: Iterable[str]) -> None:
+    """Refuses losses that compare class scores where the teacher lacks classes of the student.
+
+    Args:
+        label_map: from the teacher's classes to the student's.
+        losses: names of the losses. Those that need `logits` compare them class by class.
+
+    Raises:
+        ValueError: if one of them cannot be computed.
+    """
+    concerned = [name for name in losses if name in LOSSES and "logits" in LOSSES[name].needs]
+    if concerned and not label_map.is_complete:
+        others = [name for name, loss in LOSSES.items() if "logits" not in loss.needs]
+        raise ValueError(
+            f"the teacher has no class for {', '.join(label_map.missing)}, but the losses {', '.join(concerned)} compare "
+            "class scores. Say in a --label_synonyms file which of the teacher's classes stand for these, or distil "
+            f"features alone: {', '.join(others)}."
+        )
+
+
+def build_frozen_teacher(
+    model: PreTrainedModel,
+    student_id2label: dict[int, str],
+    args: BCDConfig,
+    synonyms: Mapping[str, Sequence[str]] | None = None,
+) -> FrozenTeacher:
     """Wraps a teacher in the precision that the arguments ask for."""
     dtypes: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
     automatic = torch.bfloat16 if args.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
@@ -71,6 +114,7 @@ def build_frozen_teacher(model: PreTrainedModel, student_id2label: dict[int, str
         build_adapter(model, *image_statistics(model)),
         student_id2label,
         dtype=dtypes.get(args.teacher_dtype, automatic),
+        label_synonyms=synonyms,
     )
 
 
@@ -89,7 +133,7 @@ def with_transform(dataset: Any, transform: Callable, seed: int) -> Any:
     """Adds a transform to canonical samples; leaves datasets that already yield tensors alone."""
     if isinstance(dataset, dict):  # Trainer takes several evaluation sets by name
         return {name: with_transform(one, transform, seed) for name, one in dataset.items()}
-    return dataset.with_transform(transform, seed=seed) if isinstance(dataset, DenseDataset) else dataset
+    return dataset.with_transform(transform, seed=seed) if isinstance(dataset, DenseDataset | DenseStream) else dataset
 
 
 def eval_transform(adapter: DenseAdapter, image_size: int | None) -> EvalTransform:

@@ -2,16 +2,19 @@
 
 from .auto import ADAPTERS, build_adapter, describe, image_processor, image_statistics
 from .base import DenseAdapter
-from .teacher import FrozenTeacher, match_labels
+from .label_matching import LabelMap, match_labels, read_synonyms
+from .teacher import FrozenTeacher
 
 
 __all__ = [
     "ADAPTERS",
     "DenseAdapter",
     "FrozenTeacher",
+    "LabelMap",
     "build_adapter",
     "describe",
     "image_processor",
     "image_statistics",
     "match_labels",
+    "read_synonyms",
 ]

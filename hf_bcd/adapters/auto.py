@@ -7,6 +7,7 @@ import transformers
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .base import DenseAdapter
+from .espnet import EspNetAdapter
 from .generic import (
     BeitAdapter,
     Data2VecVisionAdapter,
@@ -26,6 +27,7 @@ ADAPTERS: dict[str, type[DenseAdapter]] = {
     "beit": BeitAdapter,
     "data2vec-vision": Data2VecVisionAdapter,
     "dpt": DPTAdapter,
+    "espnet": EspNetAdapter,
     "mask2former": Mask2FormerAdapter,
     "mobilenet_v2": MobileNetV2Adapter,
     "mobilevit": MobileViTAdapter,

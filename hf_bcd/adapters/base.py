@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..outputs import DenseOutput, FeatureSpec
+from .label_matching import LabelMap
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,6 +29,7 @@ class DenseAdapter(nn.Module, ABC):
 
     Attributes:
         feature_specs: level name -> channels and true stride, from fine to coarse, known before the first forward.
+        label_map: set on a model that is not trained, to get its logits in the classes of another label set.
     """
 
     default_statistics: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD)
@@ -41,6 +43,7 @@ class DenseAdapter(nn.Module, ABC):
 
     image_mean: Tensor
     image_std: Tensor
+    label_map: LabelMap | None = None
 
     def __init__(
         self,
@@ -65,11 +68,11 @@ class DenseAdapter(nn.Module, ABC):
 
     @property
     def num_labels(self) -> int:
-        return self.model.config.num_labels
+        return self.model.config.num_labels if self.label_map is None else len(self.label_map.student)
 
     @property
     def id2label(self) -> dict[int, str]:
-        return self.model.config.id2label
+        return self.model.config.id2label if self.label_map is None else self.label_map.student
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
@@ -108,7 +111,10 @@ class DenseAdapter(nn.Module, ABC):
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values has shape {list(pixel_values.shape)}; expected RGB images [B, 3, H, W]")
-        return self.run(self.normalize(pixel_values).to(self.model.dtype), labels)
+        output = self.run(self.normalize(pixel_values).to(self.model.dtype), labels)
+        if self.label_map is not None:
+            output.logits = self.label_map.apply(output.logits)
+        return output
 
     def processor_options(self, shortest_edge: int | None) -> dict[str, Any]:
         """Arguments of `processor_class` with which a saved model sees images as this adapter shows them."""

@@ -30,7 +30,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from hf_bcd.models import TimmSegmentationConfig, TimmSegmentationModel
+from hf_bcd.models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationConfig, TimmSegmentationModel
 
 
 LABELS = {0: "road", 1: "traffic light", 2: "car", 3: "person", 4: "sky"}
@@ -148,6 +148,10 @@ def dpt() -> PreTrainedModel:
     )
 
 
+def espnet(**options) -> PreTrainedModel:
+    return EspNetForSemanticSegmentation(EspNetConfig(p=1, q=1, **options, **labels()))
+
+
 def timm_segmentation(backbone: str = "mobilenetv2_035", **options) -> PreTrainedModel:
     return TimmSegmentationModel(TimmSegmentationConfig(backbone=backbone, head_channels=8, **options, **labels()))
 
@@ -160,6 +164,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "beit": beit,
     "data2vec": data2vec,
     "dpt": dpt,
+    "espnet": espnet,
+    "espnet-encoder": lambda: espnet(decoder=False),
     "mask2former": mask2former,
     "mobilenet_v2": lambda: mobilenet_v2(32, tf_padding=True),
     "mobilenet_v2-stride_16": lambda: mobilenet_v2(16, tf_padding=True),

@@ -88,16 +88,40 @@ def test_images_are_resized_to_the_size_asked_for():
 def test_logits_follow_the_students_order(name):
     student = {0: "Sky", 1: "car", 2: "Traffic-Light"}
     frozen = teacher(name, student)
-    assert frozen.shares_labels and frozen.missing_labels == []
+    assert frozen.shares_labels and frozen.label_map.missing == []
     assert frozen.num_labels == 3
     own = teacher(name)(images()).logits
     assert torch.equal(frozen(images()).logits, own[:, [4, 2, 1]])
 
 
+@pytest.mark.parametrize("name", ["mask2former", "segformer"])
+def test_scores_of_several_classes_add_up_to_the_students(name):
+    """Mask2Former's logits are log-scores, so that its scores add up too."""
+    synonyms = {"vehicle": ["car", "person"]}
+    frozen = teacher(name, {0: "vehicle", 1: "sky"}, label_synonyms=synonyms, dtype=torch.bfloat16)
+    own = teacher(name, dtype=torch.bfloat16)(images()).logits
+    mapped = frozen(images()).logits
+    torch.testing.assert_close(mapped[:, 0].exp(), own[:, 2].exp() + own[:, 3].exp())
+    assert torch.equal(mapped[:, 1], own[:, 4])
+    assert frozen.num_labels == 2 and frozen.adapter.id2label == {0: "vehicle", 1: "sky"}
+
+
+def test_the_match_is_reported_once(caplog):
+    with caplog.at_level("INFO", "hf_bcd"):
+        teacher("segformer", {0: "car", 1: "unicorn"})
+    assert caplog.text.count("stand for 1 of the student's 2") == 1 and "missing: unicorn" in caplog.text
+
+
+def test_placeholder_names_are_taken_by_number_with_a_warning(caplog):
+    frozen = teacher("segformer", {index: f"LABEL_{index}" for index in range(5)})
+    assert frozen.label_map.is_identity
+    assert [record.levelname for record in caplog.records if "have no names" in record.message] == ["WARNING"]
+
+
 def test_logits_stay_as_they_are_when_labels_are_missing():
     frozen = teacher("segformer", {0: "car", 1: "unicorn", 2: "sky", 3: "dragon"})
     assert not frozen.shares_labels
-    assert frozen.missing_labels == ["unicorn", "dragon"]
+    assert frozen.label_map.missing == ["unicorn", "dragon"]
     assert frozen.num_labels == 5
     assert torch.equal(frozen(images()).logits, teacher()(images()).logits)
 
