@@ -4,19 +4,23 @@ import copy
 import dataclasses
 import json
 import logging
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .adapters import match_labels
+from .adapters import LabelMap, match_labels, read_synonyms
 from .builders import build_model, load_segmentation_model
 from .config import BCDConfig, DataArguments, ModelArguments, ModelSpec, parse_mapping
-from .data import DenseDataset, DenseDatasets, load_dense_dataset
+from .data import DenseDataset, DenseDatasets, DenseStream, load_dense_dataset
+from .hub_trainer import repository_name
 from .losses.criterion import unknown_key_message
+from .preparation import check_label_needs
+from .pushing import fetch_checkpoint, prepare_repository
 from .trainer import BCDTrainer
 
 
@@ -47,33 +51,88 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
     data = load_dense_dataset(
         source,
         data_dir=args.data_dir if args.dataset_name else None,
+        config=args.dataset_config,
+        revision=args.dataset_revision,
         image_column=args.image_column,
         label_column=args.label_column,
         id2label=args.id2label,
         reduce_labels=args.reduce_labels,
         ignore_labels=args.ignore_labels,
+        streaming=args.streaming,
+        shuffle_buffer=args.shuffle_buffer,
+        max_eval_samples=args.max_eval_samples,
         **(parse_mapping(options, "dataset_options") if isinstance(options, str) else options),
     )
     if for_training and "train" not in data:
         raise ValueError(f"{source} has no training split, only {', '.join(data)}.")
 
-    def cut(split: DenseDataset, limit: int | None) -> DenseDataset:
+    def cut(split: Any, limit: int | None) -> Any:
+        if isinstance(split, DenseStream):
+            return split if limit is None else split.take(limit)
         return split if limit is None or limit >= len(split) else split.select(range(limit))
 
     limits = {name: args.max_train_samples if name == "train" else args.max_eval_samples for name in data}
     return DenseDatasets({name: cut(split, limits[name]) for name, split in data.items()})
 
 
+def prepare_push(config: BCDConfig) -> None:
+    """Creates the repository to push to, before anything is trained.
+
+    Raises:
+        HubError: if the token does not allow that, or the Hub cannot be reached.
+    """
+    if config.push_to_hub and config.process_index == 0:
+        prepare_repository(
+            repository_name(config),
+            private=config.hub_private_repo,
+            revision=config.hub_revision,
+            token=config.hub_token,
+        )
+
+
 def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> PreTrainedModel | None:
     """Loads the teacher, or trains it on the same data if it is a bare timm backbone; re-uses a finished one."""
     if args.teacher is None:
         return None
+    synonyms = read_synonyms(args.label_synonyms)
     spec = ModelSpec.parse(args.teacher, "teacher")
     if spec.name_or_path is not None:
-        return load_segmentation_model(spec.name_or_path, revision=spec.revision)
+        teacher = load_segmentation_model(
+            spec.name_or_path, revision=spec.revision, trust_remote_code=args.trust_remote_code
+        )
+        # fails here rather than after the baseline's training
+        check_label_needs(label_map_of(teacher, data["train"], synonyms), config.resolved_losses)
+        return teacher
     changes = args.teacher_training or {}
     changes = parse_mapping(changes, "teacher_training") if isinstance(changes, str) else changes
     return train_or_reuse("teacher", spec, derive_config(config, "teacher", changes), data)
+
+
+def load_baseline(args: ModelArguments, data: DenseDatasets) -> PreTrainedModel | None:
+    """Loads the finished undistilled student that `baseline` names.
+
+    Raises:
+        ValueError: if one is to be trained as well, it predicts other classes, or it was distilled itself.
+    """
+    if args.baseline is None:
+        return None
+    if args.with_baseline:
+        raise ValueError(
+            f"--baseline {args.baseline} and --with_baseline exclude each other: compare with a finished student, or "
+            "train one."
+        )
+    folder = Path(args.baseline).expanduser()
+    if (folder / "results.json").is_file() and "teacher" in json.loads((folder / "results.json").read_text()):
+        raise ValueError(f"--baseline {args.baseline} was distilled itself; name a student trained without a teacher.")
+    source = str(folder) if folder.is_dir() else args.baseline
+    model = load_segmentation_model(source, trust_remote_code=args.trust_remote_code)
+    labels, expected = list((model.config.id2label or {}).values()), list(data["train"].id2label.values())
+    if labels != expected:
+        raise ValueError(
+            f"--baseline {args.baseline} predicts {len(labels)} classes ({', '.join(labels[:5])}, ...), but "
+            f"{data['train'].name} has {len(expected)} ({', '.join(expected[:5])}, ...); name a student of this data set."
+        )
+    return model
 
 
 def prepare_baseline(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> PreTrainedModel | None:
@@ -107,14 +166,14 @@ def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDat
 def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:
     """What decides how a model trained alone comes out."""
     train = data["train"]
-    first = train[0]["image"] if len(train) else None
+    first = next(iter(train), None)
     return {
         **{f"model.{key}": value for key, value in dataclasses.asdict(spec).items()},
         **{f"training.{key}": str(getattr(config, key)) for key in OUTCOME},
         "data.name": train.name,
-        "data.images": len(train),
+        "data.images": None if isinstance(train, DenseStream) else len(train),
         "data.classes": list(train.id2label.values()),
-        "data.first_image": None if first is None else zlib.crc32(first.tobytes()),
+        "data.first_image": None if first is None else zlib.crc32(first["image"].tobytes()),
     }
 
 
@@ -138,7 +197,8 @@ def build_student(args: ModelArguments, data: DenseDatasets, seed: int) -> PreTr
     if args.student is None:
         raise ValueError("no student: give --student (Hub id, folder, or {backbone: ..., head: ...}).")
     set_seed(seed)
-    return build_model(ModelSpec.parse(args.student, "student"), data["train"].id2label)
+    spec = ModelSpec.parse(args.student, "student")
+    return build_model(spec, data["train"].id2label, trust_remote_code=args.trust_remote_code)
 
 
 def derive_config(config: BCDConfig, role: str, changes: Mapping[str, Any]) -> BCDConfig:
@@ -163,6 +223,7 @@ def train_model(
     config: BCDConfig,
     data: DenseDatasets,
     role: str = "student",
+    label_synonyms: str | None = None,
 ) -> BCDTrainer:
     """Trains a model, from its last checkpoint if `resume_from_checkpoint` says so, and saves it in the output folder.
 
@@ -182,6 +243,7 @@ def train_model(
         args=config,
         train_dataset=data["train"],
         eval_dataset=data.get("validation"),
+        label_synonyms=label_synonyms,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(config.output_dir, _internal_call=True)  # pushed later, with what the card reports
@@ -191,14 +253,24 @@ def train_model(
 
 
 def checkpoint_of(config: BCDConfig, role: str) -> str | None:
-    """The checkpoint a model continues from: for the student a named one, or the last of the model's own folder."""
+    """The checkpoint a model continues from: the last of its own folder, or for the student a named one.
+
+    A name is a folder or, where there is none, a Hub id `user/name[@revision]`, whose last checkpoint is downloaded.
+
+    Raises:
+        HubError: if the repository cannot be read or holds no checkpoint.
+    """
     given, folder = config.resume_from_checkpoint, Path(config.output_dir or ".")
     if given in (None, False, "False", "false"):
         return None
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if given in (True, "True", "true") or role != "student":
         return last
-    return str(given)
+    if Path(given).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", given):
+        return str(given)
+    logger.info("%s is no folder here; looking for its checkpoint on the Hub", given)
+    with config.main_process_first(desc="fetching the checkpoint"):
+        return fetch_checkpoint(given, folder, token=config.hub_token)
 
 
 def final_split(data: DenseDatasets) -> str | None:
@@ -206,15 +278,26 @@ def final_split(data: DenseDatasets) -> str | None:
     return next((name for name in ("test", "validation") if name in data), None)
 
 
-def predicts_classes_of(model: PreTrainedModel, data: DenseDataset) -> bool:
-    """Whether class i of the model is class i of the data set, by name; a teacher from the Hub may have others."""
+def label_map_of(
+    model: PreTrainedModel, data: DenseDataset, synonyms: Mapping[str, Sequence[str]] | None = None
+) -> LabelMap:
+    """Which of a model's classes stand for each class of the data set; a teacher from the Hub may have others."""
     names = {int(index): name for index, name in (model.config.id2label or {}).items()}
-    return match_labels(names, data.id2label) == list(range(len(names)))
+    return match_labels(names, data.id2label, synonyms)
 
 
-def evaluate_model(model: PreTrainedModel, config: BCDConfig, data: DenseDataset) -> dict[str, Any]:
-    """Scores of a model on a split, by metric name without prefix."""
-    trainer = BCDTrainer(model=model, args=config, eval_dataset=data)
+def evaluate_model(
+    model: PreTrainedModel,
+    config: BCDConfig,
+    data: DenseDataset,
+    label_synonyms: str | Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """Scores of a model on a split in the split's classes, by metric name without prefix.
+
+    Raises:
+        ValueError: if the model lacks some of these classes, and has not as many without names in common.
+    """
+    trainer = BCDTrainer(model=model, args=config, eval_dataset=data, label_synonyms=label_synonyms)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("TensorBoardCallback", "PictureCallback"):
             trainer.remove_callback(callback)  # a final score is no point of a training curve

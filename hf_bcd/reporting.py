@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .adapters import DenseAdapter, build_adapter, image_statistics
+from .adapters import DenseAdapter, build_adapter
 from .config import BCDConfig
 from .data import DenseDataset, DenseDatasets
 from .data.dataset import Sample
-from .experiment import predicts_classes_of, write_json
+from .experiment import write_json
 from .losses.bcd import BCDLoss
 from .losses.context import relation_features
 from .losses.functional import resize
+from .measure import device_name, measure_costs
 from .model_card import write_card
-from .preparation import eval_transform
+from .preparation import adapt_to_score, eval_transform
+from .provenance import Origin, describe_rule, hub_dataset
 from .trainer import BCDTrainer
 from .visualize import boundary_figure, comparison_figure, relation_figure
 
@@ -62,6 +64,7 @@ def protocol(data: DenseDataset, config: BCDConfig, scores: Mapping[str, Any]) -
         "inference": "whole image, single scale, no flip",
         "logits": "up-sampled bilinearly to the label's own size, then arg-max",
         "ignore_index": data.ignore_index,
+        "label_rule": describe_rule(data),
         "boundary_f@d": "contours matched within d pixels (Euclidean)",
         "boundary_iou": "bands of 2 % of the image diagonal",
         "connectivity": "8-connected true regions of at least 64 pixels",
@@ -81,8 +84,9 @@ def write_report(
     scores: Mapping[str, Mapping[str, Any]],
     data: DenseDatasets,
     split: str | None,
+    origin: Origin | None = None,
 ) -> None:
-    """Writes results.json, figures/*.png and README.md into the run's folder.
+    """Writes results.json, figures/*.png and README.md into the run's folder; label_map.json if the teacher needed one.
 
     Args:
         trainer: the trainer of the student.
@@ -90,6 +94,7 @@ def write_report(
         scores: metrics of those that were evaluated.
         data: the data set.
         split: the split of the scores; None when there is none to evaluate on.
+        origin: the command line, where there was one.
     """
     folder = Path(trainer.args.output_dir or ".")
     results: dict[str, Any] = dict(scores)
@@ -97,10 +102,29 @@ def write_report(
     if split is not None:
         if "student" in scores:
             results["protocol"] = protocol(data[split], trainer.args, scores["student"])
+            revision = hub_dataset(data[split], origin)[1]
+            results["protocol"] |= {"dataset_revision": revision} if revision else {}
+            results["protocol"] |= measured_costs(trainer, {name: models[name] for name in scores}, data[split])
         figures = write_figures(trainer, models, data[split], folder / "figures")
     write_json(folder / "results.json", results)
-    write_card(folder, trainer, models, results, data, [f"figures/{name}" for name in figures])
+    if trainer.teacher is not None and not trainer.teacher.label_map.is_identity:
+        write_json(folder / "label_map.json", trainer.teacher.label_map.to_dict())
+    write_card(folder, trainer, models, results, data, [f"figures/{name}" for name in figures], origin)
     trainer.has_card = True
+
+
+def measured_costs(trainer: BCDTrainer, models: Mapping[str, PreTrainedModel], data: DenseDataset) -> dict[str, Any]:
+    """What each model costs on an image of the split as evaluation shows it, and the device that this was measured on."""
+    device, sample = trainer.args.device, data[0]
+    shown = {}
+    for name, model in models.items():
+        adapter = build_adapter(model).to(device)
+        pixel_values = eval_transform(adapter, trainer.args.image_size)(**sample)["pixel_values"][None]
+        with torch.no_grad():
+            pixel_values = adapter.normalize(pixel_values.to(device)).to(model.dtype)
+        shown[name] = (model, pixel_values)
+    threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
+    return {"cost": measure_costs(shown), "device": {"name": device_name(device), **threads}}
 
 
 def write_figures(
@@ -110,10 +134,10 @@ def write_figures(
     folder.mkdir(parents=True, exist_ok=True)
     device = trainer.args.device
     adapters = {
-        name: build_adapter(model, *image_statistics(model)).to(device).eval()
+        name: adapt_to_score(model, data.id2label, trainer.label_synonyms if name == "teacher" else None)
         for name, model in models.items()
-        if predicts_classes_of(model, data)
     }
+    adapters = {name: adapter.to(device).eval() for name, adapter in adapters.items() if adapter.label_map is not None}
     samples = []
     count = min(NUM_PICTURES, len(data))
     for index in range(count):
@@ -122,9 +146,10 @@ def write_figures(
         named = {
             "distilled" if name == "student" and "teacher" in models else name: p for name, p in predictions.items()
         }
-        order = [name for name in ("baseline", "distilled", "student", "teacher") if name in named]
+        order = [name for name in ("teacher", "baseline", "distilled", "student") if name in named]
         samples.append({**sample, "predictions": {name: named[name] for name in order}})
-    comparison_figure(samples, data.id2label, folder / "comparison.png")
+    errors = [name for name in ("distilled", "student") if name in samples[0]["predictions"]]
+    comparison_figure(samples, data.id2label, folder / "comparison.png", errors=errors)
     return ["comparison.png", *_write_bcd_figures(trainer, data, folder)]
 
 

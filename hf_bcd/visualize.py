@@ -127,7 +127,7 @@ def comparison_figure(
             share = wrong.sum() / max(1, (truth != ignore_index).sum())
             row.append((f"errors of {name}", f"{share:.1%} wrong", _error_map(pixels, wrong)))
         rows.append(row)
-    legend = [(id2label[id_], colours[id_].tolist()) for id_ in sorted(present - {ignore_index})]
+    legend = [(_short(id2label[id_]), colours[id_].tolist()) for id_ in sorted(present - {ignore_index})]
     legend += [("void", VOID_COLOUR)] * (ignore_index in present) + [("wrong", ERROR_COLOUR)] * bool(errors)
     return _save(_grid(rows, legend), path)
 
@@ -303,13 +303,23 @@ def _grid(rows: Sequence[Sequence[tuple[str, str, np.ndarray]]], legend: Sequenc
             # A blank second line keeps the column names on one height.
             _title(axes, score if i else f"{name}\n{score or ' '}" if score_line else name, cell_width)
         top += cell_height + GAP + score_line
-    figure.legend(
+    drawn = figure.legend(
         [Patch(facecolor="#" + bytes(colour).hex(), edgecolor="0.5", linewidth=0.5) for _, colour in legend],
         [name for name, _ in legend],
         loc="lower center", ncols=columns, fontsize=9, frameon=False, borderaxespad=0.3, borderpad=0.1,
         handlelength=1.2, handleheight=1.0, columnspacing=1.4, handletextpad=0.5, labelspacing=0.25,
     )  # fmt: skip
+    for text in drawn.get_texts():
+        text.set_parse_math(False)  # a class may have dollars in its name
     return figure
+
+
+def _short(name: str, longest: int = 28) -> str:
+    """A class name that fits into a legend: in one line, of several synonyms the first ones."""
+    name = " ".join(name.split())
+    if len(name) > longest:
+        name = name[: longest - 1].rstrip(" ,;") + "…"
+    return f" {name}" if name.startswith("_") else name  # matplotlib leaves out what starts with an underscore
 
 
 def _heat_panels(

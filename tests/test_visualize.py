@@ -125,6 +125,44 @@ def test_comparison_has_a_sensible_size(tmp_path, size):
     assert panels < height < panels + 0.9 * DPI
 
 
+def test_legend_takes_any_class_name(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    legend = Figure.legend
+    monkeypatch.setattr(Figure, "legend", lambda *args, **more: drawn.append(legend(*args, **more)) or drawn[-1])
+    names = {0: "$x^$ \\frac{", 1: "_private\nclass", 2: "car, auto, automobile, machine, motorcar"}
+    comparison_figure([make_sample()], names, tmp_path / "a.png")
+    texts = [text.get_text() for text in drawn[0].get_texts()]
+    assert texts == ["$x^$ \\frac{", " _private class", "car, auto, automobile, mach…", "wrong"]
+
+
+def test_legend_of_twenty_long_names_stays_inside_the_figure(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **more: saved.append(self) or savefig(self, *args, **more)
+    )
+    generator = np.random.default_rng(0)
+    label = generator.integers(0, 20, (60, 90))
+    sample = {
+        "image": Image.new("RGB", (90, 60)),
+        "label": label,
+        "predictions": dict.fromkeys(("teacher", "baseline", "distilled"), label),
+    }
+    names = {index: f"class {index} with a very long name indeed" for index in range(20)}
+    comparison_figure([sample, sample], names, tmp_path / "a.png", errors=["distilled"])
+    (figure,) = saved
+    width, height = figure.get_size_inches() * DPI
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0
+    lowest = min(axes.get_window_extent().y0 for axes in figure.axes)
+    assert box.y1 <= lowest, "the legend covers pictures"
+    assert len(figure.axes) == 2 * 6
+
+
 def test_comparison_without_some_columns(tmp_path):
     widths = [
         read(comparison_figure([make_sample(names=names)], NAMES, tmp_path / "a.png", errors=errors)).shape[1]

@@ -10,6 +10,7 @@ Without --teacher the student is trained alone. Everything a run produces lies i
 """
 
 import logging
+import sys
 from pathlib import Path
 
 from ..builders import load_segmentation_model
@@ -18,12 +19,15 @@ from ..experiment import (
     build_student,
     evaluate_model,
     final_split,
+    label_map_of,
+    load_baseline,
     load_data,
-    predicts_classes_of,
     prepare_baseline,
+    prepare_push,
     prepare_teacher,
     train_model,
 )
+from ..provenance import Origin
 from ..reporting import loading_lines, metrics_table, write_report
 
 
@@ -36,26 +40,36 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
     """
     model_args, data_args, config = parse_arguments(argv, default_config=demo, description=__doc__)
     logging.basicConfig(level=logging.INFO if config.should_log else logging.ERROR, format="%(message)s")
+    # `accelerate launch` and `torchrun` leave no trace of themselves in the arguments
+    script = Path(sys.argv[0]).name == "distill.py"
+    program = "accelerate launch scripts/distill.py" if script else "hf-bcd distill"
+    origin = Origin(program, tuple(sys.argv[1:] if argv is None else argv), model_args, data_args)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the Hub's client would log every request
     data = load_data(data_args)
     student = build_student(model_args, data, config.seed)  # a wrong name fails before hours of teacher training
+    prepare_push(config)
+    baseline = load_baseline(model_args, data)
     models = {
         "teacher": prepare_teacher(model_args, config, data),
-        "baseline": prepare_baseline(model_args, config, data),
+        "baseline": baseline or prepare_baseline(model_args, config, data),
     }
-    trainer = train_model(student, models["teacher"], config, data)
+    trainer = train_model(student, models["teacher"], config, data, label_synonyms=model_args.label_synonyms)
     models["student"] = load_segmentation_model(str(config.output_dir))  # the scores are those of the saved student
 
     split = final_split(data)
     scores = {}
     if split is not None:
         for name, model in models.items():
-            if model is not None and predicts_classes_of(model, data[split]):
-                scores[name] = evaluate_model(model, config, data[split])
-            elif model is not None:
-                logging.warning("the %s has other classes than %s, so it has no score", name, data[split].name)
+            if model is None:
+                continue
+            synonyms = trainer.label_synonyms if name == "teacher" else None
+            if missing := label_map_of(model, data[split], synonyms).missing:
+                logging.warning("the %s has no score: it lacks the classes %s", name, ", ".join(missing))
+            else:
+                scores[name] = evaluate_model(model, config, data[split], synonyms)
     if config.should_save:
         write_report(
-            trainer, {name: model for name, model in models.items() if model is not None}, scores, data, split
+            trainer, {name: model for name, model in models.items() if model is not None}, scores, data, split, origin
         )
         print(metrics_table(scores))
         print(loading_lines(config.output_dir))

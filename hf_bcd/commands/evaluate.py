@@ -26,8 +26,10 @@ def main(argv: list[str] | None = None) -> None:
     split = final_split(data)
     if split is None:
         raise ValueError(f"no labelled evaluation split; the data set has {', '.join(data)}.")
-    model = load_segmentation_model(spec.name_or_path, revision=spec.revision)
-    scores = evaluate_model(model, config, data[split])
+    model = load_segmentation_model(
+        spec.name_or_path, revision=spec.revision, trust_remote_code=model_args.trust_remote_code
+    )
+    scores = evaluate_model(model, config, data[split], model_args.label_synonyms)
     if config.should_save:
         result = {"model": spec.name_or_path, "scores": scores, "protocol": protocol(data[split], config, scores)}
         folder = Path(config.output_dir or ".")

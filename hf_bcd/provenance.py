@@ -1,0 +1,257 @@
+"""Where a student comes from: checkpoints, data, losses, schedule, command and machine, in the words of its card."""
+
+import inspect
+import re
+import subprocess
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from transformers import PreTrainedModel
+
+from .config import DataArguments, ModelArguments, ModelSpec
+from .data import DenseDataset, DenseDatasets
+from .data.catalog import CATALOG, DatasetSpec
+from .data.labels import IGNORE_INDEX
+from .escaping import REPO_ID, escape_markdown, hub_link, link, shareable_command
+from .licences import Licence
+from .losses.schedules import Temperature
+from .measure import device_name
+from .trainer import BCDTrainer
+
+
+HEADS = {"psp": "PSPNet", "deeplabv3plus": "DeepLabV3+", "fpn": "FPN"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the command line knows of a run and its objects do not.
+
+    Attributes:
+        program: what was run, such as `accelerate launch scripts/distill.py`.
+        arguments: what followed it.
+        model: arguments of the models.
+        data: arguments of the data set.
+    """
+
+    program: str
+    arguments: tuple[str, ...]
+    model: ModelArguments
+    data: DataArguments
+
+
+def hub_id(model: PreTrainedModel) -> str | None:
+    """The repository that a model was loaded from; None for folders and for models built here."""
+    source = model.config.name_or_path or ""
+    return source if "/" in source and REPO_ID.fullmatch(source) and not Path(source).exists() else None
+
+
+def starting_checkpoint(trainer: BCDTrainer, origin: Origin | None) -> str | None:
+    """The repository of the weights that the student started from, if it did not start at random or from a file."""
+    given = None if origin is None or origin.model.student is None else origin.model.student
+    spec = None if given is None else ModelSpec.parse(given, "student")
+    if spec is None or spec.backbone is None:
+        return hub_id(trainer.student)
+    weights = timm.get_pretrained_cfg(spec.backbone) if spec.pretrained else None
+    return None if weights is None else weights.hf_hub_id
+
+
+def describe_start(start: str | None, origin: Origin | None) -> str | None:
+    """What the student started from, in Markdown; None where nobody said."""
+    if start is not None:
+        return hub_link(start)
+    if origin is None or origin.model.student is None:
+        return None
+    spec = ModelSpec.parse(origin.model.student, "student")
+    return "random weights" if spec.backbone and not spec.weights else "weights in a local file"
+
+
+def describe_baseline(models: Mapping[str, PreTrainedModel], origin: Origin | None) -> str | None:
+    """How the undistilled student was made, in Markdown; None where nobody said."""
+    if origin is None:
+        return None
+    if origin.model.baseline is None:
+        return "The undistilled student is the same model, trained without the teacher on the same images, schedule and seed."
+    name = hub_id(models["baseline"])
+    return f"The undistilled student is {hub_link(name) if name else 'a finished one'}; how it was trained is not known here."
+
+
+def describe_architecture(model: PreTrainedModel) -> str:
+    """Short name of a model: its checkpoint, or its head and backbone."""
+    config = model.config
+    if config.model_type == "timm_segmentation":
+        return f"{HEADS[config.head]} on {config.backbone}"
+    return hub_id(model) or type(model).__name__
+
+
+def describe_checkpoint(model: PreTrainedModel, origin: Origin | None) -> str:
+    """The teacher in Markdown: link and revision, or how it was made."""
+    if repository := hub_id(model):
+        commit = getattr(model.config, "_commit_hash", None)
+        return hub_link(repository) + (f" @ {escape_markdown(commit[:12])}" if commit else "")
+    text = escape_markdown(describe_architecture(model))
+    if origin is not None and origin.model.teacher is not None:
+        if ModelSpec.parse(origin.model.teacher, "teacher").backbone is not None:
+            return f"{text}, trained first on the same images"
+    return text
+
+
+def catalog_row(split: DenseDataset, origin: Origin | None) -> DatasetSpec | None:
+    """The catalog's facts about a data set, if it is that one and no namesake."""
+    spec = CATALOG.get(split.name)
+    if spec is None:
+        return None
+    named = origin is not None and origin.data.dataset_name == split.name  # a local copy lies in any folder
+    return spec if named or split.source in (spec.source, *(copy.repo for copy in spec.hub)) else None
+
+
+def hub_dataset(split: DenseDataset, origin: Origin | None) -> tuple[str | None, str | None]:
+    """Id and revision of the data on the Hub, where they came from there."""
+    if "/" not in split.source or not REPO_ID.fullmatch(split.source) or Path(split.source).exists():
+        return None, None
+    spec = catalog_row(split, origin)
+    known = {copy.repo: copy.revision for copy in spec.hub} if spec is not None else {}
+    return split.source, known.get(split.source) or (None if origin is None else origin.data.dataset_revision)
+
+
+def commit_of_package() -> str | None:
+    """The commit of the checkout that hf_bcd runs from, `-dirty` if files differ from it."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+# ---- How it was made -------------------------------------------------------------------------------------------------
+
+
+def describe_recipe(trainer: BCDTrainer) -> list[tuple[str, str]]:
+    """What the losses were, in Markdown."""
+    criterion = trainer.distiller.criterion
+    if trainer.teacher is None:
+        return [("loss", "pixel cross-entropy")]
+    terms = " + ".join(f"{weight:g} · {escape_markdown(name)}" for name, weight in criterion.weights.items())
+    rows = [("loss", f"pixel cross-entropy + {terms}")]
+    if criterion.decays:
+        names = escape_markdown(", ".join(sorted(criterion.decays)))
+        rows.append(("schedule", f"the terms of {names} are multiplied by r(t) = 1 − (t − 1) / t_max at step t"))
+    for name, loss in criterion.losses.items():
+        for paper in re.findall(r"arXiv:(\d{4}\.\d{4,5})", str(loss.citation)):
+            rows.append((f"method of {name}", link(f"arXiv:{paper}", f"https://huggingface.co/papers/{paper}")))
+        defaults = {key: p.default for key, p in inspect.signature(type(loss)).parameters.items()}
+        given = trainer.args.resolved_losses.get(name) or {}
+        changed = {k: v for k, v in given.items() if k not in ("weight", "decay") and v != defaults.get(k)}
+        if changed:
+            rows.append((f"options of {name}", escape_markdown(", ".join(f"{k} = {v}" for k, v in changed.items()))))
+        temperatures = [
+            f"{inner.removesuffix('_temperature')} {module.value.item():.3g}"
+            for inner, module in loss.named_modules()
+            if isinstance(module, Temperature)
+        ]
+        if temperatures:
+            rows.append((f"temperatures of {name} at the end", escape_markdown(", ".join(temperatures))))
+    if (found := trainer.teacher.label_map).missing or not found.is_identity:
+        missing = f"; the teacher lacks {', '.join(found.missing)}" if found.missing else ""
+        number = len(found.student) - len(found.missing)
+        text = f"{number} of {len(found.student)} are mapped to the teacher's {len(found.teacher)}{missing}"
+        rows.append(("classes", escape_markdown(text)))
+    levels = {"student": trainer.distiller.student.feature_specs, "teacher": trainer.teacher.feature_specs}
+    for name, specs in levels.items():
+        listed = ", ".join(f"{level} ({spec.channels} channels)" for level, spec in specs.items())
+        rows.append((f"feature levels of the {name}", escape_markdown(listed)))
+    return rows
+
+
+def describe_schedule(trainer: BCDTrainer) -> dict[str, str]:
+    """How long, on what and with which optimizer the student was trained."""
+    args = trainer.args
+    scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    jitter = f", brightness, contrast and saturation jitter {args.color_jitter:g}" if args.color_jitter else ""
+    return {
+        "steps": str(trainer.state.global_step),
+        "images a step": str(args.train_batch_size * args.world_size * args.gradient_accumulation_steps),
+        "augmentation": f"scale {args.scale_min:g} to {args.scale_max:g}, crop {args.crop_size} x {args.crop_size}, "
+        f"horizontal flip{jitter}",
+        "optimizer": f"{getattr(args.optim, 'value', args.optim)} ({args.optim_args or 'default options'})",
+        "learning rate": f"{args.learning_rate:g}, {scheduler} schedule",
+        "weight decay": f"{args.weight_decay:g}",
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "seed": str(args.seed),
+        "processes": str(args.world_size),
+    }
+
+
+def describe_dataset(
+    data: DenseDatasets, dataset_id: str | None, revision: str | None, terms: DatasetSpec | None
+) -> list[tuple[str, str]]:
+    """The data block in Markdown."""
+    train = data["train"]
+    name = escape_markdown(train.name)
+    if dataset_id is not None:
+        name = hub_link(dataset_id, "datasets/") + (f" @ {escape_markdown(revision)}" if revision else "")
+    elif terms is not None and terms.source.startswith("http"):
+        name = link(train.name, terms.source)
+    elif terms is not None:
+        name = f"{name} ({escape_markdown(terms.source)})"
+    rows = [("data set", name)]
+    counts = [f"{split}: {len(part) if isinstance(part, Sized) else 'streamed'}" for split, part in data.items()]
+    rows.append(("images", escape_markdown(", ".join(counts))))
+    rows.append(("labels", f"{train.num_labels} classes; {escape_markdown(describe_rule(train))}"))
+    if terms is not None:
+        rows.append(("terms of the data", escape_markdown(terms.licence)))
+    return rows
+
+
+def describe_rule(split: DenseDataset) -> str:
+    """How stored ids become classes, in words."""
+    rule = split.rule
+    text = "the stored ids are the class ids"
+    if rule.reduce_zero:
+        text = "stored 0 is void and class k is stored as k + 1"
+    elif rule.mapping:
+        text = f"{len(rule.mapping)} stored ids are mapped to class ids or void"
+    void = f", stored {', '.join(map(str, rule.void_ids))} void too" if rule.void_ids else ""
+    return f"{text}{void}; pixels labelled {IGNORE_INDEX} are ignored"
+
+
+def describe_command(trainer: BCDTrainer, origin: Origin | None) -> str | None:
+    """The command line, without what is private."""
+    if origin is None:
+        return None
+    token = trainer.args.hub_token
+    return shareable_command(origin.program, origin.arguments, [token] if token else [])
+
+
+def describe_hardware(trainer: BCDTrainer) -> str:
+    """What the run was trained on and how long it took."""
+    args = trainer.args
+    text = (
+        device_name(args.device)
+        if args.world_size == 1
+        else f"{args.world_size} processes on {device_name(args.device)}"
+    )
+    seconds = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), None)
+    if seconds is None:
+        return text
+    resumed = (
+        ", since it was last resumed" if args.resume_from_checkpoint not in (None, False, "False", "false") else ""
+    )
+    return f"{text}; training the student took {describe_seconds(seconds)}{resumed}"
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration in the unit that suits it."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def licence_link(licence: Licence | None) -> str:
+    """Terms in Markdown."""
+    if licence is None:
+        return "unknown: read its card"
+    return link(licence.name, licence.link) if licence.link else escape_markdown(licence.name)
