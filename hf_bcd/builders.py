@@ -1,41 +1,61 @@
 """Builds models from a recipe's description of them."""
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from .config import ModelSpec
-from .models import TimmSegmentationModel
+from .hub import explained
+from .losses.criterion import unknown_key_message
+from .models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationModel
 
 
-logger = logging.getLogger(__name__)
-
-
-def load_segmentation_model(name_or_path: str, **kwargs: object) -> PreTrainedModel:
-    """Loads a semantic or universal segmentation model of transformers from the Hub or a folder.
+def load_segmentation_model(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """Loads a semantic or universal segmentation model of transformers from the Hub, its cache or a folder.
 
     Args:
         name_or_path: Hub id or folder.
+        revision: branch, tag or commit of a Hub id.
+        trust_remote_code: run model code that lies in the repository.
         kwargs: passed to `from_pretrained`.
 
     Raises:
-        ValueError: if transformers has no segmentation class for the model's type.
+        ValueError: if the repository cannot be read (`HubError`), needs code of its own that is not trusted, or
+            transformers has no segmentation class for the model's type.
     """
     from transformers import AutoModelForUniversalSegmentation
 
-    revision = kwargs.get("revision")
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-    for auto_class in (AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation):
-        if type(config) in auto_class._model_mapping:
-            return auto_class.from_pretrained(name_or_path, **kwargs)
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with explained("model", name_or_path, revision=revision), _code_refused(name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path, **source)
+        own_code = getattr(config, "auto_map", None) or {}
+        for auto_class in (AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation):
+            if type(config) in auto_class._model_mapping or auto_class.__name__ in own_code:
+                return auto_class.from_pretrained(name_or_path, **source, **kwargs)
     raise ValueError(
         f"{name_or_path} is a {config.model_type} model, for which transformers has no segmentation class; choose a "
         "model that AutoModelForSemanticSegmentation loads, or a timm backbone."
     )
 
 
-def build_model(spec: ModelSpec, id2label: Mapping[int, str]) -> PreTrainedModel:
+@contextmanager
+def _code_refused(name_or_path: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code=True" not in str(error):
+            raise
+        raise ValueError(
+            f"model {name_or_path} only runs with the code in its own repository. Read that code first, then add "
+            "--trust_remote_code true."
+        ) from error
+
+
+def build_model(spec: ModelSpec, id2label: Mapping[int, str], *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Builds a model that predicts the classes of a data set.
 
     A checkpoint whose class count differs keeps its backbone and gets a fresh classifier.
@@ -43,19 +63,52 @@ def build_model(spec: ModelSpec, id2label: Mapping[int, str]) -> PreTrainedModel
     Args:
         spec: where the model comes from.
         id2label: the data set's classes.
+        trust_remote_code: run model code that lies in a Hub repository.
+
+    Raises:
+        ValueError: if the model cannot be loaded or built so.
     """
     labels = {"id2label": dict(id2label), "label2id": {name: index for index, name in id2label.items()}}
     if spec.name_or_path is not None:
         return load_segmentation_model(
-            spec.name_or_path, revision=spec.revision, ignore_mismatched_sizes=True, **labels
+            spec.name_or_path,
+            revision=spec.revision,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            **labels,
         )
+    if spec.backbone == EspNetConfig.model_type:
+        return build_espnet(spec, labels)
     assert spec.backbone is not None  # ModelSpec.parse allows one of the two
-    return TimmSegmentationModel.from_backbone(
-        spec.backbone,
-        pretrained=spec.pretrained,
-        weights=spec.weights,
-        head=spec.head,
-        output_stride=spec.output_stride,
-        **spec.options,
-        **labels,
-    )
+    with explained("model", f"timm/{spec.backbone}"):
+        return TimmSegmentationModel.from_backbone(
+            spec.backbone,
+            pretrained=spec.pretrained,
+            weights=spec.weights,
+            head=spec.head,
+            output_stride=spec.output_stride,
+            **spec.options,
+            **labels,
+        )
+
+
+def build_espnet(spec: ModelSpec, labels: Mapping[str, Any]) -> EspNetForSemanticSegmentation:
+    """Builds an ESPNet, which is a whole network, from random weights.
+
+    Args:
+        spec: its `options` are fields of `EspNetConfig`.
+        labels: `id2label` and `label2id`.
+
+    Raises:
+        ValueError: for an unknown option, or a field of `spec` that belongs to timm backbones.
+    """
+    for name in ("head", "output_stride", "pretrained", "weights"):
+        if getattr(spec, name) != getattr(ModelSpec, name):
+            raise ValueError(
+                f"{name} is {getattr(spec, name)!r}, but backbone {spec.backbone!r} is a whole network without "
+                f"ImageNet weights; remove {name}, and set fields of EspNetConfig in options."
+            )
+    for key in spec.options:
+        if key not in EspNetConfig.__annotations__:
+            raise ValueError(unknown_key_message(f"option of {spec.backbone!r}", key, EspNetConfig.__annotations__))
+    return EspNetForSemanticSegmentation(EspNetConfig(**spec.options, **labels))

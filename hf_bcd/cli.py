@@ -8,6 +8,8 @@ from importlib import import_module
 COMMANDS = {
     "distill": "distil a student from a teacher, or train it alone",
     "evaluate": "score a model on a labelled data set",
+    "check": "show what a data set holds",
+    "push": "push the finished student of a folder to the Hub",
 }
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .adapters import LabelMap, match_labels, read_synonyms
 from .builders import build_model, load_segmentation_model
 from .config import BCDConfig, DataArguments, ModelArguments, ModelSpec, parse_mapping
-from .data import DenseDataset, DenseDatasets, DenseStream, load_dense_dataset
+from .data import DenseDataset, DenseDatasets, DenseStream, keep_in_memory, load_dense_dataset
 from .hub_trainer import repository_name
 from .losses.criterion import unknown_key_message
 from .preparation import check_label_needs
@@ -47,6 +47,8 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
     source = args.dataset_name or args.data_dir
     if source is None:
         raise ValueError("no data: give --dataset_name (catalog name, Hub id or folder) or --data_dir.")
+    if args.cache_images and args.streaming:
+        raise ValueError("streaming is for data that no memory holds: leave --cache_images or --streaming out.")
     options = args.dataset_options or {}
     data = load_dense_dataset(
         source,
@@ -72,7 +74,10 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
         return split if limit is None or limit >= len(split) else split.select(range(limit))
 
     limits = {name: args.max_train_samples if name == "train" else args.max_eval_samples for name in data}
-    return DenseDatasets({name: cut(split, limits[name]) for name, split in data.items()})
+    splits = {name: cut(split, limits[name]) for name, split in data.items()}
+    if args.cache_images and for_training:
+        splits |= {name: keep_in_memory(splits[name]) for name in ("train", "validation") if name in splits}
+    return DenseDatasets(splits)
 
 
 def prepare_push(config: BCDConfig) -> None:

@@ -1,0 +1,8 @@
+"""Pushes the finished student of a run's output folder to the Hub; `--help` says more."""
+
+from hf_bcd.cli import run
+from hf_bcd.commands import push
+
+
+if __name__ == "__main__":
+    run(push.main)
