@@ -46,12 +46,12 @@ class ModelSpec:
         name_or_path: Hub id or folder of a transformers segmentation model (or of a bare backbone such as
             `nvidia/mit-b0`, whose head then starts at random).
         revision: branch, tag or commit of `name_or_path`.
-        backbone: timm name, instead of `name_or_path`.
+        backbone: timm name, instead of `name_or_path`; or `espnet`, a whole network, for which only `options` counts.
         head: `psp`, `deeplabv3plus` or `fpn`.
         output_stride: 8, 16 or 32.
         pretrained: load the backbone's ImageNet weights from the Hub.
         weights: local safetensors file with the backbone's weights.
-        options: further fields of `TimmSegmentationConfig`.
+        options: further fields of `TimmSegmentationConfig`, or those of `EspNetConfig`.
     """
 
     name_or_path: str | None = None
@@ -121,10 +121,14 @@ class DataArguments:
     """Which data set, and how its raw columns and labels are read."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Catalog name (synthetic, camvid, ade20k), Hub id, or folder."}
+        default=None,
+        metadata={"help": "Name of the catalog (ade20k, cityscapes, ...; see `hf-bcd check -h`), Hub id, or folder."},
     )
     data_dir: str | None = field(
-        default=None, metadata={"help": "Local root {train,val,test}/{images,masks} or an imagefolder."}
+        default=None,
+        metadata={
+            "help": "Local copy of a data set of the catalog, in its official layout; or a folder of the data set."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
@@ -133,6 +137,9 @@ class DataArguments:
     )
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "Images from which a stream draws at random; all of them stay in memory."}
+    )
+    cache_images: bool = field(
+        default=False, metadata={"help": "Keep decoded training and validation images in memory: for small sets."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Image column, if it cannot be recognised."})
     label_column: str | None = field(default=None, metadata={"help": "Mask column, if it cannot be recognised."})
@@ -175,7 +182,13 @@ class BCDConfig(TrainingArguments):
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where to log."})
     dataloader_num_workers: int = field(default=4, metadata={"help": "Worker processes that read and augment."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must be false here."})
-    hub_strategy: str = field(default="end", metadata={"help": "When to push; only the finished student is."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "What to push: the finished student (end), also the student at every save (every_save), also what it "
+            "takes to resume (checkpoint, all_checkpoints)."
+        },
+    )
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "No parameter is unused."})
 
     preset: Literal["stable", "paper"] = field(
@@ -223,11 +236,6 @@ class BCDConfig(TrainingArguments):
                 raise ValueError(unknown_key_message(name, str(getattr(self, name)), known))
         if isinstance(self.losses, str):
             self.losses = parse_mapping(self.losses, "losses")
-        if self.push_to_hub and self.hub_strategy != "end":
-            raise ValueError(
-                f"hub_strategy is {getattr(self.hub_strategy, 'value', self.hub_strategy)}; pushing checkpoints would "
-                "upload optimizer states and pickled arguments, so only 'end' is supported."
-            )
         for name in ("crop_size", "calibration_images", "scale_min"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0.")
@@ -269,7 +277,7 @@ def parse_arguments(
         description: first lines of `--help`.
 
     Raises:
-        ValueError: for unknown keys, naming the nearest known one.
+        ValueError: for unknown keys, naming the nearest known one; for streaming without max_steps.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(  # type: ignore[call-arg]
@@ -308,6 +316,11 @@ def parse_arguments(
     for cls in ARGUMENT_CLASSES:
         own = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}
         built.append(cls(**own))
+    _, data_args, config = built
+    if data_args.streaming and config.max_steps <= 0:
+        raise ValueError(
+            f"max_steps is {config.max_steps}, but a stream has no end: set --max_steps, or leave --streaming out."
+        )
     return tuple(built)  # type: ignore[return-value]
 
 
@@ -333,7 +346,7 @@ def _shorten_help(parser: argparse.ArgumentParser) -> None:
         "resume_from_checkpoint",
         "push_to_hub",
     }
-    own |= {"gradient_accumulation_steps", "hub_model_id", "torch_compile"}
+    own |= {"gradient_accumulation_steps", "hub_model_id", "hub_private_repo", "hub_revision", "torch_compile"}
     for action in parser._actions:
         if action.dest not in own or any(option.startswith(("--no_", "--no-")) for option in action.option_strings):
             action.help = argparse.SUPPRESS

@@ -3,32 +3,37 @@
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, PreTrainedModel, Trainer, set_seed
+from transformers import EvalPrediction, PreTrainedModel, set_seed
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
-from .adapters import DenseAdapter, build_adapter, image_processor, image_statistics
+from .adapters import DenseAdapter, build_adapter, image_processor, image_statistics, read_synonyms
 from .builders import load_segmentation_model
 from .callbacks import DistillationCallback, InterruptCallback, PictureCallback
 from .config import BCDConfig
-from .data import DenseDataset, DenseDatasets, SemanticCollator
+from .data import DenseDataset, DenseDatasets, DenseStream, SemanticCollator, TransformedStream
 from .distiller import Distiller
 from .evaluation import pack_counts, predict, same_size_groups, unpack_counts
+from .hub_trainer import HubTrainer
 from .losses.criterion import DistillationCriterion, build_criterion
 from .metrics import SemanticMetrics
 from .outputs import DenseOutput
 from .preparation import (
+    adapt_to_score,
     adopt_labels,
     build_frozen_teacher,
+    check_label_needs,
     eval_transform,
     share_cores,
     train_transform,
@@ -46,22 +51,24 @@ CRITERION_PREFIX = "criterion."
 CALIBRATION_BATCH = 8
 
 
-class BCDTrainer(Trainer):
+class BCDTrainer(HubTrainer):
     """Distils a frozen teacher into a student, or trains a model alone when there is no teacher.
 
     Args:
         model: segmentation model of transformers, or one of ours, to train and save.
         teacher_model: larger segmentation model, its Hub id or folder; None trains `model` alone.
         args: training arguments.
-        train_dataset: canonical samples (`DenseDataset`), to which the augmentation of `args` is added, or any dataset
-            of `{"index", "pixel_values", "labels"}`.
+        train_dataset: canonical samples (`DenseDataset`, `DenseStream`), to which the augmentation of `args` is added,
+            or any dataset of `{"index", "pixel_values", "labels"}`.
         eval_dataset: like `train_dataset`; evaluated at the labels' own resolution.
         processing_class: image processor to save with the student; built from the student by default.
+        label_synonyms: JSON file `{class of the data set: [names the teacher uses]}`, or its content. Without teacher
+            and training data, the names are those of `model`, which is then scored in the data set's classes.
         kwargs: further arguments of `Trainer`.
 
     Raises:
-        ValueError: if the model's classes are not the data set's, a loss option is unknown, or a model type has no
-            adapter.
+        ValueError: if the model's classes are not the data set's, a loss option is unknown, a loss needs classes that
+            the teacher lacks, or a model type has no adapter.
     """
 
     args: BCDConfig
@@ -78,6 +85,7 @@ class BCDTrainer(Trainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: Any = None,
+        label_synonyms: str | Path | Mapping[str, Sequence[str]] | None = None,
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else BCDConfig(output_dir="trainer_output")
@@ -87,16 +95,29 @@ class BCDTrainer(Trainer):
         if eval_dataset is None and args.eval_strategy != "no":
             logger.warning("no evaluation data, so training goes on without evaluations")
             args.eval_strategy = IntervalStrategy.NO
+        if isinstance(eval_dataset, DenseStream):
+            raise ValueError(
+                f"eval_dataset is a stream of {eval_dataset.name}, which never ends; load it without streaming."
+            )
         reference = eval_dataset if eval_dataset is not None else train_dataset
-        adopt_labels(model, reference)
-        student: DenseAdapter = build_adapter(model, *image_statistics(model))
+        self.label_synonyms = read_synonyms(label_synonyms)
+        id2label = getattr(reference, "id2label", None)
+        if train_dataset is None and teacher_model is None and id2label is not None:
+            student: DenseAdapter = adapt_to_score(model, id2label, self.label_synonyms)
+        else:
+            student = build_adapter(model, *image_statistics(model))
+        if student.label_map is None:
+            adopt_labels(model, reference)
         student.freeze_unused()
         if isinstance(teacher_model, str):
             teacher_model = load_segmentation_model(teacher_model)
-        self.teacher = None if teacher_model is None else build_frozen_teacher(teacher_model, student.id2label, args)
+        self.teacher = None
+        if teacher_model is not None:
+            self.teacher = build_frozen_teacher(teacher_model, student.id2label, args, self.label_synonyms)
         set_seed(args.seed)  # connectors start the same whatever ran before in this process
         criterion = DistillationCriterion({}, {}, [])
         if self.teacher is not None:
+            check_label_needs(self.teacher.label_map, args.resolved_losses)
             criterion = build_criterion(
                 args.resolved_losses, student.feature_specs, self.teacher.feature_specs, seed=args.seed
             )
@@ -169,17 +190,42 @@ class BCDTrainer(Trainer):
             )
         return output
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader of the training samples; a stream divides itself among ranks and loader workers."""
+        stream, args = self.train_dataset, self.args
+        if not isinstance(stream, TransformedStream):
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            stream.for_rank(args.process_index, args.world_size, args.dataloader_num_workers),
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        # as Accelerator.prepare does, but one process alone: more would divide the stream a second time
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+
     def calibrate(self) -> None:
         """Fits the teacher's head on training images: the same ones on every rank, so that all ranks agree."""
         criterion = self.distiller.criterion
         if self.teacher is None or not criterion.needs_calibration:
             return
         assert self.train_dataset is not None
-        count = min(self.args.calibration_images, len(self.train_dataset))  # type: ignore[arg-type]
-        step = len(self.train_dataset) / count  # type: ignore[arg-type]
-        samples = [self.train_dataset[int(i * step)] for i in range(count)]
+        count = self.args.calibration_images
+        if isinstance(self.train_dataset, TransformedStream):
+            samples = self.train_dataset.first(count)
+        else:
+            count = min(count, len(self.train_dataset))  # type: ignore[arg-type]
+            step = len(self.train_dataset) / count  # type: ignore[arg-type]
+            samples = [self.train_dataset[int(i * step)] for i in range(count)]
         batches, size = [], CALIBRATION_BATCH
-        for start in tqdm(range(0, count, size), desc="Teacher on calibration images", disable=self.args.disable_tqdm):
+        for start in tqdm(
+            range(0, len(samples), size), desc="Teacher on calibration images", disable=self.args.disable_tqdm
+        ):
             batch = self._prepare_inputs(self.data_collator(samples[start : start + size]))
             batches.append((self._teacher_output(batch["pixel_values"]), batch["labels"]))
         criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=self.args.disable_tqdm))
@@ -336,12 +382,19 @@ class BCDTrainer(Trainer):
         from .model_card import write_card
 
         data = getattr(self.train_dataset, "dataset", None)
-        if self.has_card or not self.is_world_process_zero() or not isinstance(data, DenseDataset):
+        if self.has_card or not self.is_world_process_zero():
+            return
+        if not isinstance(data, DenseDataset | DenseStream):
+            distiller, self.model = self.model, self.student  # the base class describes a model of transformers
+            try:
+                super().create_model_card(*args, **kwargs)
+            finally:
+                self.model = distiller
             return
         models = {"student": self.student}
         if self.teacher is not None:
             models["teacher"] = self.teacher.adapter.model
-        write_card(Path(self.args.output_dir or "."), self, models, {}, DenseDatasets({"train": data}), [])
+        write_card(Path(self.args.output_dir or "."), self, models, {}, DenseDatasets({"train": cast(Any, data)}), [])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restores every weight, and fails where stock Trainer only warns.

@@ -62,7 +62,6 @@ def test_the_paper_preset_is_literal() -> None:
         (["--losess.bcd.radius", "1"], "Did you mean 'losses'"),
         (["--config", "missing.yaml"], "missing.yaml: no such file"),
         (["--student", "a/b", "--crop_size", "0"], "crop_size is 0; it must be > 0"),
-        (["--student", "a/b", "--push_to_hub", "--hub_strategy", "every_save"], "hub_strategy is every_save"),
         (["--student", "a/b", "--scale_min", "3"], "scale_min 3.0 exceeds scale_max 2.0"),
     ],
 )

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -422,33 +421,23 @@ def test_synchronised_batchnorm_keeps_the_activations_inside_timms_layers(
         torch.testing.assert_close(student(image).logits, before)
 
 
-class HubStub:
-    """Records what would go to the Hub."""
-
-    def __init__(self) -> None:
-        self.uploads: list[str] = []
-
-    def create_repo(self, repo_id, **kwargs):
-        return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-    def upload_folder(self, folder_path, **kwargs):
-        self.uploads.append((Path(folder_path) / "README.md").read_text())
-
-
 def test_pushing_sends_our_card_and_never_replaces_a_finished_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = HubStub()
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    cards: list[str] = []
+    monkeypatch.setattr(
+        "hf_bcd.hub_trainer.push_folder",
+        lambda folder, *_, **__: cards.append((Path(folder) / "README.md").read_text()),
+    )
     run = tiny.trainer(tmp_path / "student", max_steps=1)
     run.train()
     run.push_to_hub()
-    assert "knowledge-distillation" in hub.uploads[0] and "hf_bcd" in hub.uploads[0]
+    assert "knowledge-distillation" in cards[0] and "hf_bcd" in cards[0]
     assert (tmp_path / "student" / "model.safetensors").is_file()
     (tmp_path / "student" / "README.md").write_text("the report's card")
     run.has_card = True
     run.push_to_hub()
-    assert hub.uploads[1] == "the report's card"
+    assert cards[1] == "the report's card"
 
 
 def test_a_model_trained_on_the_way_is_reused_for_the_same_recipe_alone(tmp_path: Path) -> None:

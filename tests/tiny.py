@@ -1,10 +1,14 @@
 """Tiny models and data that tests of the trainer share."""
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
+from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel
@@ -44,6 +48,25 @@ def tiny_segformer(seed: int = 0, width: int = 8) -> SegformerForSemanticSegment
 
 def scenes(train: int = 8, validation: int = 3, size: tuple[int, int] = (48, 64)) -> DenseDatasets:
     return load_dense_dataset("synthetic", size=size, num_images={"train": train, "validation": validation, "test": 2})
+
+
+def parquet_scenes(folder: Path, shards: list[int], validation: int = 2, seed: int = 0) -> Path:
+    """A folder of Parquet files with the given numbers of training scenes, and the names of their classes."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "id2label.json").write_text(json.dumps(ID2LABEL))
+    numbers = {"train": sum(shards), "validation": validation}
+    data = load_dense_dataset("synthetic", size=(48, 64), num_images=numbers, seed=seed)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    for split, sizes in (("train", shards), ("validation", [validation])):
+        samples = iter(data[split])
+        for number, size in enumerate(sizes):
+            columns: dict[str, list] = {"image": [], "label": []}
+            for sample in itertools.islice(samples, size):
+                columns["image"].append(sample["image"])
+                columns["label"].append(Image.fromarray(sample["label"].astype(np.uint8)))
+            table = datasets.Dataset.from_dict(columns, features=features)
+            table.to_parquet(folder / "data" / f"{split}-{number:05d}-of-{len(sizes):05d}.parquet")
+    return folder
 
 
 def config(folder: Path, **changes: Any) -> BCDConfig:
