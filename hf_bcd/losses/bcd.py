@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
+from ..profiling import part
 from .aggregate import PrincipalComponents, SelfRelationHead, StudentHead, TeacherHead
 from .boundary import (
     Mode,
@@ -139,12 +140,14 @@ class BCDLoss(nn.Module):
         with torch.autocast(labels.device.type, enabled=False):
             size = grid_size(labels, self.stride)
             mask = resize_nearest(labels != self.ignore_index, size)
-            student_features = self.student_head.aggregate(student.features, size)
-            teacher_features = self.teacher_head(teacher.features, size)
-            return {
-                "boundary": self._boundary(student, teacher, student_features, teacher_features, mask),
-                "context": self._context(student_features, teacher_features, mask),
-            }
+            with part("bcd/connectors"):
+                student_features = self.student_head.aggregate(student.features, size)
+                teacher_features = self.teacher_head(teacher.features, size)
+            with part("bcd/boundary"):
+                boundary = self._boundary(student, teacher, student_features, teacher_features, mask)
+            with part("bcd/context"):
+                context = self._context(student_features, teacher_features, mask)
+            return {"boundary": boundary, "context": context}
 
     def _boundary(
         self,

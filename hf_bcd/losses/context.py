@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .boundary import Mode, check_mode
-from .functional import at_least_float32, mask_fill_value
-from .relation import Relation, relation_divergence
+from .functional import at_least_float32
+from .relation import Relation, literal_divergence, relation_divergence
 
 
 def relation_features(features: Tensor) -> Tensor:
@@ -69,22 +69,9 @@ def literal_relation(
         `[B]`: cross-entropy summed over rows, about n·log(n) for n positions whatever the student does.
     """
 
-    def gram(x: Tensor) -> Tensor:
-        positions = x.flatten(2).mT
-        return positions @ positions.mT / x.shape[1] ** 0.5
-
-    inner_student, inner_teacher = gram(student), gram(teacher.detach())
-    hidden = None if mask is None else ~mask.flatten(1)[:, None, :]
-    fill = mask_fill_value(inner_student.dtype)
-    if hidden is not None:
-        inner_student, inner_teacher = inner_student.masked_fill(hidden, fill), inner_teacher.masked_fill(hidden, fill)
-    outer_student, outer_teacher = inner_student.softmax(-1) / tau, inner_teacher.softmax(-1) / tau
-    if hidden is not None:
-        outer_student, outer_teacher = outer_student.masked_fill(hidden, fill), outer_teacher.masked_fill(hidden, fill)
-    terms = -outer_teacher.softmax(-1) * outer_student.log_softmax(-1)
-    if mask is not None and hidden is not None:
-        terms = terms.masked_fill(hidden | ~mask.flatten(1)[:, :, None], 0)
-    return terms.sum(dim=(1, 2))
+    # inner products of features over C^(1/4) are those of Eq. 4, over sqrt(C)
+    student, teacher = (x.flatten(2).mT / x.shape[1] ** 0.25 for x in (student, teacher))
+    return literal_divergence(student, teacher, tau=tau, mask=None if mask is None else mask.flatten(1))
 
 
 def context_distillation_loss(

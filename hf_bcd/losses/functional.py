@@ -88,3 +88,14 @@ def standardize(
     variance = total((centred.square() * weight).sum(dims, keepdim=True)) / count
     # the clamp keeps the gradient of the root finite when x is constant
     return centred / (variance.clamp_min(1e-12).sqrt() + eps)
+
+
+def row_weights(features: Tensor, mask: Tensor | None, mean: bool) -> Tensor:
+    """Weight of every row `[B, n]`: those of an image's valid rows add up to one, or are one each."""
+    batch, positions, _ = features.shape
+    if mask is None:
+        mask = torch.ones(batch, positions, dtype=torch.bool, device=features.device)
+    if not mean:
+        return mask.to(features.dtype)
+    num_valid = mask.sum(dim=-1, keepdim=True)
+    return (mask & (num_valid >= 2)).to(features.dtype) / num_valid.clamp_min(1)

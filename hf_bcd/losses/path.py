@@ -5,6 +5,8 @@ loop over pairs. The lines are those of IRN (Ahn et al., CVPR 2019): all grid po
 distance to the line is below one.
 """
 
+from collections.abc import Callable
+from functools import cache, reduce
 from typing import Literal
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 
 
 Directions = Literal["disc", "half"]
+Shape = frozenset[tuple[int, int]]  # grid points (y, x) from the upper left corner of their box on
+Step = tuple[int, int, tuple[tuple[int, int, int], ...]]  # height and width of a shape; its parts: number, y, x
 
 
 def line_offsets(radius: int, directions: Directions = "disc") -> tuple[tuple[int, int], ...]:
@@ -27,12 +31,54 @@ def line_offsets(radius: int, directions: Directions = "disc") -> tuple[tuple[in
     return tuple(half) if directions == "half" else (*half, *((-y, -x) for y, x in half))
 
 
-def _line_points(dy: int, dx: int) -> tuple[tuple[int, int], ...]:
-    """Grid points of the bounding box of (0, 0)-(dy, dx) closer than 1 to the line through both."""
+def _line_shape(dy: int, dx: int) -> Shape:
+    """Grid points of the bounding box of (0, 0)-(dy, dx) closer than 1 to the line through both, from its corner on."""
     ys = range(min(dy, 0), max(dy, 0) + 1)
     xs = range(min(dx, 0), max(dx, 0) + 1)
     length = dy * dy + dx * dx
-    return tuple((y, x) for y in ys for x in xs if (dy * x - dx * y) ** 2 < length)
+    return frozenset((y - ys[0], x - xs[0]) for y in ys for x in xs if (dy * x - dx * y) ** 2 < length)
+
+
+@cache
+def _search_plan(radius: int) -> tuple[tuple[Step, ...], dict[tuple[int, int], int]]:
+    """How every shape that lines of a radius have is a union of shifted shorter ones, and which shape each line has.
+
+    The extremes of a union are those of its parts, which may overlap. Almost always two parts are enough: a line
+    of any length then costs one maximum and one minimum a position.
+
+    Returns:
+        Steps, of which the k-th makes shape k + 1 from earlier ones (0 is the single point), and the shape of every
+        offset of `line_offsets`.
+    """
+    lines = {offset: _line_shape(*offset) for offset in line_offsets(radius)}
+    shapes: list[Shape] = [frozenset({(0, 0)})]
+    steps: list[Step] = []
+    for _, shape in sorted(lines.items(), key=lambda line: line[0][0] ** 2 + line[0][1] ** 2):
+        if shape in shapes:
+            continue
+        height, width = max(y for y, _ in shape), max(x for _, x in shape)
+        candidates = {}
+        for number, part in enumerate(shapes):
+            for y in range(height - max(y for y, _ in part) + 1):
+                for x in range(width - max(x for _, x in part) + 1):
+                    shifted = frozenset((y + part_y, x + part_x) for part_y, part_x in part)
+                    if shifted <= shape:
+                        candidates[number, y, x] = shifted
+        parts, missing = [], shape
+        while missing:
+            best = max(candidates, key=lambda candidate: len(candidates[candidate] & missing))
+            parts.append(best)
+            missing = missing - candidates[best]
+        steps.append((height, width, tuple(parts)))
+        shapes.append(shape)
+    return tuple(steps), {offset: shapes.index(shape) for offset, shape in lines.items()}
+
+
+# apart from the search, because the compiler would look through its cache and trace the search itself
+@torch.compiler.assume_constant_result
+def _plan(radius: int) -> tuple[tuple[Step, ...], tuple[int, ...]]:
+    steps, numbers = _search_plan(radius)
+    return steps, tuple(numbers[offset] for offset in line_offsets(radius))
 
 
 def path_offsets(radius: int, directions: Directions = "disc") -> Tensor:
@@ -62,29 +108,29 @@ def path_range(z: Tensor, radius: int, directions: Directions = "disc", mask: Te
     Returns:
         `[B, D, H, W]`, non-negative, D as in `path_offsets`. Differentiable in `z`.
     """
-    line_offsets(radius, directions)  # checks both
+    offsets = line_offsets(radius, directions)
     reach = radius - 1
     height, width = z.shape[-2:]
     inf = float("inf")
     highs = z if mask is None else z.masked_fill(~mask, -inf)
     lows = z if mask is None else z.masked_fill(~mask, inf)
-    # lines start up to `reach` outside the image (for the negative directions) and go on for up to `reach`
-    pad = [2 * reach] * 4
-    highs, lows = F.pad(highs, pad, value=-inf), F.pad(lows, pad, value=inf)
+    highs, lows = F.pad(highs, [reach] * 4, value=-inf), F.pad(lows, [reach] * 4, value=inf)
+    steps, numbers = _plan(radius)
+    # entry (y, x) of a shape's extremes belongs to the shape with its upper left corner there
+    maxima, minima = _extremes(highs, steps, torch.maximum), _extremes(lows, steps, torch.minimum)
+    # out of the image the extremes are infinite: the clamp turns their difference into 0
+    ranges = [(high - low).clamp_min(0) for high, low in zip(maxima, minima, strict=True)]
+    out = []
+    for (dy, dx), number in zip(offsets, numbers, strict=False):  # `half` is the first half of `disc`
+        y, x = reach + min(dy, 0), reach + min(dx, 0)
+        out.append(ranges[number][:, y : y + height, x : x + width])
+    return torch.stack(out, dim=1)
 
-    def window(y: int, x: int) -> tuple[Tensor, Tensor]:
-        rows = slice(reach + y, height + 3 * reach + y)
-        columns = slice(reach + x, width + 3 * reach + x)
-        return highs[:, rows, columns], lows[:, rows, columns]
 
-    lines = {offset: _line_points(*offset) for offset in line_offsets(radius, "half")}
-    windows = {point: window(*point) for points in lines.values() for point in points}  # lines share their points
-    forward, backward = [], []
-    for (dy, dx), points in lines.items():
-        points_high, points_low = zip(*(windows[point] for point in points), strict=True)
-        line = (torch.stack(points_high).amax(dim=0) - torch.stack(points_low).amin(dim=0)).clamp_min(0)
-        forward.append(line[:, reach : reach + height, reach : reach + width])
-        if directions == "disc":
-            y, x = reach - dy, reach - dx
-            backward.append(line[:, y : y + height, x : x + width])
-    return torch.stack(forward + backward, dim=1)
+def _extremes(field: Tensor, steps: tuple[Step, ...], extreme: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """Running maximum or minimum of a field `[B, H, W]` over every shape, from single points to the longest lines."""
+    found = [field]
+    for extra_height, extra_width, parts in steps:
+        height, width = field.shape[-2] - extra_height, field.shape[-1] - extra_width
+        found.append(reduce(extreme, [found[part][:, y : y + height, x : x + width] for part, y, x in parts]))
+    return found

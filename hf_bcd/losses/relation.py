@@ -1,11 +1,24 @@
-"""Divergence between the self-relations of two feature maps."""
+"""Divergence between the self-relations of two feature maps, exactly and in linear memory.
 
+The relation of n positions is an n x n matrix, but a row of its softmax needs that row alone. So blocks of rows pass by:
+each yields its share of the loss and, because the gradient with respect to the Gram matrix is known in closed form
+(`q - p` for a Kullback-Leibler divergence), of the student's gradient too. What is kept for the backward pass is this
+gradient, as large as the features; nothing n x n ever exists. The products are those that autograd would do: a Gram
+matrix each for student and teacher, and the student's features once as rows and once as columns of its own.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .functional import mask_fill_value
+from .functional import at_least_float32, mask_fill_value, row_weights
+
+
+BLOCK_BYTES = 16 * 2**20  # of the four blocks of rows that a pass works in, together: what stays in a cache is fastest
 
 
 class Relation(NamedTuple):
@@ -26,27 +39,201 @@ def relation_divergence(
     """KL divergence between the row softmaxes of two Gram matrices, diagonals and masked positions left out.
 
     `P = softmax_j(<x_i, x_j> / tau)` for teacher and student; the result is the mean over rows i of `KL(P_teacher,i ‖
-    P_student,i)`. This is the reference: it holds a few `[B, n, n]` matrices at once.
+    P_student,i)`. Memory beyond the inputs: a gradient of the student's size and `BLOCK_BYTES`. On CUDA a Triton kernel
+    does the same where Triton is installed (`relation_triton`).
 
     Args:
         student: features `[B, n, C]`, scaled so that their inner product is the relation.
         teacher: features `[B, n, C']`, constant.
-        tau: temperature.
+        tau: temperature, constant.
         mask: `[B, n]`, True where valid. Other positions count neither as rows nor as columns.
 
     Returns:
-        Divergence and peak probability per image; both 0 for an image with fewer than two valid positions.
+        Divergence and peak probability per image, float32 (float64 for float64 features) whatever autocast says; both 0
+        for an image with fewer than two valid positions. Can be differentiated once.
     """
-    teacher = teacher.detach()
+    divergence, peak = _apply(student, teacher, tau, mask, literal=False)
+    return Relation(divergence, peak.detach())
+
+
+def literal_divergence(
+    student: Tensor, teacher: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy between row softmaxes of `softmax_j(<x_i, x_j>) / tau`, a softmax over a softmax, summed over rows.
+
+    Streamed as `relation_divergence`, with its arguments; the diagonal counts here.
+
+    Returns:
+        `[B]`, about n·log(n) for n valid positions whatever the student does; 0 without a valid one.
+    """
+    return _apply(student, teacher, tau, mask, literal=True)[0]
+
+
+def _apply(
+    student: Tensor, teacher: Tensor, tau: float | Tensor, mask: Tensor | None, literal: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    # a full tensor, not torch.tensor: that would make the host wait for the device
+    tau = (
+        tau.detach().to(student.device, dtype)
+        if isinstance(tau, Tensor)
+        else torch.full((), tau, dtype=dtype, device=student.device)
+    )
+    with_gradient = torch.is_grad_enabled() and student.requires_grad
+    divergence, peak, _ = _relation(student, teacher.detach(), tau, mask, literal, with_gradient)
+    return divergence, peak
+
+
+# an operator, so that torch.compile sees one node instead of an unrolled loop
+@torch.library.custom_op("hf_bcd::relation", mutates_args=())
+def _relation(
+    student: Tensor, teacher: Tensor, tau: Tensor, mask: Tensor | None, literal: bool, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value `[B]`, teacher's peak `[B]` and, if asked for, the gradient of every image's value `[B, n, C]`."""
+    with torch.autocast(student.device.type, enabled=False):
+        if literal or not _has_kernel(student):
+            return stream_relation(student, teacher, tau, mask, literal, with_gradient)
+        from .relation_triton import stream_relation_triton
+
+        with torch.cuda.device(student.device):  # Triton launches on the current one
+            return stream_relation_triton(student, teacher, tau, mask, with_gradient)
+
+
+def _has_kernel(features: Tensor) -> bool:
+    """Whether the Triton kernels run on these features: CUDA, at least Ampere, not float64."""
+    if not features.is_cuda or features.dtype == torch.float64 or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(features.device) >= (8, 0)
+
+
+@_relation.register_fake
+def _(student, teacher, tau, mask, literal, with_gradient):
+    value = student.new_empty(student.shape[0], dtype=torch.promote_types(student.dtype, torch.float32))
+    gradient = student.new_empty(student.shape if with_gradient else 0)
+    return value, torch.empty_like(value), gradient
+
+
+def _keep_gradient(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2])
+
+
+def _backward(ctx, grad_value, grad_peak, grad_gradient):
+    if grad_gradient is not None:
+        raise RuntimeError(
+            "the relation divergence can be differentiated once only; use relation_divergence_reference for second "
+            "derivatives."
+        )
+    (gradient,) = ctx.saved_tensors
+    grad_student = None if grad_value is None else (gradient * grad_value[:, None, None]).to(gradient.dtype)
+    return grad_student, None, None, None, None, None
+
+
+_relation.register_autograd(_backward, setup_context=_keep_gradient)
+
+
+def stream_relation(
+    student: Tensor, teacher: Tensor, tau: Tensor, mask: Tensor | None, literal: bool, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_relation` returns, on any device, in plain PyTorch. Autograd must not record it."""
+    dtype = student.dtype
+    student = at_least_float32(student).contiguous()
+    teacher = teacher.to(student.dtype).contiguous()
     batch, positions, _ = student.shape
-    valid = torch.ones(batch, positions, dtype=torch.bool, device=student.device) if mask is None else mask
-    hidden = ~valid[:, None, :] | torch.eye(positions, dtype=torch.bool, device=student.device)
+    weight = row_weights(student, mask, mean=not literal)
+    images, rows = _block_shape(batch, positions, student.element_size())
+    workspace = student.new_empty(4, images * rows * positions)
+    value, peak = student.new_zeros(batch), student.new_zeros(batch)
+    gradient = torch.zeros_like(student) if with_gradient else student.new_empty(0)
+
+    for image in range(0, batch, images):
+        these = slice(image, image + images)
+        fill = mask_fill_value(student.dtype)
+        hidden = None if mask is None else weight.new_zeros(()).where(mask[these, None, :], fill)
+        for row in range(0, positions, rows):
+            block = slice(row, row + rows)
+            shape = (*weight[these, block].shape, positions)
+            blocks = [buffer[: shape[0] * shape[1] * positions].view(shape) for buffer in workspace]
+            hide = partial(_hide, columns=hidden, diagonal=None if literal else row)
+            for x, gram in ((teacher, blocks[0]), (student, blocks[1])):
+                queries = x[these, block] if literal else x[these, block] / tau
+                hide(torch.bmm(queries, x[these].mT, out=gram))
+            function = _literal_rows if literal else _divergence_rows
+            row_values, row_peaks, difference = function(blocks, tau, hide, with_gradient)
+            value[these] += (row_values * weight[these, block]).sum(dim=-1)
+            peak[these] += (row_peaks * weight[these, block]).sum(dim=-1)
+            if with_gradient:
+                scale = (weight[these, block] / tau)[:, :, None]
+                gradient[these, block] += torch.bmm(difference, student[these]).mul_(scale)
+                gradient[these].baddbmm_(difference.mT, student[these, block] * scale)
+    return value, peak, gradient.to(dtype)
+
+
+def _hide(logits: Tensor, columns: Tensor | None, diagonal: int | None) -> Tensor:
+    """Takes masked columns and a diagonal out of a softmax over `logits`, in place."""
+    if columns is not None:
+        # so low that what it is added to is rounded away; five times as fast as masked_fill_
+        logits.add_(columns)
+    if diagonal is not None:
+        logits.diagonal(diagonal, 1, 2).fill_(mask_fill_value(logits.dtype))
+    return logits
+
+
+def _block_shape(batch: int, positions: int, element_size: int) -> tuple[int, int]:
+    """How many images and rows a block has: whole images if they fit, else at least 64 rows of one."""
+    fitting = BLOCK_BYTES // (4 * element_size * positions)
+    if fitting >= positions:
+        return min(batch, fitting // positions), positions
+    return 1, max(64, fitting)
+
+
+# Both functions below turn the logits in the first two of four blocks `[b, r, n]`, hidden already, into the value and the
+# teacher's peak of every row `[b, r]` and the gradient of the value with respect to the student's logits `[b, r, n]`. They
+# overwrite the blocks. A softmax anew instead of exp(log_softmax): MKL's exp takes four times as long where it underflows,
+# and hidden entries do.
+_Hide = Callable[[Tensor], Tensor]
+
+
+def _divergence_rows(blocks: list[Tensor], tau: Tensor, hide: _Hide, with_gradient: bool) -> tuple[Tensor, ...]:
+    teacher, student, first, second = blocks
+    log_p = torch.log_softmax(teacher, -1, out=first)
+    log_q = torch.log_softmax(student, -1, out=second)
+    log_ratio = torch.sub(log_p, log_q, out=second)
+    p = torch.softmax(teacher, -1, out=first)
+    value, peak = log_ratio.mul_(p).sum(dim=-1), p.amax(dim=-1)
+    return value, peak, torch.softmax(student, -1, out=teacher).sub_(p) if with_gradient else p
+
+
+def _literal_rows(blocks: list[Tensor], tau: Tensor, hide: _Hide, with_gradient: bool) -> tuple[Tensor, ...]:
+    teacher, student, outer, inner = blocks
+    torch.softmax(teacher, -1, out=inner)
+    hide(torch.div(inner, tau, out=outer))
+    p = torch.softmax(outer, -1, out=teacher)
+    torch.softmax(student, -1, out=inner)
+    hide(torch.div(inner, tau, out=outer))
+    log_q = torch.log_softmax(outer, -1, out=student)
+    value, peak = -log_q.mul_(p).sum(dim=-1), p.amax(dim=-1)
+    if with_gradient:
+        difference = torch.softmax(outer, -1, out=student).sub_(p)
+        # through the inner softmax s: s ⊙ (d - <d, s>)
+        mean = torch.mul(difference, inner, out=outer).sum(dim=-1, keepdim=True)
+        return value, peak, difference.sub_(mean).mul_(inner)
+    return value, peak, p
+
+
+def relation_divergence_reference(
+    student: Tensor, teacher: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None
+) -> Relation:
+    """`relation_divergence` as the formula reads, by autograd, with several `[B, n, n]` matrices: for comparisons."""
+    teacher = teacher.detach()
+    positions = student.shape[1]
+    hidden = torch.eye(positions, dtype=torch.bool, device=student.device)
+    if mask is not None:
+        hidden = hidden | ~mask[:, None, :]
     fill = mask_fill_value(student.dtype)
     log_q = (student @ student.mT / tau).masked_fill(hidden, fill).log_softmax(dim=-1)
     log_p = (teacher @ teacher.mT / tau).masked_fill(hidden, fill).log_softmax(dim=-1)
     rows = (log_p.exp() * (log_p - log_q)).masked_fill(hidden, 0).sum(dim=-1)
-
-    num_valid = valid.sum(dim=-1)
-    weight = (valid & (num_valid >= 2)[:, None]).to(rows.dtype) / num_valid.clamp_min(1)[:, None]
+    weight = row_weights(student, mask, mean=True)
     peak = log_p.amax(dim=-1).exp()
     return Relation((rows * weight).sum(dim=-1), (peak * weight).sum(dim=-1))

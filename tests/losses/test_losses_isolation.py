@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
+from host_sync import no_host_synchronisation
 from loss_references import dense_output, random_labels
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bcd.losses import build_criterion, segmentation_loss
 from hf_bcd.outputs import FeatureSpec
@@ -16,31 +14,6 @@ from hf_bcd.outputs import FeatureSpec
 
 SPECS = {"stride_4": FeatureSpec(4, 4), "stride_8": FeatureSpec(6, 8)}
 CONFIGURATIONS = [("stable", "calibrated"), ("stable", "logits"), ("paper", "orthogonal")]
-
-_SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
-_TO_HOST = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"}
-
-
-class _ForbidOperators(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        indices = args[1] if name in ("index", "index_put", "index_put_") else []
-        if name in _SYNCHRONISING or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
-            raise RuntimeError(f"{name} waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
-class _ForbidMethods(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in _TO_HOST:
-            raise RuntimeError(f"{func.__name__} waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def no_host_synchronisation():
-    with _ForbidOperators(), _ForbidMethods():
-        yield
 
 
 @pytest.mark.parametrize(

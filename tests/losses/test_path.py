@@ -2,9 +2,10 @@ import loss_references as reference
 import pytest
 import torch
 from loss_references import randn, random_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bcd.losses import path_offsets, path_range
-from hf_bcd.losses.path import _line_points
+from hf_bcd.losses.path import _line_shape, _search_plan
 
 
 @pytest.mark.parametrize(("radius", "count"), [(2, 4), (3, 12), (4, 22), (5, 34), (10, 152)])
@@ -20,21 +21,55 @@ def test_number_of_directions(radius, count):
 
 @pytest.mark.parametrize("radius", [2, 3, 5, 10])
 def test_lines_are_irns_thick_lines(radius):
-    for offset in path_offsets(radius, "half").tolist():
-        assert sorted(_line_points(*offset)) == sorted(reference.line(*offset))
+    for dy, dx in path_offsets(radius, "disc").tolist():
+        corner_y, corner_x = min(dy, 0), min(dx, 0)
+        assert {(corner_y + y, corner_x + x) for y, x in _line_shape(dy, dx)} == set(reference.line(dy, dx))
 
 
 def test_a_thick_line_by_hand():
     # the line from (0, 0) to (1, 3) passes every point of its 2x4 box at less than one step
-    assert len(_line_points(1, 3)) == 8
+    assert len(_line_shape(1, 3)) == 8
     # to (2, 2): the corners (0, 2) and (2, 0) are sqrt(2) away
-    assert set(_line_points(2, 2)) == {(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2)}
-    assert set(_line_points(0, 2)) == {(0, 0), (0, 1), (0, 2)}
+    assert _line_shape(2, 2) == {(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2)}
+    # to (2, -2): the mirror image, seen from the corner (0, -2) of the box
+    assert _line_shape(2, -2) == {(0, 2), (0, 1), (1, 2), (1, 1), (1, 0), (2, 1), (2, 0)}
+    assert _line_shape(0, 2) == {(0, 0), (0, 1), (0, 2)}
+
+
+@pytest.mark.parametrize("radius", [2, 3, 5, 10])
+def test_lines_are_unions_of_shorter_ones(radius):
+    steps, numbers = _search_plan(radius)
+    shapes = [frozenset({(0, 0)})]
+    for height, width, parts in steps:
+        shape = {(y + part_y, x + part_x) for part, y, x in parts for part_y, part_x in shapes[part]}
+        assert (height, width) == (max(y for y, _ in shape), max(x for _, x in shape))
+        shapes.append(frozenset(shape))
+    offsets = [tuple(offset) for offset in path_offsets(radius).tolist()]
+    assert {offset: shapes[numbers[offset]] for offset in offsets} == {
+        offset: _line_shape(*offset) for offset in offsets
+    }
+    assert len(set(shapes)) == len(shapes) and set(numbers.values()) == set(range(1, len(shapes)))
+
+
+def test_every_line_costs_one_maximum_and_one_minimum():
+    """At radius 3: 1x2, 2x1, 2x2, 1x3, 3x1, 2x3, 3x2 boxes and two diagonals of 3x3."""
+    names = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        path_range(randn(1, 4, 4), 3)
+    assert names.count("aten::maximum") == names.count("aten::minimum") == 9
 
 
 @pytest.mark.parametrize("directions", ["disc", "half"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("radius", "height", "width"), [(2, 5, 4), (3, 6, 7), (4, 3, 5), (3, 1, 6), (5, 2, 2)])
+@pytest.mark.parametrize(
+    ("radius", "height", "width"), [(2, 5, 4), (3, 6, 7), (4, 3, 5), (3, 1, 6), (5, 2, 2), (10, 4, 11)]
+)
 def test_path_range_equals_plain_loops(radius, height, width, masked, directions):
     z = randn(2, height, width)
     mask = random_mask(2, height, width) if masked else None

@@ -1,0 +1,153 @@
+"""The Triton kernels: in Triton's interpreter on the CPU, through its compiler, and on a GPU where there is one.
+
+The interpreter decides how kernels are defined when they are imported, so it runs in a process of its own: this file as a
+script.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from loss_references import randn, random_mask
+
+from hf_bcd.losses import relation, relation_divergence
+from hf_bcd.losses.relation import stream_relation
+
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+
+# dtype, images, positions, channels of student and teacher, temperature, whether masked
+CASES = [
+    (torch.float32, 2, 70, 20, 24, 1.0, False),  # more than a tile of rows and columns, less than one of channels
+    (torch.float32, 3, 70, 20, 24, 1.7, True),
+    (torch.float32, 1, 64, 260, 33, 1.0, True),  # two blocks of the gradient's channels
+    (torch.float32, 2, 1, 3, 5, 1.0, False),
+    (torch.float16, 3, 140, 20, 70, 1.7, True),
+    (torch.bfloat16, 3, 140, 20, 70, 1.7, True),
+    (torch.bfloat16, 1, 128, 64, 64, 1.0, False),
+]
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def inputs(
+    dtype: torch.dtype, images: int, n: int, student: int, teacher: int, tau: float, masked: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    mask = random_mask(images, n) if masked else None
+    if mask is not None and images > 1:
+        mask[1] = torch.arange(n) == n - 2  # one valid position
+        mask[-1, :65] = False  # a whole tile of columns
+    features = (2 * randn(images, n, c, seed=c) / c**0.25 for c in (student, teacher))
+    student_features, teacher_features = (x.to(dtype) for x in features)
+    return student_features, teacher_features, torch.tensor(tau), mask
+
+
+def assert_equals_pytorch(actual: tuple[torch.Tensor, ...], case: tuple, device: str = "cpu") -> None:
+    """Value, peak and gradient against the streamed PyTorch version in float64."""
+    student, teacher, tau, mask = (None if x is None else x.to(device) for x in inputs(*case))
+    expected = stream_relation(student.double(), teacher.double(), tau.double(), mask, False, True)
+    assert actual[2].dtype == case[0]
+    for a, e, tolerance in zip(actual, expected, (1e-5, 1e-5, TOLERANCES[case[0]]), strict=True):
+        assert a.shape == e.shape
+        assert (a.double() - e).norm() <= tolerance * e.norm()
+
+
+def run_interpreted(path: str) -> None:
+    """Saves what the kernels return for all cases."""
+    from triton.runtime import interpreter
+
+    from hf_bcd.losses.relation_triton import stream_relation_triton
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, *args):
+        """The interpreter stores bfloat16 as 16-bit integers and would multiply those."""
+        a, b = (
+            interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+            if x.dtype.scalar == interpreter.tl.bfloat16
+            else x
+            for x in (a, b)
+        )
+        return multiply(self, a, b, d, *args)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    results = []
+    for case in CASES:
+        args = inputs(*case)
+        value, peak, gradient = stream_relation_triton(*args, True)
+        without = stream_relation_triton(*args, False)
+        assert torch.equal(without[0], value) and torch.equal(without[1], peak) and without[2].numel() == 0
+        results.append((value, peak, gradient))
+    torch.save(results, path)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory) -> list[tuple[torch.Tensor, ...]]:
+    path = tmp_path_factory.mktemp("interpreter") / "results.pt"
+    command = [sys.executable, "-W", "ignore", __file__, str(path)]
+    subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_interpreted_kernels_equal_pytorch(interpreted, index):
+    assert_equals_pytorch(interpreted[index], CASES[index])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_kernels_compile_and_fit(capability, dtype, tmp_path, monkeypatch):
+    """Data centre and consumer Ampere, and Hopper; the compiler needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hf_bcd.losses import relation_triton as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    half, pointers = dtype == "bf16", {"student": dtype, "teacher": dtype, "gradient": dtype, "valid": "u8"}
+    constants = {"PRECISION": "tf32x3", "BLOCK_C": kernels.channel_block(256)}
+    for kernel, tiles in (
+        (kernels._row_kernel, kernels.ROW_TILES[half]),
+        (kernels._gradient_kernel, kernels.GRADIENT_TILES[half]),
+    ):
+        known = {name: value for name, value in (constants | tiles).items() if name in kernel.arg_names}
+        sizes = dict.fromkeys(("positions", "student_channels", "teacher_channels"), "i32")
+        signature = {
+            name: "constexpr" if name in known else sizes.get(name, f"*{pointers.get(name, 'fp32')}")
+            for name in kernel.arg_names
+        }
+        compiled = triton.compile(
+            ASTSource(fn=kernel, signature=signature, constexprs=known),
+            target=GPUTarget("cuda", capability, 32),
+            options={"enable_fp_fusion": True} | {key: tiles[key] for key in ("num_warps", "num_stages")},
+        )
+        assert compiled.metadata.shared <= 99 * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, (torch.bfloat16, 2, 1000, 256, 256, 1.0, True)], ids=str)
+def test_kernels_equal_pytorch_on_a_gpu(case):
+    from hf_bcd.losses.relation_triton import stream_relation_triton
+
+    args = [None if x is None else x.cuda() for x in inputs(*case)]
+    assert_equals_pytorch(stream_relation_triton(*args, True), case, "cuda")  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_a_gpu_uses_the_kernels(monkeypatch):
+    monkeypatch.setattr(relation, "stream_relation", None)
+    student, teacher, tau, mask = inputs(*CASES[1])
+    student = student.cuda().requires_grad_()
+    assert mask is not None
+    relation_divergence(student, teacher.cuda(), tau=tau.cuda(), mask=mask.cuda()).divergence.sum().backward()
+    assert student.grad is not None and student.grad.any()
+
+
+if __name__ == "__main__":
+    run_interpreted(sys.argv[1])
