@@ -9,6 +9,7 @@ COMMANDS = {
     "distill": "distil a student from a teacher, or train it alone",
     "evaluate": "score a model on a labelled data set",
     "check": "show what a data set holds",
+    "benchmark": "measure speed and memory of losses, steps, data and metrics",
     "push": "push the finished student of a folder to the Hub",
 }
 

@@ -181,6 +181,9 @@ class BCDConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses (not wanted)."})
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where to log."})
     dataloader_num_workers: int = field(default=4, metadata={"help": "Worker processes that read and augment."})
+    dataloader_persistent_workers: bool = field(
+        default=True, metadata={"help": "Keep the processes that read training data from epoch to epoch."}
+    )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must be false here."})
     hub_strategy: str = field(
         default="end",
@@ -219,6 +222,9 @@ class BCDConfig(TrainingArguments):
     calibration_images: int = field(
         default=64, metadata={"help": "Training images that fit the teacher's boundary readout before step 1."}
     )
+    profile: bool = field(
+        default=False, metadata={"help": "Log seconds and memory of every part of the step; slows training down."}
+    )
     sync_batchnorm: bool = field(
         default=True, metadata={"help": "Synchronise the student's BatchNorm over GPUs when there are several."}
     )
@@ -239,6 +245,8 @@ class BCDConfig(TrainingArguments):
         for name in ("crop_size", "calibration_images", "scale_min"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0.")
+        if self.profile and self.torch_compile:
+            raise ValueError("profile measures the parts of a step, which torch_compile fuses; leave one of them out.")
         if self.scale_min > self.scale_max:
             raise ValueError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
 

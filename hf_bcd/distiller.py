@@ -11,6 +11,7 @@ from .losses.criterion import DistillationCriterion
 from .losses.schedules import decay
 from .losses.task import segmentation_loss
 from .outputs import DenseOutput
+from .profiling import part
 
 
 class Distiller(nn.Module):
@@ -42,7 +43,7 @@ class Distiller(nn.Module):
 
         Args:
             pixel_values: RGB images `[B, 3, H, W]`, 0..255.
-            labels: `[B, H, W]`; without them the student only predicts.
+            labels: `[B, H, W]`, any integers; without them the student only predicts.
             teacher_output: the teacher's output on the same images.
             num_valid: number of valid pixels the task loss divides by, see `segmentation_loss`.
 
@@ -53,8 +54,12 @@ class Distiller(nn.Module):
         if labels is None:
             with torch.autocast(pixel_values.device.type, enabled=False):
                 return {"logits": self.student(pixel_values).logits}
-        output: DenseOutput = self.student(pixel_values, labels)
-        loss, terms = self.criterion(self._task_losses(output, labels, num_valid), output, teacher_output, labels)
+        labels = labels.long()  # they come as bytes
+        with part("student"):
+            output: DenseOutput = self.student(pixel_values, labels)
+        with part("task"):
+            task_losses = self._task_losses(output, labels, num_valid)
+        loss, terms = self.criterion(task_losses, output, teacher_output, labels)
         return {"loss": loss, "terms": {name: term.detach() for name, term in terms.items()}}
 
     def _task_losses(self, output: DenseOutput, labels: Tensor, num_valid: Tensor | None) -> Mapping[str, Tensor]:

@@ -104,6 +104,33 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def reset_peak(device: torch.device) -> int | None:
+    """Bytes in use now, after which `peak_since` looks for the worst moment.
+
+    On a GPU those of PyTorch's allocator. On the CPU the kernel's own mark of the process, which Linux can reset; None
+    where that cannot be done.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def peak_since(device: torch.device, before: int) -> int:
+    """Most bytes in use since `reset_peak`, beyond `before`."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+    return max(0, peak - before)
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
 def device_name(device: torch.device) -> str:
     """What a device calls itself."""
     if device.type == "cuda":

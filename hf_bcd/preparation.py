@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ def share_cores(args: BCDConfig) -> None:
     cores = max(1, (os.cpu_count() or 1) // local_processes)
     torch.set_num_threads(min(torch.get_num_threads(), cores))
     args.dataloader_num_workers = min(args.dataloader_num_workers, cores)
+    args.dataloader_persistent_workers = args.dataloader_persistent_workers and args.dataloader_num_workers > 0
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
 
 
@@ -116,6 +118,13 @@ def build_frozen_teacher(
         dtype=dtypes.get(args.teacher_dtype, automatic),
         label_synonyms=synonyms,
     )
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether most of a model's weights are those of convolutions, so that channels-last layout pays."""
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    kernels = [weight.numel() for weight in weights if weight.ndim == 4]
+    return sum(kernels) > sum(weight.numel() for weight in weights) / 2
 
 
 def train_transform(args: BCDConfig) -> TrainTransform:

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,10 +36,12 @@ from .preparation import (
     build_frozen_teacher,
     check_label_needs,
     eval_transform,
+    is_convolutional,
     share_cores,
     train_transform,
     with_transform,
 )
+from .profiling import StepProfile, as_part, part
 from .terms import TermMeans, not_finite
 
 
@@ -129,6 +132,8 @@ class BCDTrainer(HubTrainer):
         self.per_class_iou: list[float] = []
         self.has_card = False
         self.terms = TermMeans()
+        self.profile = StepProfile(args.device) if args.profile else None
+        self._profiled_steps = 0
         self._images, self._clock = 0, time.perf_counter()
         super().__init__(
             model=distiller,
@@ -146,6 +151,11 @@ class BCDTrainer(HubTrainer):
             self._move_model_to_device(self.model, self.args.device)
         if self.teacher is not None:
             self.teacher.to(self.args.device)
+        for module in (self.distiller.student, self.teacher):
+            if module is not None and args.device.type == "cuda" and is_convolutional(module):
+                module.to(memory_format=torch.channels_last)  # what tensor cores compute in
+        if self.profile is not None:
+            self.accelerator.backward = as_part("backward", self.accelerator.backward)
         self.interrupt = InterruptCallback()
         for callback in (DistillationCallback(distiller, self.train_dataset), self.interrupt, PictureCallback(self)):
             self.add_callback(callback)
@@ -181,7 +191,8 @@ class BCDTrainer(HubTrainer):
         self._images, self._clock = 0, time.perf_counter()
         # an evaluation before training marks the model as prepared, and then no DDP would be wrapped around it
         self.model._is_accelerate_prepared = False  # type: ignore[assignment]
-        with self.interrupt.listening():
+        profiling = nullcontext() if self.profile is None else self.profile.running()
+        with self.interrupt.listening(), profiling:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         self._check_finite(self.terms.read())  # the steps since the last log
         if self.interrupt.requested:
@@ -190,11 +201,24 @@ class BCDTrainer(HubTrainer):
             )
         return output
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The loader of an evaluation, whose workers end with it."""
+        # of persistent ones, the base class would hand out the last loader, whatever data set is asked for
+        args = self.args
+        persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            args.dataloader_persistent_workers = persistent
+
     def get_train_dataloader(self) -> DataLoader:
         """The loader of the training samples; a stream divides itself among ranks and loader workers."""
         stream, args = self.train_dataset, self.args
         if not isinstance(stream, TransformedStream):
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            # workers are seeded apart from the model's dropout, which must not depend on when they start
+            loader.base_dataloader.generator = torch.Generator()  # type: ignore[attr-defined]
+            return loader
         loader = DataLoader(
             stream.for_rank(args.process_index, args.world_size, args.dataloader_num_workers),
             batch_size=self._train_batch_size,
@@ -250,7 +274,15 @@ class BCDTrainer(HubTrainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _teacher_output(self, pixel_values: Tensor) -> DenseOutput | None:
-        return None if self.teacher is None else self.teacher(pixel_values)
+        if self.teacher is None:
+            return None
+        with part("teacher"):
+            return self.teacher(pixel_values)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of a step; what is measured is the wait for them."""
+        with part("data"):
+            return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Valid pixels of the whole step, over accumulated batches and ranks."""
@@ -269,7 +301,13 @@ class BCDTrainer(HubTrainer):
                 {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
             ]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)
+            if cls in (torch.optim.SGD, torch.optim.AdamW) and self.args.device.type in ("cpu", "cuda"):
+                options.setdefault("fused", not self.is_fsdp_enabled)  # one kernel instead of several a tensor
             self.optimizer = cls(groups, **options)
+            if self.profile is not None:  # the scheduler wraps `step` itself, so hooks
+                stack = ExitStack()
+                self.optimizer.register_step_pre_hook(lambda *_: stack.enter_context(part("optimizer")))
+                self.optimizer.register_step_post_hook(lambda *_: stack.close())
         return self.optimizer
 
     # ---- Logging -------------------------------------------------------------------------------------------------
@@ -285,6 +323,10 @@ class BCDTrainer(HubTrainer):
             self.terms.reset()
             self._check_finite(means)
             logs = logs | means
+            if self.profile is not None:
+                logs |= self.profile.read(self.state.global_step - self._profiled_steps)
+                self.profile.reset()
+                self._profiled_steps = self.state.global_step
             now = time.perf_counter()
             logs["images_per_second"] = round(self._images / (now - self._clock), 2)
             self._images, self._clock = 0, now

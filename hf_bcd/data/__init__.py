@@ -1,5 +1,6 @@
 """Data sets for dense prediction in one canonical form: `image` RGB, `label` class ids with 255 for void."""
 
+from .cache import keep_in_memory
 from .catalog import CATALOG, DatasetSpec
 from .collators import SemanticCollator
 from .dataset import DenseDataset, DenseDatasets
@@ -18,5 +19,6 @@ __all__ = [
     "SemanticCollator",
     "TrainTransform",
     "TransformedStream",
+    "keep_in_memory",
     "load_dense_dataset",
 ]

@@ -17,7 +17,7 @@ class SemanticCollator:
         """Collates B samples with the keys `index`, `pixel_values` and `labels`.
 
         Returns:
-            `index` int64 `[B]`, `pixel_values` uint8 `[B, 3, H, W]` and `labels` int64 `[B, H, W]`. Images, and
+            `index` int64 `[B]`, `pixel_values` uint8 `[B, 3, H, W]` and `labels` uint8 `[B, H, W]`. Images, and
             independently labels, of different sizes are lists of B tensors instead.
         """
         return {

@@ -41,10 +41,18 @@ class Rows(Protocol):
 
 
 class Sample(TypedDict):
-    """RGB `image` and int64 `label` `[H, W]` of the same size."""
+    """RGB `image` and uint8 `label` `[H, W]` of the same size."""
 
     image: Image.Image
     label: np.ndarray
+
+
+class Samples(Protocol):
+    """Random access to samples in canonical form."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 def read_sample(row: Row, rule: LabelRule, num_labels: int) -> Sample:
@@ -70,6 +78,7 @@ class DenseDataset(Dataset[Sample]):
         id2label: names of the classes 0..num_labels-1.
         rule: how stored ids become class ids.
         revision: branch, tag or commit of a Hub id, if one was named.
+        cache: where transforms find the samples decoded already, see `keep_in_memory`.
     """
 
     rows: Rows
@@ -79,6 +88,7 @@ class DenseDataset(Dataset[Sample]):
     id2label: dict[int, str]
     rule: LabelRule = field(default_factory=LabelRule)
     revision: str | None = None
+    cache: Samples | None = None
 
     @property
     def num_labels(self) -> int:
@@ -102,13 +112,13 @@ class DenseDataset(Dataset[Sample]):
     def select(self, indices: Sequence[int]) -> "DenseDataset":
         """The samples at `indices`, in this order."""
         rows = Subset(cast(Any, self.rows), [range(len(self))[index] for index in indices])
-        return replace(self, rows=rows)
+        return replace(self, rows=rows, cache=None)
 
     def with_transform(
         self, transform: Callable[[Image.Image, np.ndarray], Mapping[str, Any]], seed: int = 0
     ) -> "TransformedDataset":
         """Applies `transform(image, label)` to every sample; see `TransformedDataset`."""
-        return TransformedDataset(self, transform, seed)
+        return TransformedDataset(self, transform, seed, self.cache)
 
 
 class DenseDatasets(Mapping[str, DenseDataset]):
@@ -148,14 +158,20 @@ class TransformedDataset(Dataset[dict[str, Any]]):
         transform: function of image and label to a mapping of tensors; random numbers must come from torch's CPU
             generator.
         seed: non-negative seed of the transform.
+        cache: the same samples, if they are kept decoded; images are arrays there.
     """
 
     def __init__(
-        self, dataset: Dataset[Sample], transform: Callable[[Image.Image, np.ndarray], Mapping], seed: int = 0
+        self,
+        dataset: Dataset[Sample],
+        transform: Callable[[Any, np.ndarray], Mapping],
+        seed: int = 0,
+        cache: Samples | None = None,
     ):
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must not be negative.")
         self.dataset = dataset
+        self.samples = cast(Samples, dataset) if cache is None else cache
         self.transform = transform
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -170,7 +186,7 @@ class TransformedDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The transformed sample and its `index`."""
         index = range(len(self))[index]
-        sample = self.dataset[index]
+        sample = self.samples[index]
         with torch_seed(self.seed, int(self._epoch), index):
             return {"index": index, **self.transform(sample["image"], sample["label"])}
 

@@ -66,7 +66,7 @@ Item = TypeVar("Item")
 class SyntheticScenes(Dataset[Sample]):
     """Images of procedural scenes with exact labels, made when they are asked for.
 
-    Sample `i` is `{"image": RGB image, "label": int64 [H, W]}` and depends on `(seed, split, i)` alone: neither on the
+    Sample `i` is `{"image": RGB image, "label": uint8 [H, W]}` and depends on `(seed, split, i)` alone: neither on the
     order of access nor on `num_images`. The same scene is drawn at every size of one aspect ratio. Pixels around some
     objects are void (255), as in annotations made by hand. Poles include lamp posts, railings and wires.
 
@@ -105,7 +105,7 @@ class SyntheticScenes(Dataset[Sample]):
         self.split = split
         names = list(dict.fromkeys(TAXONOMIES[num_classes]))
         self.id2label = dict(enumerate(names))
-        self._merge = np.full(256, IGNORE_INDEX, np.int64)
+        self._merge = np.full(256, IGNORE_INDEX, np.uint8)
         self._merge[:8] = [names.index(name) for name in TAXONOMIES[num_classes]]
 
     def __len__(self) -> int:

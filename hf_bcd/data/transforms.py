@@ -1,4 +1,4 @@
-"""Joint transforms of image and label map. Images stay uint8; models normalise them on the device."""
+"""Joint transforms of image and label map. Both stay uint8 until the device, where models normalise images."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CROP_ATTEMPTS = 10
 
 
 class Transformed(TypedDict):
-    """Input of a model: uint8 RGB `pixel_values` `[3, H, W]` and int64 `labels` `[H, W]`."""
+    """Input of a model: uint8 RGB `pixel_values` `[3, H, W]` and uint8 `labels` `[H, W]`."""
 
     pixel_values: Tensor
     labels: Tensor
@@ -82,7 +82,8 @@ class TrainTransform:
     """Random scale, crop, horizontal flip and colours.
 
     An image smaller than the crop is padded with the mean colour and void labels. As in mmsegmentation, a crop is drawn
-    again (at most ten times) if one class covers `max_class_share` of its labelled pixels, or all of it is void.
+    again (at most ten times) if one class covers `max_class_share` of its labelled pixels, or all of it is void. The crop
+    is cut out before it is scaled, so that no pixel is scaled in vain.
 
     Args:
         crop_size: side, or (height, width), of the result in pixels.
@@ -113,54 +114,70 @@ class TrainTransform:
         self.colours = None if jitter is None else ColourMatrix(*jitter)
         self.max_class_share = max_class_share
 
-    def __call__(self, image: Image.Image, label: np.ndarray) -> Transformed:
-        """Transforms an RGB image and its int64 label map `[H, W]` to the crop size."""
-        pixels = F.pil_to_tensor(image)
-        labels = torch.from_numpy(label.astype(np.uint8))[None]  # ids and 255 fit; a quarter of the time of int64
+    def __call__(self, image: Image.Image | np.ndarray, label: np.ndarray) -> Transformed:
+        """Transforms an RGB image (or its pixels, uint8 `[H, W, 3]`) and its label map `[H, W]` to the crop size."""
+        label = label.astype(np.uint8, copy=False)
+        scale = _uniform(*self.scale) * (self.image_size / min(label.shape) if self.image_size else 1.0)
+        scaled = tuple(max(1, round(side * scale)) for side in label.shape)
+        (rows, to_rows), (columns, to_columns) = self._draw_crop(label, scaled)
 
-        height, width = pixels.shape[-2:]
-        scale = _uniform(*self.scale) * (self.image_size / min(height, width) if self.image_size else 1.0)
-        size = [max(1, round(height * scale)), max(1, round(width * scale))]
-        pixels = F.resize(pixels, size, antialias=True)
+        if isinstance(image, Image.Image):
+            image = np.array(image.crop((columns.start, rows.start, columns.stop, rows.stop)))
+        else:
+            image = np.array(image[rows, columns])
+        size = [to_rows.stop - to_rows.start, to_columns.stop - to_columns.start]
+        pixels = F.resize(_channels_first(image), size, antialias=True).contiguous()
         # Plain nearest would shift labels by up to half a pixel against the image.
-        labels = F.resize(labels, size, interpolation=InterpolationMode.NEAREST_EXACT)
-
-        (rows, to_rows), (columns, to_columns) = self._draw_crop(labels[0])
-        pixels, labels = pixels[:, rows, columns], labels[0, rows, columns]
+        labels = torch.from_numpy(np.array(label[rows, columns]))[None]
+        labels = F.resize(labels, size, interpolation=InterpolationMode.NEAREST_EXACT)[0]
         if self.colours is not None:
             pixels = self.colours(pixels)
-        crop_pixels = torch.tensor(PADDING_COLOUR, dtype=torch.uint8)[:, None, None].repeat(1, *self.crop_size)
-        crop_pixels[:, to_rows, to_columns] = pixels
-        crop_labels = torch.full(self.crop_size, IGNORE_INDEX)
-        crop_labels[to_rows, to_columns] = labels.long()
+        if labels.shape != self.crop_size:
+            shown, visible = (pixels, labels), (..., to_rows, to_columns)
+            pixels = torch.tensor(PADDING_COLOUR, dtype=torch.uint8)[:, None, None].repeat(1, *self.crop_size)
+            labels = torch.full(self.crop_size, IGNORE_INDEX, dtype=torch.uint8)
+            pixels[visible], labels[visible] = shown
         if _uniform(0, 1) < self.flip:
-            crop_pixels, crop_labels = crop_pixels.flip(-1), crop_labels.flip(-1)
-        return {"pixel_values": crop_pixels, "labels": crop_labels}
+            pixels, labels = pixels.flip(-1), labels.flip(-1)
+        return {"pixel_values": pixels, "labels": labels}
 
-    def _draw_crop(self, labels: Tensor) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    def _draw_crop(self, label: np.ndarray, scaled: tuple[int, ...]) -> tuple[tuple[slice, slice], ...]:
         for _ in range(CROP_ATTEMPTS - 1):
-            (rows, _), (columns, _) = crop = self._draw_overlaps(labels)
-            if self.max_class_share >= 1:
+            (rows, _), (columns, _) = crop = self._draw_overlaps(label.shape, scaled)
+            shown = label[rows, columns]
+            if self.max_class_share >= 1 or shown.shape == label.shape:
                 return crop
-            counts = torch.bincount(labels[rows, columns].flatten(), minlength=IGNORE_INDEX)[:IGNORE_INDEX]
+            counts = torch.bincount(torch.from_numpy(shown.flatten()), minlength=IGNORE_INDEX)[:IGNORE_INDEX]
             if counts.max() < self.max_class_share * counts.sum():
                 return crop
-        return self._draw_overlaps(labels)
+        return self._draw_overlaps(label.shape, scaled)
 
-    def _draw_overlaps(self, labels: Tensor) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        return _overlap(labels.shape[0], self.crop_size[0]), _overlap(labels.shape[1], self.crop_size[1])
+    def _draw_overlaps(self, size: tuple[int, ...], scaled: tuple[int, ...]) -> tuple[tuple[slice, slice], ...]:
+        return tuple(_overlap(*axis) for axis in zip(size, scaled, self.crop_size, strict=True))
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _uniform(low: float, high: float) -> float:
     return low + (high - low) * torch.rand(()).item()
 
 
-def _overlap(length: int, crop: int) -> tuple[slice, slice]:
-    """Places a crop at random along an axis: the part of the image that it shows, and where in the crop that lies."""
-    start = int(torch.randint(abs(length - crop) + 1, ()))
-    if length >= crop:
-        return slice(start, start + crop), slice(0, crop)
-    return slice(0, length), slice(start, start + length)
+def _overlap(length: int, scaled: int, crop: int) -> tuple[slice, slice]:
+    """Places a crop at random along an axis: the part of the image that it shows, and where in the crop that lies.
+
+    Args:
+        length: side of the image.
+        scaled: what the whole side becomes in the crop.
+        crop: side of the crop.
+    """
+    if scaled <= crop:
+        start = int(torch.randint(crop - scaled + 1, ()))
+        return slice(0, length), slice(start, start + scaled)
+    window = max(1, round(crop * length / scaled))
+    start = int(torch.randint(length - window + 1, ()))
+    return slice(start, start + window), slice(0, crop)
 
 
 class EvalTransform:
@@ -178,9 +195,9 @@ class EvalTransform:
             raise ValueError(f"resize is {resize}; the short side must have at least one pixel.")
         self.resize = resize
 
-    def __call__(self, image: Image.Image, label: np.ndarray) -> Transformed:
-        """Transforms an RGB image; its int64 label map `[H, W]` is passed on."""
-        pixels = F.pil_to_tensor(image)
+    def __call__(self, image: Image.Image | np.ndarray, label: np.ndarray) -> Transformed:
+        """Transforms an RGB image (or its pixels, uint8 `[H, W, 3]`); its label map `[H, W]` is passed on."""
+        pixels = F.pil_to_tensor(image) if isinstance(image, Image.Image) else _channels_first(image)
         if isinstance(self.resize, int):
             size = resized_size(pixels.shape[-2:], self.resize, 4 * self.resize)
             pixels = F.resize(pixels, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)

@@ -29,24 +29,25 @@ def boundary_counts(truth: Tensor, prediction: Tensor, num_labels: int) -> dict[
         of the same class in the other map is at most 1, at most 3, at most 5 and more than 5 pixels away;
         `true_band`, `predicted_band` and `shared_band` `[B, C]`, pixels of the Boundary IoU bands.
     """
-    counts = {}
-    bins = len(DISTANCES) + 1
-    true_contour = truth.where(contour(truth), -1)
-    predicted_contour = prediction.where(contour(prediction), -1)
-    true_reach, predicted_reach = contour_reach(true_contour, predicted_contour)
-    for name, classes, reach in (
-        ("true_contour", true_contour, true_reach),
-        ("predicted_contour", predicted_contour, predicted_reach),
-    ):
-        slots = torch.where(classes >= 0, classes * bins + reach, -1)
-        counts[name] = image_histograms(slots, num_labels * bins).unflatten(1, (num_labels, bins))
-
+    true_edges, predicted_edges = contour(truth), contour(prediction)
+    reaches = contour_reach(truth.where(true_edges, -1), prediction.where(predicted_edges, -1), num_labels)
     radius = max(1, round(BAND_WIDTH * math.hypot(*truth.shape[1:])))
-    true_band = truth.where(band(truth, radius), -1)
-    predicted_band = prediction.where(band(prediction, radius), -1)
-    counts["true_band"] = image_histograms(true_band, num_labels)
-    counts["predicted_band"] = image_histograms(predicted_band, num_labels)
-    counts["shared_band"] = image_histograms(true_band.where(true_band == predicted_band, -1), num_labels)
+    true_band, predicted_band = band(truth, radius), band(prediction, radius)
+    shared_band = true_band & predicted_band & (truth == prediction)
+    counts = {}
+    for name, classes, edges, reach, in_band in (
+        ("true", truth, true_edges, reaches[0], true_band),
+        ("predicted", prediction, predicted_edges, reaches[1], predicted_band),
+    ):
+        # one histogram over class, contour bin (the last one: no contour) and band (none, own, shared)
+        contour_bin = reach.where(edges, len(DISTANCES) + 1)
+        place = 3 * contour_bin + in_band.to(torch.uint8) + shared_band
+        places = 3 * (len(DISTANCES) + 2)
+        cells = torch.where(classes >= 0, classes.int() * places + place, num_labels * places)
+        histogram = image_histograms(cells, num_labels * places).unflatten(1, (num_labels, -1, 3))
+        counts[f"{name}_contour"] = histogram[:, :, :-1].sum(3)
+        counts[f"{name}_band"] = histogram[..., 1:].sum((2, 3))
+        counts["shared_band"] = histogram[..., 2].sum(2)  # the same from both maps
     return counts
 
 
@@ -92,44 +93,52 @@ def contour(classes: Tensor) -> Tensor:
     return edges
 
 
-def contour_reach(true_contour: Tensor, predicted_contour: Tensor) -> tuple[Tensor, Tensor]:
+def contour_reach(true_contour: Tensor, predicted_contour: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
     """How far each contour pixel is from the other map's contour of its class.
 
     Needs no class dimension: a contour pixel has one class, so a match is an equality between shifted maps. One
-    comparison serves both directions.
+    comparison serves both directions. Shifts are offsets into the flattened batch, padded so that no match wraps around:
+    few bytes a pixel and no strides make the many passes as fast as memory allows.
 
     Args:
         true_contour: class of each true contour pixel `[B, H, W]`, -1 elsewhere.
         predicted_contour: the same of the prediction, in the same dtype.
+        num_labels: number of classes.
 
     Returns:
         For the true and for the predicted contour, uint8 `[B, H, W]`: the number of `DISTANCES` (Euclidean, inclusive)
         within which the pixel has no match; `len(DISTANCES)` elsewhere.
     """
-    height, width = true_contour.shape[1:]
     margin = max(DISTANCES)
-    # A filler that differs from the true map's, so that only contour pixels match.
-    other = F.pad(predicted_contour.masked_fill(predicted_contour < 0, -2), (margin,) * 4, value=-2)
-    true_hit = torch.zeros_like(true_contour, dtype=torch.bool)
-    predicted_hit = torch.zeros_like(other, dtype=torch.bool)
-    true_reach = torch.zeros_like(true_contour, dtype=torch.uint8)
-    predicted_reach = torch.zeros_like(other, dtype=torch.uint8)
-    match = torch.empty_like(true_hit)
+    # fillers that differ, so that only contour pixels match; as bytes they are 255 and 254
+    fillers = (-1, -2)
+    dtype = torch.uint8 if num_labels <= 254 else true_contour.dtype
+    padded = [
+        F.pad(classes.masked_fill(classes < 0, filler), (margin,) * 4, value=filler).to(dtype)
+        for classes, filler in zip((true_contour, predicted_contour), fillers, strict=True)
+    ]
+    shape, width = padded[0].shape, padded[0].shape[2]
+    true, predicted = (classes.flatten() for classes in padded)
+    first, last = margin * (width + 1), len(true) - margin * (width + 1)
+    true_hit, predicted_hit = (torch.zeros(len(true), dtype=torch.bool, device=true.device) for _ in range(2))
+    reaches = [torch.zeros(len(true), dtype=torch.uint8, device=true.device) for _ in range(2)]
+    match = torch.empty_like(true_hit[first:last])
     inner = -1
     for distance in DISTANCES:
         for dy in range(-distance, distance + 1):
             for dx in range(-distance, distance + 1):
                 if not inner < dy**2 + dx**2 <= distance**2:
                     continue
-                top, left = margin + dy, margin + dx
-                window = (slice(None), slice(top, top + height), slice(left, left + width))
-                torch.eq(true_contour, other[window], out=match)
-                true_hit |= match
-                predicted_hit[window].logical_or_(match)
+                shift = dy * width + dx
+                torch.eq(true[first:last], predicted[first + shift : last + shift], out=match)
+                true_hit[first:last] |= match
+                predicted_hit[first + shift : last + shift] |= match
         inner = distance**2
-        true_reach += ~true_hit
-        predicted_reach += ~predicted_hit
-    return true_reach, predicted_reach[:, margin : margin + height, margin : margin + width]
+        for reach, hit in zip(reaches, (true_hit, predicted_hit), strict=True):
+            reach += ~hit
+    height, width = true_contour.shape[1:]
+    window = (slice(None), slice(margin, margin + height), slice(margin, margin + width))
+    return reaches[0].view(shape)[window], reaches[1].view(shape)[window]
 
 
 def band(classes: Tensor, radius: int) -> Tensor:

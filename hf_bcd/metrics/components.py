@@ -10,14 +10,25 @@ class Components(NamedTuple):
     """The K components of a batch of maps, numbered in the order of their first pixels.
 
     Attributes:
-        ids: component of each pixel, `[B, H, W]` in [0, K); -1 where the map is negative.
+        run_of_pixel: horizontal run of each pixel, `[B, H, W]`.
+        component_of_run: component of each run, in [0, K); -1 where the map is negative.
         sizes: pixels of each component, `[K]`.
         first: row-major index of each component's first pixel into the flattened batch, `[K]`.
     """
 
-    ids: Tensor
+    run_of_pixel: Tensor
+    component_of_run: Tensor
     sizes: Tensor
     first: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        """Component of each pixel, `[B, H, W]`."""
+        return self.component_of_run[self.run_of_pixel]
+
+    def at(self, pixels: Tensor) -> Tensor:
+        """Component of the pixels at row-major indices into the flattened batch."""
+        return self.component_of_run[self.run_of_pixel.flatten()[pixels]]
 
 
 def label_components(classes: Tensor) -> Components:
@@ -31,7 +42,7 @@ def label_components(classes: Tensor) -> Components:
     """
     starts = torch.ones_like(classes, dtype=torch.bool)
     starts[..., 1:] = classes[..., 1:] != classes[..., :-1]
-    run_of_pixel = starts.flatten().cumsum(0) - 1
+    run_of_pixel = starts.flatten().cumsum(0, dtype=torch.int32) - 1
     run_first = starts.flatten().nonzero().squeeze(1)
     run_sizes = run_first.diff(append=run_first.new_tensor([classes.numel()]))
 
@@ -43,7 +54,7 @@ def label_components(classes: Tensor) -> Components:
     component_of_run = torch.where(foreground, (is_component.cumsum(0) - 1)[root], -1)
     # Slot 0 takes the runs of the background.
     sizes = run_sizes.new_zeros(len(first) + 1).index_add_(0, component_of_run + 1, run_sizes)[1:]
-    return Components(component_of_run[run_of_pixel].view_as(classes), sizes, first)
+    return Components(run_of_pixel.view_as(classes), component_of_run, sizes, first)
 
 
 def _touching_runs(classes: Tensor, starts: Tensor, run_of_pixel: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +69,7 @@ def _touching_runs(classes: Tensor, starts: Tensor, run_of_pixel: Tensor) -> tup
     joined[2, :, 1:, :-1] = (lower[..., :-1] == upper[..., 1:]) & crossing
     direction, pixel = joined.flatten(1).nonzero().unbind(1)
     steps = torch.tensor([width, width + 1, width - 1], device=classes.device)
-    return run_of_pixel[pixel], run_of_pixel[pixel - steps[direction]]
+    return run_of_pixel[pixel].long(), run_of_pixel[pixel - steps[direction]].long()
 
 
 def _merge(num_nodes: int, a: Tensor, b: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def connectivity_counts(truth: Tensor, prediction: Tensor, num_labels: int) -> d
     regions = label_components(truth)
     # Touching pixels of one true class lie in one region, so the components of the correct pixels are the pieces.
     pieces = label_components(truth.masked_fill(truth != prediction, -1))
-    region_of_piece = regions.ids.flatten()[pieces.first]
+    region_of_piece = regions.at(pieces.first)
 
     none = torch.zeros_like(regions.sizes)
     found = none.index_add(0, region_of_piece, pieces.sizes)

@@ -59,13 +59,12 @@ class SemanticMetrics:
         valid = labels != self.ignore_index
         self._check_ids(predictions, labels, valid)
         # Then narrow integers: the many passes over the maps are bound by memory traffic.
-        truth = labels.int().masked_fill(~valid, -1)
-        prediction = predictions.int().masked_fill(~valid, -1)
+        narrow = torch.int16 if self.num_labels < 2**15 else torch.int32
+        truth = labels.to(narrow).masked_fill(~valid, -1)
+        prediction = predictions.to(narrow).masked_fill(~valid, -1)
 
-        cells = torch.where(valid, labels * self.num_labels + predictions, -1)
-        confusion = image_histograms(cells, self.num_labels**2).unflatten(1, (self.num_labels, self.num_labels))
         return {
-            "confusion": confusion,
+            "confusion": confusion_counts(labels, predictions, valid, self.num_labels),
             **boundary_counts(truth, prediction, self.num_labels),
             **connectivity_counts(truth, prediction, self.num_labels),
         }
@@ -133,6 +132,12 @@ class SemanticMetrics:
                 "num_labels must be the number of classes that the model predicts"
             )
         raise ValueError("; ".join(problems))
+
+
+def confusion_counts(truth: Tensor, prediction: Tensor, valid: Tensor, num_labels: int) -> Tensor:
+    """How often each class is predicted as each: int64 `[B, C, C]` (truth, prediction) of int64 maps `[B, H, W]`."""
+    cells = torch.add(prediction, truth, alpha=num_labels).masked_fill_(~valid, num_labels**2)
+    return image_histograms(cells, num_labels**2).unflatten(1, (num_labels, num_labels))
 
 
 def _check_maps(predictions: Tensor, labels: Tensor) -> None:

@@ -53,7 +53,7 @@ def transformed(dataset):
 def test_sample_is_canonical(dataset):
     sample = dataset[1]
     assert sample["image"].mode == "RGB" and sample["image"].size == (SIZE, SIZE)
-    assert sample["label"].dtype == np.int64 and sample["label"].shape == (SIZE, SIZE)
+    assert sample["label"].dtype == np.uint8 and sample["label"].shape == (SIZE, SIZE)
     assert (dataset.num_labels, dataset.ignore_index, dataset.split) == (3, 255, "train")
 
 

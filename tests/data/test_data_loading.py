@@ -65,7 +65,7 @@ def test_folder(folder):
     assert train.id2label == {0: "sky", 1: "road", 2: "car"} and train.num_labels == 3
     assert train.name == "streets" and train.source == str(folder)
     assert train[0]["image"].size == (WIDTH, HEIGHT)
-    assert np.array_equal(train[0]["label"], LABEL) and train[0]["label"].dtype == np.int64
+    assert np.array_equal(train[0]["label"], LABEL) and train[0]["label"].dtype == np.uint8
     assert np.array_equal(data["test"][0]["label"], LABEL)
 
 

@@ -96,7 +96,7 @@ def test_other_arrays_are_no_label_maps(mask):
 
 def test_reduce_zero():
     labels = LabelRule(reduce_zero=True).apply(np.array([[0, 1, 150, 255]], dtype=np.uint8), 150, "m")
-    assert labels.dtype == np.int64
+    assert labels.dtype == np.uint8
     assert labels.tolist() == [[255, 0, 149, 255]]
 
 

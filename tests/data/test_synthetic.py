@@ -34,7 +34,7 @@ def test_sample_has_the_canonical_form(size):
     dataset = SyntheticScenes(size=size, num_images=2)
     sample = dataset[0]
     assert sample["image"].mode == "RGB" and sample["image"].size == size[::-1]
-    assert sample["label"].shape == size and sample["label"].dtype == np.int64
+    assert sample["label"].shape == size and sample["label"].dtype == np.uint8
     assert set(np.unique(sample["label"])) <= {*range(8), 255}
     assert dataset.id2label == dict(enumerate(NAMES)) and len(dataset) == 2
 

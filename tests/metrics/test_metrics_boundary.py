@@ -52,15 +52,16 @@ def test_contour_of_one_map_only_scores_zero():
     assert result == {"boundary_f@1": 0, "boundary_f@3": 0, "boundary_f@5": 0, "boundary_iou": 0}
 
 
+@pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (4, 1), (3, 2), (23, 31)])
-def test_contour_and_reach_match_distance_transform(shape):
+def test_contour_and_reach_match_distance_transform(shape, narrow):
     num_labels = 4
     maps = [random_map(seed, *shape, num_labels) for seed in range(2)]
     ignored = maps[0] < 0
     maps[1][ignored] = -1
     tensors = [torch.from_numpy(m)[None] for m in maps]
     contours = [t.where(contour(t), -1) for t in tensors]
-    reaches = contour_reach(*contours)
+    reaches = contour_reach(*contours, num_labels=num_labels if narrow else 1000)
     for c in range(num_labels):
         expected = [reference_contour(m, c) for m in maps]
         for own, other, found, reach in zip(expected, expected[::-1], contours, reaches, strict=True):

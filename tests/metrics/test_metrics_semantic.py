@@ -1,4 +1,5 @@
 import math
+import pickle
 import subprocess
 import sys
 
@@ -219,6 +220,15 @@ def test_wrong_shapes_and_types_are_errors():
         metrics.add({name: count.sum(0) for name, count in counts.items()})
     with pytest.raises(ValueError, match="missed.*nothing"):
         metrics.add({name: count for name, count in counts.items() if name != "missed"})
+
+
+def test_memory_does_not_grow_with_the_number_of_maps():
+    metrics, sizes = SemanticMetrics(150), []
+    for count in (1, 30):
+        for seed in range(count):
+            metrics.update(*random_batch(1, 9, 14 + seed % 3, 150))
+        sizes.append(len(pickle.dumps(vars(metrics))))
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,102 @@
+"""Measures speed and memory as ratios within one run, and what the machine itself can do.
+
+    python scripts/benchmark.py losses            # the context loss over 256 to 32,768 positions, the boundary loss
+    python scripts/benchmark.py step --side 128   # a whole step with BCD beside teacher and student alone
+    python scripts/benchmark.py all --output_dir runs/benchmark
+
+Prints tables, writes benchmark.json, and for `losses` a plot. Leave the machine alone meanwhile.
+"""
+
+import argparse
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..benchmarks.data import data_rows
+from ..benchmarks.evaluation import evaluation_rows
+from ..benchmarks.losses import SIZES, boundary_row, relation_rows
+from ..benchmarks.measuring import machine_rates
+from ..benchmarks.plot import plot_relation
+from ..benchmarks.step import PAIRS, step_row
+from ..experiment import write_json
+from ..measure import device_name
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the benchmarks that the command line names; `argv` is the process's own by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["losses", "step", "data", "eval", "all"])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--largest", type=int, default=SIZES[-1], help="most positions of the context loss")
+    parser.add_argument("--side", type=int, default=None, help="crop of the whole step: 512 on a GPU, 128 on the CPU")
+    parser.add_argument("--batch", type=int, default=None, help="images of the whole step: 8 on a GPU, 2 on the CPU")
+    parser.add_argument("--maps", type=int, default=2000, help="label maps of the evaluation")
+    args = parser.parse_args(argv)
+
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    results: dict[str, Any] = {"machine": machine(device, dtype)}
+    print(f"{results['machine']['device']}, {results['machine']['threads']} threads, PyTorch {torch.__version__}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    chosen = ("losses", "step", "data", "eval") if args.what == "all" else (args.what,)
+    for name in chosen:
+        results[name] = RUNS[name](args, device, dtype)
+        print_rows(name, results[name])
+        write_json(args.output_dir / "benchmark.json", results)
+        if name == "losses":
+            plot_relation(results[name], args.output_dir / "relation.png")
+
+
+def _losses(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    sizes = tuple(size for size in SIZES if size <= args.largest)
+    batch = 8 if args.batch is None else args.batch
+    rows = relation_rows(device, dtype, args.repeats, sizes)
+    return [*rows, boundary_row(device, args.repeats, batch, args.side or 512)]
+
+
+def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    on_gpu = device.type == "cuda"
+    side, batch = args.side or (512 if on_gpu else 128), args.batch or (8 if on_gpu else 2)
+    return [step_row(pair, device, args.repeats, batch, side) for pair in PAIRS]
+
+
+RUNS = {
+    "losses": _losses,
+    "step": _step,
+    "data": lambda args, device, dtype: data_rows(args.repeats),
+    "eval": lambda args, device, dtype: evaluation_rows(args.maps, compared=min(20, args.maps)),
+}
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What was measured on."""
+    return {
+        "device": device_name(device),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        **machine_rates(device, dtype),
+    }
+
+
+def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """For each row what it is about, then one line a measurement: median and spread, memory, ratios."""
+    print(f"\n{title}\n  {'':34}{'median ms':>11}{'fastest':>11}{'slowest':>11}{'MiB':>9}  ratios")
+    for row in rows:
+        print("  " + ", ".join(f"{key} {_number(value)}" for key, value in row.items() if not isinstance(value, dict)))
+        for name, values in row.items():
+            if isinstance(values, dict):
+                times = "".join(f"{1e3 * values[key]:11.1f}" for key in ("median", "low", "high"))
+                memory = "-" if values["peak_bytes"] is None else f"{values['peak_bytes'] / 2**20:.0f}"
+                ratios = {key: value for key, value in values.items() if key.endswith("_ratio") or "share" in key}
+                shown = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in ratios.items())
+                print(f"    {name:32}{times}{memory:>9}  {shown}".rstrip())
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

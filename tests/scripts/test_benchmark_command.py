@@ -1,0 +1,54 @@
+"""`hf-bcd benchmark` runs and writes what it promises. How fast anything is, no test asks."""
+
+import json
+from functools import partial
+
+import pytest
+import tiny
+
+from hf_bcd.benchmarks import step
+from hf_bcd.benchmarks.data import data_rows
+from hf_bcd.commands import benchmark
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def small(monkeypatch):
+    pairs = {"tiny -> tiny": (lambda: tiny.tiny_timm((8, 16, 16, 32)), tiny.tiny_timm)}
+    monkeypatch.setattr(step, "NUM_LABELS", 8)
+    for module in (step, benchmark):
+        monkeypatch.setattr(module, "PAIRS", pairs)
+    monkeypatch.setattr(benchmark, "data_rows", partial(data_rows, size=(64, 80), crop=48))
+
+
+def test_all_benchmarks_write_what_they_measured(small, tmp_path, capsys):
+    options = ["--device", "cpu", "--repeats", "2", "--largest", "256", "--side", "64", "--batch", "1", "--maps", "3"]
+    benchmark.main(["all", "--output_dir", str(tmp_path), *options])
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert {"copy_bytes_per_second", "matmul_flops_per_second", "device", "dtype"} <= results["machine"].keys()
+    measured = {}
+    for what in ("losses", "step", "data", "eval"):
+        for row in results[what]:
+            measured |= {(what, name): values for name, values in row.items() if isinstance(values, dict)}
+    for name in ("autograd", "autograd + checkpoint", "streamed", "L_BD", "student's step"):
+        assert ("losses", name) in measured
+    assert {("step", name) for name in ("teacher forward", "student's step", "both", "step with BCD")} <= set(measured)
+    assert {("data", "crop, flip"), ("data", "crop, flip, cached"), ("eval", "all scores")} <= set(measured)
+    for values in measured.values():
+        assert 0 < values["low"] <= values["median"] <= values["high"]
+        assert values["peak_bytes"] is None or values["peak_bytes"] >= 0
+    relation, boundary = results["losses"]
+    assert relation["floor_seconds"] > 0 and relation["streamed"]["time_ratio"] > 0
+    assert boundary["share_of_step"] > 0 and results["step"][0]["time_ratio"] > 0
+    assert all(row["images_per_second"] > 0 for row in results["data"])
+    assert {row["maps"] for row in results["eval"]} == {3}
+    assert (tmp_path / "relation.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("median ms", "streamed", "step with BCD", "crop, flip, cached"))
+
+
+def test_one_benchmark_alone(small, tmp_path):
+    benchmark.main(["data", "--output_dir", str(tmp_path), "--device", "cpu", "--repeats", "1"])
+    assert json.loads((tmp_path / "benchmark.json").read_text()).keys() == {"machine", "data"}
