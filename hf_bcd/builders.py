@@ -1,6 +1,6 @@
 """Builds models from a recipe's description of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,11 @@ from .models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentatio
 
 
 def load_segmentation_model(
-    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    new_labels: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Loads a semantic or universal segmentation model of transformers from the Hub, its cache or a folder.
 
@@ -21,25 +25,39 @@ def load_segmentation_model(
         name_or_path: Hub id or folder.
         revision: branch, tag or commit of a Hub id.
         trust_remote_code: run model code that lies in the repository.
-        kwargs: passed to `from_pretrained`.
+        new_labels: `id2label` and `label2id` of other classes; what the checkpoint lacks for them starts at random.
 
     Raises:
-        ValueError: if the repository cannot be read (`HubError`), needs code of its own that is not trusted, or
-            transformers has no segmentation class for the model's type.
+        ValueError: if the repository cannot be read (`HubError`), needs code of its own that is not trusted, has
+            no weights for a part of the model, or transformers has no segmentation class for the model's type.
     """
     from transformers import AutoModelForUniversalSegmentation
 
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    changes = {} if new_labels is None else {"ignore_mismatched_sizes": True, **new_labels}
     with explained("model", name_or_path, revision=revision), _code_refused(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, **source)
         own_code = getattr(config, "auto_map", None) or {}
         for auto_class in (AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation):
             if type(config) in auto_class._model_mapping or auto_class.__name__ in own_code:
-                return auto_class.from_pretrained(name_or_path, **source, **kwargs)
+                model, loaded = auto_class.from_pretrained(name_or_path, **source, **changes, output_loading_info=True)
+                if new_labels is None:
+                    _check_complete(name_or_path, model, loaded["missing_keys"])
+                return model
     raise ValueError(
         f"{name_or_path} is a {config.model_type} model, for which transformers has no segmentation class; choose a "
         "model that AutoModelForSemanticSegmentation loads, or a timm backbone."
     )
+
+
+def _check_complete(name_or_path: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Refuses a bare backbone: its head would score, or teach, from random weights."""
+    absent = [name for name, _ in model.named_parameters() if name in missing]
+    if absent:
+        raise ValueError(
+            f"{name_or_path} is no finished segmentation model: it lacks the weights of {len(absent)} parameters, such as "
+            f"{absent[0]}. Name a model that was trained for segmentation."
+        )
 
 
 @contextmanager
@@ -74,8 +92,7 @@ def build_model(spec: ModelSpec, id2label: Mapping[int, str], *, trust_remote_co
             spec.name_or_path,
             revision=spec.revision,
             trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,
-            **labels,
+            new_labels=labels,
         )
     if spec.backbone == EspNetConfig.model_type:
         return build_espnet(spec, labels)

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from .hub import redacted
+from .hub import one_line, redacted
 
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -13,11 +13,6 @@ WEB_PAGE = re.compile(r"https?://[\w.~%/#?=&+-]+")
 # absolute, relative to home or to a neighbouring folder; may stand inside a mapping
 LOCAL_PATH = re.compile(r"""(?<![\w/.:%-])(?:~|\.{1,2}|[A-Za-z]:)?[/\\][^,'"{}\[\]\n]*""")
 PATH_OPTIONS = ("data_dir", "id2label", "label_synonyms", "weights")
-
-
-def one_line(text: object) -> str:
-    """The text without line breaks, control characters and marks that turn the direction of writing."""
-    return "".join(c for c in " ".join(str(text).split()) if c.isprintable())
 
 
 def escape_markdown(text: object) -> str:

@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.hub import cached_file
 
 from .adapters import LabelMap, match_labels, read_synonyms
 from .builders import build_model, load_segmentation_model
@@ -42,11 +45,14 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
         for_training: whether there must be a training split.
 
     Raises:
-        ValueError: if neither a data set nor a folder is named, or there is no training split.
+        ValueError: if neither a data set nor a folder is named, a limit is not positive, or there is no training split.
     """
     source = args.dataset_name or args.data_dir
     if source is None:
         raise ValueError("no data: give --dataset_name (catalog name, Hub id or folder) or --data_dir.")
+    for name in ("max_train_samples", "max_eval_samples"):
+        if (limit := getattr(args, name)) is not None and limit < 1:
+            raise ValueError(f"--{name} is {limit}; take at least one image, or leave it out for all.")
     if args.cache_images and args.streaming:
         raise ValueError("streaming is for data that no memory holds: leave --cache_images or --streaming out.")
     options = args.dataset_options or {}
@@ -117,8 +123,14 @@ def load_baseline(args: ModelArguments, data: DenseDatasets) -> PreTrainedModel 
     """Loads the finished undistilled student that `baseline` names.
 
     Raises:
-        ValueError: if one is to be trained as well, it predicts other classes, or it was distilled itself.
+        ValueError: if there is no teacher to compare with, one is to be trained as well, it predicts other classes, or
+            it was distilled itself.
     """
+    if args.teacher is None and (args.baseline is not None or args.with_baseline):
+        raise ValueError(
+            "a baseline is there to compare a distilled student with: name a --teacher too, or leave --baseline out and set "
+            "--with_baseline to false."
+        )
     if args.baseline is None:
         return None
     if args.with_baseline:
@@ -127,9 +139,9 @@ def load_baseline(args: ModelArguments, data: DenseDatasets) -> PreTrainedModel 
             "train one."
         )
     folder = Path(args.baseline).expanduser()
-    if (folder / "results.json").is_file() and "teacher" in json.loads((folder / "results.json").read_text()):
-        raise ValueError(f"--baseline {args.baseline} was distilled itself; name a student trained without a teacher.")
     source = str(folder) if folder.is_dir() else args.baseline
+    if is_distilled(source):
+        raise ValueError(f"--baseline {args.baseline} was distilled itself; name a student trained without a teacher.")
     model = load_segmentation_model(source, trust_remote_code=args.trust_remote_code)
     labels, expected = list((model.config.id2label or {}).values()), list(data["train"].id2label.values())
     if labels != expected:
@@ -138,6 +150,15 @@ def load_baseline(args: ModelArguments, data: DenseDatasets) -> PreTrainedModel 
             f"{data['train'].name} has {len(expected)} ({', '.join(expected[:5])}, ...); name a student of this data set."
         )
     return model
+
+
+def is_distilled(source: str) -> bool:
+    """Whether the card beside a model, in a folder or on the Hub, says that it had a teacher."""
+    try:
+        card = cached_file(source, "README.md")
+        return card is not None and "knowledge-distillation" in (ModelCard.load(card).data.tags or [])
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # no card, or none to read; a repository that cannot be read fails when its model is loaded
 
 
 def prepare_baseline(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> PreTrainedModel | None:

@@ -77,7 +77,7 @@ def cause_of(error: BaseException, kind: str, name: str, revision: str | None = 
             f"{answer}; check the name, or {log_in}."
         )
     if found := first(HFValidationError):
-        return redacted(f"{name!r} is no Hub id 'user/name': {one_line(found)}")
+        return redacted(f"{name!r} is neither a folder nor a Hub id 'user/name': {shortened(found)}")
     if first(OfflineModeIsEnabled) or (
         constants.is_offline_mode() and first(LocalEntryNotFoundError, ConnectionError)
     ):
@@ -91,9 +91,9 @@ def cause_of(error: BaseException, kind: str, name: str, revision: str | None = 
     if found := first(LocalEntryNotFoundError, ConnectionError):
         return redacted(f"{subject}: {_no_connection(found)}")
     if found := first(EntryNotFoundError):
-        return redacted(f"{subject} lacks a file: {one_line(found)}")
+        return redacted(f"{subject} lacks a file: {shortened(found)}")
     if "does not appear to have" in str(error):  # transformers
-        return redacted(f"{subject} lacks a file: {one_line(error)}")
+        return redacted(f"{subject} lacks a file: {shortened(error)}")
     return None
 
 
@@ -109,7 +109,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _status_line(error: HfHubHTTPError) -> str:
     """What a status of the Hub means to its user."""
-    status, said = error.response.status_code, one_line(error.server_message or "")
+    status, said = error.response.status_code, shortened(error.server_message or "")
     answer = f"HTTP {status}" + (f", {said}" if said else "")
     wait = error.response.headers.get("Retry-After")
     if status == 401:
@@ -130,7 +130,7 @@ def _status_line(error: HfHubHTTPError) -> str:
 
 
 def _network_line(error: Exception) -> str:
-    host, said = constants.ENDPOINT, one_line(error) or type(error).__name__
+    host, said = constants.ENDPOINT, shortened(error) or type(error).__name__
     if isinstance(error, httpx.TimeoutException):
         return f"{host} did not answer in time ({said}); try again."
     if isinstance(error, httpx.ConnectError):
@@ -140,14 +140,19 @@ def _network_line(error: Exception) -> str:
 
 def _no_connection(error: Exception) -> str:
     return (
-        f"no connection to {constants.ENDPOINT} ({one_line(error)}); check the network, or set HF_HUB_OFFLINE=1 once "
+        f"no connection to {constants.ENDPOINT} ({shortened(error)}); check the network, or set HF_HUB_OFFLINE=1 once "
         "all is in the cache."
     )
 
 
 def one_line(text: object) -> str:
-    """The text without line breaks, and not too long for a message."""
-    return " ".join(str(text).split())[:300]
+    """The text without line breaks, control characters and marks that turn the direction of writing."""
+    return "".join(c for c in " ".join(str(text).split()) if c.isprintable())
+
+
+def shortened(text: object) -> str:
+    """The text in one line that is not too long for a message."""
+    return one_line(text)[:300]
 
 
 def redacted(text: str, *, token: str | None = None) -> str:

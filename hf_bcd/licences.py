@@ -16,6 +16,14 @@ from .hub import explained
 logger = logging.getLogger(__name__)
 
 NON_COMMERCIAL = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial|research|apple-amlr|seer-", re.IGNORECASE)
+# what the Hub takes for an identifier; it refuses a card with any other, such as fastvit-license of timm
+IDENTIFIERS = frozenset((
+    "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc",
+    "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0",
+    "creativeml-openrail-m", "gemma", "gpl", "gpl-2.0", "gpl-3.0", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "mit", "mpl-2.0",
+    "openrail", "unlicense", "wtfpl", "zlib",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,9 +90,12 @@ def licence_of(repo_id: str) -> Licence | None:
 def from_identifier(identifier: str, name: str | None = None, address: str | None = None) -> Licence:
     """Terms as a card or timm's registry states them."""
     forbidden = bool(NON_COMMERCIAL.search(f"{identifier} {name or ''}"))
-    # timm has names of its own, such as fastvit-license, which the Hub does not take for an identifier
-    known = "other" if identifier.endswith("-license") else identifier
-    return Licence(known, str(name or identifier), str(address) if address else None, not forbidden)
+    return Licence(
+        identifier if identifier in IDENTIFIERS else "other",
+        str(name or identifier),
+        str(address) if address else None,
+        not forbidden,
+    )
 
 
 def student_licence(sources: Iterable[Licence | None]) -> dict[str, str]:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from .data import DenseDatasets
 from .data.labels import IGNORE_INDEX
-from .escaping import code_block, escape_markdown, hub_link, one_line
-from .hub import redacted
+from .escaping import code_block, escape_markdown, hub_link
+from .hub import one_line, redacted
 from .licences import licence_of, student_licence
 from .provenance import (
     Origin,
@@ -32,7 +32,9 @@ from .provenance import (
     hub_dataset,
     hub_id,
     licence_link,
+    spec_of,
     starting_checkpoint,
+    starts_at_random,
 )
 from .trainer import BCDTrainer
 from .usage import usage_snippets
@@ -79,10 +81,15 @@ def write_card(
     """
     train, terms = data["train"], catalog_row(data["train"], origin)
     repository = str(getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id or folder.resolve().name)
-    start, teacher = starting_checkpoint(trainer, origin), trainer.teacher and models.get("teacher")
+    start, teacher = starting_checkpoint(trainer.student, origin, "student"), trainer.teacher and models.get("teacher")
     teacher_id = None if teacher is None else hub_id(teacher)
-    licences = {name: licence_of(name) for name in (start, teacher_id) if name is not None}
-    dataset_id, revision = hub_dataset(train, origin)
+    teacher_start = None if teacher is None else starting_checkpoint(teacher, origin, "teacher")
+    licences = {name: licence_of(name) for name in (start, teacher_start) if name is not None}
+    elsewhere = [
+        spec_of(origin, role) for role, found in (("student", start), ("teacher", teacher_start)) if not found
+    ]
+    unknown = [None for spec in elsewhere if spec is not None and not starts_at_random(spec)]  # terms of local weights
+    dataset_id, revision = hub_dataset(train)
     scores = {name: finite(results[name]) for name in TITLES if name in results}
     protocol = results.get("protocol", {})
     metadata = card_metadata(
@@ -91,7 +98,7 @@ def write_card(
         tags=[*trainer.distiller.criterion.losses, *([] if teacher is None else ["knowledge-distillation"])]
         + ([f"teacher:{teacher_id}"] if teacher_id else []),
         dataset=(dataset_id, revision),
-        licence=student_licence(licences.values()),
+        licence=student_licence([*licences.values(), *unknown]),
         scores=scores.get("student", {}),
         protocol=protocol,
     )
@@ -226,7 +233,17 @@ def headline_rows(
     def at(cost: Mapping[str, Any]) -> str:
         return f" ({cost['size'][0]} x {cost['size'][1]})" if len(sizes) > 1 else ""
 
-    rows = [("", cells({name: escape_markdown(describe_architecture(model)) for name, model in models.items()}))]
+    rows = [
+        (
+            "",
+            cells(
+                {
+                    name: escape_markdown(hub_id(model) or describe_architecture(model))
+                    for name, model in models.items()
+                }
+            ),
+        )
+    ]
     rows += [
         ("parameters (M)", cells({name: three_digits(cost["parameters"] / 1e6) for name, cost in costs.items()})),
         ("GMACs", cells({name: three_digits(cost["macs"] / 1e9) + at(cost) for name, cost in costs.items()})),

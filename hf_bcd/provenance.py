@@ -47,12 +47,28 @@ def hub_id(model: PreTrainedModel) -> str | None:
     return source if "/" in source and REPO_ID.fullmatch(source) and not Path(source).exists() else None
 
 
-def starting_checkpoint(trainer: BCDTrainer, origin: Origin | None) -> str | None:
-    """The repository of the weights that the student started from, if it did not start at random or from a file."""
-    given = None if origin is None or origin.model.student is None else origin.model.student
-    spec = None if given is None else ModelSpec.parse(given, "student")
+def spec_of(origin: Origin | None, role: str) -> ModelSpec | None:
+    """How the command line describes the `student` or the `teacher`, if it does."""
+    given = None if origin is None else getattr(origin.model, role)
+    return None if given is None else ModelSpec.parse(given, role)
+
+
+def starts_at_random(spec: ModelSpec) -> bool:
+    """Whether a model rests on no weights of others."""
+    return spec.backbone is not None and not spec.pretrained and spec.weights is None
+
+
+def starting_checkpoint(model: PreTrainedModel, origin: Origin | None, role: str) -> str | None:
+    """The repository of the weights that a model started from, if it did not start at random or from a file.
+
+    Args:
+        model: student or teacher; of a teacher that was not trained here these are its own weights.
+        origin: the command line, where there was one.
+        role: `student` or `teacher`.
+    """
+    spec = spec_of(origin, role)
     if spec is None or spec.backbone is None:
-        return hub_id(trainer.student)
+        return hub_id(model)
     weights = timm.get_pretrained_cfg(spec.backbone) if spec.pretrained else None
     return None if weights is None else weights.hf_hub_id
 
@@ -61,10 +77,12 @@ def describe_start(start: str | None, origin: Origin | None) -> str | None:
     """What the student started from, in Markdown; None where nobody said."""
     if start is not None:
         return hub_link(start)
-    if origin is None or origin.model.student is None:
+    spec = spec_of(origin, "student")
+    if spec is None:
         return None
-    spec = ModelSpec.parse(origin.model.student, "student")
-    return "random weights" if spec.backbone and not spec.weights else "weights in a local file"
+    if starts_at_random(spec):
+        return "random weights"
+    return "weights that timm downloads" if spec.pretrained else "local weights"
 
 
 def describe_baseline(models: Mapping[str, PreTrainedModel], origin: Origin | None) -> str | None:
@@ -78,11 +96,11 @@ def describe_baseline(models: Mapping[str, PreTrainedModel], origin: Origin | No
 
 
 def describe_architecture(model: PreTrainedModel) -> str:
-    """Short name of a model: its checkpoint, or its head and backbone."""
+    """Short name of a kind of model: its head and backbone, or its class."""
     config = model.config
     if config.model_type == "timm_segmentation":
         return f"{HEADS[config.head]} on {config.backbone}"
-    return hub_id(model) or type(model).__name__
+    return type(model).__name__
 
 
 def describe_checkpoint(model: PreTrainedModel, origin: Origin | None) -> str:
@@ -91,10 +109,11 @@ def describe_checkpoint(model: PreTrainedModel, origin: Origin | None) -> str:
         commit = getattr(model.config, "_commit_hash", None)
         return hub_link(repository) + (f" @ {escape_markdown(commit[:12])}" if commit else "")
     text = escape_markdown(describe_architecture(model))
-    if origin is not None and origin.model.teacher is not None:
-        if ModelSpec.parse(origin.model.teacher, "teacher").backbone is not None:
-            return f"{text}, trained first on the same images"
-    return text
+    spec = spec_of(origin, "teacher")
+    if spec is None or spec.backbone is None:
+        return text
+    start = starting_checkpoint(model, origin, "teacher")
+    return f"{text}, trained first on the same images{f' from {hub_link(start)}' if start else ''}"
 
 
 def catalog_row(split: DenseDataset, origin: Origin | None) -> DatasetSpec | None:
@@ -106,13 +125,11 @@ def catalog_row(split: DenseDataset, origin: Origin | None) -> DatasetSpec | Non
     return spec if named or split.source in (spec.source, *(copy.repo for copy in spec.hub)) else None
 
 
-def hub_dataset(split: DenseDataset, origin: Origin | None) -> tuple[str | None, str | None]:
+def hub_dataset(split: DenseDataset) -> tuple[str | None, str | None]:
     """Id and revision of the data on the Hub, where they came from there."""
     if "/" not in split.source or not REPO_ID.fullmatch(split.source) or Path(split.source).exists():
         return None, None
-    spec = catalog_row(split, origin)
-    known = {copy.repo: copy.revision for copy in spec.hub} if spec is not None else {}
-    return split.source, known.get(split.source) or (None if origin is None else origin.data.dataset_revision)
+    return split.source, split.revision
 
 
 def commit_of_package() -> str | None:
@@ -208,13 +225,13 @@ def describe_dataset(
 def describe_rule(split: DenseDataset) -> str:
     """How stored ids become classes, in words."""
     rule = split.rule
-    text = "the stored ids are the class ids"
+    text = f"the stored ids are the class ids, and {IGNORE_INDEX} is void"
     if rule.reduce_zero:
-        text = "stored 0 is void and class k is stored as k + 1"
+        text = f"class k is stored as k + 1, and 0 and {IGNORE_INDEX} are void"
     elif rule.mapping:
-        text = f"{len(rule.mapping)} stored ids are mapped to class ids or void"
-    void = f", stored {', '.join(map(str, rule.void_ids))} void too" if rule.void_ids else ""
-    return f"{text}{void}; pixels labelled {IGNORE_INDEX} are ignored"
+        text = f"{len(rule.mapping)} stored ids are mapped to class ids or void, and no other id occurs"
+    void = f"; stored {', '.join(map(str, rule.void_ids))} void too" if rule.void_ids else ""
+    return f"{text}{void}; void pixels are ignored"
 
 
 def describe_command(trainer: BCDTrainer, origin: Origin | None) -> str | None:

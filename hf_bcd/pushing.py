@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from .hub import HubError, cause_of, explained, one_line, redacted
+from .hub import HubError, cause_of, explained, redacted, shortened
 
 
 LOCAL_PATH = re.compile(r"^(/|~|\.{1,2}/|[A-Za-z]:\\)")
@@ -29,7 +29,7 @@ WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 TEXT_FILES = (".json", ".md", ".py")
 NOT_TO_RESUME = ("training_args.bin",)  # pickled
 PYTHON_BLOCK = re.compile(r"^```python\n.*?^```$", re.DOTALL | re.MULTILINE)
-LOADED_NAME = re.compile(r'(\bmodel=|\.from_pretrained\()"[^"\n]*"')
+LOADED_NAME = re.compile(r'(\bmodel=|\.from_pretrained\()"[^"\n]*"(, revision="[^"\n]*")?')
 
 
 def push_folder(
@@ -61,16 +61,23 @@ def push_folder(
     again += ["--revision", revision] if revision else []
     with _retry_named(repo_id, revision, folder, shlex.join(again), token):
         repo_id = prepare_repository(repo_id, private=private, revision=revision, token=token)
-        name_in_examples(folder / "README.md", repo_id)
-        return commit_files(files, repo_id, revision=revision, token=token, commit_message=commit_message)
+        card = name_in_examples((folder / "README.md").read_text(), repo_id, revision)
+        sent: dict[str, Path | bytes] = {**files, "README.md": card.encode()}
+        commit = commit_files(sent, repo_id, revision=revision, token=token, commit_message=commit_message)
+        (folder / "README.md").write_text(card)
+        return commit
 
 
-def name_in_examples(card: Path, repo_id: str) -> None:
-    """Lets the examples in a card load the student by its full name on the Hub, which is known only when it is pushed."""
-    text = card.read_text()
-    named = PYTHON_BLOCK.sub(lambda block: LOADED_NAME.sub(rf'\g<1>"{repo_id}"', block[0]), text)
-    if named != text:
-        card.write_text(named)
+def name_in_examples(card: str, repo_id: str, revision: str | None = None) -> str:
+    """The card with examples that load the student from where it is pushed to, which is known only then.
+
+    Args:
+        card: contents of README.md.
+        repo_id: full name on the Hub.
+        revision: branch that is pushed to.
+    """
+    loaded = json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision not in (None, "main") else "")
+    return PYTHON_BLOCK.sub(lambda block: LOADED_NAME.sub(lambda name: name[1] + loaded, block[0]), card)
 
 
 @contextmanager
@@ -79,7 +86,7 @@ def _retry_named(repo_id: str, revision: str | None, folder: Path, command: str,
         yield
     except Exception as error:
         cause = str(error) if isinstance(error, HubError) else cause_of(error, "model", repo_id, revision)
-        cause = cause or f"model {repo_id}: the push failed ({type(error).__name__}: {one_line(error)})."
+        cause = cause or f"model {repo_id}: the push failed ({type(error).__name__}: {shortened(error)})."
         message = f"{cause} The student lies in {folder}; try again with: {command}"
         raise HubError(redacted(message, token=token)) from None
 
@@ -92,6 +99,8 @@ def prepare_repository(
     Raises:
         HubError: if that is not possible, or `private` is true and the repository is public.
     """
+    if constants.is_offline_mode():
+        raise HubError(f"model {repo_id}: nothing can be pushed while HF_HUB_OFFLINE is set; unset it.")
     api = HfApi(token=token)
     with explained("model", repo_id, revision=revision), _bounded_waiting():
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -107,14 +116,14 @@ def prepare_repository(
 
 
 def commit_files(
-    files: Mapping[str, Path],
+    files: Mapping[str, Path | bytes],
     repo_id: str,
     *,
     revision: str | None = None,
     token: str | None = None,
     commit_message: str,
 ) -> CommitInfo:
-    """Uploads files, by path in the repository, in one commit; unchanged ones are not sent again.
+    """Uploads files or contents, by path in the repository, in one commit; unchanged ones are not sent again.
 
     Raises:
         HubError: if the Hub does not take them.
@@ -215,7 +224,7 @@ def check_files(files: Mapping[str, Path], token: str | None = None) -> None:
         try:
             ModelCard(files["README.md"].read_text())
         except Exception as error:  # whatever the YAML parser raises
-            raise HubError(f"{files['README.md']}: the card's YAML is not valid: {one_line(error)}") from None
+            raise HubError(f"{files['README.md']}: the card's YAML is not valid: {shortened(error)}") from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

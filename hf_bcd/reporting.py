@@ -102,7 +102,7 @@ def write_report(
     if split is not None:
         if "student" in scores:
             results["protocol"] = protocol(data[split], trainer.args, scores["student"])
-            revision = hub_dataset(data[split], origin)[1]
+            revision = hub_dataset(data[split])[1]
             results["protocol"] |= {"dataset_revision": revision} if revision else {}
             results["protocol"] |= measured_costs(trainer, {name: models[name] for name in scores}, data[split])
         figures = write_figures(trainer, models, data[split], folder / "figures")

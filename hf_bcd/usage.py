@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from .data import DenseDataset
-from .escaping import one_line
+from .hub import one_line
 
 
 logger = logging.getLogger(__name__)

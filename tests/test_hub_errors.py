@@ -108,7 +108,7 @@ def hidden_like_datasets() -> None:
         (wrapped_like_the_client, "HTTP 500"),
         (wrapped_like_datasets, "is gated"),
         (hidden_like_datasets, "HTTP 500"),
-        (lambda: validate_repo_id("not/an/id"), "'me/x' is no Hub id"),
+        (lambda: validate_repo_id("not/an/id"), "'me/x' is neither a folder nor a Hub id"),
     ],
 )
 def test_libraries_that_wrap_an_error_do_not_hide_it(failing: Callable[[], None], expected: str) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,10 +96,13 @@ def test_durations(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        (LabelRule(), "the stored ids are the class ids; pixels"),
-        (LabelRule(reduce_zero=True), "stored 0 is void and class k is stored as k + 1; pixels"),
-        (LabelRule(void_ids=(11, 30)), "class ids, stored 11, 30 void too; pixels"),
-        (LabelRule(mapping=((7, 0), (8, 1))), "2 stored ids are mapped"),
+        (LabelRule(), "the stored ids are the class ids, and 255 is void; void pixels are ignored"),
+        (LabelRule(reduce_zero=True), "class k is stored as k + 1, and 0 and 255 are void; void"),
+        (LabelRule(void_ids=(11, 30)), "class ids, and 255 is void; stored 11, 30 void too; void"),
+        (
+            LabelRule(mapping=((7, 0), (8, 1))),
+            "2 stored ids are mapped to class ids or void, and no other id occurs; void pixels",
+        ),
     ],
 )
 def test_label_rules_in_words(rule: LabelRule, words: str) -> None:
@@ -131,17 +136,17 @@ def test_the_table_leaves_out_what_nobody_measured() -> None:
 
 
 def test_the_students_start(tmp_path: Path) -> None:
-    run = tiny.trainer(tmp_path)
-    timm = {"backbone": "resnet18", "head": "fpn"}
-    assert starting_checkpoint(run, origin({**timm, "pretrained": True})) == "timm/resnet18.a1_in1k"
-    assert starting_checkpoint(run, origin(timm)) is None
-    assert starting_checkpoint(run, origin({**timm, "weights": "x.safetensors"})) is None
-    assert starting_checkpoint(run, None) is None
-    run.student.config._name_or_path = "nvidia/mit-b0"
-    assert starting_checkpoint(run, origin("nvidia/mit-b0")) == starting_checkpoint(run, None) == "nvidia/mit-b0"
+    student, timm = tiny.tiny_timm(), {"backbone": "resnet18", "head": "fpn"}
+    start = partial(starting_checkpoint, student, role="student")
+    assert start(origin({**timm, "pretrained": True})) == "timm/resnet18.a1_in1k"
+    assert start(origin(timm)) is None
+    assert start(origin({**timm, "weights": "x.safetensors"})) is None
+    assert start(None) is None
+    student.config._name_or_path = "nvidia/mit-b0"
+    assert start(origin("nvidia/mit-b0")) == start(None) == "nvidia/mit-b0"
     (tmp_path / "local").mkdir()
-    run.student.config._name_or_path = str(tmp_path / "local")
-    assert starting_checkpoint(run, origin(str(tmp_path / "local"))) is None
+    student.config._name_or_path = str(tmp_path / "local")
+    assert start(origin(str(tmp_path / "local"))) is None
 
 
 def test_the_baselines_making() -> None:
@@ -157,13 +162,11 @@ def test_the_baselines_making() -> None:
 def test_data_sets_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     split = DenseDataset([], "me/data", "train", "me/data", tiny.ID2LABEL)
-    assert hub_dataset(split, None) == ("me/data", None)
-    assert hub_dataset(split, origin(dataset_revision="abc")) == ("me/data", "abc")
+    assert hub_dataset(split) == ("me/data", None)
+    assert hub_dataset(replace(split, revision="abc")) == ("me/data", "abc")
     (tmp_path / "me" / "data").mkdir(parents=True)
-    assert hub_dataset(split, None) == (None, None), "a local folder of that name"
-    known = DenseDataset([], "ade20k", "train", "zhoubolei/scene_parse_150", tiny.ID2LABEL)
-    assert hub_dataset(known, None) == ("zhoubolei/scene_parse_150", "refs/convert/parquet")
-    assert hub_dataset(load_dense_dataset("synthetic", num_images={"train": 1})["train"], None) == (None, None)
+    assert hub_dataset(split) == (None, None), "a local folder of that name"
+    assert hub_dataset(load_dense_dataset("synthetic", num_images={"train": 1})["train"]) == (None, None)
 
 
 # ---- Whole cards -----------------------------------------------------------------------------------------------------
@@ -276,6 +279,24 @@ def test_a_non_commercial_teacher_is_said_aloud(tmp_path: Path) -> None:
     assert "> [!WARNING]\n> **Not for commercial use.**" in text
     assert "(https://huggingface.co/nvidia/segformer-b4-finetuned-ade-512-512) @ 0123456789ab" in text
     assert "trust_remote_code" not in text and "import hf_bcd" not in text
+    assert "model (SegformerForSemanticSegmentation), distilled from" in text
+    assert "- student: SegformerForSemanticSegmentation, from [nvidia/mit-b0]" in text
+    assert "numbers above" not in text, "nothing was measured"
+
+
+def test_a_teacher_that_was_trained_here_hands_on_the_terms_of_its_backbone(tmp_path: Path) -> None:
+    data, teacher = tiny.scenes(), tiny.tiny_timm((8, 16, 16, 32), seed=1)
+    run = tiny.trainer(tmp_path / "student", teacher=teacher, data=data)
+    run.save_model(str(tmp_path / "student"), _internal_call=True)
+    spec = {"backbone": "convnextv2_atto.fcmae_ft_in1k", "pretrained": True}
+    made = Origin(
+        "hf-bcd distill", (), ModelArguments(student={"backbone": "resnet10t"}, teacher=spec), DataArguments()
+    )
+    write_card(tmp_path / "student", run, {"teacher": teacher, "student": run.student}, {}, data, [], made)
+    text = (tmp_path / "student" / "README.md").read_text()
+    assert "trained first on the same images from [timm/convnextv2\\_atto.fcmae\\_ft\\_in1k](https://" in text
+    assert "> **Not for commercial use.** [timm/convnextv2" in text
+    assert ModelCard(text).data.license_name == "cc-by-nc-4.0" and ModelCard(text).data.base_model is None
 
 
 def test_an_unknown_licence_is_not_invented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +311,17 @@ def test_an_unknown_licence_is_not_invented(tmp_path: Path, monkeypatch: pytest.
     assert ModelCard(text).data.license is None and "[!WARNING]" not in text
     assert "https://huggingface.co/someone/teacher): unknown: read its card" in text
     assert "these weights: no licence has been chosen" in text
+
+
+@pytest.mark.parametrize(("teacher", "licence"), [({"backbone": "resnet10t"}, "apache-2.0"), ("runs/teacher", None)])
+def test_the_terms_of_local_weights_are_unknown(tmp_path: Path, teacher: object, licence: str | None) -> None:
+    run = tiny.trainer(tmp_path / "student", data=(data := tiny.scenes()))
+    run.save_model(str(tmp_path / "student"), _internal_call=True)
+    student = {"backbone": "resnet18.a1_in1k", "pretrained": True}
+    made = Origin("hf-bcd distill", (), ModelArguments(student=student, teacher=teacher), DataArguments())
+    write_card(tmp_path / "student", run, {"teacher": run.teacher.adapter.model}, {}, data, [], made)
+    metadata = ModelCard.load(tmp_path / "student" / "README.md").data
+    assert metadata.base_model == "timm/resnet18.a1_in1k" and metadata.license == licence
 
 
 def test_photographs_of_people_and_terms_of_the_catalog(tmp_path: Path) -> None:

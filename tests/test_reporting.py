@@ -208,8 +208,8 @@ def test_the_comparison_shows_teacher_baseline_and_student_in_this_order(
 def test_a_finished_baseline_is_loaded(tmp_path: Path) -> None:
     model = tiny.tiny_timm(seed=3)
     model.save_pretrained(tmp_path)
-    (tmp_path / "results.json").write_text(json.dumps({"student": {}, "protocol": {}}))
-    loaded = experiment.load_baseline(ModelArguments(baseline=str(tmp_path)), tiny.scenes())
+    (tmp_path / "README.md").write_text("---\ntags:\n- hf_bcd\n---\n")
+    loaded = experiment.load_baseline(ModelArguments(teacher="me/t", baseline=str(tmp_path)), tiny.scenes())
     assert loaded is not None
     assert all((value == loaded.state_dict()[name]).all() for name, value in model.state_dict().items())
     assert experiment.load_baseline(ModelArguments(), tiny.scenes()) is None
@@ -220,15 +220,28 @@ def test_a_baseline_of_other_classes_is_refused(tmp_path: Path) -> None:
     model.config.id2label = {**tiny.ID2LABEL, 0: "ground", 1: "sky"}
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"predicts 8 classes \(ground, sky, .*synthetic has 8 \(sky, ground"):
-        experiment.load_baseline(ModelArguments(baseline=str(tmp_path)), tiny.scenes())
+        experiment.load_baseline(ModelArguments(teacher="me/t", baseline=str(tmp_path)), tiny.scenes())
 
 
 def test_a_baseline_that_was_distilled_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps({"teacher": {}, "student": {}}))
+    (tmp_path / "README.md").write_text("---\ntags:\n- knowledge-distillation\n---\n")
     with pytest.raises(ValueError, match="was distilled itself"):
-        experiment.load_baseline(ModelArguments(baseline=str(tmp_path)), tiny.scenes())
+        experiment.load_baseline(ModelArguments(teacher="me/t", baseline=str(tmp_path)), tiny.scenes())
+
+
+def test_a_baseline_on_the_hub_that_was_distilled_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("---\ntags:\n- knowledge-distillation\n---\n")
+    monkeypatch.setattr(experiment, "cached_file", lambda name, file: str(tmp_path / file) if name == "me/x" else None)
+    with pytest.raises(ValueError, match="--baseline me/x was distilled itself"):
+        experiment.load_baseline(ModelArguments(teacher="me/t", baseline="me/x"), tiny.scenes())
+
+
+@pytest.mark.parametrize("options", [{"baseline": "runs/y"}, {"with_baseline": True}])
+def test_without_a_teacher_there_is_nothing_to_compare(options: dict) -> None:
+    with pytest.raises(ValueError, match="name a --teacher too, or leave --baseline out"):
+        experiment.load_baseline(ModelArguments(**options), tiny.scenes())
 
 
 def test_a_finished_and_a_new_baseline_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="--baseline runs/y and --with_baseline exclude each other"):
-        experiment.load_baseline(ModelArguments(baseline="runs/y", with_baseline=True), tiny.scenes())
+        experiment.load_baseline(ModelArguments(teacher="me/t", baseline="runs/y", with_baseline=True), tiny.scenes())

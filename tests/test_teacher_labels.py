@@ -12,11 +12,19 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PreTrainedModel, SwinConfig
+from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    PreTrainedModel,
+    SegformerConfig,
+    SegformerModel,
+    SwinConfig,
+)
 
 from hf_bcd import BCDTrainer, SemanticMetrics, reporting
+from hf_bcd.builders import build_model
 from hf_bcd.commands import distill
-from hf_bcd.config import ModelArguments
+from hf_bcd.config import ModelArguments, ModelSpec
 from hf_bcd.experiment import evaluate_model, label_map_of, prepare_teacher
 from hf_bcd.losses.bcd import BCDLoss
 from hf_bcd.losses.criterion import LOSSES
@@ -179,6 +187,16 @@ def test_losses_of_class_scores_are_refused_where_classes_are_missing(
         label_synonyms=str(tmp_path / "synonyms.json"),
     )
     assert run.teacher is not None and run.teacher.shares_labels
+
+
+def test_a_backbone_without_a_trained_head_is_no_teacher(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "decoder_hidden_size": 8}
+    folder = str(tmp_path / "encoder")
+    SegformerModel(SegformerConfig(**sizes, num_attention_heads=[1] * 4)).save_pretrained(folder)
+    with pytest.raises(ValueError, match="encoder is no finished segmentation model: it lacks .* such as decode_head"):
+        prepare_teacher(ModelArguments(teacher=folder), tiny.config(tmp_path), tiny.scenes())
+    assert build_model(ModelSpec(name_or_path=folder), tiny.ID2LABEL).config.num_labels == len(tiny.ID2LABEL)
 
 
 def test_a_run_reports_a_teacher_with_other_classes(

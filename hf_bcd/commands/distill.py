@@ -13,6 +13,8 @@ import logging
 import sys
 from pathlib import Path
 
+from huggingface_hub import CommitInfo
+
 from ..builders import load_segmentation_model
 from ..config import parse_arguments
 from ..experiment import (
@@ -73,5 +75,5 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
         )
         print(metrics_table(scores))
         print(loading_lines(config.output_dir))
-    if config.push_to_hub:
-        trainer.push_to_hub()
+    if config.push_to_hub and isinstance(commit := trainer.push_to_hub(), CommitInfo):  # None on further ranks
+        print(f"pushed: {commit.commit_url}")

@@ -10,7 +10,7 @@ Checkpoints, optimizer states and logs stay here. Log in first with `hf auth log
 import argparse
 from pathlib import Path
 
-from ..pushing import check_files, push_folder, pushed_files
+from ..pushing import check_files, name_in_examples, push_folder, pushed_files
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry_run", action="store_true", help="list the files and show the card; send nothing")
     args = parser.parse_args(argv)
     if args.dry_run:
-        show(args.folder)
+        show(args.folder, args.repo_id, args.revision)
         return
     commit = push_folder(
         args.folder,
@@ -36,11 +36,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"pushed: {commit.commit_url}")
 
 
-def show(folder: Path) -> None:
-    """Prints every file that a push would send with its size, and the card."""
+def show(folder: Path, repo_id: str, revision: str | None) -> None:
+    """Prints every file that a push would send with its size now, and the card as it would be sent."""
     files = {path: folder / path for path in pushed_files(folder)}
     check_files(files)
     for path, file in files.items():
         print(f"{file.stat().st_size:>12,}  {path}")
     print(f"{sum(file.stat().st_size for file in files.values()):>12,}  bytes in {len(files)} files\n")
-    print(files["README.md"].read_text())
+    print(name_in_examples(files["README.md"].read_text(), repo_id, revision))

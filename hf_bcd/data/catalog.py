@@ -111,13 +111,7 @@ CATALOG: dict[str, DatasetSpec] = {
         id2label=dict(enumerate(CAMVID_NAMES)),
         rules={"ids": LabelRule(void_ids=(11,))},
         images={"train": 367, "validation": 101, "test": 233},
-        local=sibling_folders(
-            {
-                "train": ("train/images", "train/masks"),
-                "validation": ("val/images", "val/masks"),
-                "test": ("test/images", "test/masks"),
-            }
-        ),
+        local=layouts.CAMVID,
     ),
     "cityscapes": DatasetSpec(
         source="https://www.cityscapes-dataset.com",

@@ -109,7 +109,10 @@ def draw_instances(annotations: list[dict[str, Any]], height: int, width: int, n
     label = np.zeros((height, width), dtype=np.uint8)
     covered = np.zeros((height, width), dtype=bool)
     for annotation in sorted(annotations, key=lambda annotation: -annotation["iscrowd"]):
-        mask = _decode_segmentation(annotation["segmentation"], height, width, name)
+        try:
+            mask = _decode_segmentation(annotation["segmentation"], height, width, name)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{name}: neither polygons nor run lengths ({error!r}).") from error
         if annotation["iscrowd"]:
             label[mask] = IGNORE_INDEX
             continue

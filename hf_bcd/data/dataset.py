@@ -77,7 +77,7 @@ class DenseDataset(Dataset[Sample]):
         source: where the data was read from: Hub id or folder.
         id2label: names of the classes 0..num_labels-1.
         rule: how stored ids become class ids.
-        revision: branch, tag or commit of a Hub id, if one was named.
+        revision: commit of a Hub id that was read, or the branch or tag that was named.
         cache: where transforms find the samples decoded already, see `keep_in_memory`.
     """
 

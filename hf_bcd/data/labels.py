@@ -1,6 +1,7 @@
 """From a stored mask to class ids: decoding of the file's pixel format, then the data set's label rule."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,8 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = 255
 MAX_LABELS = IGNORE_INDEX  # ids 0..254; 255 marks void pixels
@@ -137,6 +140,12 @@ class LabelRule:
         if labels.min(initial=0) < 0:
             found = np.unique(ids[labels < 0]).tolist()
             shown = ", ".join(map(str, found[:10])) + (", ..." if len(found) > 10 else "")
+            outside = [index for index in found if not 0 <= index < _TABLE_SIZE]
+            if outside:
+                raise ValueError(
+                    f"{name}: the mask holds ids [{shown}], which are outside of 0..{_TABLE_SIZE - 1} and no rule can name. "
+                    "Store classes as 0..254 and void as 255."
+                )
             if self.mapping:
                 raise ValueError(
                     f"{name}: the mask holds ids [{shown}], which its encoding maps neither to void nor to one of the "
@@ -223,5 +232,12 @@ def infer_id2label(masks: Iterable[tuple[np.ndarray, str]], rule: LabelRule) -> 
         raise ValueError(
             f"No class beside {'0' if found else 'void'} occurs in any mask. 255 marks void pixels: if it stands for the "
             "foreground in these masks, store the foreground as 1; if one class is right, pass id2label."
+        )
+    if 2 * len(found) <= found[-1]:
+        logger.warning(
+            "Of the ids 0..%d only %d occur in the masks, and the others become classes, too. If these are grey levels or "
+            "masks stored with loss, store ids instead; if not, pass id2label.",
+            found[-1],
+            len(found),
         )
     return {index: f"class_{index}" for index in range(found[-1] + 1)}

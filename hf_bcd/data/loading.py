@@ -30,6 +30,7 @@ NAME_FILES = ("id2label.json", "classes.json")
 METADATA_FILES = [f"{folder}metadata.{kind}" for folder in ("", "*/") for kind in ("csv", "jsonl", "parquet")]
 FOLDERS = {split: (f"{split}/images", f"{split}/masks") for split in ("train", "val", "valid", "validation", "test")}
 SCENE_COUNTS = {"train": 1000, "validation": 200, "test": 200}
+SCENE_OPTIONS = ("size", "seed", "num_classes")
 
 
 def load_dense_dataset(
@@ -103,7 +104,9 @@ def load_dense_dataset(
         if name_or_path == "synthetic":
             return _load_scenes(**scene_options)
         read = partial(read_hub, open_tables=open_tables)
-        splits, source, revision, names, rule = open_known(name_or_path, data_dir, read)
+        splits, source, revision, names, rule = open_known(
+            name_or_path, data_dir, read, max_eval_samples if streaming else None
+        )
         return _assemble(splits, name_or_path, source, names, rule, revision)
 
     rule = LabelRule(reduce_zero=reduce_labels, void_ids=tuple(ignore_labels))
@@ -119,6 +122,10 @@ def load_dense_dataset(
             rows = {} if described else pair_folders(root, FOLDERS)
             if rows and streaming:
                 raise _nothing_to_stream(root)
+            of_tables = {"config": config, "image_column": image_column, "label_column": label_column}
+            useless = [key for key, value in {"revision": revision, **(of_tables if rows else {})}.items() if value]
+            if useless:
+                raise ValueError(f"{root}: {', '.join(useless)} cannot be set for this kind of folder. Leave it out.")
             if rows:
                 return _probed(_assemble(rows, name, source, id2label, rule))
             rows = open_tables(str(root), name, image_column, label_column, config=config)
@@ -182,7 +189,8 @@ def _assemble(
     built: dict[str, Any] = {}
     for split, rows in splits.items():
         kind = DenseStream if isinstance(rows, StreamRows) else DenseDataset
-        built[split] = kind(rows, name, split, source, id2label, rule, revision)  # type: ignore[arg-type]
+        read = getattr(rows, "commit", None) or revision
+        built[split] = kind(rows, name, split, source, id2label, rule, read)  # type: ignore[arg-type]
     return DenseDatasets(built)
 
 
@@ -201,6 +209,11 @@ class _SceneRows:
 def _load_scenes(num_images: Mapping[str, int] | None = None, **options: Any) -> DenseDatasets:
     from .synthetic import SyntheticScenes
 
+    unknown = options.keys() - SCENE_OPTIONS
+    if unknown:
+        raise ValueError(
+            f"synthetic has no option {', '.join(sorted(unknown))} (`--dataset_options`); it has num_images, {', '.join(SCENE_OPTIONS)}."
+        )
     counts = SCENE_COUNTS if num_images is None else num_images
     scenes = {split: SyntheticScenes(num_images=count, split=split, **options) for split, count in counts.items()}
     rows = {split: _SceneRows(scene) for split, scene in scenes.items()}

@@ -20,7 +20,7 @@ from .dataset import Row, Sample, read_sample, torch_seed
 from .hub_tables import load_hub
 from .labels import LabelRule
 from .probing import PROBED_ROWS
-from .tables import TableRows, class_names, find_columns, row_of
+from .tables import TableRows, class_names, commit_in_path, find_columns, row_of
 
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class StreamRows:
         name: data set and split, for error messages.
         source: Hub id or folder.
         shuffle_buffer: number of encoded samples that a rank keeps in memory to draw from.
+        commit: commit of the Hub repository that is read, where it comes from there.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class StreamRows:
         name: str,
         source: str,
         shuffle_buffer: int,
+        commit: str | None = None,
     ):
+        self.commit = commit
         self.table, self.image_column, self.label_column = table, image_column, label_column
         self.name, self.source, self.shuffle_buffer = name, source, shuffle_buffer
         self.class_names = class_names(table.features or {}, label_column)
@@ -72,7 +75,7 @@ class StreamRows:
         with explained("data set", self.source):
             table = self.table.reshard()
         columns = self.image_column, self.label_column
-        return StreamRows(table, *columns, self.name, self.source, self.shuffle_buffer)
+        return StreamRows(table, *columns, self.name, self.source, self.shuffle_buffer, self.commit)
 
     def read(self, part: Part) -> Iterator[Row]:
         """Reads some rows of a shard; images that are files of their own are read for these rows alone.
@@ -162,7 +165,7 @@ class DenseStream(IterableDataset[Sample]):
         source: address of the data: Hub id, web page or folder.
         id2label: names of the classes 0..num_labels-1.
         rule: how stored ids become class ids.
-        revision: branch, tag or commit of a Hub id, if one was named.
+        revision: commit of a Hub id that is read, or the branch or tag that was named.
         limit: number of samples after which the data set ends; None for all.
     """
 
@@ -316,15 +319,16 @@ def open_streams(
         if features is None:
             raise ValueError(f"{name}: its files name no columns; store it as Parquet to stream it.")
         columns = find_columns(features, image_column, label_column, name)
-        if hasattr(builder.config, "columns") and len(features) > len(set(columns)):
-            builder.config.columns = list(dict.fromkeys(columns))  # type: ignore[attr-defined] # reads no other bytes
+        if hasattr(builder.config, "columns") and len(features) > len(columns):
+            builder.config.columns = list(columns)  # type: ignore[attr-defined] # reads no other bytes
             tables = builder.as_streaming_dataset()
         rows: dict[str, StreamRows | TableRows] = {}
         for split, table in tables.items():
             # `decode` first: it can take back the decoding that datasets adds for loose images, but only from the top
-            full_name, table = f"{name}/{split}", table.decode(False).select_columns(list(dict.fromkeys(columns)))
+            full_name, table = f"{name}/{split}", table.decode(False).select_columns(list(columns))
             if split == "train":
-                rows[split] = StreamRows(table, *columns, full_name, path, shuffle_buffer)
+                commit = commit_in_path(builder.hash or "")
+                rows[split] = StreamRows(table, *columns, full_name, path, shuffle_buffer, commit)
             else:
                 key = f"{builder.cache_dir} {split} {columns} {max_eval_samples}"
                 rows[split] = TableRows(_stored(table, max_eval_samples, key, full_name), *columns, full_name)

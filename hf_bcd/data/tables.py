@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,12 +30,14 @@ class TableRows:
 
     Attributes:
         class_names: names of the classes, if the label maps are nested lists of `ClassLabel`.
+        commit: commit of the Hub repository that was read, where it came from there.
     """
 
     def __init__(self, dataset: datasets.Dataset, image_column: str, label_column: str, name: str):
         import datasets
 
         self.class_names = class_names(dataset.features, label_column)
+        self.commit = commit_in_path(next((file["filename"] for file in dataset.cache_files), ""))
         dataset = dataset.with_format(None).select_columns([image_column, label_column])
         for column in (image_column, label_column):
             if isinstance(dataset.features[column], datasets.Image):
@@ -65,6 +69,11 @@ def _file(value: Any, name: str) -> tuple[Any, str]:
         file = value["path"] if value["bytes"] is None else value["bytes"]
         return file, f"{name} ({value['path']})" if value["path"] else name
     return np.asarray(value), name
+
+
+def commit_in_path(path: str) -> str | None:
+    """The commit in the path of a cached file of the Hub: `datasets` keeps it nowhere else."""
+    return next((part for part in Path(path).parts if re.fullmatch("[0-9a-f]{40}", part)), None)
 
 
 def class_names(features: Mapping[str, Any], label_column: str) -> list[str] | None:
@@ -103,14 +112,19 @@ def find_columns(
     """Finds the columns of images and label maps among the features of a table.
 
     Raises:
-        ValueError: none or several columns fit.
+        ValueError: none or several columns fit, or one is to be both.
     """
     import datasets
 
     is_image = {column: isinstance(feature, datasets.Image) for column, feature in features.items()}
     is_label = {column: is_image[column] or _element(features[column]) is not None for column in is_image}
     image = _find_column("image", is_image, image_column, IMAGE_COLUMNS, name)
-    return image, _find_column("label", is_label, label_column, LABEL_COLUMNS, name)
+    label = _find_column("label", is_label, label_column, LABEL_COLUMNS, name)
+    if image == label:
+        raise ValueError(
+            f"{name}: column {image!r} cannot hold both images and label maps. Set label_column (`--label_column`)."
+        )
+    return image, label
 
 
 def _find_column(

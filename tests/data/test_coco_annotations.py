@@ -151,6 +151,13 @@ def test_run_lengths_of_another_size():
         draw_instances([instance(1, {"counts": [6], "size": [2, 3]})], 3, 2, "x")
 
 
+@pytest.mark.parametrize("segmentation", [None, 3, {"size": [2, 2]}])
+def test_segmentations_that_are_none(segmentation):
+    pytest.importorskip("pycocotools")
+    with pytest.raises(ValueError, match="x: neither polygons nor run lengths"):
+        draw_instances([instance(1, segmentation)], 2, 2, "x")
+
+
 def test_pycocotools_is_asked_for(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pycocotools.mask", None)
     with pytest.raises(ValueError, match=r"needs pycocotools: pip install 'hf_bcd\[coco\]'"):

@@ -103,6 +103,12 @@ def test_arguments_of_a_run(repo):
     assert len(data["train"]) == 2 and data["train"].id2label[2] == "car"
 
 
+@pytest.mark.parametrize("limits", [{"max_train_samples": 0}, {"max_eval_samples": 0}, {"max_eval_samples": -1}])
+def test_limits_that_leave_nothing(limits):
+    with pytest.raises(ValueError, match=r"--max_\w+ is (0|-1); take at least one image"):
+        load_data(DataArguments(dataset_name="synthetic", **limits))
+
+
 def test_a_part_of_a_repository_is_fetched_before_it_is_read(tmp_path, monkeypatch):
     """`datasets` would not find it again offline: the folder of the snapshot is the same, online and offline."""
     folder, asked = tmp_path / "snapshots/0a1b", []

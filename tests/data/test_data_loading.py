@@ -151,6 +151,11 @@ def test_two_validation_splits(folder):
         load_dense_dataset(folder, id2label=NAMES)
 
 
+def test_options_of_tables_and_of_the_hub_are_refused_for_files_in_folders(folder):
+    with pytest.raises(ValueError, match="revision, config, label_column cannot be set for this kind of folder"):
+        load_dense_dataset(folder, revision="main", config="fine", label_column="mask")
+
+
 def test_other_files_are_passed_over(folder):
     (folder / "train" / "images" / "Thumbs.db").write_bytes(b"")
     (folder / "train" / "masks" / "._a.png").write_bytes(b"")
@@ -251,6 +256,8 @@ def test_ambiguous_and_explicit_columns():
     assert load_dense_dataset(tables, id2label=NAMES, label_column="mask")["train"][0]["label"].max() == 2
     with pytest.raises(ValueError, match="'masks' is none.*of which image, mask, annotation can hold labels"):
         load_dense_dataset(tables, label_column="masks")
+    with pytest.raises(ValueError, match="column 'image' cannot hold both images and label maps. Set label_column"):
+        load_dense_dataset(tables, label_column="image")
     with pytest.raises(ValueError, match="dataset/train, row 0, column 'annotation': empty"):
         load_dense_dataset(tables, id2label=NAMES, label_column="annotation")
 
@@ -317,5 +324,7 @@ def test_options_of_other_sources_are_refused(tmp_path):
         load_dense_dataset(tmp_path, seed=1)
     with pytest.raises(ValueError, match="data_dir cannot be set for 'synthetic'"):
         load_dense_dataset("synthetic", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="synthetic has no option sise .*it has num_images, size, seed"):
+        load_dense_dataset("synthetic", sise=(64, 64))
     with pytest.raises(ValueError, match="id2label, reduce_labels cannot be set for 'ade20k'"):
         load_dense_dataset("ade20k", reduce_labels=True, id2label=NAMES)

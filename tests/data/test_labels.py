@@ -125,7 +125,7 @@ def test_mapping_to_a_class_that_does_not_exist():
         LabelRule(mapping=((7, 0), (8, 3))).apply(np.array([[7, 8]], dtype=np.uint8), 3, "m")
 
 
-@pytest.mark.parametrize("wrong", [11, 200, 65535, 70000, -1])
+@pytest.mark.parametrize("wrong", [11, 200, 65535])
 def test_ids_out_of_range_name_file_ids_and_remedies(wrong):
     ids = np.array([[0, 10, wrong, 255]], dtype=np.int32)
     with pytest.raises(ValueError) as error:
@@ -133,6 +133,13 @@ def test_ids_out_of_range_name_file_ids_and_remedies(wrong):
     message = str(error.value)
     for part in ("val/masks/a.png", f"[{wrong}]", "num_labels=11", "--ignore_labels", "--reduce_labels"):
         assert part in message
+
+
+@pytest.mark.parametrize("wrong", [70000, -1])
+@pytest.mark.parametrize("rule", [LabelRule(), LabelRule(mapping=((0, 0), (255, 255)))])
+def test_ids_that_no_option_can_name(wrong, rule):
+    with pytest.raises(ValueError, match=rf"a.png: .*ids \[{wrong}\], which are outside of 0..65535.*void as 255"):
+        rule.apply(np.array([[0, wrong, 255]], dtype=np.int32), 11, "a.png")
 
 
 def test_long_lists_of_wrong_ids_are_shortened():
@@ -189,6 +196,12 @@ def test_infer_id2label_takes_the_largest_id_of_all_masks():
     masks = [(np.array([[0, 1]]), "a"), (np.array([[4, 255]]), "b")]
     assert list(infer_id2label(masks, LabelRule())) == [0, 1, 2, 3, 4]
     assert infer_id2label(masks, LabelRule(reduce_zero=True))[3] == "class_3"
+
+
+def test_infer_id2label_warns_of_grey_levels(caplog):
+    assert len(infer_id2label([(np.array([[0, 1, 2, 4]]), "a")], LabelRule())) == 5 and not caplog.text
+    assert len(infer_id2label([(np.array([[0, 120, 240]]), "a")], LabelRule())) == 241
+    assert "Of the ids 0..240 only 3 occur" in caplog.text
 
 
 @pytest.mark.parametrize("ids", [[[0, 255]], [[255, 255]]])

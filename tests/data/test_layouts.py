@@ -205,6 +205,17 @@ def test_coco_stuff_10k_as_converted(tmp_path):
     assert np.array_equal(train[0]["label"], grid(255, 0, 170)) and train.id2label[170] == "wood"
 
 
+def test_camvid_as_it_is_downloaded(tmp_path):
+    for split, image, mask in (("train", "train", "trainannot"), ("validation", "val", "valannot")):
+        save_image(tmp_path / image / f"{split}_1.png")
+        save_mask(tmp_path / mask / f"{split}_1.png", grid(0, 10, 11))
+    data = load_dense_dataset("camvid", data_dir=tmp_path)
+    assert list(data) == ["train", "validation"] and data["val"].rows[0].label_name.endswith(
+        "valannot/validation_1.png"
+    )
+    assert np.array_equal(data["train"][0]["label"], grid(0, 10, 255))
+
+
 @pytest.mark.parametrize("name", ["ade20k", "cityscapes", "coco", "coco_instances", "coco_stuff_10k", "voc2012_aug"])
 def test_folders_that_are_no_copy(tmp_path, name):
     with pytest.raises(ValueError, match=f"not a copy of {name}. It must hold "):

@@ -270,7 +270,7 @@ def test_a_missing_mask_is_named(tmp_path: Path) -> None:
         list(rows.read(Part(0, 0, 1)))
 
 
-def test_a_data_set_of_the_catalog_streams_from_the_first_copy_that_fits(tmp_path, monkeypatch) -> None:
+def test_a_data_set_of_the_catalog_streams_from_the_first_copy_that_fits(tmp_path, monkeypatch, caplog) -> None:
     spec = DatasetSpec(
         source="https://example.org",
         licence="CC0",
@@ -288,6 +288,7 @@ def test_a_data_set_of_the_catalog_streams_from_the_first_copy_that_fits(tmp_pat
     monkeypatch.setitem(CATALOG, "known", spec)
     data = load_dense_dataset("known", streaming=True, max_eval_samples=2)
     assert isinstance(data["train"], DenseStream) and len(data["validation"]) == 2
+    assert "images in" not in caplog.text  # fewer rows than there are were asked for
     assert data["train"].source == str(tmp_path / "right") and data["train"].id2label == {0: "road", 1: "tree"}
     assert [int(sample["label"][0, 0]) for sample in data["train"]] == [255, 0, 1, 255, 0, 1, 255]
     with pytest.raises(ValueError, match="Leave streaming out"):

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, SegformerImageProcessor
 
 
 CARD = "---\nlibrary_name: transformers\npipeline_tag: image-segmentation\n---\n\n# A student\n"
+CARD += '\n```python\nsegment = pipeline("image-segmentation", model="x")\n```\n'
+CARD += '```python\npipeline(model="x")\n```\n'
 LEFT_OUT = (
     "training_args.bin", "optimizer.pt", "_baseline/model.safetensors", "_push/1/model.safetensors",
     "checkpoint-2/model.safetensors", "README.md.part", "figures/new.png.part", "runs/events.out.tfevents.1",

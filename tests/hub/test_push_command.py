@@ -10,7 +10,7 @@ from hub.server import MARKER_TOKEN, OTHER_TOKEN, HubServer
 from hub.student_folder import LEFT_OUT, finished, finished_timm
 
 from hf_bcd.hub import HubError
-from hf_bcd.pushing import check_files, last_checkpoint, name_in_examples, pushed_files
+from hf_bcd.pushing import check_files, last_checkpoint, name_in_examples, push_folder, pushed_files
 
 
 NATIVE = [
@@ -41,13 +41,15 @@ def test_a_finished_student_is_pushed_and_nothing_else(tmp_path: Path) -> None:
     assert all((tmp_path / "native" / name).is_file() for name in LEFT_OUT)
 
 
-def test_the_cards_examples_load_what_is_pushed(tmp_path: Path) -> None:
-    card = tmp_path / "README.md"
-    code = '```python\npipeline("image-segmentation", model="{0}", trust_remote_code=True)\nA.from_pretrained("{0}")\n```\n'
+def test_the_cards_examples_load_what_is_pushed() -> None:
+    code = (
+        '```python\npipeline("image-segmentation", model={0}, trust_remote_code=True)\nA.from_pretrained({0})\n```\n'
+    )
     text = 'The model="x" in words stays.\n\n{}\n```bash\nrun model="x"\n```\n'
-    card.write_text(text.format(code.format("x")))
-    name_in_examples(card, "me/y")
-    assert card.read_text() == text.format(code.format("me/y"))
+    first, branch, main = (text.format(code.format(name)) for name in ('"x"', '"me/y", revision="v2"', '"me/y"'))
+    assert name_in_examples(first, "me/y") == name_in_examples(first, "me/y", "main") == main
+    assert name_in_examples(first, "me/y", "v2") == name_in_examples(main, "me/y", "v2") == branch
+    assert name_in_examples(branch, "me/y") == main
 
 
 def test_sharded_weights_come_with_their_index(tmp_path: Path) -> None:
@@ -111,11 +113,13 @@ def test_the_last_checkpoint_of_a_repository_is_found() -> None:
 @pytest.mark.slow
 def test_a_dry_run_lists_the_files_and_sends_nothing(hub: HubServer, tmp_path: Path) -> None:
     folder = finished(tmp_path / "x")
-    printed = push(hub, tmp_path / "home", folder, "tester/x", "--dry_run")
+    before = (folder / "README.md").read_text()
+    printed = push(hub, tmp_path / "home", folder, "tester/y", "--revision", "v2", "--dry_run")
     for name in NATIVE:
         assert f"{(folder / name).stat().st_size:,}  {name}\n" in printed
     assert not any(name in printed for name in LEFT_OUT)
     assert "pipeline_tag: image-segmentation" in printed and "# A student" in printed
+    assert 'model="tester/y", revision="v2")' in printed and (folder / "README.md").read_text() == before
     assert hub.requests == [] and hub.repos == {}
 
 
@@ -141,11 +145,18 @@ def test_a_private_repository_and_a_branch(hub: HubServer, tmp_path: Path) -> No
     assert hub.repos["model", "tester/x"].private
     assert sorted(hub.files("tester/x", "v2")) == NATIVE and hub.files("tester/x") == {}
     push(hub, home, folder, "tester/x", "--private", "--revision", "v2")
+    assert 'model="tester/x", revision="v2")' in hub.files("tester/x", "v2")["README.md"].decode()
 
     hub.add_repo("tester/open")
     printed = push(hub, home, folder, "tester/open", "--private", code=1)
     assert "tester/open exists and is public, which --private does not change" in printed
     assert hub.files("tester/open") == {}
+
+
+def test_nothing_is_pushed_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"nothing can be pushed while HF_HUB_OFFLINE is set; unset it.*hf-bcd push"):
+        push_folder(finished(tmp_path / "x"), "tester/x")
 
 
 @pytest.mark.slow

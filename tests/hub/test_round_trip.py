@@ -75,12 +75,13 @@ json.dump(tiny.ID2LABEL, open("id2label.json", "w"))
 
 # somebody else's environment
 USE = """
-import sys
+import re, sys
 from importlib.util import find_spec
 from pathlib import Path
 
 assert find_spec("hf_bcd") is None, "this environment was meant to lack hf_bcd"
 import numpy as np
+from huggingface_hub import hf_hub_download
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
 for repo, revision in (("tester/native", None), ("tester/timm", "v1")):
@@ -91,6 +92,12 @@ for repo, revision in (("tester/native", None), ("tester/timm", "v1")):
         assert (masks.sum(0) == 1).all(), "masks overlap or leave gaps"
         ids = np.array([segment.model.config.label2id[result["label"]] for result in results])
         np.save(f"{repo.split('/')[1]}-{path.stem}.npy", ids[masks.argmax(0)])
+
+    card = Path(hf_hub_download(repo, "README.md", revision=revision)).read_text()
+    blocks = re.findall(r"(?ms)^```python$(.*?)^```$", card)
+    assert len(blocks) == 2
+    for block in blocks:  # as a reader copies them
+        exec(block, {})
 
 segment.model.save_pretrained("saved-again")
 AutoModelForSemanticSegmentation.from_pretrained("saved-again", trust_remote_code=True)
@@ -178,6 +185,7 @@ def test_round_trip(world: World, elsewhere: Path) -> None:
     scenes = [SyntheticScenes(size=size, num_images=1, seed=1)[0] for size in SIZES]
     for index, scene in enumerate(scenes):
         scene["image"].save(pictures / f"{index}.png")
+    scenes[0]["image"].save(world.folder / "picture.jpg")  # the name in the cards' examples
     world.run(elsewhere, "-c", USE, home="elsewhere", OMP_NUM_THREADS=str(torch.get_num_threads()))
 
     for name in STUDENTS:
@@ -206,7 +214,10 @@ def test_a_pushed_student_is_complete_and_names_nothing_of_this_machine(world: W
     }  # fmt: skip
     assert not any(name.endswith(".py") for name in native)
     assert world.hub.repos["model", "tester/timm"].private and world.hub.files("tester/timm") == {}
+    commit = world.hub.repos["dataset", "tester/scenes"].refs["refs/heads/main"]
     for files in (native, timm):
+        assert json.loads(files["results.json"])["protocol"]["dataset_revision"] == commit
+        assert commit in files["README.md"].decode()
         config = json.loads(files["config.json"])
         assert str(world.folder) not in files["config.json"].decode()
         assert not re.search(r'"(/|runs/)', files["config.json"].decode())
