@@ -156,7 +156,8 @@ def is_distilled(source: str) -> bool:
     """Whether the card beside a model, in a folder or on the Hub, says that it had a teacher."""
     try:
         card = cached_file(source, "README.md")
-        return card is not None and "knowledge-distillation" in (ModelCard.load(card).data.tags or [])
+        metadata = {} if card is None else ModelCard.load(card).data.to_dict()
+        return "knowledge-distillation" in (metadata.get("tags") or [])
     except (OSError, ValueError, yaml.YAMLError):
         return False  # no card, or none to read; a repository that cannot be read fails when its model is loaded
 
