@@ -29,7 +29,7 @@ def plot_relation(rows: list[dict[str, Any]], path: Path) -> None:
     )
     for axes, label in ((time_axes, "seconds, forward + backward"), (memory_axes, "MiB beyond the inputs")):
         axes.set(xscale="log", yscale="log", xlabel="positions n of one image", ylabel=label)
-        axes.set_xticks([row["positions"] for row in rows], [f"{row['positions']:,}" for row in rows])
+        axes.set_xticks([row["positions"] for row in rows], [f"{row['positions']:,}" for row in rows], fontsize=7)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     time_axes.legend(frameon=False)
