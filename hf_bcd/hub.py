@@ -42,7 +42,7 @@ def explained(kind: str, name: str, *, revision: str | None = None) -> Iterator[
         yield
     except HubError:
         raise
-    except Exception as error:
+    except Exception as error:  # three libraries wrap each other's; what is not about the repository passes on
         cause = cause_of(error, kind, name, revision)
         if cause is None:
             raise

@@ -109,7 +109,7 @@ class HubTrainer(Trainer):
         def push_or_warn() -> None:
             try:
                 push()
-            except Exception as error:
+            except Exception as error:  # whatever it is, hours of training must not end for it
                 cause = redacted(str(error), token=self.args.hub_token)
                 logger.warning("%s was not pushed, and training goes on: %s", checkpoint.name, cause)
             finally:

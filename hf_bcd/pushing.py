@@ -84,7 +84,7 @@ def name_in_examples(card: str, repo_id: str, revision: str | None = None) -> st
 def _retry_named(repo_id: str, revision: str | None, folder: Path, command: str, token: str | None) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever it is, the user must learn where the student lies
         cause = str(error) if isinstance(error, HubError) else cause_of(error, "model", repo_id, revision)
         cause = cause or f"model {repo_id}: the push failed ({type(error).__name__}: {shortened(error)})."
         message = f"{cause} The student lies in {folder}; try again with: {command}"

@@ -120,6 +120,7 @@ def read_mat(path: str) -> np.ndarray:
     io = import_extra("scipy.io")
     try:
         return io.loadmat(path, variable_names=["S"])["S"]
+    # NotImplementedError is what scipy raises for version 7.3 of the format
     except (OSError, KeyError, ValueError, NotImplementedError, io.matlab.MatReadError) as error:
         raise ValueError(f"{path}: not a MATLAB file of COCO-Stuff 10K with a variable S ({error!r}).") from error
 
