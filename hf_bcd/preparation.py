@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -83,17 +83,18 @@ def adapt_to_score(
     return adapter
 
 
-def check_label_needs(label_map: LabelMap, losses: Iterable[str]) -> None:
+def check_label_needs(label_map: LabelMap, losses: Mapping[str, Mapping[str, Any] | None]) -> None:
     """Refuses losses that compare class scores where the teacher lacks classes of the student.
 
     Args:
         label_map: from the teacher's classes to the student's.
-        losses: names of the losses. Those that need `logits` compare them class by class.
+        losses: name -> options, as in a recipe. Losses that need `logits` compare them class by class.
 
     Raises:
         ValueError: if one of them cannot be computed.
     """
-    concerned = [name for name in losses if name in LOSSES and "logits" in LOSSES[name].needs]
+    known = {name: LOSSES[name].needed(**options or {}) for name, options in losses.items() if name in LOSSES}
+    concerned = [name for name, needs in known.items() if "logits" in needs]
     if concerned and not label_map.is_complete:
         others = [name for name, loss in LOSSES.items() if "logits" not in loss.needs]
         raise ValueError(

@@ -122,7 +122,11 @@ class BCDTrainer(HubTrainer):
         if self.teacher is not None:
             check_label_needs(self.teacher.label_map, args.resolved_losses)
             criterion = build_criterion(
-                args.resolved_losses, student.feature_specs, self.teacher.feature_specs, seed=args.seed
+                args.resolved_losses,
+                student.feature_specs,
+                self.teacher.feature_specs,
+                num_labels=student.num_labels,
+                seed=args.seed,
             )
         distiller = Distiller(student, criterion)
         if args.sync_batchnorm and args.world_size > 1 and args.device.type == "cuda":

@@ -50,8 +50,8 @@ def step_row(pair: str, device: torch.device, repeats: int, batch: int, side: in
     dtype = torch.bfloat16 if device.type == "cuda" else None
     teacher = FrozenTeacher(build_adapter(make_teacher()), student.id2label, dtype=dtype).to(device)
     plain = Distiller(student, DistillationCriterion({}, {}, [])).to(device).train()
-    with_bcd = Distiller(student, build_criterion({"bcd": {}}, student.feature_specs, teacher.feature_specs))
-    with_bcd = with_bcd.to(device).train()
+    specs = student.feature_specs, teacher.feature_specs
+    with_bcd = Distiller(student, build_criterion({"bcd": {}}, *specs, num_labels=NUM_LABELS)).to(device).train()
     pixel_values = torch.randint(0, 256, (batch, 3, side, side), device=device, dtype=torch.uint8)
     labels = torch.randint(0, NUM_LABELS, (batch, side, side), device=device)
 

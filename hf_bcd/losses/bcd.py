@@ -1,7 +1,7 @@
 """Boundary and context distillation (BCD), https://huggingface.co/papers/2401.13174."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..outputs import DenseOutput, FeatureSpec
 from ..profiling import part
 from .aggregate import PrincipalComponents, SelfRelationHead, StudentHead, TeacherHead
+from .base import DistillationLoss
 from .boundary import (
     Mode,
     boundary_divergence,
@@ -18,7 +19,7 @@ from .boundary import (
     spatial_divergence,
 )
 from .context import context_relation, literal_relation
-from .functional import at_least_float32, grid_size, resize, resize_nearest
+from .functional import at_least_float32, grid_size, resize, valid_positions
 from .path import line_offsets
 from .schedules import Temperature
 
@@ -49,7 +50,7 @@ def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor
     return boundary
 
 
-class BCDLoss(nn.Module):
+class BCDLoss(DistillationLoss):
     """Boundary and context distillation between two feature hierarchies.
 
     Owns the student's connectors (trained, dropped at export) and the teacher's frozen head. Terms `boundary` and
@@ -73,10 +74,13 @@ class BCDLoss(nn.Module):
         seed: seed of the teacher's random maps.
     """
 
-    terms: ClassVar[tuple[str, ...]] = ("boundary", "context")
-    needs: ClassVar[frozenset[str]] = frozenset({"features"})
-    decays: ClassVar[bool] = True
-    citation: ClassVar[str] = (
+    weights = {"boundary": 3.0, "context": 1.0}
+    needs = frozenset({"features"})  # of the labels, void positions alone
+    decays = True
+    transfers = "semantic boundaries and pixel-to-pixel relations of all levels"
+    source = "https://huggingface.co/papers/2401.13174"
+    checked = "the paper's equations (no official code); `stable` mode is our reading of them"
+    citation = (
         "@article{zhang2024bcd,\n"
         "  title={Towards Complementary Knowledge Distillation for Efficient Dense Image Prediction},\n"
         "  author={Zhang, Dong and Dong, Pingcheng and Hu, Xinting and Chen, Long and Cheng, Kwang-Ting},\n"
@@ -85,10 +89,10 @@ class BCDLoss(nn.Module):
         "}"
     )
 
-    @staticmethod
-    def default_weights(mode: Mode = "stable", **_: object) -> dict[str, float]:
+    @classmethod
+    def default_weights(cls, mode: Mode = "stable", **options: Any) -> dict[str, float]:
         """Weights that belong to the reductions of a mode: ours, or the paper's alpha and beta."""
-        return {"boundary": 10.0, "context": 50.0} if mode == "paper" else {"boundary": 3.0, "context": 1.0}
+        return {"boundary": 10.0, "context": 50.0} if mode == "paper" else dict(cls.weights)
 
     def __init__(
         self,
@@ -141,7 +145,7 @@ class BCDLoss(nn.Module):
         """
         with torch.autocast(labels.device.type, enabled=False):
             size = grid_size(labels, self.stride)
-            mask = resize_nearest(labels != self.ignore_index, size)
+            mask = valid_positions(labels, size, self.ignore_index)
             with part("bcd/connectors"):
                 student_features = self.student_head.aggregate(student.features, size)
                 teacher_features = self.teacher_head(teacher.features, size)
@@ -223,7 +227,7 @@ class BCDLoss(nn.Module):
         grids = []
         for teacher, labels in batches:
             size = grid_size(labels, self.stride)
-            grids.append((teacher, size, resize_nearest(labels != self.ignore_index, size)))
+            grids.append((teacher, size, valid_positions(labels, size, self.ignore_index)))
         if isinstance(self.teacher_head.aggregate, PrincipalComponents):
             self.teacher_head.aggregate.fit([(teacher.features, size, mask) for teacher, size, mask in grids])
             self.teacher_head.readout.weight.zero_()

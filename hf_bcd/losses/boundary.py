@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .functional import at_least_float32, mask_fill_value
+from .functional import at_least_float32, divergence
 from .path import line_offsets, path_range
 
 
@@ -80,16 +80,8 @@ def spatial_divergence(
     Returns:
         `[B]`: the sum over positions, in nat; 0 for an image without a valid position.
     """
-    student, teacher = student.flatten(1) / tau, teacher.flatten(1) / tau
-    if mask is not None:
-        fill, mask = mask_fill_value(student.dtype), mask.flatten(1)
-        student, teacher = student.masked_fill(~mask, fill), teacher.masked_fill(~mask, fill)
-    log_q = student.log_softmax(dim=1)
-    log_p = teacher.log_softmax(dim=1)
-    terms = log_p.exp() * ((log_p - log_q) if entropy else -log_q)
-    if mask is not None:
-        terms = terms.masked_fill(~mask, 0)
-    return terms.sum(dim=1)
+    mask = None if mask is None else mask.flatten(1)
+    return divergence(student.flatten(1), teacher.flatten(1), dim=1, tau=tau, mask=mask, entropy=entropy)
 
 
 def boundary_distillation_loss(

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
+from .base import DistillationLoss
 from .bcd import BCDLoss
+from .cwd import CWDLoss
+from .kd import KDLoss
 
 
-LOSSES: dict[str, type[BCDLoss]] = {"bcd": BCDLoss}
+LOSSES: dict[str, type[DistillationLoss]] = {
+    "bcd": BCDLoss,
+    "cwd": CWDLoss,
+    "kd": KDLoss,
+}
 TASK_WEIGHTS = {"loss_task": 1.0, "loss_auxiliary": 0.4}
 
 
@@ -37,7 +44,7 @@ class DistillationCriterion(nn.Module):
     decay: Tensor
 
     def __init__(
-        self, losses: Mapping[str, BCDLoss], weights: Mapping[str, Mapping[str, float]], decays: Iterable[str]
+        self, losses: Mapping[str, DistillationLoss], weights: Mapping[str, Mapping[str, float]], decays: Iterable[str]
     ) -> None:
         super().__init__()
         self.losses: nn.ModuleDict = nn.ModuleDict(dict(losses))
@@ -97,6 +104,7 @@ def build_criterion(
     student_specs: Mapping[str, FeatureSpec],
     teacher_specs: Mapping[str, FeatureSpec],
     *,
+    num_labels: int,
     ignore_index: int = 255,
     seed: int = 0,
 ) -> DistillationCriterion:
@@ -107,6 +115,7 @@ def build_criterion(
             (whether r(t) multiplies it), e.g. `{"bcd": {"radius": 5, "weight": {"boundary": 3, "context": 1}}}`.
         student_specs: feature levels of the student.
         teacher_specs: feature levels of the teacher.
+        num_labels: number of the student's classes.
         ignore_index: void label.
         seed: seed of whatever a loss draws at random.
 
@@ -114,7 +123,14 @@ def build_criterion(
         ValueError: for an unknown loss, option or term (naming the nearest known one) or a weight that is not a finite
             number >= 0.
     """
-    modules: dict[str, BCDLoss] = {}
+    context = {
+        "student_specs": student_specs,
+        "teacher_specs": teacher_specs,
+        "num_labels": num_labels,
+        "ignore_index": ignore_index,
+        "seed": seed,
+    }
+    modules: dict[str, DistillationLoss] = {}
     weights: dict[str, dict[str, float]] = {}
     decays = []
     for name, given in losses.items():
@@ -122,20 +138,21 @@ def build_criterion(
             raise ValueError(unknown_key_message("loss", name, LOSSES))
         cls, options = LOSSES[name], dict(given or {})
         weight, decay = options.pop("weight", {}), options.pop("decay", cls.decays)
-        known = set(inspect.signature(cls).parameters) - {"student_specs", "teacher_specs", "ignore_index", "seed"}
+        parameters = set(inspect.signature(cls).parameters)
+        known = parameters - set(context)
         for key in options:
             if key not in known:
                 raise ValueError(unknown_key_message(f"option of loss {name!r}", key, known | {"weight", "decay"}))
         if not isinstance(decay, bool):
             raise ValueError(f"decay of loss {name!r} is {decay!r}; it must be true or false.")
-        modules[name] = cls(student_specs, teacher_specs, ignore_index=ignore_index, seed=seed, **options)
+        modules[name] = cls(**{key: value for key, value in context.items() if key in parameters}, **options)
         weights[name] = _term_weights(name, cls, weight, options)
         if decay:
             decays.append(name)
     return DistillationCriterion(modules, weights, decays)
 
 
-def _term_weights(name: str, cls: type[BCDLoss], weight: Any, options: Mapping[str, Any]) -> dict[str, float]:
+def _term_weights(name: str, cls: type[DistillationLoss], weight: Any, options: Mapping[str, Any]) -> dict[str, float]:
     weights = cls.default_weights(**options)
     given: Mapping[str, Any] = weight if isinstance(weight, Mapping) else dict.fromkeys(weights, weight)
     for term in given:

@@ -33,10 +33,103 @@ def resize_nearest(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x[:, rows[:, None], columns]
 
 
+def spatial_size(x: Tensor) -> tuple[int, int]:
+    """Height and width of `[..., h, w]`."""
+    return x.shape[-2], x.shape[-1]
+
+
+def on_teacher_grid(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Brings two maps together for a loss: the student's resized to the teacher's grid, so that no target is blurred.
+
+    Args:
+        student: `[B, C, h, w]`.
+        teacher: `[B, C, h', w']`.
+        mask: boolean `[B, h', w']`, True where valid; None for everywhere.
+
+    Returns:
+        Student, teacher (constant) and mask on the teacher's grid, maps in float32 or float64.
+
+    Raises:
+        ValueError: if batch, channels or the mask's size differ.
+    """
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree in batch and channels; "
+            "project one of them first."
+        )
+    if mask is None:
+        mask = torch.ones_like(teacher[:, 0], dtype=torch.bool)
+    if mask.shape != teacher[:, 0].shape:
+        raise ValueError(f"mask is {tuple(mask.shape)}; it must be {tuple(teacher[:, 0].shape)}, the teacher's grid.")
+    return resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach(), mask
+
+
+def valid_positions(labels: Tensor, size: tuple[int, int], ignore_index: int) -> Tensor:
+    """Which positions of a grid over label maps `[B, H, W]` count: boolean `[B, *size]`, False where void."""
+    return resize_nearest(labels != ignore_index, size)
+
+
 def grid_size(labels: Tensor, stride: int) -> tuple[int, int]:
     """Size (h, w) of the stride-`stride` grid over label maps `[B, H, W]`, rounded up as convolutions do."""
     height, width = labels.shape[-2:]
     return -(-height // stride), -(-width // stride)
+
+
+def image_means(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of each image `[B, ...]` over its positions where `mask` (of the same shape) is True: `[B]`, 0 without any."""
+    kept = x.masked_fill(~mask, 0).flatten(1).sum(dim=1)
+    return kept / mask.flatten(1).sum(dim=1).clamp_min(1)
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    dim: int,
+    tau: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    entropy: bool = True,
+) -> Tensor:
+    """KL divergence between softmaxes of two tensors of logits along `dim`, in log space.
+
+    Args:
+        student: any shape.
+        teacher: the same shape.
+        dim: the dimension that a distribution runs over.
+        tau: temperature, > 0.
+        mask: broadcastable, True where an entry belongs to its distribution; one that is False everywhere gives 0.
+        entropy: subtract the teacher's entropy (KL) or not (cross-entropy).
+
+    Returns:
+        `KL(softmax(teacher / tau) ‖ softmax(student / tau))` in nat, the shape without `dim`.
+    """
+    student, teacher = student / tau, teacher / tau
+    if mask is not None:
+        fill = mask_fill_value(student.dtype)
+        student, teacher = student.masked_fill(~mask, fill), teacher.masked_fill(~mask, fill)
+    log_q, log_p = student.log_softmax(dim), teacher.log_softmax(dim)
+    terms = log_p.exp() * ((log_p - log_q) if entropy else -log_q)
+    return (terms if mask is None else terms.masked_fill(~mask, 0)).sum(dim)
+
+
+def class_masks(labels: Tensor, num_labels: int, size: tuple[int, int]) -> Tensor:
+    """One-hot label maps on a grid, nearest neighbours: boolean `[B, num_labels, *size]`; no class where void."""
+    classes = torch.arange(num_labels, device=labels.device)
+    return resize_nearest(labels, size)[:, None] == classes[:, None, None]
+
+
+def class_means(features: Tensor, classes: Tensor) -> Tensor:
+    """Mean feature of every class in every image.
+
+    Args:
+        features: `[B, C, h, w]`.
+        classes: one-hot maps `[B, K, h, w]`, see `class_masks`.
+
+    Returns:
+        `[B, K, C]`, 0 for a class that an image lacks.
+    """
+    weight = classes.flatten(2).to(features.dtype)
+    return weight @ features.flatten(2).mT / weight.sum(dim=2, keepdim=True).clamp_min(1)
 
 
 class _AllReduceSum(torch.autograd.Function):

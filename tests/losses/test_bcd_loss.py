@@ -82,7 +82,7 @@ def test_terms_equal_plain_loops(mode, teacher_head):
     loss.boundary_temperature.value.fill_(1.5)
     loss.context_temperature.value.fill_(2.0)
     actual = loss(student, teacher, labels)
-    assert set(actual) == set(BCDLoss.terms)
+    assert set(actual) == set(BCDLoss.weights)
     assert all(x.dtype == torch.float32 and x.shape == () for x in actual.values())
 
     state = loss.state_dict()

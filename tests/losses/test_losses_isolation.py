@@ -44,7 +44,7 @@ def training_step(mode: str, teacher_head: str, device: str = "cpu"):
     """Criterion and one step of it, everything on the device beforehand."""
     torch.manual_seed(0)
     options = {"mode": mode, "teacher_head": teacher_head, "channels": 8, "reduced_channels": 4}
-    criterion = build_criterion({"bcd": options}, SPECS, SPECS).to(device)
+    criterion = build_criterion({"bcd": options}, SPECS, SPECS, num_labels=3).to(device)
     student, teacher = (dense_output(SPECS, 2, 32, 3, seed=seed) for seed in (0, 100))
     for output in (student, teacher):
         output.features = {name: x.to(device) for name, x in output.features.items()}

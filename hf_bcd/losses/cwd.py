@@ -1,0 +1,92 @@
+"""Channel-wise distillation (Shu et al., ICCV 2021, https://arxiv.org/abs/2011.13256)."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..outputs import DenseOutput, FeatureSpec
+from .base import DistillationLoss, check_positive
+from .connectors import FeaturePair
+from .functional import divergence, on_teacher_grid, spatial_size, valid_positions
+
+
+Source = Literal["logits", "features"]
+
+
+def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, mask: Tensor | None = None) -> Tensor:
+    """Channel-wise distillation: every channel, read as a distribution over positions, follows the teacher's.
+
+    `temperature² · mean over images and channels of KL(softmax(t_c / T) ‖ softmax(s_c / T))`, the softmax over the valid
+    positions of an image.
+
+    Args:
+        student: scores or features `[B, C, h, w]`.
+        teacher: `[B, C, h', w']`, to whose grid the student's are resized; receives no gradient.
+        temperature: T, > 0.
+        mask: `[B, h', w']`, True where valid.
+
+    Returns:
+        Scalar >= 0 in nat, 0 for channels that differ by a constant; float32 or float64.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher, mask = on_teacher_grid(student, teacher, mask)
+        student, teacher, mask = student.flatten(2), teacher.flatten(2), mask.flatten(1)[:, None]
+        return temperature**2 * divergence(student, teacher, dim=2, tau=temperature, mask=mask).mean()
+
+
+class CWDLoss(DistillationLoss):
+    """`cwd_loss` between the logits, or one feature level, of two models.
+
+    Args:
+        student_specs: feature levels of the student.
+        teacher_specs: feature levels of the teacher.
+        on: `logits`, or `features` behind a trained 1x1 convolution on the student's.
+        temperature: T; 4 as in the official code.
+        level: level of `features`; the coarsest that both models have by default.
+        ignore_index: void label.
+    """
+
+    weights = {"cwd": 3.0}
+    needs = frozenset({"logits"})
+    transfers = "where each channel is active"
+    source = "https://arxiv.org/abs/2011.13256"
+    checked = "official code (TorchDistiller): same reduction, weight and temperature; void pixels left out"
+    citation = (
+        "@inproceedings{shu2021channel,\n"
+        "  title={Channel-wise Knowledge Distillation for Dense Prediction},\n"
+        "  author={Shu, Changyong and Liu, Yifan and Gao, Jianfei and Yan, Zheng and Shen, Chunhua},\n"
+        "  booktitle={ICCV},\n"
+        "  year={2021}\n"
+        "}"
+    )
+
+    @classmethod
+    def needed(cls, on: Source = "logits", **options: Any) -> frozenset[str]:
+        return frozenset({on})
+
+    def __init__(
+        self,
+        student_specs: Mapping[str, FeatureSpec],
+        teacher_specs: Mapping[str, FeatureSpec],
+        *,
+        on: Source = "logits",
+        temperature: float = 4.0,
+        level: str | None = None,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        if on not in get_args(Source):
+            raise ValueError(f"on is {on!r}; choose one of {', '.join(get_args(Source))}.")
+        check_positive(temperature=temperature)
+        self.temperature, self.ignore_index = temperature, ignore_index
+        self.pair = FeaturePair(student_specs, teacher_specs, level) if on == "features" else None
+
+    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(labels.device.type, enabled=False):
+            ours, theirs = student.logits, teacher.logits
+            if self.pair is not None:
+                ours, theirs = self.pair(student.features, teacher.features)
+            mask = valid_positions(labels, spatial_size(theirs), self.ignore_index)
+            return {"cwd": cwd_loss(ours, theirs, temperature=self.temperature, mask=mask)}

@@ -1,0 +1,60 @@
+"""Knowledge distillation of the class scores of every pixel (Hinton et al., https://arxiv.org/abs/1503.02531)."""
+
+import torch
+from torch import Tensor
+
+from ..outputs import DenseOutput
+from .base import DistillationLoss, check_positive
+from .functional import divergence, image_means, on_teacher_grid, spatial_size, valid_positions
+
+
+def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """Pixel-wise knowledge distillation.
+
+    `temperature² · mean over images and valid pixels of KL(softmax(z_teacher / T) ‖ softmax(z_student / T))` over
+    classes.
+
+    Args:
+        student: class scores `[B, K, h, w]`.
+        teacher: class scores `[B, K, h', w']`, to whose grid the student's are resized; they receive no gradient.
+        temperature: T, > 0.
+        mask: `[B, h', w']`, True where valid.
+
+    Returns:
+        Scalar >= 0 in nat, 0 for equal scores; float32 or float64.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher, mask = on_teacher_grid(student, teacher, mask)
+        return temperature**2 * image_means(divergence(student, teacher, dim=1, tau=temperature), mask).mean()
+
+
+class KDLoss(DistillationLoss):
+    """`kd_loss` between the logits of two models.
+
+    Args:
+        temperature: T; 1 as in CIRKD's comparison, whose reduction and weight are these as well.
+        ignore_index: void label.
+    """
+
+    weights = {"kd": 1.0}
+    needs = frozenset({"logits"})
+    transfers = "class scores of each pixel"
+    source = "https://arxiv.org/abs/1503.02531"
+    checked = "the pixel-wise term of CIRKD's official code, same reduction, void pixels left out"
+    citation = (
+        "@article{hinton2015distilling,\n"
+        "  title={Distilling the Knowledge in a Neural Network},\n"
+        "  author={Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},\n"
+        "  journal={arXiv preprint arXiv:1503.02531},\n"
+        "  year={2015}\n"
+        "}"
+    )
+
+    def __init__(self, *, temperature: float = 1.0, ignore_index: int = 255) -> None:
+        super().__init__()
+        check_positive(temperature=temperature)
+        self.temperature, self.ignore_index = temperature, ignore_index
+
+    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+        mask = valid_positions(labels, spatial_size(teacher.logits), self.ignore_index)
+        return {"kd": kd_loss(student.logits, teacher.logits, temperature=self.temperature, mask=mask)}

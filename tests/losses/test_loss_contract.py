@@ -1,0 +1,284 @@
+"""What holds for every distillation loss, whatever it computes. Values are tested in a file for each."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from host_sync import no_host_synchronisation
+from loss_references import dense_output, random_labels
+from torch import Tensor, nn
+
+from hf_bcd.losses import LOSSES, DistillationLoss, build_criterion, segmentation_loss
+from hf_bcd.losses.criterion import DistillationCriterion
+from hf_bcd.outputs import DenseOutput, FeatureSpec
+
+
+NUM_LABELS, SIZE = 3, 64
+STUDENT = {"stride_4": FeatureSpec(4, 4), "stride_8": FeatureSpec(6, 8), "stride_16": FeatureSpec(8, 16)}
+# other channels, and a last stage that is dilated
+TEACHER = {"stride_4": FeatureSpec(6, 4), "stride_8": FeatureSpec(8, 8), "stride_16": FeatureSpec(12, 8)}
+
+# options that make a loss small, or give it all its parts
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "bcd": [
+        {"channels": 8, "reduced_channels": 4},
+        {"channels": 8, "reduced_channels": 4, "mode": "paper", "teacher_head": "orthogonal"},
+    ],
+    "cwd": [{}, {"on": "features"}],
+}
+# (loss, term) -> why it is not zero where student and teacher agree
+FLOORS = {
+    ("bcd", "boundary"): "the teacher's boundary map is hard, the student's soft",
+    ("bcd", "context"): "student and teacher have connectors of their own",
+}
+# losses whose gradient is meant to differ from the values' own, and why
+NO_GRADCHECK = {("bcd", 1): "straight-through estimator"}
+CASES = [(name, options) for name in sorted(LOSSES) for options in OPTIONS.get(name, [{}])]
+each_loss = pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)])
+
+
+def build(name: str, options: dict[str, Any], student=STUDENT, teacher=TEACHER) -> DistillationCriterion:
+    torch.manual_seed(0)
+    return build_criterion({name: options}, student, teacher, num_labels=NUM_LABELS, seed=0)
+
+
+def outputs(dtype: torch.dtype = torch.float32, student=STUDENT, teacher=TEACHER) -> tuple[DenseOutput, DenseOutput]:
+    """Student with gradients and teacher, of four images."""
+    pair = [dense_output(specs, 4, SIZE, NUM_LABELS, seed=seed) for specs, seed in ((student, 0), (teacher, 100))]
+    for output in pair:
+        output.features = {level: x.to(dtype) for level, x in output.features.items()}
+        output.logits = output.logits.to(dtype)
+    for leaf in leaves(pair[0]).values():
+        leaf.requires_grad_()
+    return pair[0], pair[1]
+
+
+def leaves(output: DenseOutput) -> dict[str, Tensor]:
+    return {"logits": output.logits, **output.features}
+
+
+def label_maps() -> Tensor:
+    """Regions of three classes, void ones of unequal size in two of the four images."""
+    labels = random_labels(4, 8, 8, num_labels=NUM_LABELS).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    labels[0, :, :32] = 255
+    labels[2, :16] = 255
+    return labels
+
+
+def step(
+    criterion: DistillationCriterion, student: DenseOutput, teacher: DenseOutput, labels: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Total of the distillation terms alone, and the terms."""
+    task = {"loss_task": segmentation_loss(student.logits, labels)}
+    total, terms = criterion(task, student, teacher, labels)
+    distilled = {term: value for term, value in terms.items() if term != "loss_task"}
+    return total - terms["loss_task"], distilled
+
+
+def values(terms: dict[str, Tensor]) -> dict[str, float]:
+    return {term: value.item() for term, value in terms.items()}
+
+
+@each_loss
+def test_it_says_what_it_is(name, options):
+    cls = LOSSES[name]
+    loss = build(name, options).losses[name]
+    assert isinstance(loss, DistillationLoss) and cls.__name__.removesuffix("Loss").lower() == name
+    assert cls.citation.lstrip().startswith("@") and cls.source.startswith("https://")
+    assert cls.transfers and cls.checked and cls.keeps in {"", "discriminator", "memory"}
+    assert cls.needed(**options) <= {"logits", "features", "labels", "task_loss", "head"} and cls.needed(**options)
+    assert all(isinstance(value, float) and value > 0 for value in cls.default_weights(**options).values())
+
+
+@each_loss
+def test_terms_are_unweighted_float32_scalars(name, options):
+    criterion, (student, teacher) = build(name, options), outputs()
+    _, terms = step(criterion, student, teacher, label_maps())
+    assert set(terms) == {f"{name}/{term}" for term in LOSSES[name].default_weights(**options)}
+    for value in terms.values():
+        assert value.shape == () and value.dtype == torch.float32 and value.isfinite() and value.requires_grad
+    heavy = build(name, options | {"weight": 7})
+    _, same = step(heavy, student, teacher, label_maps())
+    assert values(same) == pytest.approx(values(terms), rel=1e-6)
+
+
+@each_loss
+def test_gradient_reaches_the_student_and_never_the_teacher(name, options):
+    criterion, (student, teacher) = build(name, options), outputs()
+    for leaf in leaves(teacher).values():
+        leaf.requires_grad_()
+    total, terms = step(criterion, student, teacher, label_maps())
+    for term, value in terms.items():
+        found = torch.autograd.grad(value, list(leaves(student).values()), retain_graph=True, allow_unused=True)
+        assert any(gradient is not None and gradient.any() for gradient in found), term
+    total.backward()
+    assert all(leaf.grad is None for leaf in leaves(teacher).values())
+    assert all(parameter.grad is not None for parameter in criterion.parameters() if parameter.requires_grad)
+
+
+@each_loss
+def test_gradients_are_those_of_the_values(name, options):
+    if reason := NO_GRADCHECK.get((name, OPTIONS.get(name, [{}]).index(options))):
+        pytest.skip(reason)
+    criterion, (student, teacher) = build(name, options).double(), outputs(torch.float64)
+    labels = label_maps()
+
+    def total(*given: Tensor) -> Tensor:
+        logits, *levels = given
+        output = DenseOutput(dict(zip(STUDENT, levels, strict=True)), logits)
+        return step(criterion, output, teacher, labels)[0]
+
+    assert torch.autograd.gradcheck(total, tuple(leaves(student).values()), fast_mode=True, atol=1e-6)
+
+
+@each_loss
+def test_void_pixels_change_nothing(name, options):
+    criterion, labels = build(name, options), label_maps()
+    totals, gradients = [], []
+    for noise in (0, 5):
+        student, teacher = outputs()
+        for output in (student, teacher):
+            for leaf in leaves(output).values():
+                leaf.data[0, ..., : leaf.shape[-1] // 4] += noise * torch.randn_like(
+                    leaf[0, ..., : leaf.shape[-1] // 4]
+                )
+        total, _ = step(criterion, student, teacher, labels)
+        total.backward()
+        totals.append(total.item())
+        gradients.append(
+            [leaf.grad[..., leaf.shape[-1] // 2 :] for leaf in leaves(student).values() if leaf.grad is not None]
+        )
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+@each_loss
+def test_a_batch_without_a_valid_pixel_gives_a_connected_zero(name, options):
+    criterion, (student, teacher) = build(name, options), outputs()
+    _, terms = step(criterion, student, teacher, torch.full((4, SIZE, SIZE), 255))
+    assert all(value == 0 for value in values(terms).values()), values(terms)
+    torch.stack(list(terms.values())).sum().backward()
+    trained = [parameter for parameter in criterion.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)
+    criterion.after_step()
+    assert all(buffer.isfinite().all() for buffer in criterion.buffers())
+
+
+@each_loss
+def test_half_precision_and_autocast_change_little(name, options):
+    criterion, labels = build(name, options), label_maps()
+    exact = values(step(criterion, *outputs(), labels)[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = step(criterion, *outputs(torch.bfloat16), labels)[1]
+    assert all(value.dtype == torch.float32 for value in rounded.values())
+    assert values(rounded) == pytest.approx(exact, rel=0.1, abs=1e-3)
+
+
+@each_loss
+def test_agreement_gives_zero(name, options):
+    criterion = build(name, options, STUDENT, STUDENT)
+    student, _ = outputs()
+    teacher = DenseOutput({level: x.detach() for level, x in student.features.items()}, student.logits.detach())
+    apart = values(step(criterion, *outputs(student=STUDENT, teacher=STUDENT), label_maps())[1])
+    for term, value in values(step(criterion, student, teacher, label_maps())[1]).items():
+        if (name, term.removeprefix(f"{name}/")) not in FLOORS:
+            assert abs(value) < 1e-5 * max(1.0, abs(apart[term])), term
+
+
+@each_loss
+def test_scores_of_other_classes_are_refused(name, options):
+    if "logits" not in LOSSES[name].needed(**options):
+        pytest.skip("compares no class scores")
+    criterion, (student, teacher) = build(name, options), outputs()
+    teacher.logits = torch.cat([teacher.logits, teacher.logits], dim=1)
+    with pytest.raises(ValueError, match=r"3.*6|6.*3"):
+        step(criterion, student, teacher, label_maps())
+
+
+@each_loss
+def test_a_step_never_waits_for_the_device(name, options):
+    criterion, (student, teacher), labels = build(name, options), outputs(), label_maps()
+    with no_host_synchronisation():
+        for _ in range(2):
+            step(criterion, student, teacher, labels)[0].backward()
+            criterion.after_step()
+
+
+def advance(criterion: DistillationCriterion, steps: int, rows: slice = slice(None)) -> dict[str, Tensor]:
+    """Terms and gradients of each of some optimizer steps, whose images differ from step to step."""
+    found = {}
+    for number in range(steps):
+        student, teacher = outputs(torch.float64)
+        order = torch.arange(4).roll(number)
+        half = [
+            DenseOutput(
+                {level: x[order][rows].detach() for level, x in o.features.items()}, o.logits[order][rows].detach()
+            )
+            for o in (student, teacher)
+        ]
+        for leaf in leaves(half[0]).values():
+            leaf.requires_grad_()
+        criterion.zero_grad()
+        total, terms = step(criterion, half[0], half[1], label_maps()[order][rows])
+        total.backward()
+        criterion.after_step()
+        found |= {f"{number} {term}": value.detach() for term, value in terms.items()}
+        found |= {
+            f"{number} gradient {parameter}": value.grad
+            for parameter, value in criterion.named_parameters()
+            if value.grad is not None
+        }
+        found |= {f"{number} of {leaf}": x.grad for leaf, x in leaves(half[0]).items() if x.grad is not None}
+    return found
+
+
+@each_loss
+def test_a_restored_loss_goes_on_as_if_never_stopped(name, options):
+    torch.manual_seed(0)
+    whole = build(name, options).double()
+    advance(whole, 2)
+    state = copy.deepcopy(whole.state_dict())
+    restored = build(name, options).double()
+    for parameter in restored.parameters():
+        nn.init.zeros_(parameter)
+    restored.load_state_dict(state)
+    expected, actual = advance(whole, 2), advance(restored, 2)
+    assert expected and all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = {}
+    for case, (name, options) in enumerate(CASES):
+        for key, value in advance(build(name, options).double(), 3, slice(2 * rank, 2 * rank + 2)).items():
+            if " of " not in key:  # what the log and DDP average
+                dist.all_reduce(value)
+                value /= 2
+            results[f"{case} {key}"] = value
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[dict[str, Tensor]]:
+    folder: Path = tmp_path_factory.mktemp("contract")
+    mp.spawn(work, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)])
+def test_two_ranks_equal_one(case, two_ranks):
+    whole = advance(build(*CASES[case]).double(), 3)
+    assert whole
+    for key, value in whole.items():
+        halves = [rank[f"{case} {key}"] for rank in two_ranks]
+        # a rank's loss is the mean over its own half, so its gradients of its images are twice as large
+        found = torch.cat(halves) / 2 if " of " in key else halves[0]
+        torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
