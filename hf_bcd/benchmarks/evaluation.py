@@ -28,11 +28,17 @@ def label_maps() -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.where(wrong, noise, labels), labels
 
 
-def evaluation_rows(count: int, compared: int, repeats: int = 1) -> list[dict[str, Any]]:
+def evaluation_rows(count: int, compared: int, repeats: int = 1, mean_iou: str = "mean_iou") -> list[dict[str, Any]]:
     """Time and memory of all our metrics for `compared` and for `count` maps, and of `mean_iou` for `compared`.
 
-    `mean_iou` counts the confusion alone, so ours is measured alone as well. It comes from the Hub; where that cannot
-    be reached, its row is missing.
+    `mean_iou` counts the confusion alone, so ours is measured alone as well. Where it cannot be loaded, its row is
+    missing.
+
+    Args:
+        count: maps of the large set.
+        compared: maps of the small set, which all measurements share.
+        repeats: repeats of each measurement.
+        mean_iou: what `evaluate.load` loads: the name on the Hub, or a local copy of its script.
     """
     maps = list(label_maps())
 
@@ -45,10 +51,12 @@ def evaluation_rows(count: int, compared: int, repeats: int = 1) -> list[dict[st
 
         return run
 
+    stored = [(prediction, labels.to(torch.uint8)) for prediction, labels in maps]  # as our data sets keep labels
+
     def confusion() -> Tensor:
         total = torch.zeros(NUM_LABELS, NUM_LABELS, dtype=torch.int64)
         for index in range(compared):
-            prediction, labels = maps[index % DISTINCT]
+            prediction, labels = stored[index % DISTINCT]
             total += confusion_counts(labels, prediction, labels != 255, NUM_LABELS).sum(0)
         return total
 
@@ -57,12 +65,12 @@ def evaluation_rows(count: int, compared: int, repeats: int = 1) -> list[dict[st
         ("all scores", count): all_scores(count),
         ("mean IoU alone", compared): confusion,
     }
-    if (metric := _mean_iou()) is not None:
+    if (metric := _load(mean_iou)) is not None:
 
         def theirs() -> Any:
             for index in range(compared):
                 prediction, labels = maps[index % DISTINCT]
-                metric.add_batch(predictions=prediction.int().numpy(), references=labels.int().numpy())
+                metric.add_batch(predictions=prediction.numpy(), references=labels.numpy())
             return metric.compute(num_labels=NUM_LABELS, ignore_index=255)
 
         runs["evaluate's mean_iou", compared] = theirs
@@ -77,12 +85,12 @@ def evaluation_rows(count: int, compared: int, repeats: int = 1) -> list[dict[st
     return rows
 
 
-def _mean_iou() -> Any:
+def _load(name: str) -> Any:
     if find_spec("evaluate") is None:
         return None
     import evaluate
 
     try:
-        return evaluate.load("mean_iou")
+        return evaluate.load(name)
     except OSError:  # offline, and not in the cache
         return None

@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=None, help="crop of the whole step: 512 on a GPU, 128 on the CPU")
     parser.add_argument("--batch", type=int, default=None, help="images of the whole step: 8 on a GPU, 2 on the CPU")
     parser.add_argument("--maps", type=int, default=2000, help="label maps of the evaluation")
+    parser.add_argument("--mean_iou", default="mean_iou", help="metric for evaluate.load: Hub name or a local script")
     args = parser.parse_args(argv)
 
     device = torch.device(args.device)
@@ -68,7 +69,9 @@ RUNS = {
     "losses": _losses,
     "step": _step,
     "data": lambda args, device, dtype: data_rows(args.repeats),
-    "eval": lambda args, device, dtype: evaluation_rows(args.maps, compared=min(20, args.maps)),
+    "eval": lambda args, device, dtype: evaluation_rows(
+        args.maps, compared=min(20, args.maps), mean_iou=args.mean_iou
+    ),
 }
 
 

@@ -8,7 +8,7 @@ def image_histograms(values: Tensor, size: int) -> Tensor:
     """Counts how often each value occurs in each image.
 
     Args:
-        values: integers in [0, size], `[B, ...]`; `size` is not counted.
+        values: integers in [0, size], `[B, ...]`, of a type that holds `B·(size + 1)`; `size` is not counted.
         size: number of bins.
 
     Returns:
@@ -18,5 +18,5 @@ def image_histograms(values: Tensor, size: int) -> Tensor:
     # what is not counted gets a bin of its own: selecting the others first would cost a device sync
     bins = values.flatten(1)
     if batch > 1:
-        bins = bins + torch.arange(batch, device=values.device)[:, None] * (size + 1)
+        bins = bins + torch.arange(batch, device=values.device, dtype=bins.dtype)[:, None] * (size + 1)
     return torch.bincount(bins.flatten(), minlength=batch * (size + 1)).view(batch, size + 1)[:, :-1]

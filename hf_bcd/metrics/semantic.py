@@ -135,7 +135,10 @@ class SemanticMetrics:
 
 
 def confusion_counts(truth: Tensor, prediction: Tensor, valid: Tensor, num_labels: int) -> Tensor:
-    """How often each class is predicted as each: int64 `[B, C, C]` (truth, prediction) of int64 maps `[B, H, W]`."""
+    """How often each class is predicted as each: int64 `[B, C, C]` (truth, prediction) of integer maps `[B, H, W]`."""
+    # counting is bound by memory: half the bytes, half the time
+    fits = len(truth) * (num_labels**2 + 1) < 2**31
+    prediction, truth = (ids.to(torch.int32 if fits else torch.int64) for ids in (prediction, truth))
     cells = torch.add(prediction, truth, alpha=num_labels).masked_fill_(~valid, num_labels**2)
     return image_histograms(cells, num_labels**2).unflatten(1, (num_labels, num_labels))
 
