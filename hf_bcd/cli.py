@@ -9,7 +9,9 @@ COMMANDS = {
     "distill": "distil a student from a teacher, or train it alone",
     "evaluate": "score a model on a labelled data set",
     "check": "show what a data set holds",
+    "methods": "list the distillation methods, or print one in full",
     "benchmark": "measure speed and memory of losses, steps, data and metrics",
+    "study": "run a grid of recipes, losses and seeds, and compare",
     "push": "push the finished student of a folder to the Hub",
 }
 

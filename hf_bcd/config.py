@@ -3,16 +3,16 @@
 import argparse
 import dataclasses
 import os
-import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .losses.criterion import unknown_key_message
+from .recipes import parse_mapping, read_recipe, read_yaml
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -22,20 +22,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 TEACHER_DTYPES = ("auto", "float32", "bfloat16")
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number; YAML 1.1 takes it for text, because it has no dot."""
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """The value of a YAML document; tags that would build Python objects are errors."""
-    return yaml.load(text, Loader=_YamlLoader)
 
 
 @dataclass
@@ -256,31 +242,26 @@ class BCDConfig(TrainingArguments):
         return dict(self.losses) if isinstance(self.losses, dict) else PRESETS[self.preset]
 
 
-def parse_mapping(text: str, key: str) -> dict[str, Any]:
-    """Reads a mapping written as YAML or JSON.
-
-    Raises:
-        ValueError: if `text` is something else.
-    """
-    value = read_yaml(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"{key} is {text!r}; expected a mapping such as '{{max_steps: 100}}'.")
-    return value
-
-
 MAPPINGS = ("student", "teacher", "teacher_training", "dataset_options", "losses", "lr_scheduler_kwargs")
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, BCDConfig)
+RECIPE_KEYS = frozenset(f.name for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls) if f.init)
 
 
 def parse_arguments(
-    argv: list[str] | None = None, *, default_config: str | Path | None = None, description: str | None = None
+    argv: list[str] | None = None,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    default_config: str | Path | None = None,
+    description: str | None = None,
 ) -> tuple[ModelArguments, DataArguments, BCDConfig]:
     """Reads a recipe and the command line: what the user types wins over the recipe, which wins over the defaults.
 
-    `--config file.yaml` names the recipe. Fields of a mapping can be set one by one: `--losses.bcd.radius 5`.
+    `--config file.yaml` names the recipe, which may start from another: `base: other.yaml`. Fields of a mapping can be
+    set one by one: `--losses.bcd.radius 5`.
 
     Args:
         argv: arguments; those of the process by default.
+        recipe: content of a recipe, instead of `--config`.
         default_config: recipe in force when neither `--config`, a data set nor a student is given.
         description: first lines of `--help`.
 
@@ -303,15 +284,15 @@ def parse_arguments(
         parser.exit()
 
     argv, dotted = _split_dotted(argv)
-    known = {f.name for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls) if f.init}
     _check_flags(argv, parser)
     namespace = parser.parse_args(argv)
-    typed = {key for key in known if _is_typed(parser, key, argv)}
+    typed = {key for key in RECIPE_KEYS if _is_typed(parser, key, argv)}
     config = namespace.config
-    if config is None and not typed & {"dataset_name", "data_dir", "student"}:
+    if recipe is None and config is None and not typed & {"dataset_name", "data_dir", "student"}:
         config = default_config
-    recipe = _read_recipe(Path(config), known) if config is not None else {}
-    values = {key: getattr(namespace, key) for key in known}
+    if recipe is None:
+        recipe = read_recipe(Path(config), RECIPE_KEYS) if config is not None else {}
+    values = {key: getattr(namespace, key) for key in RECIPE_KEYS}
     values |= {key: value for key, value in recipe.items() if key not in typed}
     for key in MAPPINGS:
         if values[key] in ("none", "null"):  # so that the command line can undo what the recipe says
@@ -395,18 +376,6 @@ def _check_flags(argv: list[str], parser: argparse.ArgumentParser) -> None:
 def _is_typed(parser: argparse.ArgumentParser, key: str, argv: list[str]) -> bool:
     flags = {text.partition("=")[0] for text in argv}
     return any(action.dest == key for flag, action in parser._option_string_actions.items() if flag in flags)
-
-
-def _read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such file.")
-    recipe = read_yaml(path.read_text()) or {}
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}.")
-    for key in recipe:
-        if key not in known:
-            raise ValueError(f"{path}: {unknown_key_message('key', str(key), known)}")
-    return recipe
 
 
 def _set_nested(values: dict[str, Any], path: list[str], value: Any) -> None:

@@ -16,14 +16,15 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.hub import cached_file
 
-from .adapters import LabelMap, match_labels, read_synonyms
+from .adapters import LabelMap, build_adapter, match_labels, read_synonyms
 from .builders import build_model, load_segmentation_model
-from .config import BCDConfig, DataArguments, ModelArguments, ModelSpec, parse_mapping
+from .config import BCDConfig, DataArguments, ModelArguments, ModelSpec
 from .data import DenseDataset, DenseDatasets, DenseStream, keep_in_memory, load_dense_dataset
 from .hub_trainer import repository_name
-from .losses.criterion import unknown_key_message
-from .preparation import check_label_needs
+from .losses.criterion import check_needs, unknown_key_message
+from .preparation import check_label_needs, offers_of
 from .pushing import fetch_checkpoint, prepare_repository
+from .recipes import parse_mapping
 from .trainer import BCDTrainer
 
 
@@ -113,6 +114,7 @@ def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets
         )
         # fails here rather than after the baseline's training
         check_label_needs(label_map_of(teacher, data["train"], synonyms), config.resolved_losses)
+        check_needs(config.resolved_losses, offers_of(build_adapter(teacher)))
         return teacher
     changes = args.teacher_training or {}
     changes = parse_mapping(changes, "teacher_training") if isinstance(changes, str) else changes

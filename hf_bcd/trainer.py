@@ -37,6 +37,7 @@ from .preparation import (
     check_label_needs,
     eval_transform,
     is_convolutional,
+    offers_of,
     share_cores,
     train_transform,
     with_transform,
@@ -127,6 +128,8 @@ class BCDTrainer(HubTrainer):
                 self.teacher.feature_specs,
                 num_labels=student.num_labels,
                 seed=args.seed,
+                offers=offers_of(self.teacher.adapter),
+                head_levels=self.teacher.adapter.head_levels,
             )
         distiller = Distiller(student, criterion)
         if args.sync_batchnorm and args.world_size > 1 and args.device.type == "cuda":
@@ -333,8 +336,14 @@ class BCDTrainer(HubTrainer):
                 self._profiled_steps = self.state.global_step
             now = time.perf_counter()
             logs["images_per_second"] = round(self._images / (now - self._clock), 2)
+            logs["train_seconds"] = round(self.train_seconds + now - self._clock, 3)
             self._images, self._clock = 0, now
         super().log(logs, start_time)
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of training up to the last log, over interruptions, without evaluations."""
+        return next((entry["train_seconds"] for entry in reversed(self.state.log_history) if "train_seconds" in entry), 0)
 
     def _check_finite(self, values: dict[str, float]) -> None:
         if bad := not_finite(values):

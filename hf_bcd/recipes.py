@@ -1,0 +1,78 @@
+"""Recipes: YAML files of arguments, each of which may start from another."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .losses.criterion import unknown_key_message
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number and `on` names an option; YAML 1.1 takes them for text and a truth value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML document; tags that would build Python objects are errors."""
+    return yaml.load(text, Loader=_YamlLoader)
+
+
+def parse_mapping(text: str, key: str) -> dict[str, Any]:
+    """Reads a mapping written as YAML or JSON.
+
+    Raises:
+        ValueError: if `text` is something else.
+    """
+    value = read_yaml(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is {text!r}; expected a mapping such as '{{max_steps: 100}}'.")
+    return value
+
+
+def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
+    """Reads a recipe and those it starts from: `base: other.yaml` names one, relative to the recipe's own folder.
+
+    A recipe's keys win over those of its base, each with its whole value: `losses` replaces `losses`.
+
+    Args:
+        path: the recipe.
+        known: keys that a recipe may have beside `base`.
+
+    Raises:
+        ValueError: if a file is missing or holds no mapping, a key is unknown, or a recipe is its own base.
+    """
+    values: dict[str, Any] = {}
+    chain: list[Path] = []
+    asked_by = "--config"
+    while True:
+        if not path.is_file():
+            raise ValueError(f"{asked_by} {path}: no such file.")
+        if path.resolve() in [earlier.resolve() for earlier in chain]:
+            raise ValueError(f"a recipe is its own base: {' -> '.join(map(str, [*chain, path]))}.")
+        chain.append(path)
+        recipe = read_yaml(path.read_text()) or {}
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}.")
+        base = recipe.pop("base", None)
+        for key in recipe:
+            if key not in known:
+                raise ValueError(f"{path}: {unknown_key_message('key', str(key), {*known, 'base'})}")
+        values = recipe | values
+        if base is None:
+            return values
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: base is {base!r}; it must be the name of another recipe.")
+        path, asked_by = path.parent / base, f"{path}: base"
