@@ -44,12 +44,14 @@ class Run:
     Attributes:
         name: name of the run, the same for all its seeds.
         seed: seed of weights, data order and augmentation.
+        reference: name of the run that it is compared with, seed by seed; its own if with none.
         folder: where the student and its scores lie.
         arguments: recipe of the run.
     """
 
     name: str
     seed: int
+    reference: str
     folder: Path
     arguments: dict[str, Any]
 
@@ -80,7 +82,6 @@ class Study:
     Attributes:
         name: name of the file.
         folder: output folder of all runs.
-        reference: name of the run that the others are compared with, seed by seed; it runs first.
         split: split of the final scores; `test` where it is labelled, else `validation`, by default.
         runs: all runs, those of the first seed first.
         argv: command-line arguments that win over the file in every run.
@@ -88,7 +89,6 @@ class Study:
 
     name: str
     folder: Path
-    reference: str
     split: str | None
     runs: list[Run]
     argv: tuple[str, ...]
@@ -99,7 +99,7 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
 
     - `runs`: name -> arguments that differ from the recipe, e.g. `{baseline: {teacher: null}, bcd: {}}`.
     - `seeds`: list of integers.
-    - `reference`: the run to compare with; the first one by default.
+    - `reference`: the run to compare with, seed by seed; the first one by default. A run may name another one.
     - `split`: split of the final scores, e.g. `validation` where a study chooses something.
 
     Args:
@@ -122,20 +122,22 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"{path}: seeds {seeds} are not distinct; equal seeds would be one run counted twice.")
     reference = next(iter(variations)) if reference is None else reference
-    if reference not in variations:
-        raise ValueError(f"{path}: reference is {reference!r}; choose one of {', '.join(variations)}.")
-    names = sorted(variations, key=lambda name: name != reference)
+    references = {name: (own or {}).get("reference", reference) for name, own in variations.items()}
+    for name in references.values():
+        if name not in variations:
+            raise ValueError(f"{path}: reference is {name!r}; choose one of {', '.join(variations)}.")
+    names = sorted(variations, key=lambda name: name not in references.values())  # they run first
     folder = output_dir or Path(recipe.get("output_dir") or f"runs/studies/{path.stem}")
     runs = []
     for seed in seeds:
         for name in names:
-            own = variations[name] or {}
+            own = {key: value for key, value in (variations[name] or {}).items() if key != "reference"}
             if unknown := set(own) - set(RECIPE_KEYS):
                 raise ValueError(f"{path}: run {name!r} has the unknown key {sorted(unknown)[0]!r}.")
             run_folder = folder / str(name) / f"seed_{seed}"
             fixed = {"output_dir": str(run_folder), "seed": seed, "with_baseline": False}
-            runs.append(Run(str(name), seed, run_folder, {**recipe, **own, **fixed}))
-    return Study(path.stem, folder, reference, split, runs, tuple(argv))
+            runs.append(Run(str(name), seed, references[name], run_folder, {**recipe, **own, **fixed}))
+    return Study(path.stem, folder, split, runs, tuple(argv))
 
 
 @dataclass
@@ -231,8 +233,8 @@ def train_run(run: Run, shared: Shared) -> None:
     if teacher is not None:
         models = {"teacher": teacher, **models}
         scores = ({"teacher": teacher_scores} if teacher_scores else {}) | scores
-    reference = run.folder.parent.parent / shared.study.reference / run.folder.name
-    if run.name != shared.study.reference and (reference / RESULT_FILE).is_file() and teacher is not None:
+    reference = run.folder.parent.parent / run.reference / run.folder.name
+    if run.name != run.reference and (reference / RESULT_FILE).is_file() and teacher is not None:
         models["baseline"] = load_segmentation_model(str(reference))
         scores["baseline"] = json.loads((reference / RESULT_FILE).read_text())["scores"]
     if config.should_save:

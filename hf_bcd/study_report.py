@@ -78,20 +78,27 @@ def write_csv(results: Results, path: Path) -> None:
                 writer.writerow([name, seed, one["split"], one["steps"], one["train_seconds"], *values])
 
 
-def markdown_table(results: Results, reference: str) -> str:
-    """Means and deviations over seeds, and each run's paired difference in mIoU to the reference."""
-    header = ["run", "seeds", *COLUMNS.values(), f"mIoU − {reference}", "minutes"]
+def markdown_table(results: Results, references: Mapping[str, str]) -> str:
+    """Means and deviations over seeds, and each run's paired difference in mIoU to its reference.
+
+    Args:
+        results: finished runs.
+        references: name of a run -> name of the run that it is compared with.
+    """
+    header = ["run", "seeds", *COLUMNS.values(), "Δ mIoU", "to", "minutes"]
     rows = [_row(f"teacher {number}" if number else "teacher", scores) for number, scores in _teachers(results)]
-    reference_iou = {seed: one["scores"]["mean_iou"] for seed, one in results.get(reference, {}).items()}
+    ious = {name: {seed: one["scores"]["mean_iou"] for seed, one in seeds.items()} for name, seeds in results.items()}
     for name, seeds in results.items():
         cells = []
         for metric in COLUMNS:
             mean, deviation = mean_and_deviation([one["scores"][metric] for one in seeds.values()])
             cells.append(_with_spread(mean, deviation, metric))
-        own = {seed: one["scores"]["mean_iou"] for seed, one in seeds.items()}
-        difference = None if name == reference else paired_difference(own, reference_iou)
+        reference = references[name]
+        difference = None if name == reference else paired_difference(ious[name], ious.get(reference, {}))
         minutes = statistics.fmean([one["train_seconds"] for one in seeds.values()]) / 60
-        rows.append([name, str(len(seeds)), *cells, _interval(difference), f"{minutes:.1f}"])
+        rows.append(
+            [name, str(len(seeds)), *cells, _interval(difference), reference if difference else "", f"{minutes:.1f}"]
+        )
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -107,7 +114,7 @@ def _teachers(results: Results) -> list[tuple[int, Mapping[str, Any]]]:
 
 
 def _row(name: str, scores: Mapping[str, Any]) -> list[str]:
-    return [name, "", *(_with_spread(scores[metric], None, metric) for metric in COLUMNS), "", ""]
+    return [name, "", *(_with_spread(scores[metric], None, metric) for metric in COLUMNS), "", "", ""]
 
 
 def _with_spread(mean: float, deviation: float | None, metric: str) -> str:
@@ -140,12 +147,12 @@ def write_study_report(study: Study) -> str:
     if not results:
         raise ValueError(f"no run of the study in {study.folder} is finished.")
     write_csv(results, study.folder / "results.csv")
-    table = markdown_table(results, study.reference)
+    table = markdown_table(results, {run.name: run.reference for run in study.runs})
     finished, first = sum(map(len, results.values())), next(iter(next(iter(results.values())).values()))
     (study.folder / "results.md").write_text(
         f"# {study.name}\n\n{table}\n\n"
         f"{finished} of {len(study.runs)} runs. Scores on the {first['images']} images of the split `{first['split']}`, in "
-        "percent but for fragments; mean ± standard deviation over seeds. The difference in mIoU is paired by seed, with "
+        "percent but for fragments; mean ± standard deviation over seeds. Δ mIoU is the difference paired by seed, with "
         "its 95 % interval (Student's t). Minutes are those of training alone.\n"
     )
     plot_scores(results, study.folder / "results.png")

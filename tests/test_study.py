@@ -48,13 +48,21 @@ def write_study(folder: Path, **changes: Any) -> Path:
 def test_a_study_is_a_recipe_its_variations_and_seeds(tmp_path: Path) -> None:
     path = write_study(tmp_path, runs={"a": {"max_steps": 3}, "b": {"losses": {"cwd": {}}}}, reference="b")
     study = read_study(path)
-    assert (study.name, study.folder, study.reference, study.split) == ("grid", tmp_path / "out", "b", None)
+    assert (study.name, study.folder, study.split) == ("grid", tmp_path / "out", None)
+    assert {run.reference for run in study.runs} == {"b"}
     assert [(run.name, run.seed) for run in study.runs] == [("b", 1), ("a", 1), ("b", 2), ("a", 2)]
     assert len({run.folder for run in study.runs}) == 4
     steps = {run.name: run.arguments["max_steps"] for run in study.runs}
     losses = {run.name: run.arguments["losses"] for run in study.runs}
     assert steps == {"a": 3, "b": 4} and losses == {"a": {"kd": {}}, "b": {"cwd": {}}}
     assert read_study(path, tmp_path / "elsewhere").runs[0].folder.is_relative_to(tmp_path / "elsewhere")
+
+
+def test_a_run_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
+    runs = {"a": None, "a_kd": None, "b_kd": {"reference": "b"}, "b": {"max_steps": 2}}
+    study = read_study(write_study(tmp_path, runs=runs, seeds=[1]))
+    assert [(run.name, run.reference) for run in study.runs] == [("a", "a"), ("b", "a"), ("a_kd", "a"), ("b_kd", "b")]
+    assert all("reference" not in run.arguments for run in study.runs)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +125,7 @@ def test_curves_take_the_seconds_of_the_log_before() -> None:
 
 
 def finished(folder: Path, name: str, seed: int, scores: dict[str, float], teacher: dict | None = None) -> Run:
-    run = Run(name, seed, folder / name / f"seed_{seed}", {"seed": seed})
+    run = Run(name, seed, "plain", folder / name / f"seed_{seed}", {"seed": seed})
     run.folder.mkdir(parents=True)
     columns = ("overall_accuracy", "boundary_f@3", "boundary_iou", "completeness", "connectivity")
     values = dict.fromkeys(columns, 0.5) | {"fragments": 1.25} | scores
@@ -135,9 +143,9 @@ def test_the_table_has_means_spreads_and_paired_differences(tmp_path: Path) -> N
         finished(tmp_path, "plain", 2, {"mean_iou": 0.35}),
         finished(tmp_path, "kd", 1, {"mean_iou": 0.27}, teacher),
         finished(tmp_path, "kd", 2, {"mean_iou": 0.33}, teacher),
-        Run("kd", 3, tmp_path / "kd" / "seed_3", {}),
+        Run("kd", 3, "plain", tmp_path / "kd" / "seed_3", {}),
     ]
-    study = Study("grid", tmp_path, "plain", None, runs, ())
+    study = Study("grid", tmp_path, None, runs, ())
     table = write_study_report(study)
     rows = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()
@@ -145,8 +153,8 @@ def test_the_table_has_means_spreads_and_paired_differences(tmp_path: Path) -> N
     assert list(rows) == ["run", "---", "teacher", "plain", "kd"]
     assert rows["teacher"][:2] == ["", "75.00"] and rows["plain"][:2] == ["2", "30.00 ± 7.07"]
     # differences +2 and -2 points: mean 0, deviation 2.83, half an interval 12.706 · 2.83 / √2 = 25.41
-    assert rows["kd"][1] == "30.00 ± 4.24" and rows["kd"][-2:] == ["+0.00 [-25.41, +25.41]", "1.5"]
-    assert rows["plain"][-2] == ""
+    assert rows["kd"][1] == "30.00 ± 4.24" and rows["kd"][-3:] == ["+0.00 [-25.41, +25.41]", "plain", "1.5"]
+    assert rows["plain"][-3:-1] == ["", ""]
     with (tmp_path / "results.csv").open() as file:
         found = list(csv.DictReader(file))
     assert [(row["run"], row["seed"], float(row["mean_iou"])) for row in found] == [
@@ -161,12 +169,12 @@ def test_the_table_has_means_spreads_and_paired_differences(tmp_path: Path) -> N
 
 def test_a_report_needs_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run of the study"):
-        write_study_report(Study("grid", tmp_path, "a", None, [Run("a", 1, tmp_path / "a", {})], ()))
+        write_study_report(Study("grid", tmp_path, None, [Run("a", 1, "a", tmp_path / "a", {})], ()))
 
 
 def test_a_finished_run_of_another_recipe_is_no_result(tmp_path: Path) -> None:
     run = finished(tmp_path, "a", 1, {"mean_iou": 0.5})
-    changed = Run("a", 1, run.folder, {"seed": 1, "max_steps": 9})
+    changed = Run("a", 1, "a", run.folder, {"seed": 1, "max_steps": 9})
     with pytest.raises(ValueError, match="max_steps None, where the study says 9"):
         changed.result()
 
@@ -214,4 +222,4 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(
     monkeypatch.setattr(module, "train_model", trained)
     command.main([str(path)])
     assert list(collect(read_study(path))) == ["first", "second"]
-    assert "first" in markdown_table(collect(read_study(path)), "first")
+    assert "first" in markdown_table(collect(read_study(path)), {"first": "first", "second": "first"})
