@@ -178,6 +178,10 @@ class BCDConfig(TrainingArguments):
             "takes to resume (checkpoint, all_checkpoints)."
         },
     )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata={"help": "No rank needs another's buffers in training: losses keep theirs equal, evaluation shares."},
+    )
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "No parameter is unused."})
 
     preset: Literal["stable", "paper"] = field(
@@ -254,7 +258,37 @@ def parse_arguments(
     default_config: str | Path | None = None,
     description: str | None = None,
 ) -> tuple[ModelArguments, DataArguments, BCDConfig]:
-    """Reads a recipe and the command line: what the user types wins over the recipe, which wins over the defaults.
+    """Reads a recipe and the command line and builds the arguments from them, see `read_arguments`."""
+    given = read_arguments(argv, recipe=recipe, default_config=default_config, description=description)
+    return build_arguments(given)
+
+
+def build_arguments(recipe: Mapping[str, Any]) -> tuple[ModelArguments, DataArguments, BCDConfig]:
+    """Builds the arguments that a recipe describes; what it does not name has its default.
+
+    Raises:
+        ValueError: for streaming without max_steps.
+    """
+
+    def build(cls: Any) -> Any:
+        return cls(**{f.name: recipe[f.name] for f in dataclasses.fields(cls) if f.name in recipe})
+
+    model_args, data_args, config = build(ModelArguments), build(DataArguments), build(BCDConfig)
+    if data_args.streaming and config.max_steps <= 0:
+        raise ValueError(
+            f"max_steps is {config.max_steps}, but a stream has no end: set --max_steps, or leave --streaming out."
+        )
+    return model_args, data_args, config
+
+
+def read_arguments(
+    argv: list[str] | None = None,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    default_config: str | Path | None = None,
+    description: str | None = None,
+) -> dict[str, Any]:
+    """Reads a recipe and the command line: what the user types wins over the recipe.
 
     `--config file.yaml` names the recipe, which may start from another: `base: other.yaml`. Fields of a mapping can be
     set one by one: `--losses.bcd.radius 5`.
@@ -265,8 +299,11 @@ def parse_arguments(
         default_config: recipe in force when neither `--config`, a data set nor a student is given.
         description: first lines of `--help`.
 
+    Returns:
+        All that was said, as one recipe.
+
     Raises:
-        ValueError: for unknown keys, naming the nearest known one; for streaming without max_steps.
+        ValueError: for unknown keys, naming the nearest known one.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(  # type: ignore[call-arg]
@@ -286,9 +323,9 @@ def parse_arguments(
     argv, dotted = _split_dotted(argv)
     _check_flags(argv, parser)
     namespace = parser.parse_args(argv)
-    typed = {key for key in RECIPE_KEYS if _is_typed(parser, key, argv)}
+    typed = [key for key in vars(namespace) if key in RECIPE_KEYS and _is_typed(parser, key, argv)]
     config = namespace.config
-    if recipe is None and config is None and not typed & {"dataset_name", "data_dir", "student"}:
+    if recipe is None and config is None and not {"dataset_name", "data_dir", "student"} & set(typed):
         config = default_config
     if recipe is None:
         recipe = read_recipe(Path(config), RECIPE_KEYS) if config is not None else {}
@@ -301,16 +338,7 @@ def parse_arguments(
             values[key] = parse_mapping(values[key], key)
     for path, text in dotted:
         _set_nested(values, path, read_yaml(text))
-    built = []
-    for cls in ARGUMENT_CLASSES:
-        own = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}
-        built.append(cls(**own))
-    _, data_args, config = built
-    if data_args.streaming and config.max_steps <= 0:
-        raise ValueError(
-            f"max_steps is {config.max_steps}, but a stream has no end: set --max_steps, or leave --streaming out."
-        )
-    return tuple(built)  # type: ignore[return-value]
+    return {key: values[key] for key in [*recipe, *typed, *(path[0] for path, _ in dotted)]}
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -114,7 +114,7 @@ def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets
         )
         # fails here rather than after the baseline's training
         check_label_needs(label_map_of(teacher, data["train"], synonyms), config.resolved_losses)
-        check_needs(config.resolved_losses, offers_of(build_adapter(teacher)))
+        check_needs(config.resolved_losses, offers_of(build_adapter(teacher), bool(config.torch_compile)))
         return teacher
     changes = args.teacher_training or {}
     changes = parse_mapping(changes, "teacher_training") if isinstance(changes, str) else changes

@@ -1,5 +1,6 @@
 """What every model looks like to the rest of the package: named feature levels and logits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,9 +30,12 @@ class DenseOutput:
         logits: per-pixel class scores `[B, num_labels, h, w]` at any stride.
         auxiliary_logits: scores of a training-only auxiliary head, `[B, num_labels, h, w]`.
         task_losses: supervised losses that only the model itself can compute (set prediction), by name, unweighted.
+        head: the model's own head as a function of its levels, `{level: [B, C, h, w]}` -> scores in the classes of
+            `logits`, where a frozen teacher offers one: gradients reach the levels alone.
     """
 
     features: dict[str, Tensor]
     logits: Tensor
     auxiliary_logits: Tensor | None = None
     task_losses: dict[str, Tensor] = field(default_factory=dict)
+    head: Callable[[dict[str, Tensor]], Tensor] | None = None

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .adapters import DenseAdapter, FrozenTeacher, LabelMap, build_adapter, image_statistics, match_labels
 from .config import BCDConfig
 from .data import DenseDataset, DenseStream, EvalTransform, TrainTransform
-from .losses.criterion import LOSSES
+from .losses.criterion import ALWAYS_OFFERED, LOSSES
 
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,12 @@ def check_label_needs(label_map: LabelMap, losses: Mapping[str, Mapping[str, Any
             "class scores. Say in a --label_synonyms file which of the teacher's classes stand for these, or distil "
             f"features alone: {', '.join(others)}."
         )
+
+
+def offers_of(teacher: DenseAdapter, compiled: bool = False) -> frozenset[str]:
+    """What losses may need of a teacher and any student, see `build_criterion`; `compiled` says whether that is."""
+    offers = ALWAYS_OFFERED | {"head"} if teacher.head_levels else ALWAYS_OFFERED
+    return offers - {"task_loss"} if compiled else offers
 
 
 def build_frozen_teacher(

@@ -128,7 +128,7 @@ class BCDTrainer(HubTrainer):
                 self.teacher.feature_specs,
                 num_labels=student.num_labels,
                 seed=args.seed,
-                offers=offers_of(self.teacher.adapter),
+                offers=offers_of(self.teacher.adapter, bool(args.torch_compile)),
                 head_levels=self.teacher.adapter.head_levels,
             )
         distiller = Distiller(student, criterion)

@@ -169,7 +169,7 @@ def test_losses_of_class_scores_are_refused_where_classes_are_missing(
     teacher = superset(tiny.tiny_segformer())
     rename(teacher, [*EXTRA, *list(tiny.ID2LABEL.values())[:-1], "lorry"])
     losses = {"bcd": {}, "scores": {}}
-    message = r"no class for vehicle, but the losses scores compare.*--label_synonyms.*features alone: bcd\b"
+    message = r"no class for vehicle, but the losses scores compare.*--label_synonyms.*features alone: .*\bbcd\b"
     with pytest.raises(ValueError, match=message):
         tiny.trainer(tmp_path, teacher=teacher, losses=losses)
     teacher.save_pretrained(tmp_path / "teacher")

@@ -28,15 +28,6 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     assert not different
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_training_stop = control.should_save = True
-
-
 @pytest.mark.parametrize("steps", [range(1, 4), range(5, 7)], ids=["first epoch", "second epoch"])
 @pytest.mark.parametrize("build", [tiny.tiny_timm, tiny.tiny_segformer])
 def test_resuming_at_a_random_step_repeats_the_run_bit_for_bit(build, steps: range, tmp_path: Path) -> None:
@@ -52,7 +43,7 @@ def test_resuming_at_a_random_step_repeats_the_run_bit_for_bit(build, steps: ran
     whole = start("whole")
     whole.train()
     part = start("part")
-    part.add_callback(StopAt(stop))
+    part.add_callback(tiny.StopAt(stop))
     part.train()
     resumed = start("part", seed=5)
     resumed.train(resume_from_checkpoint=True)

@@ -87,6 +87,15 @@ class DenseAdapter(nn.Module, ABC):
     def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
         """Runs the model on normalised images `[B, 3, H, W]`."""
 
+    @property
+    def head_levels(self) -> tuple[str, ...]:
+        """Levels of which the logits are a function, see `run_head`; none where the head reads something else too."""
+        return ()
+
+    def run_head(self, features: dict[str, Tensor]) -> Tensor:
+        """Runs the model's head on maps in the place of its levels `head_levels`: logits in the model's own classes."""
+        raise NotImplementedError
+
     def freeze_unused(self) -> None:
         """Freezes what gets no gradient: data-parallel training waits for one from every trainable parameter."""
         for name, parameter in self.model.named_parameters():
@@ -112,9 +121,22 @@ class DenseAdapter(nn.Module, ABC):
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values has shape {list(pixel_values.shape)}; expected RGB images [B, 3, H, W]")
         output = self.run(self.normalize(pixel_values).to(self.model.dtype), labels)
-        if self.label_map is not None:
-            output.logits = self.label_map.apply(output.logits)
+        output.logits = self._map_labels(output.logits)
         return output
+
+    def head(self, features: dict[str, Tensor]) -> Tensor:
+        """Logits of the model's head on other maps `{level: [B, C, h, w]}`, in the classes of `forward`'s logits.
+
+        Raises:
+            ValueError: if the logits are no function of the levels alone.
+        """
+        if not self.head_levels:
+            raise ValueError(f"the head of this {self.model.config.model_type} reads more than the feature levels")
+        levels = {name: features[name].to(self.model.dtype) for name in self.head_levels}
+        return self._map_labels(self.run_head(levels))
+
+    def _map_labels(self, logits: Tensor) -> Tensor:
+        return logits if self.label_map is None else self.label_map.apply(logits)
 
     def processor_options(self, shortest_edge: int | None) -> dict[str, Any]:
         """Arguments of `processor_class` with which a saved model sees images as this adapter shows them."""

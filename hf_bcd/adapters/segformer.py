@@ -19,3 +19,10 @@ class SegformerAdapter(DenseAdapter):
     def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
         outputs = self.model(pixel_values, output_hidden_states=True)
         return DenseOutput(stage_features(self.feature_specs, outputs.hidden_states), outputs.logits)
+
+    @property
+    def head_levels(self) -> tuple[str, ...]:
+        return tuple(self.feature_specs)
+
+    def run_head(self, features: dict[str, Tensor]) -> Tensor:
+        return self.model.decode_head(tuple(features.values()))

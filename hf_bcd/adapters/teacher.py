@@ -92,4 +92,15 @@ class FrozenTeacher(nn.Module):
         """Features and logits of RGB images `[B, 3, H, W]`, uint8 or float, values 0..255."""
         with torch.autocast(pixel_values.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             output = self.adapter(self.resize(pixel_values))
-        return DenseOutput({name: level.float() for name, level in output.features.items()}, output.logits.float())
+        features = {name: level.float() for name, level in output.features.items()}
+        return DenseOutput(features, output.logits.float(), head=self.head if self.adapter.head_levels else None)
+
+    def head(self, features: dict[str, Tensor]) -> Tensor:
+        """Class scores of the teacher's head on other maps in the place of its levels, computed as `logits` are.
+
+        Args:
+            features: level name -> `[B, C, h, w]`, at least the adapter's `head_levels`; gradients reach these alone.
+        """
+        device = next(iter(features.values())).device
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self.adapter.head(features).float()

@@ -26,3 +26,10 @@ class TimmSegmentationAdapter(DenseAdapter):
         outputs = self.model(pixel_values, output_hidden_states=True)
         features = stage_features(self.feature_specs, outputs.hidden_states)
         return DenseOutput(features, outputs.logits, outputs.auxiliary_logits)
+
+    @property
+    def head_levels(self) -> tuple[str, ...]:
+        return tuple(f"stride_{stride}" for stride in self.model.head.strides)
+
+    def run_head(self, features: dict[str, Tensor]) -> Tensor:
+        return self.model.head({int(name.removeprefix("stride_")): level for name, level in features.items()})

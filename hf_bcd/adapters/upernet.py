@@ -38,3 +38,11 @@ class UperNetAdapter(DenseAdapter):
         if model.training and model.auxiliary_head is not None:
             auxiliary_logits = model.auxiliary_head(maps)
         return DenseOutput(stage_features(self.feature_specs, maps), model.decode_head(maps), auxiliary_logits)
+
+    @property
+    def head_levels(self) -> tuple[str, ...]:
+        # the head reads the stem at stride 2, before the pooling of its level
+        return () if "stem" in self.feature_specs else tuple(self.feature_specs)
+
+    def run_head(self, features: dict[str, Tensor]) -> Tensor:
+        return self.model.decode_head(tuple(features.values()))

@@ -19,6 +19,7 @@ class DistillationLoss(nn.Module, ABC):
 
     Attributes:
         weights: term -> weight that belongs to its reduction.
+        borrowed: terms of other methods that it goes with; a recipe's single number leaves their weights alone.
         needs: which of `logits` (in the student's classes), `features`, `labels`, `task_loss` and `head` (the teacher's,
             as a function of its levels) it reads with the default options.
         decays: whether r(t) multiplies it unless a recipe says otherwise.
@@ -30,6 +31,7 @@ class DistillationLoss(nn.Module, ABC):
     """
 
     weights: ClassVar[Mapping[str, float]]
+    borrowed: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]]
     decays: ClassVar[bool] = False
     transfers: ClassVar[str]
@@ -48,9 +50,14 @@ class DistillationLoss(nn.Module, ABC):
         """What the loss needs with these options."""
         return cls.needs
 
+    @classmethod
+    def decays_with(cls, **options: Any) -> bool:
+        """Whether r(t) multiplies the loss unless a recipe says otherwise, with these options."""
+        return cls.decays
+
     @abstractmethod
     def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        """Unweighted terms of a batch.
+        """Unweighted terms of a batch; a loss that needs `task_loss` takes it by that name too.
 
         Args:
             student: the student's output.

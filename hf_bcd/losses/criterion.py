@@ -3,25 +3,71 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
+from .at import ATLoss
 from .base import DistillationLoss
 from .bcd import BCDLoss
+from .bglsseg import BGLSSegLoss
+from .bpkd import BPKDLoss
+from .c2vkd import C2VKDLoss
+from .cirkd import CIRKDLoss
+from .crosskd import CrossKDLoss
 from .cwd import CWDLoss
+from .cwt import CWTLoss
+from .dist import DISTLoss
+from .dsd import DSDLoss
+from .fam import FAMLoss
+from .fgd import FGDLoss
+from .fitnet import FitNetLoss
+from .ifd import IFDLoss
+from .ifvd import IFVDLoss
 from .kd import KDLoss
+from .mgd import MGDLoss
+from .pkd import PKDLoss
+from .sckd import SCKDLoss
+from .skd import SKDLoss
+from .slimseg import SlimSegLoss
+from .sstkd import SSTKDLoss
+from .tat import TATLoss
 
 
 LOSSES: dict[str, type[DistillationLoss]] = {
+    "at": ATLoss,
     "bcd": BCDLoss,
+    "bglsseg": BGLSSegLoss,
+    "bpkd": BPKDLoss,
+    "c2vkd": C2VKDLoss,
+    "cirkd": CIRKDLoss,
+    "crosskd": CrossKDLoss,
     "cwd": CWDLoss,
+    "cwt": CWTLoss,
+    "dist": DISTLoss,
+    "dsd": DSDLoss,
+    "fam": FAMLoss,
+    "fgd": FGDLoss,
+    "fitnet": FitNetLoss,
+    "ifd": IFDLoss,
+    "ifvd": IFVDLoss,
     "kd": KDLoss,
+    "mgd": MGDLoss,
+    "pkd": PKDLoss,
+    "sckd": SCKDLoss,
+    "skd": SKDLoss,
+    "slimseg": SlimSegLoss,
+    "sstkd": SSTKDLoss,
+    "tat": TATLoss,
 }
 TASK_WEIGHTS = {"loss_task": 1.0, "loss_auxiliary": 0.4}
+# what a loss may need, see `DistillationLoss.needs`, of any student and teacher
+ALWAYS_OFFERED = frozenset({"features", "labels", "logits", "task_loss"})
+# what `build_criterion` knows and a loss takes by these names
+CONTEXT = ("student_specs", "teacher_specs", "head_levels", "num_labels", "ignore_index", "seed")
 
 
 def unknown_key_message(kind: str, key: str, known: Iterable[str]) -> str:
@@ -68,12 +114,13 @@ class DistillationCriterion(nn.Module):
             The total (scalar) and every term by name (scalars with a graph).
         """
         terms = dict(task_losses)
-        total = torch.stack([TASK_WEIGHTS[name] * value for name, value in task_losses.items()]).sum()
+        total = task_loss = torch.stack([TASK_WEIGHTS[name] * value for name, value in task_losses.items()]).sum()
         if teacher is None:
             return total, terms
         for name, loss in self.losses.items():
             factor = self.decay if name in self.decays else 1.0
-            for term, value in loss(student, teacher, labels).items():
+            needed = {"task_loss": task_loss} if "task_loss" in loss.needs else {}  # type: ignore[operator]
+            for term, value in loss(student, teacher, labels, **needed).items():
                 key = f"{name}/{term}"
                 terms[key] = value
                 total = total + self.weights[key] * factor * value
@@ -99,6 +146,62 @@ class DistillationCriterion(nn.Module):
                 loss.calibrate(batches, progress)  # type: ignore[operator]
 
 
+class LossOptions(NamedTuple):
+    """A loss as a recipe asks for it.
+
+    Attributes:
+        cls: its class.
+        options: arguments of the class beside the context.
+        weights: term -> weight.
+        decays: whether r(t) multiplies its terms.
+    """
+
+    cls: type[DistillationLoss]
+    options: dict[str, Any]
+    weights: dict[str, float]
+    decays: bool
+
+
+def read_losses(losses: Mapping[str, Mapping[str, Any] | None]) -> dict[str, LossOptions]:
+    """Reads a recipe's `losses` section, see `build_criterion`.
+
+    Raises:
+        ValueError: for an unknown loss, option or term (naming the nearest known one), or a bad weight or decay.
+    """
+    found = {}
+    for name, given in losses.items():
+        if name not in LOSSES:
+            raise ValueError(unknown_key_message("loss", name, LOSSES))
+        cls, options = LOSSES[name], dict(given or {})
+        weight, decay = options.pop("weight", {}), options.pop("decay", None)
+        known = set(inspect.signature(cls).parameters) - set(CONTEXT)
+        for key in options:
+            if key not in known:
+                raise ValueError(unknown_key_message(f"option of loss {name!r}", key, known | {"weight", "decay"}))
+        decay = cls.decays_with(**options) if decay is None else decay
+        if not isinstance(decay, bool):
+            raise ValueError(f"decay of loss {name!r} is {decay!r}; it must be true or false.")
+        found[name] = LossOptions(cls, options, _term_weights(name, cls, weight, options), decay)
+    return found
+
+
+def check_needs(losses: Mapping[str, Mapping[str, Any] | None], offers: frozenset[str]) -> None:
+    """Refuses losses that need what student and teacher do not offer.
+
+    Raises:
+        ValueError: names the loss, what it needs and what to do.
+    """
+    for name, loss in read_losses(losses).items():
+        if missing := sorted(loss.cls.needed(**loss.options) - offers):
+            others = [other for other, cls in LOSSES.items() if cls.needs <= offers]
+            raise ValueError(
+                f"loss {name!r} needs {', '.join(missing)}, but student and teacher offer {', '.join(sorted(offers))} "
+                "alone (`head`: that of the teacher as a function of its feature levels, which SegFormer, UperNet and timm "
+                "models have; `task_loss`: with its graph, which torch_compile hides). Choose another teacher or "
+                f"setting, or another loss: {', '.join(others)}."
+            )
+
+
 def build_criterion(
     losses: Mapping[str, Mapping[str, Any] | None],
     student_specs: Mapping[str, FeatureSpec],
@@ -107,54 +210,49 @@ def build_criterion(
     num_labels: int,
     ignore_index: int = 255,
     seed: int = 0,
+    offers: frozenset[str] = ALWAYS_OFFERED,
+    head_levels: Sequence[str] | None = None,
 ) -> DistillationCriterion:
     """Builds the criterion of a recipe's `losses` section.
 
     Args:
-        losses: name -> options of that loss, plus `weight` (a number for all terms or a number for each) and `decay`
+        losses: name -> options of that loss, plus `weight` (a number for its own terms or one for each) and `decay`
             (whether r(t) multiplies it), e.g. `{"bcd": {"radius": 5, "weight": {"boundary": 3, "context": 1}}}`.
         student_specs: feature levels of the student.
         teacher_specs: feature levels of the teacher.
         num_labels: number of the student's classes.
         ignore_index: void label.
         seed: seed of whatever a loss draws at random.
+        offers: what student and teacher have of what losses may need, see `DistillationLoss.needs`.
+        head_levels: the teacher's levels that its head reads; all of them by default.
 
     Raises:
-        ValueError: for an unknown loss, option or term (naming the nearest known one) or a weight that is not a finite
-            number >= 0.
+        ValueError: for an unknown loss, option or term (naming the nearest known one), a weight that is not a finite
+            number >= 0, or a loss that needs something beside `offers`.
     """
+    check_needs(losses, offers)
     context = {
         "student_specs": student_specs,
         "teacher_specs": teacher_specs,
+        "head_levels": head_levels,
         "num_labels": num_labels,
         "ignore_index": ignore_index,
         "seed": seed,
     }
-    modules: dict[str, DistillationLoss] = {}
-    weights: dict[str, dict[str, float]] = {}
-    decays = []
-    for name, given in losses.items():
-        if name not in LOSSES:
-            raise ValueError(unknown_key_message("loss", name, LOSSES))
-        cls, options = LOSSES[name], dict(given or {})
-        weight, decay = options.pop("weight", {}), options.pop("decay", cls.decays)
-        parameters = set(inspect.signature(cls).parameters)
-        known = parameters - set(context)
-        for key in options:
-            if key not in known:
-                raise ValueError(unknown_key_message(f"option of loss {name!r}", key, known | {"weight", "decay"}))
-        if not isinstance(decay, bool):
-            raise ValueError(f"decay of loss {name!r} is {decay!r}; it must be true or false.")
-        modules[name] = cls(**{key: value for key, value in context.items() if key in parameters}, **options)
-        weights[name] = _term_weights(name, cls, weight, options)
-        if decay:
+    modules, weights, decays = {}, {}, []
+    for name, loss in read_losses(losses).items():
+        parameters = inspect.signature(loss.cls).parameters
+        modules[name] = loss.cls(**{key: context[key] for key in CONTEXT if key in parameters}, **loss.options)
+        weights[name] = loss.weights
+        if loss.decays:
             decays.append(name)
     return DistillationCriterion(modules, weights, decays)
 
 
 def _term_weights(name: str, cls: type[DistillationLoss], weight: Any, options: Mapping[str, Any]) -> dict[str, float]:
     weights = cls.default_weights(**options)
-    given: Mapping[str, Any] = weight if isinstance(weight, Mapping) else dict.fromkeys(weights, weight)
+    own = [term for term in weights if term not in cls.borrowed]
+    given: Mapping[str, Any] = weight if isinstance(weight, Mapping) else dict.fromkeys(own, weight)
     for term in given:
         if term not in weights:
             raise ValueError(unknown_key_message(f"term of loss {name!r}", term, weights))

@@ -81,6 +81,37 @@ def image_means(x: Tensor, mask: Tensor) -> Tensor:
     return kept / mask.flatten(1).sum(dim=1).clamp_min(1)
 
 
+def mean_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Mean over images, valid positions and channels of `(student - teacher)²` of two maps `[B, C, h, w]`: scalar."""
+    return image_means((student - teacher).square().mean(dim=1), mask).mean()
+
+
+def attention_map(features: Tensor) -> Tensor:
+    """Where a map `[B, C, h, w]` is active: the mean square of each position's channels, `[B, 1, h, w]`, >= 0."""
+    return at_least_float32(features).square().mean(dim=1, keepdim=True)
+
+
+def unit_maps(x: Tensor, mask: Tensor) -> Tensor:
+    """Every map of `[B, C, h, w]` as a vector of length 1 over the valid positions: `[B, C, h * w]`, 0 where void."""
+    return F.normalize(x.masked_fill(~mask[:, None], 0).flatten(2), dim=2)
+
+
+def pool_valid(x: Tensor, mask: Tensor, size: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Averages cells of `size` over their valid positions; the last cells are smaller where `size` does not divide.
+
+    Args:
+        x: `[B, C, h, w]`.
+        mask: `[B, h, w]`, True where valid.
+        size: side, or height and width, of a cell.
+
+    Returns:
+        Means `[B, C, ⌈h / size⌉, ⌈w / size⌉]`, 0 where a cell has no valid position, and which cells have any.
+    """
+    share = F.avg_pool2d(mask[:, None].to(x.dtype), size, ceil_mode=True)
+    pooled = F.avg_pool2d(x.masked_fill(~mask[:, None], 0), size, ceil_mode=True)
+    return pooled / (share + (share == 0)), share[:, 0] > 0
+
+
 def divergence(
     student: Tensor,
     teacher: Tensor,
@@ -132,6 +163,22 @@ def class_means(features: Tensor, classes: Tensor) -> Tensor:
     return weight @ features.flatten(2).mT / weight.sum(dim=2, keepdim=True).clamp_min(1)
 
 
+def class_similarity(features: Tensor, classes: Tensor) -> Tensor:
+    """Cosine between each position's feature and the mean feature of its class in its image.
+
+    Args:
+        features: `[B, C, h, w]`.
+        classes: one-hot maps `[B, K, h, w]`, see `class_masks`.
+
+    Returns:
+        `[B, h, w]` in [-1, 1], 0 for a position without a class.
+    """
+    means = F.normalize(class_means(features, classes), dim=2)
+    # with all K means: K numbers a position instead of a map of means with its C
+    cosines = means @ F.normalize(features.flatten(2), dim=1)
+    return cosines.unflatten(2, spatial_size(features)).masked_fill(~classes, 0).sum(dim=1)
+
+
 class _AllReduceSum(torch.autograd.Function):
     """Sum over ranks whose backward sums the gradients over ranks."""
 
@@ -158,6 +205,25 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return _AllReduceSum.apply(x) if is_distributed() else x  # type: ignore[return-value]
 
 
+def moments(
+    x: Tensor, dims: tuple[int, ...], mask: Tensor | None = None, over_ranks: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments of the whole batch, over all ranks, differentiably; arguments as those of `standardize`.
+
+    Returns:
+        `x - mean` in the shape of `x`, the mean and the standard deviation, which is at least 1e-6; without a value that
+        counts, the mean is 0.
+    """
+    total = all_reduce_sum if over_ranks else torch.Tensor.clone
+    weight = torch.ones_like(x) if mask is None else mask.to(x.dtype).expand_as(x)
+    count = total(weight.sum(dims, keepdim=True)).clamp_min(1)
+    mean = total((x * weight).sum(dims, keepdim=True)) / count
+    centred = x - mean
+    variance = total((centred.square() * weight).sum(dims, keepdim=True)) / count
+    # the clamp keeps the gradient of the root finite when x is constant
+    return centred, mean, variance.clamp_min(1e-12).sqrt()
+
+
 def standardize(
     x: Tensor, dims: tuple[int, ...], mask: Tensor | None = None, eps: float = 1e-5, over_ranks: bool = True
 ) -> Tensor:
@@ -173,14 +239,8 @@ def standardize(
     Returns:
         `(x - mean) / (std + eps)`, shape of `x`. Constant input gives zeros with a finite gradient.
     """
-    total = all_reduce_sum if over_ranks else torch.Tensor.clone
-    weight = torch.ones_like(x) if mask is None else mask.to(x.dtype).expand_as(x)
-    count = total(weight.sum(dims, keepdim=True)).clamp_min(1)
-    mean = total((x * weight).sum(dims, keepdim=True)) / count
-    centred = x - mean
-    variance = total((centred.square() * weight).sum(dims, keepdim=True)) / count
-    # the clamp keeps the gradient of the root finite when x is constant
-    return centred / (variance.clamp_min(1e-12).sqrt() + eps)
+    centred, _, deviation = moments(x, dims, mask, over_ranks)
+    return centred / (deviation + eps)
 
 
 def row_weights(features: Tensor, mask: Tensor | None, mean: bool) -> Tensor:

@@ -2,7 +2,8 @@
 
 Every head takes the channels of the maps by nominal stride (`{4: 64, 8: 128, 16: 256, 32: 512}`) and the model's
 configuration, and maps `{nominal stride: [B, C, h, w]}` to logits `[B, num_labels, h, w]` at its own stride. The
-nominal stride is that of the undilated backbone, so that a level keeps its name when dilation keeps it finer.
+nominal stride is that of the undilated backbone, so that a level keeps its name when dilation keeps it finer. `strides`
+says which maps a main head reads.
 """
 
 from typing import cast
@@ -83,6 +84,7 @@ class PSPHead(nn.Module):
         super().__init__()
         in_channels = channels[max(channels)]
         width = config.head_channels or in_channels // 4
+        self.strides = [max(channels)]
         self.pools = nn.ModuleList(conv_norm_relu(in_channels, width, norm=PooledBatchNorm2d) for _ in self.bins)
         self.bottleneck = conv_norm_relu(in_channels + len(self.bins) * width, width, kernel_size=3)
         self.classifier = classifier(width, config)
@@ -110,6 +112,7 @@ class DeepLabV3PlusHead(nn.Module):
         super().__init__()
         in_channels = channels[max(channels)]
         width = config.head_channels or 256
+        self.strides = [4, max(channels)]
         rates = [rate * 16 // config.output_stride for rate in self.rates_at_stride_16]
         self.point = conv_norm_relu(in_channels, width)
         self.atrous = nn.ModuleList(conv_norm_relu(in_channels, width, kernel_size=3, dilation=rate) for rate in rates)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_tiny_models import MODELS, STAGES, TOKENS, images, segformer, tiny_model, upernet
+from adapter_tiny_models import MODELS, STAGES, TOKENS, images, segformer, timm_segmentation, tiny_model, upernet
 from transformers import (
     MobileNetV2Config,
     MobileNetV2ForSemanticSegmentation,
@@ -77,6 +77,27 @@ def test_gradients_flow_through_taps_also_with_activation_checkpointing(name):
     assert plain.keys() == checkpointed.keys()
     for key, gradient in plain.items():
         torch.testing.assert_close(checkpointed[key], gradient)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "timm_segmentation-psp", "timm_segmentation-deeplabv3plus"])
+@torch.no_grad()
+def test_heads_that_read_the_levels_alone_can_be_run_on_them(name):
+    head = name.removeprefix("timm_segmentation-")
+    model = tiny_model(name) if name in MODELS else timm_segmentation(head=head, output_stride=16).eval()
+    adapter = build_adapter(model)
+    output = adapter(images(96, 96))
+    if name == "upernet-timm-stem-stride_8" or not name.startswith(("segformer", "timm_segmentation", "upernet")):
+        assert adapter.head_levels == ()
+        with pytest.raises(ValueError, match="reads more than the feature levels"):
+            adapter.head(output.features)
+        return
+    assert torch.equal(adapter.head(output.features), output.logits)
+    assert list(adapter.head_levels) == [level for level in adapter.feature_specs if level in adapter.head_levels]
+    for level in adapter.head_levels:
+        changed = adapter.head(output.features | {level: output.features[level].flip(-1)})
+        assert not torch.equal(changed, output.logits), level
+    if name == "timm_segmentation-psp":
+        assert adapter.head_levels == ("stride_32",)
 
 
 @pytest.mark.parametrize("name", MODELS)

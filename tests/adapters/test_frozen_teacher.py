@@ -106,6 +106,28 @@ def test_scores_of_several_classes_add_up_to_the_students(name):
     assert frozen.num_labels == 2 and frozen.adapter.id2label == {0: "vehicle", 1: "sky"}
 
 
+@pytest.mark.parametrize("name", ["segformer", "timm_segmentation", "upernet-swin"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_head_computes_as_the_teacher_does(name, dtype):
+    """Precision and classes: on the teacher's own levels, it gives the teacher's logits, and gradients for these alone."""
+    synonyms = {"vehicle": ["car", "person"]}
+    frozen = teacher(name, {0: "sky", 1: "vehicle"}, label_synonyms=synonyms, dtype=dtype)
+    output = frozen(images())
+    assert output.head is not None and output.logits.shape[1] == 2
+    with torch.autocast("cpu", torch.float16):  # an outer one does not reach it
+        logits = output.head(output.features)
+    assert logits.dtype == torch.float32 and torch.equal(logits, output.logits)
+    levels = {level: x.clone().requires_grad_() for level, x in output.features.items()}
+    output.head(levels).square().sum().backward()
+    read = frozen.adapter.head_levels
+    assert all((x.grad is not None and bool(x.grad.any())) == (level in read) for level, x in levels.items())
+    assert not any(parameter.grad is not None for parameter in frozen.parameters())
+
+
+def test_a_head_that_reads_more_than_the_levels_is_not_offered():
+    assert teacher("mobilenet_v2")(images()).head is None
+
+
 def test_the_match_is_reported_once(caplog):
     with caplog.at_level("INFO", "hf_bcd"):
         teacher("segformer", {0: "car", 1: "unicorn"})

@@ -92,6 +92,11 @@ def class_boundary(classes: np.ndarray, mask: np.ndarray, radius: int) -> np.nda
     return out
 
 
+def halved(x: np.ndarray) -> np.ndarray:
+    """`[..., 2h, 2w]` at half the resolution: bilinear samples at half-pixel centres are means of 2 x 2 blocks."""
+    return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max())
     return e / e.sum()
@@ -174,3 +179,22 @@ def literal_context_loss(student: np.ndarray, teacher: np.ndarray, mask: np.ndar
                 outer.append(softmax(inner / tau))
             total += cross_entropy(outer[1], outer[0])
     return tau**2 * total / len(student)
+
+
+def labels_with_void() -> Tensor:
+    labels = random_labels(2, 3, 4, num_labels=3).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    labels[0, 2:7, 5:8] = 255
+    labels[1, :, :3] = 255
+    return labels
+
+
+def borders_of_classes(labels: np.ndarray, num_labels: int, reach: int, void: int) -> np.ndarray:
+    """`[H, W]` -> `[K, H, W]`: pixels that are not void and see both the class and another one."""
+    out = np.zeros((num_labels, *labels.shape))
+    for y, x in np.ndindex(*labels.shape):
+        window = labels[max(y - reach, 0) : y + reach + 1, max(x - reach, 0) : x + reach + 1]
+        seen = {int(value) for value in window.reshape(-1)} - {void}
+        if labels[y, x] != void and len(seen) > 1:
+            for c in seen:
+                out[c, y, x] = 1
+    return out

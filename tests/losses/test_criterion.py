@@ -4,7 +4,7 @@ import pytest
 import torch
 from loss_references import dense_output, random_labels
 
-from hf_bcd.losses import BCDLoss, build_criterion
+from hf_bcd.losses import LOSSES, BCDLoss, build_criterion
 from hf_bcd.losses.criterion import DistillationCriterion, unknown_key_message
 from hf_bcd.outputs import FeatureSpec
 
@@ -80,6 +80,13 @@ def test_default_weights_follow_the_mode():
     assert build({"weight": {"context": 4}}).weights == {"bcd/boundary": 3, "bcd/context": 4}
     assert build({"weight": 0.5}).weights == {"bcd/boundary": 0.5, "bcd/context": 0.5}
     assert build_criterion({"bcd": None}, SPECS, SPECS, num_labels=3).weights == {"bcd/boundary": 3, "bcd/context": 1}
+
+
+def test_a_single_weight_is_that_of_the_methods_own_terms():
+    criterion = build_criterion({"ifvd": {"weight": 20}}, SPECS, SPECS, num_labels=3)
+    assert criterion.weights == {"ifvd/variation": 20, "ifvd/kd": 10, "ifvd/adversarial": 0.001}
+    every = {name: cls for name, cls in LOSSES.items() if cls.borrowed}
+    assert every and all(cls.borrowed < set(cls.weights) for cls in every.values())
 
 
 def test_options_reach_the_loss():

@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from host_sync import no_host_synchronisation
-from loss_references import dense_output, random_labels
+from loss_references import dense_output, randn, random_labels
 from torch import Tensor, nn
 
 from hf_bcd.losses import LOSSES, DistillationLoss, build_criterion, segmentation_loss
-from hf_bcd.losses.criterion import DistillationCriterion
+from hf_bcd.losses.criterion import ALWAYS_OFFERED, DistillationCriterion
+from hf_bcd.losses.functional import resize, spatial_size
 from hf_bcd.outputs import DenseOutput, FeatureSpec
 
 
@@ -24,16 +25,38 @@ TEACHER = {"stride_4": FeatureSpec(6, 4), "stride_8": FeatureSpec(8, 8), "stride
 
 # options that make a loss small, or give it all its parts
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "at": [{}, {"levels": ["stride_4", "stride_16"]}],
     "bcd": [
         {"channels": 8, "reduced_channels": 4},
         {"channels": 8, "reduced_channels": 4, "mode": "paper", "teacher_head": "orthogonal"},
     ],
+    "cirkd": [{"memory_mib": 0.01}],  # so small that it runs over
     "cwd": [{}, {"on": "features"}],
+    "fgd": [{}, {"background": 0}],
+    "ifvd": [{"discriminator_channels": 4}],
+    "pkd": [{}, {"levels": ["stride_4", "stride_16"]}],
+    # open gates; tests/losses/test_sckd.py closes them
+    "sckd": [
+        {"threshold": -1},
+        {"threshold": -1, "host": {"cwd": {"weight": 2.0}, "ifvd": {"discriminator_channels": 4}}},
+    ],
+    "skd": [{"discriminator_channels": 4}, {"discriminator_channels": 0, "nodes": 4, "level": "stride_4"}],
+    "sstkd": [{"discriminator_channels": 4, "intensity_levels": 16}],
 }
 # (loss, term) -> why it is not zero where student and teacher agree
 FLOORS = {
     ("bcd", "boundary"): "the teacher's boundary map is hard, the student's soft",
     ("bcd", "context"): "student and teacher have connectors of their own",
+    ("bglsseg", "boundary"): "cross-entropy with the ground truth, of a head that starts at random",
+    ("cirkd", "memory_pixel"): "a head that is no identity stands behind the student alone",
+    ("cirkd", "memory_region"): "a head that is no identity stands behind the student alone",
+    ("cwt", "cwt"): "its MLP starts at random",
+    ("fam", "fam"): "a spectral filter and a normalisation stand behind the student alone",
+    ("ifd", "ifd"): "its projectors start at random, or they would remain equal",
+    ("mgd", "mgd"): "its generator starts at random and sees a quarter of the positions",
+    ("slimseg", "boundary"): "cross-entropy with the ground truth",
+    ("tat", "anchor"): "attention rebuilds the teacher from other positions",
+    ("tat", "patch_group"): "attention rebuilds the teacher from other positions",
 }
 # losses whose gradient is meant to differ from the values' own, and why
 NO_GRADCHECK = {("bcd", 1): "straight-through estimator"}
@@ -43,7 +66,23 @@ each_loss = pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{i}" 
 
 def build(name: str, options: dict[str, Any], student=STUDENT, teacher=TEACHER) -> DistillationCriterion:
     torch.manual_seed(0)
-    return build_criterion({name: options}, student, teacher, num_labels=NUM_LABELS, seed=0)
+    offers = ALWAYS_OFFERED | {"head"}
+    return build_criterion({name: options}, student, teacher, num_labels=NUM_LABELS, seed=0, offers=offers)
+
+
+def with_head(teacher: DenseOutput) -> DenseOutput:
+    """Gives a teacher a frozen head: its own logits, plus a 1x1 convolution of what differs from its own levels."""
+
+    def head(levels: dict[str, Tensor]) -> Tensor:
+        logits = teacher.logits.detach()
+        for name, level in levels.items():
+            change = level - teacher.features[name].detach()
+            kernel = randn(NUM_LABELS, level.shape[1], 1, 1, seed=level.shape[1], dtype=level.dtype)
+            logits = logits + resize(nn.functional.conv2d(change, kernel), spatial_size(logits))
+        return logits
+
+    teacher.head = head
+    return teacher
 
 
 def outputs(dtype: torch.dtype = torch.float32, student=STUDENT, teacher=TEACHER) -> tuple[DenseOutput, DenseOutput]:
@@ -54,7 +93,7 @@ def outputs(dtype: torch.dtype = torch.float32, student=STUDENT, teacher=TEACHER
         output.logits = output.logits.to(dtype)
     for leaf in leaves(pair[0]).values():
         leaf.requires_grad_()
-    return pair[0], pair[1]
+    return pair[0], with_head(pair[1])
 
 
 def leaves(output: DenseOutput) -> dict[str, Tensor]:
@@ -77,6 +116,15 @@ def step(
     total, terms = criterion(task, student, teacher, labels)
     distilled = {term: value for term, value in terms.items() if term != "loss_task"}
     return total - terms["loss_task"], distilled
+
+
+def ready(name: str, options: dict[str, Any], student=STUDENT, teacher=TEACHER) -> DistillationCriterion:
+    """What `build` builds, with something in its memory."""
+    criterion = build(name, options, student, teacher)
+    if LOSSES[name].keeps == "memory":
+        step(criterion, *outputs(student=student, teacher=teacher), label_maps())
+        criterion.after_step()
+    return criterion
 
 
 def values(terms: dict[str, Tensor]) -> dict[str, float]:
@@ -108,7 +156,7 @@ def test_terms_are_unweighted_float32_scalars(name, options):
 
 @each_loss
 def test_gradient_reaches_the_student_and_never_the_teacher(name, options):
-    criterion, (student, teacher) = build(name, options), outputs()
+    criterion, (student, teacher) = ready(name, options), outputs()
     for leaf in leaves(teacher).values():
         leaf.requires_grad_()
     total, terms = step(criterion, student, teacher, label_maps())
@@ -124,7 +172,7 @@ def test_gradient_reaches_the_student_and_never_the_teacher(name, options):
 def test_gradients_are_those_of_the_values(name, options):
     if reason := NO_GRADCHECK.get((name, OPTIONS.get(name, [{}]).index(options))):
         pytest.skip(reason)
-    criterion, (student, teacher) = build(name, options).double(), outputs(torch.float64)
+    criterion, (student, teacher) = ready(name, options).double(), outputs(torch.float64)
     labels = label_maps()
 
     def total(*given: Tensor) -> Tensor:
@@ -137,7 +185,7 @@ def test_gradients_are_those_of_the_values(name, options):
 
 @each_loss
 def test_void_pixels_change_nothing(name, options):
-    criterion, labels = build(name, options), label_maps()
+    criterion, labels = ready(name, options), label_maps()
     totals, gradients = [], []
     for noise in (0, 5):
         student, teacher = outputs()
@@ -159,7 +207,7 @@ def test_void_pixels_change_nothing(name, options):
 
 @each_loss
 def test_a_batch_without_a_valid_pixel_gives_a_connected_zero(name, options):
-    criterion, (student, teacher) = build(name, options), outputs()
+    criterion, (student, teacher) = ready(name, options), outputs()
     _, terms = step(criterion, student, teacher, torch.full((4, SIZE, SIZE), 255))
     assert all(value == 0 for value in values(terms).values()), values(terms)
     torch.stack(list(terms.values())).sum().backward()
@@ -171,7 +219,7 @@ def test_a_batch_without_a_valid_pixel_gives_a_connected_zero(name, options):
 
 @each_loss
 def test_half_precision_and_autocast_change_little(name, options):
-    criterion, labels = build(name, options), label_maps()
+    criterion, labels = ready(name, options), label_maps()
     exact = values(step(criterion, *outputs(), labels)[1])
     with torch.autocast("cpu", torch.bfloat16):
         rounded = step(criterion, *outputs(torch.bfloat16), labels)[1]
@@ -181,9 +229,10 @@ def test_half_precision_and_autocast_change_little(name, options):
 
 @each_loss
 def test_agreement_gives_zero(name, options):
-    criterion = build(name, options, STUDENT, STUDENT)
+    criterion = ready(name, options, STUDENT, STUDENT)
     student, _ = outputs()
     teacher = DenseOutput({level: x.detach() for level, x in student.features.items()}, student.logits.detach())
+    teacher = with_head(teacher)
     apart = values(step(criterion, *outputs(student=STUDENT, teacher=STUDENT), label_maps())[1])
     for term, value in values(step(criterion, student, teacher, label_maps())[1]).items():
         if (name, term.removeprefix(f"{name}/")) not in FLOORS:
@@ -224,7 +273,7 @@ def advance(criterion: DistillationCriterion, steps: int, rows: slice = slice(No
         for leaf in leaves(half[0]).values():
             leaf.requires_grad_()
         criterion.zero_grad()
-        total, terms = step(criterion, half[0], half[1], label_maps()[order][rows])
+        total, terms = step(criterion, half[0], with_head(half[1]), label_maps()[order][rows])
         total.backward()
         criterion.after_step()
         found |= {f"{number} {term}": value.detach() for term, value in terms.items()}

@@ -8,7 +8,7 @@ import torch
 from host_sync import no_host_synchronisation
 from loss_references import dense_output, random_labels
 
-from hf_bcd.losses import build_criterion, segmentation_loss
+from hf_bcd.losses import LOSSES, build_criterion, segmentation_loss
 from hf_bcd.outputs import FeatureSpec
 
 
@@ -83,8 +83,71 @@ def test_cuda_reports_no_synchronisation(mode, teacher_head):
     assert all(p.grad is not None for p in criterion.parameters() if p.requires_grad)
 
 
+FOREIGN = ("transformers", "timm", "datasets", "accelerate", "torchvision", "PIL", "huggingface_hub", "matplotlib")
+# importing what has the value None fails
+WITHOUT_FOREIGN = f"import sys; sys.modules.update(dict.fromkeys({FOREIGN}))\n"
+
+
+def run_code(code: str) -> str:
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.strip()
+
+
 def test_losses_import_torch_alone():
-    foreign = ("transformers", "timm", "datasets", "accelerate", "torchvision", "PIL", "huggingface_hub", "matplotlib")
-    code = f"import sys, hf_bcd.losses; print([m for m in {foreign} if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert run_code(f"import sys, hf_bcd.losses; print([m for m in {FOREIGN} if m in sys.modules])") == "[]"
+
+
+PLAIN_LOOP = """
+import torch
+from torch.nn import Conv2d
+from torch.nn.functional import cross_entropy
+from hf_bcd.losses import CWDLoss
+from hf_bcd.outputs import DenseOutput
+
+torch.manual_seed(0)
+images, labels = torch.rand(2, 3, 16, 16), torch.randint(0, 4, (2, 16, 16))
+student, teacher = Conv2d(3, 4, 3, padding=1), Conv2d(3, 4, 5, padding=2).requires_grad_(False)
+loss, optimizer, values = CWDLoss({}, {}), torch.optim.SGD(student.parameters(), 0.5), []
+for _ in range(8):
+    scores = student(images)
+    terms = loss(DenseOutput({}, scores), DenseOutput({}, teacher(images)), labels)
+    optimizer.zero_grad()
+    (cross_entropy(scores, labels) + 3 * terms["cwd"]).backward()
+    optimizer.step()
+    loss.after_step()
+    values.append(terms["cwd"].item())
+print(values[-1] < 0.8 * values[0])
+"""
+
+ALL_LOSSES = """
+import torch
+from hf_bcd.losses import LOSSES, build_criterion
+from hf_bcd.outputs import DenseOutput, FeatureSpec
+
+specs = {"stride_4": FeatureSpec(8, 4), "stride_8": FeatureSpec(8, 8)}
+small = {"cirkd": {"memory_mib": 0.01}, "bcd": {"channels": 8, "reduced_channels": 4}}
+labels = torch.randint(0, 3, (1, 32, 32))
+for name in LOSSES:
+    outputs = [
+        DenseOutput({k: torch.rand(1, c, 32 // s, 32 // s) for k, (c, s) in specs.items()}, torch.rand(1, 3, 8, 8))
+        for _ in range(2)
+    ]
+    outputs[1].head = lambda levels: levels["stride_4"][:, :3]
+    outputs[0].logits.requires_grad_()
+    outputs[0].features = {k: x.requires_grad_() for k, x in outputs[0].features.items()}
+    offers = frozenset({"features", "labels", "logits", "task_loss", "head"})
+    criterion = build_criterion({name: small.get(name, {})}, specs, specs, num_labels=3, offers=offers)
+    total, terms = criterion({"loss_task": outputs[0].logits.square().mean()}, *outputs, labels)
+    total.backward()
+    criterion.after_step()
+    print(name)
+"""
+
+
+def test_a_plain_loop_of_pytorch_distils_without_anything_else():
+    assert run_code(WITHOUT_FOREIGN + PLAIN_LOOP) == "True"
+
+
+def test_every_loss_computes_where_nothing_but_torch_is_installed():
+    assert run_code(WITHOUT_FOREIGN + ALL_LOSSES).split() == list(LOSSES)

@@ -1,0 +1,112 @@
+"""Cross-head distillation (Wang et al., CVPR 2024, https://arxiv.org/abs/2306.11369)."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..outputs import DenseOutput, FeatureSpec
+from .base import DistillationLoss
+from .connectors import FeaturePair
+from .functional import divergence, image_means, moments, on_teacher_grid, spatial_size, standardize, valid_positions
+
+
+def match_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Gives every channel of the student's map the mean and deviation of the teacher's, over the batch of all ranks.
+
+    Args:
+        student: `[B, C, h, w]`.
+        teacher: `[B, C, h, w]`, constant.
+        mask: `[B, 1, h, w]`, True where a position counts.
+
+    Returns:
+        `(student - mean) / (std + 1e-6) · std_teacher + mean_teacher`, `[B, C, h, w]`.
+    """
+    _, mean, deviation = moments(teacher, (0, 2, 3), mask)
+    return standardize(student, (0, 2, 3), mask, eps=1e-6) * deviation + mean
+
+
+def crosskd_loss(cross: Tensor, teacher: Tensor, *, beta: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """Distance of a cross-head prediction to the teacher's own.
+
+    `mean over images and valid pixels of d^beta · KL(t ‖ p)` with the softmaxes over classes `p` of `cross` and `t` of
+    `teacher`, and `d = ½ Σ_k |p_k − t_k|` in [0, 1].
+
+    Args:
+        cross: class scores `[B, K, h, w]` of the teacher's head on the student's features.
+        teacher: class scores `[B, K, h', w']`, to whose grid the others are resized; they receive no gradient.
+        beta: 0, or >= 1.
+        mask: `[B, h', w']`, True where valid.
+
+    Returns:
+        Scalar >= 0 in nat, 0 for equal scores; float32 or float64.
+    """
+    with torch.autocast(cross.device.type, enabled=False):
+        cross, teacher, mask = on_teacher_grid(cross, teacher, mask)
+        disagreement = (cross.softmax(1) - teacher.softmax(1)).abs().sum(1) / 2
+        return image_means(disagreement.pow(beta) * divergence(cross, teacher, dim=1), mask).mean()
+
+
+class CrossKDLoss(DistillationLoss):
+    """`crosskd_loss` of the teacher's frozen head on the student's features.
+
+    Defined here with all levels that the head reads, each behind a trained 1x1 convolution, because the paper's is for
+    detectors, whose student and teacher heads agree layer by layer: it crosses over before their last convolution.
+    Every level comes from the student, as in the paper; beside the teacher's own fine levels, the prediction would
+    hardly depend on the student. Where a pixel is void, the head sees the teacher's own features.
+
+    Of the paper's quality focal loss `|σ(p) − σ(t)|^beta · BCE(p, σ(t))` over classes that exclude nothing, the weight
+    stays, as the distance of two distributions over classes, and BCE becomes KL, so that agreement is 0 for any beta.
+
+    Args:
+        student_specs: feature levels of the student.
+        teacher_specs: feature levels of the teacher.
+        head_levels: the teacher's levels that its head reads, which the student must have; all of them by default.
+        beta: exponent of the weight; 1 as in the official code, 0 for KL alone.
+        ignore_index: void label.
+    """
+
+    weights = {"crosskd": 1.0}  # official, on a sum over positive anchors divided by their number
+    needs = frozenset({"features", "head"})
+    transfers = "what the teacher's head makes of the features"
+    source = "https://arxiv.org/abs/2306.11369"
+    checked = (
+        "official code (detectors): same rescaling of each channel, weight and beta; softmax and KL for sigmoid and BCE, "
+        "and the place where the student's features enter, are ours"
+    )
+    citation = (
+        "@inproceedings{wang2024crosskd,\n"
+        "  title={CrossKD: Cross-Head Knowledge Distillation for Object Detection},\n"
+        "  author={Wang, Jiabao and Chen, Yuming and Zheng, Zhaohui and Li, Xiang and Cheng, Ming-Ming and Hou, Qibin},\n"
+        "  booktitle={CVPR},\n"
+        "  year={2024}\n"
+        "}"
+    )
+
+    def __init__(
+        self,
+        student_specs: Mapping[str, FeatureSpec],
+        teacher_specs: Mapping[str, FeatureSpec],
+        *,
+        head_levels: Sequence[str] | None = None,
+        beta: float = 1.0,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        if not (beta == 0 or beta >= 1):
+            raise ValueError(f"beta is {beta!r}; it must be 0 or >= 1, or the gradient is infinite at agreement.")
+        self.beta, self.ignore_index = beta, ignore_index
+        levels = tuple(teacher_specs) if head_levels is None else head_levels
+        self.pairs = nn.ModuleList(FeaturePair(student_specs, teacher_specs, level) for level in levels)
+
+    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+        if teacher.head is None:
+            raise ValueError("crosskd needs teacher.head, the teacher's head as a function of its levels.")
+        with torch.autocast(labels.device.type, enabled=False):
+            crossed = {}
+            for pair in self.pairs:
+                ours, theirs = pair(student.features, teacher.features)
+                valid = valid_positions(labels, spatial_size(theirs), self.ignore_index)[:, None]
+                crossed[pair.level] = torch.where(valid, match_moments(ours, theirs, valid), theirs)
+            mask = valid_positions(labels, spatial_size(teacher.logits), self.ignore_index)
+            return {"crosskd": crosskd_loss(teacher.head(crossed), teacher.logits, beta=self.beta, mask=mask)}

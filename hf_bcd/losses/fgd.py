@@ -1,0 +1,189 @@
+"""Focal and global distillation (Yang et al., CVPR 2022, https://arxiv.org/abs/2111.11837)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..outputs import DenseOutput, FeatureSpec
+from .base import DistillationLoss, check_positive
+from .connectors import FeaturePair
+from .functional import (
+    class_masks,
+    class_means,
+    image_means,
+    mask_fill_value,
+    mean_squared_error,
+    on_teacher_grid,
+    spatial_size,
+    valid_positions,
+)
+
+
+def activation_attention(x: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Where and in which channels a map is active.
+
+    Args:
+        x: features `[B, C, h, w]`.
+        mask: `[B, h, w]`, True where valid.
+        temperature: T, > 0.
+
+    Returns:
+        `n · softmax over the n valid positions of mean_c |x| / T`, `[B, h, w]`, 0 where void, and
+        `C · softmax over channels of mean_i |x| / T`, `[B, C]`: each has mean 1.
+    """
+    activity = x.abs()
+    positions = (activity.mean(dim=1) / temperature).masked_fill(~mask, mask_fill_value(x.dtype)).flatten(1)
+    num_valid = mask.flatten(1).sum(dim=1, keepdim=True)
+    spatial = (num_valid * positions.softmax(dim=1)).view_as(mask).masked_fill(~mask, 0)
+    channel = x.shape[1] * (class_means(activity, mask[:, None])[:, 0] / temperature).softmax(dim=1)
+    return spatial, channel
+
+
+def fgd_loss(
+    student: Tensor, teacher: Tensor, regions: Tensor, *, temperature: float = 0.5, mask: Tensor | None = None
+) -> Tensor:
+    """Focal distillation: features follow the teacher's where it is active, every region counting the same.
+
+    `mean over images of sum_k mean_{i in region k} S_i mean_c A_c (t_ci - s_ci)²`, S and A the teacher's attention over
+    positions and channels, see `activation_attention`.
+
+    Args:
+        student: features `[B, C, h, w]`.
+        teacher: `[B, C, h', w']`, to whose grid the student's are resized; receives no gradient.
+        regions: boolean `[B, K, h', w']`; an empty one counts 0.
+        temperature: T, > 0.
+        mask: `[B, h', w']`, True where the attention may look.
+
+    Returns:
+        Scalar >= 0, 0 for equal features; float32 or float64.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher, mask = on_teacher_grid(student, teacher, mask)
+        spatial, channel = activation_attention(teacher, mask, temperature)
+        error = spatial * (channel[:, :, None, None] * (teacher - student).square()).mean(dim=1)
+        return class_means(error[:, None], regions).sum(dim=1).mean()
+
+
+def attention_losses(
+    student: Tensor, teacher: Tensor, *, temperature: float = 0.5, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean absolute differences between the two models' attention over positions and over channels, as `fgd_loss`."""
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher, mask = on_teacher_grid(student, teacher, mask)
+        ours, theirs = (activation_attention(x, mask, temperature) for x in (student, teacher))
+        return image_means((ours[0] - theirs[0]).abs(), mask).mean(), (ours[1] - theirs[1]).abs().mean()
+
+
+class GlobalContext(nn.Module):
+    """Adds to every position a vector that a small network makes of an attention-weighted mean; nothing at first.
+
+    Args:
+        channels: number of channels.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(1, channels // 2)
+        self.attend = nn.Conv2d(channels, 1, 1)
+        self.add = nn.Sequential(
+            nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, channels)
+        )
+        nn.init.kaiming_normal_(self.attend.weight)
+        for parameter in (self.attend.bias, self.add[-1].weight, self.add[-1].bias):
+            nn.init.zeros_(parameter)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Features `[B, channels, h, w]` of the same shape; only positions where `mask` `[B, h, w]` is True are seen."""
+        seen = self.attend(x).masked_fill(~mask[:, None], mask_fill_value(x.dtype)).flatten(2).softmax(dim=2)
+        return x + self.add((x.flatten(2) @ seen.mT)[..., 0])[:, :, None, None]
+
+
+class FGDLoss(DistillationLoss):
+    """`fgd_loss`, attention and global context of one feature level behind a 1x1 convolution.
+
+    Defined here for class masks, because the official code takes the boxes of object detection: every class of an image
+    is one object, weighted by 1 / area, and pixels of `background` are the background. Labels without a background
+    class have no background term.
+
+    The block of the global context is trained on the teacher's side as well, as in the official code. It cannot
+    collapse: it shifts each channel of an image by one number, so what varies between positions stays the target.
+
+    Weights: 1e-3, 5e-4, 5e-4 and 5e-6 of the official RetinaNet configuration multiply sums over channels and
+    positions, ours means: hence times 256 channels (the feature pyramid's), and times 4096 positions (512 pixels at
+    stride 8) where the sum runs over positions as well.
+
+    Args:
+        student_specs: feature levels of the student.
+        teacher_specs: feature levels of the teacher.
+        num_labels: number of classes.
+        background: class id of the background, 0 in Pascal VOC; None where every class counts as an object.
+        temperature: T of the attention; 0.5 as in the official code.
+        level: level name; the coarsest that both models have by default.
+        ignore_index: void label.
+    """
+
+    weights = {
+        "foreground": 1e-3 * 256,
+        "background": 5e-4 * 256,
+        "spatial": 5e-4 * 4096,
+        "channel": 5e-4 * 256,
+        "global": 5e-6 * 256 * 4096,
+    }
+    needs = frozenset({"features", "labels"})
+    transfers = "features of objects and background where the teacher is active, its attention, global context"
+    source = "https://arxiv.org/abs/2111.11837"
+    checked = "official code, defined for detection; class masks instead of boxes and means instead of sums are ours"
+    citation = (
+        "@inproceedings{yang2022focal,\n"
+        "  title={Focal and Global Knowledge Distillation for Detectors},\n"
+        "  author={Yang, Zhendong and Li, Zhe and Jiang, Xiaohu and Gong, Yuan and Yuan, Zehuan and Zhao, Danpei and "
+        "Yuan, Chun},\n"
+        "  booktitle={CVPR},\n"
+        "  year={2022}\n"
+        "}"
+    )
+
+    @classmethod
+    def default_weights(cls, background: int | None = None, **options: Any) -> dict[str, float]:
+        return {term: value for term, value in cls.weights.items() if term != "background" or background is not None}
+
+    def __init__(
+        self,
+        student_specs: Mapping[str, FeatureSpec],
+        teacher_specs: Mapping[str, FeatureSpec],
+        *,
+        num_labels: int,
+        background: int | None = None,
+        temperature: float = 0.5,
+        level: str | None = None,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        check_positive(temperature=temperature)
+        if background is not None and not 0 <= background < num_labels:
+            raise ValueError(f"background is {background!r}; it must be a class id below {num_labels}, or none.")
+        self.num_labels, self.background = num_labels, background
+        self.temperature, self.ignore_index = temperature, ignore_index
+        self.pair = FeaturePair(student_specs, teacher_specs, level)
+        self.student_context = GlobalContext(self.pair.channels)
+        self.teacher_context = GlobalContext(self.pair.channels)
+
+    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(labels.device.type, enabled=False):
+            ours, theirs = self.pair(student.features, teacher.features)
+            size = spatial_size(theirs)
+            mask = valid_positions(labels, size, self.ignore_index)
+            classes = class_masks(labels, self.num_labels, size)
+            options = {"temperature": self.temperature, "mask": mask}
+            terms = {}
+            if self.background is not None:
+                behind = classes[:, self.background, None]
+                terms["background"] = fgd_loss(ours, theirs, behind, **options)
+                classes = classes & ~behind
+            terms["foreground"] = fgd_loss(ours, theirs, classes, **options)
+            terms["spatial"], terms["channel"] = attention_losses(ours, theirs, **options)
+            context = self.student_context(ours, mask), self.teacher_context(theirs, mask)
+            terms["global"] = mean_squared_error(*context, mask)
+            return terms

@@ -1,0 +1,163 @@
+"""Cross-head distillation: its value, what the teacher's head sees, and what it needs."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from loss_references import dense_output, divergence, randn, random_labels, softmax
+from torch import Tensor
+
+from hf_bcd.losses import CrossKDLoss, build_criterion, crosskd_loss
+from hf_bcd.losses.criterion import ALWAYS_OFFERED
+from hf_bcd.outputs import DenseOutput, FeatureSpec
+
+
+STUDENT = {"stride_4": FeatureSpec(3, 4), "stride_8": FeatureSpec(4, 8)}
+TEACHER = {"stride_4": FeatureSpec(5, 4), "stride_8": FeatureSpec(6, 8)}
+
+
+def mixing_head(specs: dict[str, FeatureSpec]) -> Callable[[dict[str, Tensor]], Tensor]:
+    """A frozen head whose every output sees a neighbourhood."""
+    kernels = {name: randn(3, spec.channels, 3, 3, seed=7) / 9 for name, spec in specs.items()}
+
+    def head(levels: dict[str, Tensor]) -> Tensor:
+        assert levels.keys() == kernels.keys()
+        maps = [F.conv2d(levels[name], kernel.to(levels[name].dtype), padding=1) for name, kernel in kernels.items()]
+        return torch.stack([F.interpolate(x, maps[0].shape[-2:], mode="nearest") for x in maps]).sum(0)
+
+    return head
+
+
+def batch(specs: dict[str, FeatureSpec] = STUDENT) -> tuple[DenseOutput, DenseOutput]:
+    """Student and teacher of two 32-pixel images in float64."""
+    pair = [dense_output(s, 2, 32, 3, seed=seed) for s, seed in ((specs, 0), (TEACHER, 100))]
+    for output in pair:
+        output.features = {name: x.double() for name, x in output.features.items()}
+    student, teacher = pair
+    teacher.head = mixing_head(TEACHER)
+    teacher.logits = teacher.head(teacher.features)
+    return student, teacher
+
+
+def test_value_worked_out_by_hand() -> None:
+    # scores (0, 0) and (ln 3, 0): p = (1/2, 1/2), t = (3/4, 1/4), so d = (1/4 + 1/4) / 2 = 1/4 and
+    # KL(t ‖ p) = 3/4 ln(3/2) + 1/4 ln(1/2) = 0.130812; the second pixel is void, the second image all of it
+    cross = torch.zeros(2, 2, 1, 2)
+    teacher = torch.zeros(2, 2, 1, 2)
+    teacher[0, 0, 0, 0] = math.log(3)
+    teacher[0, 0, 0, 1] = 50
+    mask = torch.tensor([[[True, False]], [[False, False]]])
+    assert crosskd_loss(cross, teacher, mask=mask).item() == pytest.approx(0.130812 / 4 / 2, rel=1e-5)
+    assert crosskd_loss(cross, teacher, beta=2, mask=mask).item() == pytest.approx(0.130812 / 16 / 2, rel=1e-5)
+    assert crosskd_loss(cross, teacher, beta=0, mask=mask).item() == pytest.approx(0.130812 / 2, rel=1e-5)
+
+
+def reference(loss: CrossKDLoss, student: DenseOutput, teacher: DenseOutput, labels: np.ndarray, beta: float) -> float:
+    """Plain loops over one level whose grids agree, and a head that is a 1x1 convolution."""
+    weight, bias = (parameter.detach().numpy() for parameter in loss.pairs.parameters())
+    ours, theirs = (o.features["stride_8"].numpy() for o in (student, teacher))
+    images, channels, height, width = theirs.shape
+    spots = [(b, y, x) for b in range(images) for y in range(height) for x in range(width)]
+    valid = [(b, y, x) for b, y, x in spots if labels[b, 8 * y + 4, 8 * x + 4] != 255]
+    projected = {s: weight[:, :, 0, 0] @ ours[s[0], :, s[1], s[2]] + bias for s in spots}
+    crossed = {}
+    for s in valid:
+        crossed[s] = np.empty(channels)
+        for c in range(channels):
+            mine, its = [projected[v][c] for v in valid], [theirs[v[0], c, v[1], v[2]] for v in valid]
+            crossed[s][c] = (projected[s][c] - np.mean(mine)) / (np.std(mine) + 1e-6) * np.std(its) + np.mean(its)
+    total = 0.0
+    for image in range(images):
+        found = []
+        for s in [v for v in valid if v[0] == image]:
+            p = softmax(KERNEL.numpy() @ crossed[s])
+            t = softmax(teacher.logits.numpy()[s[0], :, s[1], s[2]])
+            found.append((0.5 * np.abs(p - t).sum()) ** beta * divergence(t, p))
+        total += sum(found) / len(found) if found else 0.0
+    return total / images
+
+
+KERNEL = randn(3, 6, seed=9)
+
+
+@pytest.mark.parametrize("beta", [0, 1, 2])
+def test_agrees_with_plain_loops(beta: float) -> None:
+    student, teacher = batch()
+    teacher.head = lambda levels: F.conv2d(levels["stride_8"], KERNEL[:, :, None, None])
+    teacher.logits = randn(2, 3, 4, 4, seed=5)  # no function of the features: the target is what the teacher says
+    labels = random_labels(2, 32, 32, num_labels=3)
+    labels[0, :20] = 255
+    torch.manual_seed(0)
+    loss = CrossKDLoss(STUDENT, TEACHER, head_levels=["stride_8"], beta=beta).double()
+    expected = reference(loss, student, teacher, labels.numpy(), beta)
+    assert expected > 1e-3
+    assert loss(student, teacher, labels)["crosskd"].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_scale_and_offset_of_the_students_channels_do_not_matter() -> None:
+    torch.manual_seed(0)
+    loss = CrossKDLoss(TEACHER, TEACHER).double()  # projections that are the identity
+    student, teacher = batch(TEACHER)
+    labels = torch.zeros(2, 32, 32, dtype=torch.long)
+    value = loss(student, teacher, labels)["crosskd"].item()
+    student.features = {name: 3 * x + torch.arange(x.shape[1])[:, None, None] for name, x in student.features.items()}
+    assert loss(student, teacher, labels)["crosskd"].item() == pytest.approx(value, rel=1e-4) and value > 1e-3
+
+
+def test_the_head_sees_the_teachers_own_features_where_void() -> None:
+    """Also a head that mixes positions: what the student has there changes nothing, and agreement remains 0."""
+    torch.manual_seed(0)
+    loss = CrossKDLoss(TEACHER, TEACHER).double()
+    student, teacher = batch(TEACHER)
+    labels = torch.zeros(2, 32, 32, dtype=torch.long)
+    labels[:, :, :16] = 255
+    value = loss(student, teacher, labels)["crosskd"].item()
+    for name, level in student.features.items():
+        changed = level.clone()
+        changed[..., : level.shape[-1] // 2] = 100 * randn(*level.shape[:-1], level.shape[-1] // 2, seed=3)
+        student.features[name] = changed
+    assert loss(student, teacher, labels)["crosskd"].item() == value > 1e-3
+    student.features = dict(teacher.features)
+    assert loss(student, teacher, labels)["crosskd"].item() < 1e-12
+
+
+def test_the_loss_falls_and_the_prediction_becomes_the_teachers() -> None:
+    torch.manual_seed(0)
+    loss = CrossKDLoss(STUDENT, TEACHER).double()
+    student, teacher = batch()
+    levels = {name: x.requires_grad_() for name, x in student.features.items()}
+    labels = torch.zeros(2, 32, 32, dtype=torch.long)
+    optimizer = torch.optim.Adam([*levels.values(), *loss.parameters()], 0.1)
+    values = []
+    for _ in range(40):
+        value = loss(student, teacher, labels)["crosskd"]
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < values[0] / 10
+
+
+def test_levels_that_the_head_does_not_read_have_no_projection() -> None:
+    offers = ALWAYS_OFFERED | {"head"}
+    options = {"num_labels": 3, "offers": offers, "head_levels": ("stride_8",)}
+    loss = build_criterion({"crosskd": {}}, STUDENT, TEACHER, **options).losses["crosskd"]
+    assert isinstance(loss, CrossKDLoss) and [pair.level for pair in loss.pairs] == ["stride_8"]
+    every = build_criterion({"crosskd": {}}, STUDENT, TEACHER, num_labels=3, offers=offers).losses["crosskd"]
+    assert isinstance(every, CrossKDLoss) and [pair.level for pair in every.pairs] == list(TEACHER)
+
+
+def test_bad_options_are_explained() -> None:
+    with pytest.raises(ValueError, match="beta is 0.5; it must be 0 or >= 1"):
+        CrossKDLoss(STUDENT, TEACHER, beta=0.5)
+    with pytest.raises(ValueError, match="level is 'stride_4'; student .stride_8. and teacher"):
+        CrossKDLoss({"stride_8": FeatureSpec(4, 8)}, TEACHER)
+    student, teacher = batch()
+    teacher.head = None
+    with pytest.raises(ValueError, match=r"needs teacher\.head"):
+        CrossKDLoss(STUDENT, TEACHER)(student, teacher, torch.zeros(2, 32, 32, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"loss 'crosskd' needs head, but .* offer .*another loss: .*\bcwd\b"):
+        build_criterion({"crosskd": {}}, STUDENT, TEACHER, num_labels=3)

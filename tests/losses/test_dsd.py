@@ -1,0 +1,121 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from loss_references import dense_output, halved, randn, random_labels, random_mask, softmax
+
+from hf_bcd.losses import DSDLoss, category_similarity_loss, pixel_similarity_loss
+from hf_bcd.outputs import FeatureSpec
+
+
+SPECS = {"stride_4": FeatureSpec(3, 4), "stride_8": FeatureSpec(2, 8), "stride_16": FeatureSpec(4, 16)}
+
+
+def test_pixel_golden_value():
+    # attention of two positions, from level to level: the student's (1, 0) to (0, 1), a residual along (-1, 1)
+    # the teacher's (1, 0) to (3, 4) / 5, a residual (-0.4, 0.8) along (-1, 2)
+    # the squared distance of unit vectors is 2 - 2 cos = 2 - 2 · 3 / (√2 √5)
+    student = [torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, -2.0]]]])]
+    teacher = [torch.tensor([[[[3.0, 0.0]]]]), torch.tensor([[[[3**0.5, 2.0]]]])]
+    value = pixel_similarity_loss(student, teacher, mask=torch.ones(1, 1, 2, dtype=torch.bool))
+    assert value.item() == pytest.approx(2 - 6 / math.sqrt(10), rel=1e-5)
+
+
+def test_category_golden_value():
+    # the student's classes are equally probable everywhere: cosine 1
+    # the teacher's are (0.8, 0.2) and (0.2, 0.8) at temperature 2: cosine 0.32 / 0.68 = 8 / 17
+    # of the four pairs of classes two differ, by 9 / 17
+    teacher = 2 * torch.tensor([[[[math.log(4), 0.0]], [[0.0, math.log(4)]]]])
+    value = category_similarity_loss(torch.zeros(1, 2, 1, 2), teacher, temperature=2)
+    assert value.item() == pytest.approx((9 / 17) ** 2 / 2, rel=1e-5)
+
+
+def test_pixel_agrees_with_plain_loops():
+    mask = random_mask(2, 2, 4, share=0.6)
+    mask[:, 0, 0] = True
+    shapes = {"student": [(3, 4, 8), (2, 2, 4), (5, 2, 4)], "teacher": [(2, 4, 8), (4, 2, 4), (3, 2, 4)]}
+    levels = {
+        who: [randn(2, *shape, seed=10 * i + j) for j, shape in enumerate(sizes)]
+        for i, (who, sizes) in enumerate(shapes.items())
+    }
+    distances = []
+    for b in range(2):
+        valid = mask[b].numpy()
+        fine = valid.repeat(2, 0).repeat(2, 1)
+        residuals = {}
+        for who, features in levels.items():
+            maps = []
+            for x in features:
+                attention = (x[b].numpy() ** 2).mean(0)
+                attention = halved(attention * fine) if attention.shape == fine.shape else attention
+                values = attention[valid]
+                maps.append(values / math.sqrt(sum(values**2)))
+            steps = [later - earlier for earlier, later in zip(maps[:-1], maps[1:], strict=True)]
+            residuals[who] = [step / math.sqrt(sum(step**2)) for step in steps]
+        distances += [sum((s - t) ** 2) for s, t in zip(residuals["student"], residuals["teacher"], strict=True)]
+    value = pixel_similarity_loss(levels["student"], levels["teacher"], mask=mask)
+    assert len(distances) == 4 and value.item() == pytest.approx(np.mean(distances), rel=1e-12)
+
+
+def test_category_agrees_with_plain_loops():
+    student, teacher, mask = 3 * randn(2, 3, 8, 6), 3 * randn(2, 3, 4, 3, seed=1), random_mask(2, 4, 3)
+    s, t, errors = halved(student.numpy()), teacher.numpy(), []
+    for b in range(2):
+        similarities = []
+        for z in (s, t):
+            p = np.array([softmax(z[b, :, y, x] / 4) for y, x in np.argwhere(mask[b].numpy())])
+            lengths = [math.sqrt(sum(p[:, k] ** 2)) for k in range(3)]
+            similarities.append([p[:, k] @ p[:, i] / (lengths[k] * lengths[i]) for k in range(3) for i in range(3)])
+        errors += [(a - c) ** 2 for a, c in zip(*similarities, strict=True)]
+    value = category_similarity_loss(student, teacher, mask=mask)
+    assert value.item() == pytest.approx(np.mean(errors), rel=1e-12)
+
+
+def test_weighted_pixel_value_is_that_of_a_mean_over_positions():
+    student, teacher = ([randn(2, 3, 64, 128, seed=seed + i) for i in range(2)] for seed in (0, 10))
+
+    def residual(levels: list[torch.Tensor]) -> torch.Tensor:
+        first, second = (F.normalize(x.square().mean(1).flatten(1)) for x in levels)
+        return F.normalize(second - first)
+
+    expected = 1000 * (residual(student) - residual(teacher)).square().mean()
+    value = pixel_similarity_loss(student, teacher, mask=torch.ones(2, 64, 128, dtype=torch.bool))
+    assert DSDLoss.weights["pixel"] * value.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_magnitude_of_a_level_does_not_matter():
+    student, teacher = ([randn(2, 3, 4, 4, seed=seed + i) for i in range(3)] for seed in (0, 10))
+    mask = torch.ones(2, 4, 4, dtype=torch.bool)
+    value = pixel_similarity_loss(student, teacher, mask=mask).item()
+    other = [factor * x for factor, x in zip((2, 0.1, 5), student, strict=True)]
+    assert value > 0 and pixel_similarity_loss(other, teacher, mask=mask).item() == pytest.approx(value, rel=1e-9)
+
+
+def test_void_neighbours_do_not_leak_through_a_resize():
+    # 23 of 32 columns are void; the last level's position over columns 16 to 31 is valid, as its centre is, but the third
+    # position of stride 8 and the sixth of stride 4, which it is resized from, are not
+    labels = random_labels(2, 32, 32, num_labels=3)
+    labels[:, :, :23] = 255
+    values = []
+    for noise in (0, 100):
+        student, teacher = (dense_output(SPECS, 2, 32, 3, seed=i) for i in range(2))
+        for output in (student, teacher):
+            output.features["stride_4"][..., :6] += noise
+            output.features["stride_8"][..., :3] += noise
+        values.append(DSDLoss(SPECS, SPECS)(student, teacher, labels)["pixel"].item())
+    assert values[0] > 0 and values[0] == values[1]
+
+
+def test_all_shared_levels_by_default_and_two_at_least():
+    one = {"stride_8": FeatureSpec(3, 8)}
+    assert DSDLoss(SPECS, SPECS).levels == list(SPECS)
+    with pytest.raises(ValueError, match="levels are stride_8; residual attention needs two or more"):
+        DSDLoss(SPECS, one)
+    with pytest.raises(ValueError, match="level is 'stride_32'"):
+        DSDLoss(SPECS, SPECS, levels=["stride_4", "stride_32"])
+    with pytest.raises(ValueError, match="temperature is 0"):
+        DSDLoss(SPECS, SPECS, temperature=0)
+    with pytest.raises(ValueError, match="must agree in batch and channels"):
+        category_similarity_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 4, 4))

@@ -1,0 +1,188 @@
+"""Structural and statistical texture distillation."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from loss_references import dense_output, randn, random_labels, random_mask
+from torch import Tensor
+
+from hf_bcd.losses import SSTKDLoss, kd_loss, sstkd_loss
+from hf_bcd.losses.sstkd import contourlet, directional_bands, equalized_intensity
+from hf_bcd.outputs import FeatureSpec
+
+
+SPECS = {"stride_4": FeatureSpec(4, 4), "stride_8": FeatureSpec(6, 8)}
+
+
+def test_structure_by_hand() -> None:
+    """Stripes of 1 and -1 have the mean 0 in each 2x2 block: all of them is detail, its mean square is 1.
+
+    The second level sees a single 0. So one level gives 1 and the mean of two levels 1/2.
+    """
+    stripes = torch.tensor([[1.0, -1.0], [1.0, -1.0]]).view(1, 1, 2, 2)
+    found = [sstkd_loss(stripes + 5, torch.zeros(1, 1, 2, 2), pyramid_levels=n).structure.item() for n in (1, 2)]
+    assert found == pytest.approx([1, 1 / 2])
+
+
+def test_intensity_by_hand() -> None:
+    """Features (1, 0), (1, 0), (0, 1) have the mean (2, 1) / 3 and the cosines 2, 2 and 1 with it, over √5.
+
+    Two levels: one position at the lower, two at the upper. Their equalised values are half of 1/3, and 1/3 plus half of
+    2/3. The fourth position is void.
+    """
+    features = torch.tensor([[1.0, 1, 0, -9], [0, 0, 1, 5]]).view(1, 2, 2, 2)
+    mask = torch.tensor([[[True, True], [True, False]]])
+    found = equalized_intensity(features, mask, levels=2).flatten()[:3].tolist()
+    assert found == pytest.approx([2 / 3, 2 / 3, 1 / 6])
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "band"), [(0, 2, 0), (1, 1, 1), (2, 0, 2), (1, -1, 3), (1, 3, 0), (3, 1, 2)]
+)
+def test_a_wave_goes_to_the_band_of_its_direction(rows: int, columns: int, band: int) -> None:
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    wave = torch.cos(2 * math.pi * (rows * y + columns * x) / 8).view(1, 1, 8, 8)
+    energy = directional_bands(wave, 4).square().sum(dim=(1, 2, 3, 4))
+    assert energy.argmax() == band and energy[band] == pytest.approx(32, rel=1e-5)
+    assert energy.sum() == pytest.approx(32, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 6)])
+def test_bands_are_orthogonal_and_add_up(size: tuple[int, int]) -> None:
+    x = randn(2, 3, *size)
+    bands = directional_bands(x, 6)
+    torch.testing.assert_close(bands.sum(dim=0), x)
+    products = torch.einsum("ibcyx,jbcyx->ij", bands, bands)
+    if size[1] % 2:  # waves of half the sampling rate have two directions
+        torch.testing.assert_close(products, products.diagonal().diag(), atol=1e-9, rtol=0)
+
+
+def down(length: int) -> np.ndarray:
+    """Bilinear halving of an even length, as a matrix."""
+    return np.repeat(np.eye(length // 2), 2, axis=1) / 2
+
+
+def up(length: int) -> np.ndarray:
+    """Bilinear doubling to an even length: new points a quarter beside the old ones, the edge repeated."""
+    matrix = np.zeros((length, length // 2))
+    for new in range(length):
+        old = new // 2
+        beside = min(max(old + (1 if new % 2 else -1), 0), length // 2 - 1)
+        matrix[new, old] += 0.75
+        matrix[new, beside] += 0.25
+    return matrix
+
+
+def test_structure_is_the_energy_of_the_pyramid() -> None:
+    """Without void pixels, because the bands are orthogonal."""
+    student, teacher = randn(2, 3, 8, 8), randn(2, 3, 8, 8, seed=1)
+    x, levels = (student - teacher).numpy(), []
+    for size in (8, 4):
+        low = down(size) @ x @ down(size).T
+        levels.append(np.mean((x - up(size) @ low @ up(size).T) ** 2))
+        x = low
+    # more wedges would share the waves of half the sampling rate, which have two directions
+    for directions in (1, 2):
+        found = sstkd_loss(student, teacher, directions=directions).structure.item()
+        assert found == pytest.approx(np.mean(levels), rel=1e-9), directions
+
+
+def test_structure_with_void_pixels_against_a_full_fourier_transform() -> None:
+    student, teacher, mask = randn(2, 3, 5, 7), randn(2, 3, 5, 7, seed=1), random_mask(2, 5, 7)
+    difference = (student - teacher) * mask[:, None]
+    low = F.interpolate(difference, (3, 4), mode="bilinear")
+    high = (difference - F.interpolate(low, (5, 7), mode="bilinear")).numpy()
+    total = 0.0
+    for image, valid in zip(high, mask.numpy(), strict=True):
+        squares = np.zeros((5, 7))
+        for channel in image:
+            spectrum = np.fft.fft2(channel)
+            for band in range(4):
+                kept = np.zeros_like(spectrum)
+                for v, u in np.ndindex(5, 7):
+                    # frequencies above a half are negative ones; opposite ones make one wave
+                    angle = math.atan2(v / 5 - (v > 2), u / 7 - (u > 3)) % math.pi
+                    if min(abs(angle - band * math.pi / 4), abs(angle - math.pi - band * math.pi / 4)) < math.pi / 8:
+                        kept[v, u] = spectrum[v, u]
+                squares += np.fft.ifft2(kept).real ** 2 / 3
+        total += squares[valid].sum() / valid.sum()
+    found = sstkd_loss(student, teacher, pyramid_levels=1, mask=mask).structure.item()
+    assert found == pytest.approx(total / 2, rel=1e-9)
+
+
+def intensity(features: np.ndarray, mask: np.ndarray, levels: int) -> dict[tuple[int, ...], float]:
+    """Valid position -> equalised intensity, `[C, h, w]` and `[h, w]`."""
+    valid = {i: features[:, i[0], i[1]] for i in np.ndindex(*mask.shape) if mask[i]}
+    mean = np.mean(list(valid.values()), axis=0)
+    cosines = {i: f @ mean / math.sqrt((f @ f) * (mean @ mean)) for i, f in valid.items()}
+    lowest, highest = min(cosines.values()), max(cosines.values())
+    shares = [0.0] * levels
+    belongs = {}
+    for i, cosine in cosines.items():
+        place = (cosine - lowest) / (highest - lowest) * (levels - 1)
+        below = min(math.floor(place), levels - 2)
+        belongs[i] = {below: 1 - (place - below), below + 1: place - below}
+        for level, part in belongs[i].items():
+            shares[level] += part / len(cosines)
+    value = [sum(shares[:level]) + shares[level] / 2 for level in range(levels)]
+    return {i: sum(part * value[level] for level, part in parts.items()) for i, parts in belongs.items()}
+
+
+def test_statistics_agree_with_loops() -> None:
+    student, teacher, mask = randn(2, 3, 5, 7), randn(2, 3, 5, 7, seed=1), random_mask(2, 5, 7)
+    total = 0.0
+    for s, t, valid in zip(student.numpy(), teacher.numpy(), mask.numpy(), strict=True):
+        ours, theirs = intensity(s, valid, 6), intensity(t, valid, 6)
+        total += sum((ours[i] - theirs[i]) ** 2 for i in ours) / len(ours)
+    found = sstkd_loss(student, teacher, intensity_levels=6, mask=mask).statistics.item()
+    assert found == pytest.approx(total / 2, rel=1e-9)
+
+
+def test_intensity_is_equalised() -> None:
+    """Many levels make it the rank of a position, whatever the cosines are."""
+    found = equalized_intensity(randn(1, 3, 16, 16), torch.ones(1, 16, 16, dtype=torch.bool), levels=128)
+    quantiles = found.flatten().sort().values
+    torch.testing.assert_close(quantiles, (torch.arange(256).double() + 0.5) / 256, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_an_image_without_texture_has_a_finite_gradient(fill: float) -> None:
+    student = torch.full((1, 3, 4, 4), fill, requires_grad=True)
+    terms = sstkd_loss(student, randn(1, 3, 4, 4, dtype=torch.float32))
+    (terms.structure + terms.statistics).backward()
+    assert student.grad is not None and student.grad.isfinite().all()
+
+
+def test_levels_have_the_sizes_of_a_pyramid() -> None:
+    bands: list[Tensor] = contourlet(randn(2, 3, 7, 5), levels=4, directions=8)
+    assert [x.shape for x in bands] == [(8, 2, 3, *size) for size in ((7, 5), (4, 3), (2, 2), (1, 1))]
+
+
+def test_its_four_terms() -> None:
+    torch.manual_seed(0)
+    loss = SSTKDLoss(SPECS, SPECS, 3, discriminator_channels=2)
+    student, teacher = (dense_output(SPECS, 2, 32, 3, seed) for seed in (0, 100))
+    terms = loss(student, teacher, random_labels(2, 32, 32, num_labels=3))
+    texture = sstkd_loss(student.features["stride_4"], teacher.features["stride_4"])
+    assert torch.equal(terms["structure"], texture.structure) and torch.equal(terms["statistics"], texture.statistics)
+    assert torch.equal(terms["response"], kd_loss(student.logits, teacher.logits))
+    assert loss.adversary is not None
+    assert torch.equal(terms["adversarial"], loss.adversary(student.logits, teacher.logits))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pyramid_levels": 0}, "pyramid_levels"),
+        ({"directions": 0}, "directions"),
+        ({"intensity_levels": 1}, "intensity_levels"),
+        ({"level": "stride_32"}, "stride_32"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SSTKDLoss(SPECS, SPECS, 3, discriminator_channels=0, **options)
