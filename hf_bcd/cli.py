@@ -12,6 +12,7 @@ COMMANDS = {
     "methods": "list the distillation methods, or print one in full",
     "benchmark": "measure speed and memory of losses, steps, data and metrics",
     "study": "run a grid of recipes, losses and seeds, and compare",
+    "export": "export a finished student to ONNX, check and time it",
     "push": "push the finished student of a folder to the Hub",
 }
 

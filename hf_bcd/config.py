@@ -254,12 +254,11 @@ RECIPE_KEYS = frozenset(f.name for cls in ARGUMENT_CLASSES for f in dataclasses.
 def parse_arguments(
     argv: list[str] | None = None,
     *,
-    recipe: Mapping[str, Any] | None = None,
     default_config: str | Path | None = None,
     description: str | None = None,
 ) -> tuple[ModelArguments, DataArguments, BCDConfig]:
     """Reads a recipe and the command line and builds the arguments from them, see `read_arguments`."""
-    given = read_arguments(argv, recipe=recipe, default_config=default_config, description=description)
+    given = read_arguments(argv, default_config=default_config, description=description)
     return build_arguments(given)
 
 

@@ -2,8 +2,9 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .hub import one_line, redacted
 
@@ -64,6 +65,24 @@ def shareable_command(program: str, arguments: Sequence[str], secrets: Sequence[
             value = value.replace(secret, "<token>")
         shown.append(f"{name}{equals}{shlex.quote(redacted(value))}")
     return " ".join([program, *shown])
+
+
+def shareable_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without tokens, without paths of this machine and without where its results went."""
+
+    def shared(value: Any, key: str) -> Any:
+        if isinstance(value, Mapping):
+            return {name: shared(inner, str(name)) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [shared(inner, key) for inner in value]
+        return redacted(without_paths(value, key)) if isinstance(value, str) else value
+
+    private = {"output_dir", "run_name", "push_to_hub", "resume_from_checkpoint"}
+    return {
+        key: shared(value, key)
+        for key, value in recipe.items()
+        if key not in private and "token" not in key and not key.startswith("hub_")
+    }
 
 
 def without_paths(value: str, key: str) -> str:

@@ -16,11 +16,14 @@ from .data.labels import IGNORE_INDEX
 from .escaping import code_block, escape_markdown, hub_link
 from .hub import one_line, redacted
 from .licences import licence_of, student_licence
+from .onnx_folder import onnx_section
 from .provenance import (
     Origin,
     catalog_row,
+    citations_of,
     commit_of_package,
     describe_architecture,
+    describe_arguments,
     describe_baseline,
     describe_checkpoint,
     describe_command,
@@ -32,6 +35,7 @@ from .provenance import (
     hub_dataset,
     hub_id,
     licence_link,
+    methods_of,
     spec_of,
     starting_checkpoint,
     starts_at_random,
@@ -95,7 +99,7 @@ def write_card(
     metadata = card_metadata(
         repository,
         start,
-        tags=[*trainer.distiller.criterion.losses, *([] if teacher is None else ["knowledge-distillation"])]
+        tags=[*methods_of(trainer), *([] if teacher is None else ["knowledge-distillation"])]
         + ([f"teacher:{teacher_id}"] if teacher_id else []),
         dataset=(dataset_id, revision),
         licence=student_licence([*licences.values(), *unknown]),
@@ -123,6 +127,7 @@ def write_card(
         "class_columns": [TITLES[name] if teacher is not None else "IoU" for name in TITLES if name in results],
         "worst": worst_classes(train.id2label, results.get("student", {})),
         "snippets": usage_snippets(folder, repository, data[protocol.get("split", "train")]),
+        "onnx": onnx_section(folder, repository),
         "recipe": describe_recipe(trainer),
         "schedule": describe_schedule(trainer),
         "dataset": describe_dataset(data, dataset_id, revision, terms),
@@ -131,10 +136,11 @@ def write_card(
         "chosen_licence": metadata.get("license"),
         "shows_people": train.name != "synthetic" and bool(PEOPLE & {n.casefold() for n in train.id2label.values()}),
         "command": describe_command(trainer, origin),
+        "arguments": describe_arguments(origin),
         "commit": commit_of_package(),
         "versions": {name: version(name) for name in VERSIONS},
         "hardware": describe_hardware(trainer),
-        "citations": [loss.citation for loss in trainer.distiller.criterion.losses.values()],
+        "citations": citations_of(trainer),
     }
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (files("hf_bcd") / "templates" / name).read_text()),

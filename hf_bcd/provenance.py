@@ -4,20 +4,24 @@ import inspect
 import re
 import subprocess
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
+import yaml
 from transformers import PreTrainedModel
 
 from .config import DataArguments, ModelArguments, ModelSpec
 from .data import DenseDataset, DenseDatasets
 from .data.catalog import CATALOG, DatasetSpec
 from .data.labels import IGNORE_INDEX
-from .escaping import REPO_ID, escape_markdown, hub_link, link, shareable_command
+from .escaping import REPO_ID, escape_markdown, hub_link, link, shareable_command, shareable_recipe
 from .licences import Licence
+from .losses.base import DistillationLoss
 from .losses.schedules import Temperature
 from .measure import device_name
+from .recipes import yaml_text
 from .trainer import BCDTrainer
 
 
@@ -33,12 +37,14 @@ class Origin:
         arguments: what followed it.
         model: arguments of the models.
         data: arguments of the data set.
+        recipe: what the arguments and the recipes that they name say together.
     """
 
     program: str
     arguments: tuple[str, ...]
     model: ModelArguments
     data: DataArguments
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 def hub_id(model: PreTrainedModel) -> str | None:
@@ -145,6 +151,24 @@ def commit_of_package() -> str | None:
 # ---- How it was made -------------------------------------------------------------------------------------------------
 
 
+def methods_of(trainer: BCDTrainer) -> dict[str, DistillationLoss]:
+    """The distillation methods of a run by their keys, with those that one of them hosts."""
+    named = trainer.distiller.criterion.named_modules()
+    return {path.rpartition(".")[2]: loss for path, loss in named if isinstance(loss, DistillationLoss)}
+
+
+def citations_of(trainer: BCDTrainer) -> list[str]:
+    """BibTeX entries of a run's methods, each once."""
+    return list(dict.fromkeys(loss.citation for loss in methods_of(trainer).values()))
+
+
+def paper_link(source: str) -> str:
+    """A paper in Markdown; one of arXiv through the Hub's page, which lists the models that mention it."""
+    if paper := re.search(r"\d{4}\.\d{4,5}$", source) if "arxiv.org" in source or "/papers/" in source else None:
+        return link(f"arXiv:{paper[0]}", f"https://huggingface.co/papers/{paper[0]}")
+    return link(source.removeprefix("https://"), source)
+
+
 def describe_recipe(trainer: BCDTrainer) -> list[tuple[str, str]]:
     """What the losses were, in Markdown."""
     criterion = trainer.distiller.criterion
@@ -155,14 +179,14 @@ def describe_recipe(trainer: BCDTrainer) -> list[tuple[str, str]]:
     if criterion.decays:
         names = escape_markdown(", ".join(sorted(criterion.decays)))
         rows.append(("schedule", f"the terms of {names} are multiplied by r(t) = 1 − (t − 1) / t_max at step t"))
+    rows += [(f"method of {name}", paper_link(loss.source)) for name, loss in methods_of(trainer).items()]
     for name, loss in criterion.losses.items():
-        for paper in re.findall(r"arXiv:(\d{4}\.\d{4,5})", str(loss.citation)):
-            rows.append((f"method of {name}", link(f"arXiv:{paper}", f"https://huggingface.co/papers/{paper}")))
         defaults = {key: p.default for key, p in inspect.signature(type(loss)).parameters.items()}
         given = trainer.args.resolved_losses.get(name) or {}
         changed = {k: v for k, v in given.items() if k not in ("weight", "decay") and v != defaults.get(k)}
         if changed:
-            rows.append((f"options of {name}", escape_markdown(", ".join(f"{k} = {v}" for k, v in changed.items()))))
+            listed = ", ".join(f"{key} = {yaml_text(value)}" for key, value in changed.items())
+            rows.append((f"options of {name}", escape_markdown(listed)))
         temperatures = [
             f"{inner.removesuffix('_temperature')} {module.value.item():.3g}"
             for inner, module in loss.named_modules()
@@ -240,6 +264,13 @@ def describe_command(trainer: BCDTrainer, origin: Origin | None) -> str | None:
         return None
     token = trainer.args.hub_token
     return shareable_command(origin.program, origin.arguments, [token] if token else [])
+
+
+def describe_arguments(origin: Origin | None) -> str | None:
+    """One recipe, on its own, that says what the command line and its recipes do, without what is private."""
+    if origin is None or not origin.recipe:
+        return None
+    return yaml.safe_dump(shareable_recipe(origin.recipe), sort_keys=False, allow_unicode=True, width=100)
 
 
 def describe_hardware(trainer: BCDTrainer) -> str:

@@ -13,6 +13,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, co
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from .hub import HubError, cause_of, explained, redacted, shortened
+from .onnx_folder import onnx_files
 
 
 LOCAL_PATH = re.compile(r"^(/|~|\.{1,2}/|[A-Za-z]:\\)")
@@ -29,7 +30,7 @@ WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 TEXT_FILES = (".json", ".md", ".py")
 NOT_TO_RESUME = ("training_args.bin",)  # pickled
 PYTHON_BLOCK = re.compile(r"^```python\n.*?^```$", re.DOTALL | re.MULTILINE)
-LOADED_NAME = re.compile(r'(\bmodel=|\.from_pretrained\()"[^"\n]*"(, revision="[^"\n]*")?')
+LOADED_NAME = re.compile(r'(\bmodel=|\.from_pretrained\(|\bhf_hub_download\()"[^"\n]*"(, revision="[^"\n]*")?')
 
 
 def push_folder(
@@ -160,7 +161,7 @@ def _refuse_long_waits(response: Any) -> None:
 
 
 def pushed_files(folder: str | Path) -> list[str]:
-    """Paths of a finished student's files, relative to its folder: model, processor, code, card, results, figures.
+    """Paths of a finished student's files, relative to its folder: model, processor, code, card, results, figures, ONNX.
 
     Checkpoints, optimizer states, logs and unfinished files are left out.
 
@@ -173,7 +174,7 @@ def pushed_files(folder: str | Path) -> list[str]:
     files = student_files(folder)
     if not (folder / "README.md").is_file():
         raise HubError(f"{folder} has no card README.md; a finished run of hf_bcd writes one.")
-    return files
+    return sorted(files + onnx_files(folder))
 
 
 def student_files(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """Recipes: YAML files of arguments, each of which may start from another."""
 
 import re
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,9 @@ def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
         if not isinstance(base, str):
             raise ValueError(f"{path}: base is {base!r}; it must be the name of another recipe.")
         path, asked_by = path.parent / base, f"{path}: base"
+
+
+def yaml_text(value: Any) -> str:
+    """A value as one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize, sort_keys=False)
+    return text.removesuffix("...\n").strip()

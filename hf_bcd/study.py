@@ -13,7 +13,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from .builders import load_segmentation_model
-from .config import RECIPE_KEYS, BCDConfig, DataArguments, ModelArguments, parse_arguments
+from .config import RECIPE_KEYS, BCDConfig, DataArguments, ModelArguments, build_arguments, read_arguments
 from .data import DenseDatasets
 from .experiment import (
     build_student,
@@ -84,14 +84,12 @@ class Study:
         folder: output folder of all runs.
         split: split of the final scores; `test` where it is labelled, else `validation`, by default.
         runs: all runs, those of the first seed first.
-        argv: command-line arguments that win over the file in every run.
     """
 
     name: str
     folder: Path
     split: str | None
     runs: list[Run]
-    argv: tuple[str, ...]
 
 
 def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] = ()) -> Study:
@@ -134,10 +132,11 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             own = {key: value for key, value in (variations[name] or {}).items() if key != "reference"}
             if unknown := set(own) - set(RECIPE_KEYS):
                 raise ValueError(f"{path}: run {name!r} has the unknown key {sorted(unknown)[0]!r}.")
+            given = read_arguments(list(argv), recipe={**recipe, **own})
             run_folder = folder / str(name) / f"seed_{seed}"
             fixed = {"output_dir": str(run_folder), "seed": seed, "with_baseline": False}
-            runs.append(Run(str(name), seed, references[name], run_folder, {**recipe, **own, **fixed}))
-    return Study(path.stem, folder, split, runs, tuple(argv))
+            runs.append(Run(str(name), seed, references[name], run_folder, {**given, **fixed}))
+    return Study(path.stem, folder, split, runs)
 
 
 @dataclass
@@ -219,7 +218,7 @@ def run_study(study: Study, part: tuple[int, int] = (1, 1)) -> list[str]:
 
 def train_run(run: Run, shared: Shared) -> None:
     """Trains, scores and reports one student; writes its `study.json` last."""
-    model_args, data_args, config = parse_arguments(list(shared.study.argv), recipe=run.arguments)
+    model_args, data_args, config = build_arguments(run.arguments)
     config.resume_from_checkpoint = "true"  # the last checkpoint of its folder, if there is one
     data = shared.load_data(data_args)
     split = shared.study.split or final_split(data)
@@ -239,8 +238,8 @@ def train_run(run: Run, shared: Shared) -> None:
         scores["baseline"] = json.loads((reference / RESULT_FILE).read_text())["scores"]
     if config.should_save:
         recipe = run.folder / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(run.arguments, sort_keys=False))
-        origin = Origin("hf-bcd distill", ("--config", str(recipe), *shared.study.argv), model_args, data_args)
+        recipe.write_text(yaml.safe_dump(run.arguments, sort_keys=False, allow_unicode=True))
+        origin = Origin("hf-bcd distill", ("--config", str(recipe)), model_args, data_args, run.arguments)
         write_report(trainer, models, scores, data, split, origin)
         result = {
             "arguments": run.arguments,

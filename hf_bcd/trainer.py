@@ -343,7 +343,9 @@ class BCDTrainer(HubTrainer):
     @property
     def train_seconds(self) -> float:
         """Seconds of training up to the last log, over interruptions, without evaluations."""
-        return next((entry["train_seconds"] for entry in reversed(self.state.log_history) if "train_seconds" in entry), 0)
+        return next(
+            (entry["train_seconds"] for entry in reversed(self.state.log_history) if "train_seconds" in entry), 0
+        )
 
     def _check_finite(self, values: dict[str, float]) -> None:
         if bad := not_finite(values):

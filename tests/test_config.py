@@ -76,9 +76,47 @@ def test_unknown_keys_of_a_recipe_are_errors_that_name_the_file(tmp_path: Path) 
         parse_arguments(["--config", recipe, *CPU])
 
 
+def test_a_recipe_starts_from_others_and_its_keys_win_each_with_its_whole_value(tmp_path: Path) -> None:
+    (tmp_path / "families").mkdir()
+    write(tmp_path / "root.yaml", student="a/b", crop_size=96, seed=1, losses={"bcd": {"radius": 5}})
+    write(tmp_path / "families" / "middle.yaml", base="../root.yaml", crop_size=64, losses={"kd": {}})
+    leaf = write(tmp_path / "leaf.yaml", base="families/middle.yaml", losses={"cwd": {"weight": 5}}, seed=2)
+    model, _, config = parse_arguments(["--config", leaf, "--seed", "3", *CPU])
+    assert (model.student, config.crop_size, config.seed) == ("a/b", 64, 3)
+    assert config.resolved_losses == {"cwd": {"weight": 5}}
+
+
+def test_a_recipe_that_starts_from_itself_names_the_circle(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one.yaml", base="two.yaml"), write(tmp_path / "two.yaml", base="./one.yaml")
+    with pytest.raises(ValueError, match=rf"its own base: {one} -> {two} -> {one}\."):
+        parse_arguments(["--config", one, *CPU])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"base": "missing.yaml"}, r"r\.yaml: base .*missing\.yaml: no such file"),
+        ({"base": ["a.yaml"]}, r"r\.yaml: base is \['a\.yaml'\]"),
+        ({"base": "wrong.yaml"}, r"wrong\.yaml: unknown key 'crop_sise'"),
+        ({"bases": "wrong.yaml"}, r"r\.yaml: unknown key 'bases'\. Did you mean 'base'"),
+        ({"base": "list.yaml"}, r"list\.yaml: expected a mapping of arguments, found list"),
+    ],
+)
+def test_mistakes_in_a_chain_of_recipes_name_the_file(content: dict, message: str, tmp_path: Path) -> None:
+    write(tmp_path / "wrong.yaml", crop_sise=96)
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--config", write(tmp_path / "r.yaml", **content), *CPU])
+
+
 def test_the_command_line_can_take_the_teacher_out_of_a_recipe(tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", student="a/b", teacher={"backbone": "resnet18"})
     assert parse_arguments(["--config", recipe, "--teacher", "none", *CPU])[0].teacher is None
+
+
+def test_an_option_may_be_called_on() -> None:
+    _, _, config = parse_arguments(["--student", "a/b", "--losses", "{cwd: {on: features}}", *CPU])
+    assert config.resolved_losses == {"cwd": {"on": "features"}}
 
 
 def test_values_of_a_recipe_mean_what_they_look_like(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hf_bcd.adapters import read_synonyms
-from hf_bcd.config import ModelSpec, parse_arguments
+from hf_bcd.config import ModelSpec, build_arguments
 from hf_bcd.data import CATALOG
 from hf_bcd.losses import LOSSES
 from hf_bcd.study import read_study
@@ -23,8 +23,7 @@ def test_a_study_describes_its_runs(path: Path, monkeypatch: pytest.MonkeyPatch)
     assert any(f"scripts/study.py {path.relative_to(ROOT)}" in line for line in header)
     assert len({run.seed for run in study.runs}) >= 3
     for run in study.runs[: len(study.runs) // 3]:
-        arguments = {**run.arguments, "use_cpu": True, "report_to": "none"}
-        model, data, config = parse_arguments([], recipe=arguments)
+        model, data, config = build_arguments({**run.arguments, "use_cpu": True, "report_to": "none"})
         assert data.dataset_name == "camvid" and ModelSpec.parse(model.student or "", "student")
         assert set(config.resolved_losses) <= set(LOSSES)
         if model.label_synonyms is not None:

@@ -11,9 +11,10 @@ import tiny
 from hub import card_rules
 from huggingface_hub import ModelCard
 
-from hf_bcd.config import DataArguments, ModelArguments
+from hf_bcd.config import DataArguments, ModelArguments, build_arguments, parse_arguments, read_arguments
 from hf_bcd.data import DenseDataset, DenseDatasets, load_dense_dataset
 from hf_bcd.data.labels import LabelRule
+from hf_bcd.losses import LOSSES
 from hf_bcd.model_card import (
     card_metadata,
     class_rows,
@@ -259,6 +260,69 @@ def test_hostile_cards_render_as_one_document(tmp_path: Path) -> None:
     assert all(
         child.attrs["href"].startswith("https://huggingface.co/") for child in inline if child.type == "link_open"
     )
+
+
+def card_of(folder: Path, losses: dict, figures: list[str], made: Origin | None = None) -> str:
+    """The card of a run with these losses that was not trained."""
+    data = tiny.scenes()
+    run = tiny.trainer(folder, data=data, losses=losses)
+    run.save_model(str(folder), _internal_call=True)
+    write_card(folder, run, {"teacher": run.teacher.adapter.model, "student": run.student}, {}, data, figures, made)
+    return (folder / "README.md").read_text()
+
+
+def test_a_card_names_links_and_cites_every_method_once(tmp_path: Path) -> None:
+    small = {"discriminator_channels": 4}
+    losses = {"cwd": {"weight": 5, "temperature": 2}, "sckd": {"host": {"ifvd": small}}, "bcd": {"radius": 2}}
+    text = card_of(tmp_path / "student", losses | {"kd": {}}, ["figures/boundaries.png"])
+    assert card_rules.check(text) == ([], [])
+    assert {"cwd", "sckd", "ifvd", "bcd", "kd", "knowledge-distillation"} <= set(ModelCard(text).data.tags)
+    body = ModelCard(text).text
+    assert "- loss: pixel cross-entropy + 5 · cwd/cwd + 200 · sckd/ifvd/variation + 10 · sckd/ifvd/kd + " in body
+    assert "- schedule: the terms of bcd are multiplied by r(t)" in body and "BCD's boundary loss sees them" in body
+    for name, paper in (("cwd", "2011.13256"), ("ifvd", "2001.03349"), ("bcd", "2401.13174"), ("kd", "1503.02531")):
+        assert f"- method of {name}: [arXiv:{paper}](https://huggingface.co/papers/{paper})\n" in body
+    assert "- method of sckd: [doi.org/" in body
+    assert "- options of cwd: temperature = 2\n" in body and "- options of bcd: radius = 2\n" in body
+    assert "- options of sckd: host = {ifvd: {discriminator\\_channels: 4}}\n" in body
+    entries = re.findall(r"^@\w+\{(\w+),", body, re.M)
+    assert sorted(entries) == sorted(
+        ["shu2021channel", "zhu2021student", "wang2020intra", "zhang2024bcd", "hinton2015distilling"]
+    )
+
+
+def test_a_card_without_bcd_does_not_speak_of_it(tmp_path: Path) -> None:
+    text = card_of(tmp_path / "student", {"cwd": {}, "kd": {}}, ["figures/comparison.png"])
+    body = ModelCard(text).text
+    assert "bcd" not in ModelCard(text).data.tags and {"cwd", "kd"} <= set(ModelCard(text).data.tags)
+    assert "BCD" not in body and "zhang2024bcd" not in body and "2401.13174" not in body
+    assert "bcd" not in body.replace("hf_bcd", "").replace("hf\\_bcd", "")
+    assert "r(t)" not in body and "temperatures" not in body and "oundary loss" not in body
+
+
+def test_no_key_of_bibtex_stands_for_two_papers() -> None:
+    same = [cls.citation for cls in LOSSES.values()]
+    keys = [citation.partition("{")[2].partition(",")[0] for citation in same]
+    assert len(set(same)) == len(set(keys)), "one key of BibTeX for two different entries"
+
+
+def test_a_card_holds_the_whole_recipe_of_a_run_that_was_started_from_an_inherited_one(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "student: {backbone: resnet10t, head: fpn, weights: /secret/w.safetensors}\nteacher: me/teacher\n"
+        "dataset_name: synthetic\nlosses: {bcd: {}}\nlearning_rate: 1e-4\noutput_dir: /secret/run\n"
+    )
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\nlosses: {cwd: {on: features}}\ncrop_size: 96\n")
+    arguments = ["--config", str(tmp_path / "mine.yaml"), "--losses.cwd.weight", "7", "--hub_token", "hf_" + "a" * 34]
+    cpu = ["--use_cpu", "true", "--report_to", "none"]
+    recipe = read_arguments([*arguments, *cpu])
+    made = Origin("hf-bcd distill", tuple(arguments), *build_arguments(recipe)[:2], recipe)
+    text = card_of(tmp_path / "student", {"cwd": {"on": "features", "weight": 7}}, [], made)
+    assert "secret" not in text and "hf_aaa" not in text and str(tmp_path) not in text
+    (tmp_path / "again.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
+    model, data, config = parse_arguments(["--config", str(tmp_path / "again.yaml")])
+    assert model.student == {"backbone": "resnet10t", "head": "fpn", "weights": "path/to/weights"}
+    assert (model.teacher, data.dataset_name, config.crop_size) == ("me/teacher", "synthetic", 96)
+    assert config.losses == {"cwd": {"on": "features", "weight": 7}} and config.learning_rate == 1e-4
 
 
 def test_a_non_commercial_teacher_is_said_aloud(tmp_path: Path) -> None:

@@ -202,6 +202,16 @@ def test_the_comparison_shows_teacher_baseline_and_student_in_this_order(
     assert drawn["errors"] == ["distilled"]
 
 
+def test_a_run_without_bcd_has_no_pictures_of_what_bcd_compares(tmp_path: Path) -> None:
+    run, models, scores, data = finished_run(tmp_path / "student", losses={"cwd": {}})
+    reporting.write_report(run, models, scores, data, "validation")
+    assert [path.name for path in (tmp_path / "student" / "figures").iterdir()] == ["comparison.png"]
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert card_rules.check(card) == ([], [])
+    assert re.findall(r"!\[[^]]*\]\(([^)]*)\)", card) == ["figures/comparison.png"]
+    assert "shu2021channel" in card and "zhang2024bcd" not in card
+
+
 # ---- A finished student to compare with ------------------------------------------------------------------------------
 
 

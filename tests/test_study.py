@@ -55,6 +55,7 @@ def test_a_study_is_a_recipe_its_variations_and_seeds(tmp_path: Path) -> None:
     steps = {run.name: run.arguments["max_steps"] for run in study.runs}
     losses = {run.name: run.arguments["losses"] for run in study.runs}
     assert steps == {"a": 3, "b": 4} and losses == {"a": {"kd": {}}, "b": {"cwd": {}}}
+    assert {run.arguments["max_steps"] for run in read_study(path, argv=["--max_steps", "9"]).runs} == {9}
     assert read_study(path, tmp_path / "elsewhere").runs[0].folder.is_relative_to(tmp_path / "elsewhere")
 
 
@@ -145,7 +146,7 @@ def test_the_table_has_means_spreads_and_paired_differences(tmp_path: Path) -> N
         finished(tmp_path, "kd", 2, {"mean_iou": 0.33}, teacher),
         Run("kd", 3, "plain", tmp_path / "kd" / "seed_3", {}),
     ]
-    study = Study("grid", tmp_path, None, runs, ())
+    study = Study("grid", tmp_path, None, runs)
     table = write_study_report(study)
     rows = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()
@@ -169,7 +170,7 @@ def test_the_table_has_means_spreads_and_paired_differences(tmp_path: Path) -> N
 
 def test_a_report_needs_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run of the study"):
-        write_study_report(Study("grid", tmp_path, None, [Run("a", 1, "a", tmp_path / "a", {})], ()))
+        write_study_report(Study("grid", tmp_path, None, [Run("a", 1, "a", tmp_path / "a", {})]))
 
 
 def test_a_finished_run_of_another_recipe_is_no_result(tmp_path: Path) -> None:

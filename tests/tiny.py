@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, TrainerCallback
 
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel
 from hf_bcd.data import DenseDatasets, load_dense_dataset
@@ -102,6 +102,17 @@ def trainer(folder: Path, model: Any = None, teacher: Any = "default", data: Any
 
 def history(run: BCDTrainer, key: str = "loss") -> list[float]:
     return [entry[key] for entry in run.state.log_history if key in entry]
+
+
+class StopAt(TrainerCallback):
+    """Ends training at a step, with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = control.should_save = True
 
 
 def freeze_batchnorm(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,6 +1,7 @@
 """Measures speed and memory as ratios within one run, and what the machine itself can do.
 
-    python scripts/benchmark.py losses            # the context loss over 256 to 32,768 positions, the boundary loss
+    python scripts/benchmark.py losses            # context loss over 256 to 32,768 positions, boundary loss, all methods
+    python scripts/benchmark.py methods --methods kd,cwd --write_costs docs/methods_cost.json
     python scripts/benchmark.py step --side 128   # a whole step with BCD beside teacher and student alone
     python scripts/benchmark.py all --output_dir runs/benchmark
 
@@ -18,22 +19,33 @@ from ..benchmarks.data import data_rows
 from ..benchmarks.evaluation import evaluation_rows
 from ..benchmarks.losses import SIZES, boundary_row, relation_rows
 from ..benchmarks.measuring import machine_rates
+from ..benchmarks.methods import costs_of, method_row
 from ..benchmarks.plot import plot_relation
 from ..benchmarks.step import PAIRS, step_row
 from ..experiment import write_json
+from ..losses import LOSSES
 from ..measure import device_name
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmarks that the command line names; `argv` is the process's own by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["losses", "step", "data", "eval", "all"])
+    parser.add_argument("what", choices=["losses", "methods", "step", "data", "eval", "all"])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--largest", type=int, default=SIZES[-1], help="most positions of the context loss")
-    parser.add_argument("--side", type=int, default=None, help="crop of the whole step: 512 on a GPU, 128 on the CPU")
-    parser.add_argument("--batch", type=int, default=None, help="images of the whole step: 8 on a GPU, 2 on the CPU")
+    parser.add_argument("--methods", default=",".join(sorted(LOSSES)), help="methods to measure; all by default")
+    parser.add_argument("--write_costs", type=Path, help="also write the methods' costs to this file, for their table")
+    parser.add_argument(
+        "--side", type=int, default=None, help="crop: 512, for the whole step 512 on a GPU and 128 on the CPU"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=None,
+        help="images: 8 for the boundary loss and on a GPU; on the CPU 2 for the whole step and 1 for a method",
+    )
     parser.add_argument("--maps", type=int, default=2000, help="label maps of the evaluation")
     parser.add_argument("--mean_iou", default="mean_iou", help="metric for evaluate.load: Hub name or a local script")
     args = parser.parse_args(argv)
@@ -50,13 +62,20 @@ def main(argv: list[str] | None = None) -> None:
         write_json(args.output_dir / "benchmark.json", results)
         if name == "losses":
             plot_relation(results[name], args.output_dir / "relation.png")
+        if name in ("losses", "methods") and args.write_costs is not None:
+            write_json(args.write_costs, costs_of(results[name][-1], results["machine"], device))
 
 
 def _losses(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     sizes = tuple(size for size in SIZES if size <= args.largest)
     batch = 8 if args.batch is None else args.batch
     rows = relation_rows(device, dtype, args.repeats, sizes)
-    return [*rows, boundary_row(device, args.repeats, batch, args.side or 512)]
+    return [*rows, boundary_row(device, args.repeats, batch, args.side or 512), *_methods(args, device, dtype)]
+
+
+def _methods(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    batch = args.batch or (8 if device.type == "cuda" else 1)
+    return [method_row(args.methods.split(","), device, dtype, args.repeats, batch, args.side or 512)]
 
 
 def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -67,6 +86,7 @@ def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
 
 RUNS = {
     "losses": _losses,
+    "methods": _methods,
     "step": _step,
     "data": lambda args, device, dtype: data_rows(args.repeats),
     "eval": lambda args, device, dtype: evaluation_rows(

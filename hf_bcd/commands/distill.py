@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo
 
 from ..builders import load_segmentation_model
-from ..config import parse_arguments
+from ..config import build_arguments, read_arguments
 from ..experiment import (
     build_student,
     evaluate_model,
@@ -40,12 +40,13 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
         argv: command line; the process's own by default.
         demo: recipe to run when the command line names neither recipe, data nor student.
     """
-    model_args, data_args, config = parse_arguments(argv, default_config=demo, description=__doc__)
+    recipe = read_arguments(argv, default_config=demo, description=__doc__)
+    model_args, data_args, config = build_arguments(recipe)
     logging.basicConfig(level=logging.INFO if config.should_log else logging.ERROR, format="%(message)s")
     # `accelerate launch` and `torchrun` leave no trace of themselves in the arguments
     script = Path(sys.argv[0]).name == "distill.py"
     program = "accelerate launch scripts/distill.py" if script else "hf-bcd distill"
-    origin = Origin(program, tuple(sys.argv[1:] if argv is None else argv), model_args, data_args)
+    origin = Origin(program, tuple(sys.argv[1:] if argv is None else argv), model_args, data_args, recipe)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # the Hub's client would log every request
     data = load_data(data_args)
     student = build_student(model_args, data, config.seed)  # a wrong name fails before hours of teacher training

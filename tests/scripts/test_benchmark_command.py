@@ -25,21 +25,28 @@ def small(monkeypatch):
 
 def test_all_benchmarks_write_what_they_measured(small, tmp_path, capsys):
     options = ["--device", "cpu", "--repeats", "2", "--largest", "256", "--side", "64", "--batch", "1", "--maps", "3"]
-    benchmark.main(["all", "--output_dir", str(tmp_path), *options])
+    costs = tmp_path / "costs.json"
+    methods = ["--methods", "kd,bcd", "--write_costs", str(costs)]
+    benchmark.main(["all", "--output_dir", str(tmp_path), *options, *methods])
     results = json.loads((tmp_path / "benchmark.json").read_text())
     assert {"copy_bytes_per_second", "matmul_flops_per_second", "device", "dtype"} <= results["machine"].keys()
     measured = {}
     for what in ("losses", "step", "data", "eval"):
         for row in results[what]:
             measured |= {(what, name): values for name, values in row.items() if isinstance(values, dict)}
-    for name in ("autograd", "autograd + checkpoint", "streamed", "L_BD", "student's step"):
+    for name in ("autograd", "autograd + checkpoint", "streamed", "L_BD", "student's step", "kd", "bcd"):
         assert ("losses", name) in measured
     assert {("step", name) for name in ("teacher forward", "student's step", "both", "step with BCD")} <= set(measured)
     assert {("data", "crop, flip"), ("data", "crop, flip, cached"), ("eval", "all scores")} <= set(measured)
     for values in measured.values():
         assert 0 < values["low"] <= values["median"] <= values["high"]
         assert values["peak_bytes"] is None or values["peak_bytes"] >= 0
-    relation, boundary = results["losses"]
+    relation, boundary, methods = results["losses"]
+    written = json.loads(costs.read_text())
+    assert written.items() >= {"batch": 1, "side": 64, "dtype": "float32", "threads": 1}.items()
+    assert {name: cost["ms"] for name, cost in written["methods"].items()} == {
+        name: pytest.approx(1e3 * methods[name]["median"], abs=0.01) for name in ("kd", "bcd")
+    }
     assert relation["floor_seconds"] > 0 and relation["streamed"]["time_ratio"] > 0
     assert boundary["share_of_step"] > 0 and results["step"][0]["time_ratio"] > 0
     assert all(row["images_per_second"] > 0 for row in results["data"])
@@ -47,6 +54,11 @@ def test_all_benchmarks_write_what_they_measured(small, tmp_path, capsys):
     assert (tmp_path / "relation.png").stat().st_size > 1000
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("median ms", "streamed", "step with BCD", "crop, flip, cached"))
+
+
+def test_a_method_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown method 'cwdd'. Did you mean 'cwd'"):
+        benchmark.main(["methods", "--output_dir", str(tmp_path), "--device", "cpu", "--methods", "kd,cwdd"])
 
 
 def test_one_benchmark_alone(small, tmp_path):

@@ -123,6 +123,27 @@ def test_a_killed_run_resumes_to_the_same_student(tmp_path: Path) -> None:
     assert all((killed[name] == whole[name]).all() for name in whole)
 
 
+def test_any_method_is_named_on_the_command_line_over_a_recipe_that_starts_from_another(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    demo = ROOT / "examples" / "recipes" / "synthetic" / "resnet18_to_resnet10.yaml"
+    recipe.write_text(f"base: {os.path.relpath(demo, tmp_path)}\nwith_baseline: false\nlosses: {{kd: {{}}}}\n")
+    options = [
+        "--losses",
+        '{"cwd": {"weight": 3, "temperature": 5}}',
+        "--max_steps",
+        2,
+        "--teacher_training.max_steps",
+        1,
+    ]
+    run(DISTILL, "--config", recipe, "--output_dir", tmp_path / "run", *options, *TINY, "--report_to", "none")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- loss: pixel cross-entropy + 3 · cwd/cwd\n" in card and "- options of cwd: temperature = 5\n" in card
+    whole = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert whole["losses"] == {"cwd": {"weight": 3, "temperature": 5}} and whole["dataset_name"] == "synthetic"
+    assert whole["with_baseline"] is False and "base" not in whole and str(tmp_path) not in card
+    assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {"comparison.png"}
+
+
 def test_the_two_process_configuration_starts_two_processes(tmp_path: Path) -> None:
     """Silent failure 3: `--cpu --num_processes 2` would run one."""
     config = ROOT / "examples" / "accelerate_configs" / "cpu_x2.yaml"

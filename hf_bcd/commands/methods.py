@@ -1,0 +1,23 @@
+"""Lists the distillation methods, or prints one in full: equation, options, weights, citation.
+
+hf-bcd methods
+hf-bcd methods cwd
+hf-bcd methods --markdown > docs/methods.md
+"""
+
+import argparse
+
+from ..methods import markdown, page, read_costs, table
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints what the arguments ask for; `argv` is the process's own command line by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", nargs="?", help="print this one in full")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    args = parser.parse_args(argv)
+    costs = read_costs()
+    if args.method is not None:
+        print(page(args.method, costs))
+    else:
+        print(markdown(costs) if args.markdown else table(costs))

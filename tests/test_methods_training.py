@@ -1,0 +1,107 @@
+"""Every method trains a student through the real trainer, alone, beside others and after an interruption."""
+
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.utils.data import Dataset
+
+from hf_bcd import BCDTrainer
+from hf_bcd.data import EvalTransform
+from hf_bcd.losses import LOSSES
+
+
+STEPS = 12
+# methods at a size that suits the models here
+OPTIONS = {
+    "bcd": {"channels": 16, "reduced_channels": 8},
+    "cirkd": {"memory_mib": 0.1},
+    "ifvd": {"discriminator_channels": 4},
+    "skd": {"discriminator_channels": 4},
+    "sstkd": {"discriminator_channels": 4},
+}
+
+
+class FixedScenes(Dataset):
+    """The same two synthetic scenes again and again, as they are."""
+
+    def __init__(self, length: int) -> None:
+        data = tiny.scenes(train=2, size=(48, 48))["train"]
+        self.samples = [{"index": index, **EvalTransform()(**sample)} for index, sample in enumerate(data)]
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        return self.samples[index % len(self.samples)]
+
+
+@pytest.fixture(scope="module")
+def scenes() -> FixedScenes:
+    return FixedScenes(2 * STEPS)
+
+
+def start(folder: Path, losses: dict, data: Dataset | None = None, **changes) -> BCDTrainer:
+    options = {"max_steps": STEPS, "optim": "adamw_torch", "optim_args": None, "learning_rate": 2e-3, "losses": losses}
+    options |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "train_sampling_strategy": "sequential"}
+    given = None if data is None else {"train": data}
+    return tiny.trainer(folder, model=tiny.tiny_timm(dropout=0.0), data=given, **(options | changes))
+
+
+def weighted(run: BCDTrainer, weights: dict[str, float]) -> list[float]:
+    """The weighted sum of terms at each step, without r(t)."""
+    histories = [[weight * value for value in tiny.history(run, term)] for term, weight in weights.items()]
+    return [sum(values) for values in zip(*histories, strict=True)]
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_method_trains_without_harm(name: str, scenes: FixedScenes, tmp_path: Path) -> None:
+    run = start(tmp_path, {name: OPTIONS.get(name, {})}, scenes)
+    run.train()
+    totals, task = weighted(run, run.distiller.criterion.weights), tiny.history(run, "loss_task")
+    assert len(totals) == len(task) == STEPS and all(map(math.isfinite, totals))
+    totals = [total for total in totals if total != 0]  # a closed gate of SCKD
+    assert len(totals) >= STEPS / 2 and sum(totals[-3:]) / 3 < totals[0]
+    assert task[-1] < task[0] and max(task) < 1.5 * task[0]
+
+
+def test_a_method_trains_beside_bcd(scenes: FixedScenes, tmp_path: Path) -> None:
+    run = start(tmp_path, {name: OPTIONS[name] for name in ("ifvd", "bcd")}, scenes)
+    run.train()
+    for name in ("ifvd", "bcd"):
+        weights = {k: w for k, w in run.distiller.criterion.weights.items() if k.startswith(f"{name}/")}
+        totals = weighted(run, weights)
+        assert len(totals) == STEPS and sum(totals[-3:]) / 3 < totals[0]
+    decay = [1 - step / STEPS for step in range(STEPS)]
+    for step, logged in enumerate(tiny.history(run)[:STEPS]):  # r(t) multiplies the terms of BCD alone
+        parts = [
+            weighted(run, {k: w})[step] * (decay[step] if k.startswith("bcd") else 1)
+            for k, w in run.distiller.criterion.weights.items()
+        ]
+        assert logged == pytest.approx(tiny.history(run, "loss_task")[step] + sum(parts), rel=1e-4)
+
+
+def test_discriminators_and_memories_survive_an_interruption_bit_for_bit(tmp_path: Path) -> None:
+    losses = {name: OPTIONS[name] for name in ("skd", "cirkd")}
+
+    def begin(name: str) -> BCDTrainer:
+        options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 100, "train_sampling_strategy": "random"}
+        return start(tmp_path / name, losses, **options)
+
+    whole, part, resumed = begin("whole"), begin("part"), begin("part")
+    whole.train()
+    part.add_callback(tiny.StopAt(2))
+    part.train()
+    fresh = {key: tensor.clone() for key, tensor in resumed.distiller.criterion.state_dict().items()}
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+    for term in ("loss", "loss_task", *whole.distiller.criterion.weights):
+        assert tiny.history(resumed, term) == tiny.history(whole, term), term
+    expected, found = whole.distiller.state_dict(), resumed.distiller.state_dict()
+    assert expected.keys() == found.keys()
+    assert not [key for key in expected if not torch.equal(expected[key], found[key])]
+    moved = [key for key, tensor in fresh.items() if not torch.equal(tensor, found[f"criterion.{key}"])]
+    assert any("adversary" in key for key in moved) and any(key.endswith("entries") for key in moved)
