@@ -209,7 +209,7 @@ def option_lines(cls: type[DistillationLoss]) -> list[str]:
     """Each option of a recipe with its default and what it means."""
     texts = argument_help(cls)
     lines = [f"{key} = {yaml_text(default)}: {texts.get(key, '')}" for key, default in options_of(cls).items()]
-    lines.append(f"weight = {yaml_text(cls.default_weights())}: a number for each term, or one for all")
+    lines.append(f"weight = {yaml_text(cls.default_weights())}: a number for each term, or one for all of its own")
     lines.append(f"decay = {yaml_text(cls.decays_with())}: whether r(t) multiplies it")
     return [fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in lines]
 

@@ -262,6 +262,11 @@ def test_hostile_cards_render_as_one_document(tmp_path: Path) -> None:
     )
 
 
+def test_the_card_has_the_section_of_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_bcd.model_card.onnx_section", lambda folder, name: f"## ONNX\n\nof {name}")
+    assert "</details>\n\n## ONNX\n\nof x\n\n## How it was distilled\n" in card_of(tmp_path / "x", {"kd": None}, [])
+
+
 def card_of(folder: Path, losses: dict, figures: list[str], made: Origin | None = None) -> str:
     """The card of a run with these losses that was not trained."""
     data = tiny.scenes()

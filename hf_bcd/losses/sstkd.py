@@ -143,7 +143,8 @@ class SSTKDLoss(AdversarialLoss):
     intensity equalisation: intensities and levels of STLNet's quantise-and-count (its official code has 128 levels);
     its cut, which counts a position fully or not at all, is a linear weight, so that noise moves a count a little; and
     plain histogram equalisation stands for its learned reasoning between levels, so this term has no parameters.
-    The weights have not been verified: 10 and 0.1 are SKD's, 0.9 and 1.15 follow the paper as far as we know.
+    The weights have not been verified: 10 and 0.001 are those of `SKDLoss`, 0.9 and 1.15 follow the paper as far as we
+    know.
 
     Args:
         student_specs: feature levels of the student.
@@ -158,7 +159,7 @@ class SSTKDLoss(AdversarialLoss):
         seed: seed of the discriminator's training.
     """
 
-    weights = {"structure": 0.9, "statistics": 1.15, "response": 10.0, "adversarial": 0.1}
+    weights = {"structure": 0.9, "statistics": 1.15, "response": 10.0, "adversarial": 0.001}
     borrowed = frozenset({"response", "adversarial"})
     needs = frozenset({"logits", "features"})
     transfers = (

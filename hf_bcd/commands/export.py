@@ -1,0 +1,48 @@
+"""Exports a finished student to ONNX, checks the file against PyTorch and measures its latency.
+
+    hf-bcd export runs/x                                # writes runs/x/onnx/model.onnx and export.json
+    hf-bcd export runs/x --size 512 1024
+    hf-bcd export me/x --output_dir exported/x
+
+Needs `pip install 'hf_bcd[export]'`. `hf-bcd push runs/x me/x` takes the file along.
+"""
+
+import argparse
+
+from transformers.hf_argparser import string_to_bool
+
+from ..export import export_student
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exports the student that the arguments name; `argv` is the process's own command line by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student", help="output folder of a finished run, or Hub id")
+    parser.add_argument("--output_dir", help="folder to write to; the student's own, or runs/<name> for a Hub id")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="size to check and time with")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="run the model's own code",
+    )
+    args = parser.parse_args(argv)
+    path, report = export_student(
+        args.student,
+        args.output_dir,
+        size=args.size,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    parity, latency, (height, width) = report["parity"], report["latency_ms"], report["size"]
+    print(f"{path}: {report['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
+    fixed = report["fixed_because"]
+    print(f"height and width: {f'fixed at {height} x {width}, because {fixed}' if fixed else 'free'}; batch: free")
+    print(
+        f"largest difference to PyTorch {parity['max_difference']:.1e} at logits up to {parity['max_logit']:.3g}; "
+        f"same class at {100 * parity['argmax_agreement']:.2f} % of the positions"
+    )
+    print(f"latency at {height} x {width}: {latency['onnxruntime']:.1f} ms, PyTorch {latency['pytorch']:.1f} ms")
