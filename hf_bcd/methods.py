@@ -137,7 +137,8 @@ def markdown(costs: Mapping[str, Any] | None) -> str:
         "# Distillation methods\n",
         fill(
             "Each is a key of a recipe's `losses`, alone or beside others: `losses: {bcd: {}, ifvd: {weight: 20}}`. "
-            "`hf-bcd methods KEY` prints one with its options, weights, equation and citation. " + explanation(costs),
+            "`hf-bcd methods KEY` prints one with its options, weights, equation and citation. Default weights are the "
+            "official ones, converted to our reductions, unless the last column says otherwise. " + explanation(costs),
             width=WIDTH,
             break_long_words=False,
             break_on_hyphens=False,

@@ -34,8 +34,9 @@ def fitnet_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None)
 class FitNetLoss(DistillationLoss):
     """`fitnet_loss` on one feature level, behind a trained 1x1 convolution on the student's.
 
-    The mean over channels and its weight 10 are those of CIRKD's comparison for segmentation. The paper itself has half
-    the sum over channels, without a weight: it trains on the hint alone first.
+    The mean over channels is that of CIRKD's comparison for segmentation, whose weight is 10, on the features of a head.
+    Those of a backbone are larger, and the gradient grows with their square: here 1. The paper itself has half the sum
+    over channels, without a weight: it trains on the hint alone first.
 
     Args:
         student_specs: feature levels of the student.
@@ -44,13 +45,11 @@ class FitNetLoss(DistillationLoss):
         ignore_index: void label.
     """
 
-    weights = {"fitnet": 10.0}
+    weights = {"fitnet": 1.0}
     needs = frozenset({"features"})
     transfers = "features of each position"
     source = "https://arxiv.org/abs/1412.6550"
-    checked = (
-        "CIRKD's official code: same reduction and weight; official FitNets sum over channels; void pixels left out"
-    )
+    checked = "CIRKD's official code: same reduction, weight 1 for its 10; official FitNets sum over channels; void pixels left out"
     citation = (
         "@inproceedings{romero2015fitnets,\n"
         "  title={FitNets: Hints for Thin Deep Nets},\n"

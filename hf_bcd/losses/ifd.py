@@ -39,7 +39,8 @@ class IFDLoss(DistillationLoss):
 
     Defined here at every position of a level, because the paper has it for the one pooled feature of a classifier: its
     linear projectors become 1x1 convolutions. They start at random, since equal ones would remain equal. After the ReLU
-    no component is negative, which suits teachers whose features end in a ReLU as the paper's do.
+    no component is negative, which suits teachers whose features end in a ReLU as the paper's do; others leave a floor,
+    under which the official weight 25 outweighs the task 18 times (MobileNetV2 on CamVid), hence 5.
 
     Args:
         student_specs: feature levels of the student.
@@ -49,13 +50,13 @@ class IFDLoss(DistillationLoss):
         ignore_index: void label.
     """
 
-    weights = {"ifd": 25.0}
+    weights = {"ifd": 5.0}
     needs = frozenset({"features"})
     transfers = "direction of each position's features"
     source = "https://arxiv.org/abs/2210.15274"
     checked = (
-        "official code (classification): same ensemble, cosine and weight on a mean over images; our reading for maps is "
-        "1x1 projectors and a mean over valid positions"
+        "official code (classification): same ensemble and cosine; our reading for maps is 1x1 projectors, a mean over valid "
+        "positions and weight 5 for the official 25"
     )
     citation = (
         "@inproceedings{chen2022improved,\n"

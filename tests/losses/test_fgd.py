@@ -90,9 +90,9 @@ def test_weights_are_the_official_ones_of_sums():
     channels_s, channels_t = (256 * softmax(np.abs(x).mean(axis=(1, 2)) / 0.5) for x in (value, target))
     square = (value - target) ** 2
     error = (square * channels_t[:, None, None]).sum(axis=0) * places_t
-    focal = 1e-3 * error[:32].sum() / 2048 + 5e-4 * error[32:].sum() / 2048
+    focal = 5e-5 * error[:32].sum() / 2048 + 2.5e-5 * error[32:].sum() / 2048
     differences = np.abs(places_s - places_t).sum() + np.abs(channels_s - channels_t).sum()
-    assert ours == pytest.approx(focal + 5e-4 * differences + 5e-6 * square.sum(), rel=1e-6)
+    assert ours == pytest.approx(focal + 5e-5 * differences + 5e-7 * square.sum(), rel=1e-6)
 
 
 def test_attention_has_mean_one_over_valid_positions():
