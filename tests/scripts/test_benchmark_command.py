@@ -1,7 +1,10 @@
 """`hf-bcd benchmark` runs and writes what it promises. How fast anything is, no test asks."""
 
 import json
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
@@ -64,3 +67,30 @@ def test_a_method_that_does_not_exist_is_named(tmp_path):
 def test_one_benchmark_alone(small, tmp_path):
     benchmark.main(["data", "--output_dir", str(tmp_path), "--device", "cpu", "--repeats", "1"])
     assert json.loads((tmp_path / "benchmark.json").read_text()).keys() == {"machine", "data"}
+
+
+METRIC = """
+import datasets
+import evaluate
+
+
+class Half(evaluate.Metric):
+    def _info(self):
+        image = datasets.Image()
+        features = datasets.Features({"predictions": image, "references": image})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references, num_labels, ignore_index):
+        return {"mean_iou": 0.5}
+"""
+
+
+def test_the_script_finds_the_library_evaluate_beside_a_script_of_that_name(tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+    (tmp_path / "half.py").write_text(METRIC)
+    options = ["--device", "cpu", "--repeats", "1", "--maps", "1", "--output_dir", str(tmp_path)]
+    command = [sys.executable, str(script), "eval", *options, "--mean_iou", str(tmp_path / "half.py")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["eval"]
+    assert "evaluate's mean_iou" in {row["scores"] for row in rows}
