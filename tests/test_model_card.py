@@ -283,7 +283,7 @@ def test_a_card_names_links_and_cites_every_method_once(tmp_path: Path) -> None:
     assert card_rules.check(text) == ([], [])
     assert {"cwd", "sckd", "ifvd", "bcd", "kd", "knowledge-distillation"} <= set(ModelCard(text).data.tags)
     body = ModelCard(text).text
-    assert "- loss: pixel cross-entropy + 5 · cwd/cwd + 200 · sckd/ifvd/variation + 10 · sckd/ifvd/kd + " in body
+    assert "- loss: pixel cross-entropy + 5 · cwd/cwd + 50 · sckd/ifvd/variation + 10 · sckd/ifvd/kd + " in body
     assert "- schedule: the terms of bcd are multiplied by r(t)" in body and "BCD's boundary loss sees them" in body
     for name, paper in (("cwd", "2011.13256"), ("ifvd", "2001.03349"), ("bcd", "2401.13174"), ("kd", "1503.02531")):
         assert f"- method of {name}: [arXiv:{paper}](https://huggingface.co/papers/{paper})\n" in body
