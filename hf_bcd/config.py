@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from .losses.criterion import unknown_key_message
+from .losses.criterion import read_losses, unknown_key_message
 from .recipes import parse_mapping, read_recipe, read_yaml
 
 
@@ -221,8 +222,11 @@ class BCDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.batch_eval_metrics = True  # evaluation streams counts; predictions are never gathered
-        # an accelerate configuration with use_cpu reaches us through the environment alone
-        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        # an accelerate configuration with use_cpu reaches one process through the environment, several not at all:
+        # each would take itself for the only one
+        several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+        by_launcher = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        self.use_cpu = self.use_cpu or by_launcher or several_on_cpu
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
             if getattr(self, name) is False:  # YAML reads an unquoted `no` as false
                 setattr(self, name, "no")
@@ -232,6 +236,7 @@ class BCDConfig(TrainingArguments):
                 raise ValueError(unknown_key_message(name, str(getattr(self, name)), known))
         if isinstance(self.losses, str):
             self.losses = parse_mapping(self.losses, "losses")
+        read_losses(self.resolved_losses)  # a typing error shows now, not after a teacher's training
         for name in ("crop_size", "calibration_images", "scale_min"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0.")
@@ -243,7 +248,7 @@ class BCDConfig(TrainingArguments):
     @property
     def resolved_losses(self) -> dict[str, Any]:
         """The `losses` in force: the given ones, or the preset's."""
-        return dict(self.losses) if isinstance(self.losses, dict) else PRESETS[self.preset]
+        return PRESETS[self.preset] if self.losses is None else self.losses  # type: ignore[return-value]
 
 
 MAPPINGS = ("student", "teacher", "teacher_training", "dataset_options", "losses", "lr_scheduler_kwargs")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .adapters import DenseAdapter, FrozenTeacher, LabelMap, build_adapter, image_statistics, match_labels
 from .config import BCDConfig
 from .data import DenseDataset, DenseStream, EvalTransform, TrainTransform
-from .losses.criterion import ALWAYS_OFFERED, LOSSES
+from .losses.criterion import ALWAYS_OFFERED, LOSSES, read_losses
 
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,7 @@ def check_label_needs(label_map: LabelMap, losses: Mapping[str, Mapping[str, Any
     Raises:
         ValueError: if one of them cannot be computed.
     """
-    known = {name: LOSSES[name].needed(**options or {}) for name, options in losses.items() if name in LOSSES}
-    concerned = [name for name, needs in known.items() if "logits" in needs]
+    concerned = [name for name, loss in read_losses(losses).items() if "logits" in loss.cls.needed(**loss.options)]
     if concerned and not label_map.is_complete:
         others = [name for name, loss in LOSSES.items() if "logits" not in loss.needs]
         raise ValueError(

@@ -39,7 +39,7 @@ def parse_mapping(text: str, key: str) -> dict[str, Any]:
     """
     value = read_yaml(text)
     if not isinstance(value, dict):
-        raise ValueError(f"{key} is {text!r}; expected a mapping such as '{{max_steps: 100}}'.")
+        raise ValueError(f"{key} is {text!r}; expected a mapping such as '{{name: value}}'.")
     return value
 
 

@@ -178,7 +178,8 @@ class Adversary(nn.Module):
         if self._learnt is None:
             return
         learnt, self._learnt = all_reduce_sum(self._learnt), None
-        gradient, (slow, slower) = learnt[:-1] / learnt[-1], self.betas
+        # scores that overflowed in half precision: the scaler skips the student's step, this skips the discriminator's
+        gradient, (slow, slower) = (learnt[:-1] / learnt[-1]).nan_to_num(0.0, 0.0, 0.0), self.betas
         self.mean.lerp_(gradient, 1 - slow)
         self.square.lerp_(gradient.square(), 1 - slower)
         steps = self.noise.step.to(gradient.dtype)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec
@@ -17,6 +16,7 @@ from .functional import (
     mask_fill_value,
     on_teacher_grid,
     spatial_size,
+    unit_vectors,
     valid_positions,
 )
 
@@ -77,7 +77,7 @@ def c2vkd_feature_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None 
         student, teacher, mask = on_teacher_grid(student, teacher, mask)
         channels = teacher.shape[1]
         features = image_means(divergence(student, teacher, dim=1), mask).mean() / channels
-        s, t = (F.normalize(x, dim=1) for x in (student, teacher))
+        s, t = (unit_vectors(x, dim=1) for x in (student, teacher))
         s, t = ((x - x.mean(dim=1, keepdim=True)).masked_fill(~mask[:, None], 0) for x in (s, t))
         s, t = (x.transpose(0, 1).flatten(1) for x in (s, t))
         of_student, of_teacher, of_both = all_reduce_sum(torch.stack([s @ s.mT, t @ t.mT, s @ t.mT])).square()

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +21,7 @@ from .functional import (
     pool_valid,
     resize,
     spatial_size,
+    unit_vectors,
     valid_positions,
 )
 from .kd import kd_loss
@@ -105,8 +105,7 @@ def cirkd_memory_loss(
 
 def _unit_rows(x: Tensor) -> Tensor:
     """Features `[B, C, h, w]` as vectors of length 1: `[B, h · w, C]`."""
-    # a larger eps than usual: the gradient of a vector of zeros is divided by it
-    return F.normalize(x.flatten(2).mT, dim=2, eps=1e-4)
+    return unit_vectors(x.flatten(2).mT, dim=2)
 
 
 def _of_all_ranks(x: Tensor) -> Tensor:
@@ -281,11 +280,11 @@ class CIRKDLoss(DistillationLoss):
 
     def _observe(self, features: Tensor, classes: Tensor) -> None:
         """Leaves what the memories are to get from a batch."""
-        unit = F.normalize(features, dim=1)
+        unit = unit_vectors(features, dim=1)
         positions, counts = spread_positions(classes.flatten(2), min(self.pixels_an_image, self.pixels.size))
         pixels = torch.take_along_dim(unit.flatten(2).mT, positions.flatten(1)[:, :, None], dim=1)
         self.pixels.observe(pixels.unflatten(1, positions.shape[1:]), counts)
-        regions = F.normalize(class_means(unit, classes), dim=2)
+        regions = unit_vectors(class_means(unit, classes), dim=2)
         self.regions.observe(regions[:, :, None], counts.clamp_max(1))
 
     def after_step(self) -> None:

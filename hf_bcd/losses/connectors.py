@@ -56,6 +56,7 @@ class FeaturePair(nn.Module):
         student_specs: feature levels of the student.
         teacher_specs: feature levels of the teacher.
         level: level name; the coarsest that both have by default.
+        bias: whether the projection has one; without where a loss removes it, whose gradient would be rounding errors.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class FeaturePair(nn.Module):
         student_specs: Mapping[str, FeatureSpec],
         teacher_specs: Mapping[str, FeatureSpec],
         level: str | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.level = shared_level(student_specs, teacher_specs, level)
         self.channels = teacher_specs[self.level].channels
-        self.projection = Projection(student_specs[self.level].channels, self.channels)
+        self.projection = Projection(student_specs[self.level].channels, self.channels, bias)
 
     def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Student and teacher features, both `[B, channels, h, w]`; the teacher's are constant."""

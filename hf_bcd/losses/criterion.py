@@ -4,7 +4,8 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,14 @@ TASK_WEIGHTS = {"loss_task": 1.0, "loss_auxiliary": 0.4}
 ALWAYS_OFFERED = frozenset({"features", "labels", "logits", "task_loss"})
 # what `build_criterion` knows and a loss takes by these names
 CONTEXT = ("student_specs", "teacher_specs", "head_levels", "num_labels", "ignore_index", "seed")
+# how a message calls what an option may be
+TYPES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a name",
+    Sequence: "a list of names",
+    NoneType: "null",
+}
 
 
 def unknown_key_message(kind: str, key: str, known: Iterable[str]) -> str:
@@ -166,18 +175,27 @@ def read_losses(losses: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Los
     """Reads a recipe's `losses` section, see `build_criterion`.
 
     Raises:
-        ValueError: for an unknown loss, option or term (naming the nearest known one), or a bad weight or decay.
+        ValueError: for an unknown loss, option or term (naming the nearest known one), an option of another type than
+            the loss declares, or a bad weight or decay.
     """
+    if not isinstance(losses, Mapping):
+        raise ValueError(
+            f"losses is {losses!r}; it must map losses to options, as in {{cwd: {{temperature: 4}}, bcd: {{}}}}."
+        )
     found = {}
     for name, given in losses.items():
         if name not in LOSSES:
             raise ValueError(unknown_key_message("loss", name, LOSSES))
+        if not isinstance(given, Mapping | None):
+            raise ValueError(f"options of loss {name!r} are {given!r}; they must be a mapping, as in {{weight: 2}}.")
         cls, options = LOSSES[name], dict(given or {})
         weight, decay = options.pop("weight", {}), options.pop("decay", None)
-        known = set(inspect.signature(cls).parameters) - set(CONTEXT)
-        for key in options:
+        parameters = inspect.signature(cls).parameters
+        known = set(parameters) - set(CONTEXT)
+        for key, value in options.items():
             if key not in known:
                 raise ValueError(unknown_key_message(f"option of loss {name!r}", key, known | {"weight", "decay"}))
+            _check_type(name, key, value, parameters[key].annotation)
         decay = cls.decays_with(**options) if decay is None else decay
         if not isinstance(decay, bool):
             raise ValueError(f"decay of loss {name!r} is {decay!r}; it must be true or false.")
@@ -247,6 +265,16 @@ def build_criterion(
         if loss.decays:
             decays.append(name)
     return DistillationCriterion(modules, weights, decays)
+
+
+def _check_type(name: str, key: str, value: Any, annotation: Any) -> None:
+    kinds = [get_origin(a) or a for a in (get_args(annotation) if isinstance(annotation, UnionType) else [annotation])]
+    if Literal in kinds or Mapping in kinds:  # the loss itself names what there is to choose from
+        return
+    accepted = tuple(kinds + [int] * (float in kinds))
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        wanted = " or ".join(TYPES[kind] for kind in kinds)
+        raise ValueError(f"{key} of loss {name!r} is {value!r}; it must be {wanted}.")
 
 
 def _term_weights(name: str, cls: type[DistillationLoss], weight: Any, options: Mapping[str, Any]) -> dict[str, float]:

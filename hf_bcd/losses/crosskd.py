@@ -34,7 +34,7 @@ def crosskd_loss(cross: Tensor, teacher: Tensor, *, beta: float = 1.0, mask: Ten
 
     Args:
         cross: class scores `[B, K, h, w]` of the teacher's head on the student's features.
-        teacher: class scores `[B, K, h', w']`, to whose grid the others are resized; they receive no gradient.
+        teacher: class scores `[B, K, h', w']`, to whose grid `cross` is resized; they receive no gradient.
         beta: 0, or >= 1.
         mask: `[B, h', w']`, True where valid.
 
@@ -97,7 +97,7 @@ class CrossKDLoss(DistillationLoss):
             raise ValueError(f"beta is {beta!r}; it must be 0 or >= 1, or the gradient is infinite at agreement.")
         self.beta, self.ignore_index = beta, ignore_index
         levels = tuple(teacher_specs) if head_levels is None else head_levels
-        self.pairs = nn.ModuleList(FeaturePair(student_specs, teacher_specs, level) for level in levels)
+        self.pairs = nn.ModuleList(FeaturePair(student_specs, teacher_specs, level, bias=False) for level in levels)
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
         if teacher.head is None:

@@ -64,7 +64,7 @@ class CWDLoss(DistillationLoss):
 
     @classmethod
     def needed(cls, on: Source = "logits", **options: Any) -> frozenset[str]:
-        return frozenset({on})
+        return frozenset({"features" if on == "features" else "logits"})  # the constructor refuses all else
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class CWDLoss(DistillationLoss):
             raise ValueError(f"on is {on!r}; choose one of {', '.join(get_args(Source))}.")
         check_positive(temperature=temperature)
         self.temperature, self.ignore_index = temperature, ignore_index
-        self.pair = FeaturePair(student_specs, teacher_specs, level) if on == "features" else None
+        self.pair = FeaturePair(student_specs, teacher_specs, level, bias=False) if on == "features" else None
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
         with torch.autocast(labels.device.type, enabled=False):

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec
@@ -17,6 +16,7 @@ from .functional import (
     resize_nearest,
     spatial_size,
     unit_maps,
+    unit_vectors,
     valid_positions,
 )
 
@@ -45,7 +45,7 @@ def pixel_similarity_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], 
             attention = attention_map(features)
             attention = attention.masked_fill(~resize_nearest(mask, spatial_size(features))[:, None], 0)
             maps.append(unit_maps(resize(attention, size), valid))
-        return [F.normalize(later - earlier, dim=2) for earlier, later in pairwise(maps)]
+        return [unit_vectors(later - earlier, dim=2) for earlier, later in pairwise(maps)]
 
     with torch.autocast(mask.device.type, enabled=False):
         pairs = zip(residuals(student), residuals([x.detach() for x in teacher]), strict=True)

@@ -40,7 +40,7 @@ def spectral_filter(x: Tensor, spectrum: Tensor, cutoff: float) -> Tensor:
 class FrequencyAttention(nn.Module):
     """Global spectral branch and local 1x1 convolution, batch normalisation, ReLU: from student's to teacher's channels.
 
-    `ReLU(BN(g1 · M · Re IFFT(HPF · W · FFT(x)) + g2 · (L · x + b)))`. Officially W is one complex matrix per frequency,
+    `ReLU(BN(g1 · M · Re IFFT(HPF · W · FFT(x)) + g2 · L · x))`. Officially W is one complex matrix per frequency,
     of a fixed grid: 2.7e8 numbers for 256 channels at 64 x 64. Here it is factorised into a diagonal matrix per
     frequency, interpolated from F x F of them, and a 1x1 convolution M for all: `2 F² C_s + C_s C_t` real numbers beside
     the local branch's, for grids of any size; 0.3 + 1.0 million for 512 and 2048 channels. W is 1 at first, so that
@@ -60,7 +60,7 @@ class FrequencyAttention(nn.Module):
         self.spectrum = nn.Parameter(torch.zeros(2, in_channels, frequencies, frequencies))
         nn.init.ones_(self.spectrum[0])
         self.mix = Projection(in_channels, out_channels, bias=False)
-        self.local = Projection(in_channels, out_channels)
+        self.local = Projection(in_channels, out_channels, bias=False)  # BN would remove one
         self.rates = nn.Parameter(torch.full((2,), 0.5))
         self.norm = BatchStandardize(out_channels)
 

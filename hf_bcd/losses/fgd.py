@@ -86,13 +86,13 @@ class GlobalContext(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(1, channels // 2)
-        self.attend = nn.Conv2d(channels, 1, 1)
+        self.attend = nn.Conv2d(channels, 1, 1, bias=False)  # softmax would cancel one
         self.add = nn.Sequential(
             nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, channels)
         )
         nn.init.kaiming_normal_(self.attend.weight)
-        for parameter in (self.attend.bias, self.add[-1].weight, self.add[-1].bias):
-            nn.init.zeros_(parameter)  # type: ignore[arg-type]
+        for parameter in self.add[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Features `[B, channels, h, w]` of the same shape; only positions where `mask` `[B, h, w]` is True are seen."""

@@ -91,6 +91,12 @@ def attention_map(features: Tensor) -> Tensor:
     return at_least_float32(features).square().mean(dim=1, keepdim=True)
 
 
+def unit_vectors(x: Tensor, dim: int) -> Tensor:
+    """Vectors along `dim` divided by their length, or by 1e-4 where they are shorter: 0 for 0."""
+    # a larger floor than usual: the gradient of a vector of zeros is divided by it
+    return F.normalize(x, dim=dim, eps=1e-4)
+
+
 def unit_maps(x: Tensor, mask: Tensor) -> Tensor:
     """Every map of `[B, C, h, w]` as a vector of length 1 over the valid positions: `[B, C, h * w]`, 0 where void."""
     return F.normalize(x.masked_fill(~mask[:, None], 0).flatten(2), dim=2)
@@ -173,9 +179,9 @@ def class_similarity(features: Tensor, classes: Tensor) -> Tensor:
     Returns:
         `[B, h, w]` in [-1, 1], 0 for a position without a class.
     """
-    means = F.normalize(class_means(features, classes), dim=2)
+    means = unit_vectors(class_means(features, classes), dim=2)
     # with all K means: K numbers a position instead of a map of means with its C
-    cosines = means @ F.normalize(features.flatten(2), dim=1)
+    cosines = means @ unit_vectors(features.flatten(2), dim=1)
     return cosines.unflatten(2, spatial_size(features)).masked_fill(~classes, 0).sum(dim=1)
 
 

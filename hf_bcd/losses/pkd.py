@@ -74,7 +74,9 @@ class PKDLoss(DistillationLoss):
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
-        self.pairs = nn.ModuleList(FeaturePair(student_specs, teacher_specs, level) for level in levels or [None])
+        self.pairs = nn.ModuleList(
+            FeaturePair(student_specs, teacher_specs, level, bias=False) for level in levels or [None]
+        )
         self.ignore_index = ignore_index
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:

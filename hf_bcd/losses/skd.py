@@ -17,6 +17,7 @@ from .functional import (
     on_teacher_grid,
     resize,
     spatial_size,
+    unit_vectors,
     valid_positions,
 )
 from .kd import kd_loss
@@ -50,7 +51,7 @@ def skd_loss(student: Tensor, teacher: Tensor, *, nodes: int = 2, mask: Tensor |
 
         def cosines(x: Tensor) -> Tensor:
             pooled = pool(x.masked_fill(~mask[:, None], mask_fill_value(x.dtype)))
-            unit = F.normalize(pooled.masked_fill(~node[:, None], 0), dim=1)
+            unit = unit_vectors(pooled.masked_fill(~node[:, None], 0), dim=1)
             return unit.mT @ unit
 
         node = pool(mask[:, None].to(teacher.dtype))[:, 0] > 0

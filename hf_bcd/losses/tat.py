@@ -154,6 +154,7 @@ class TATLoss(DistillationLoss):
         self.level = shared_level(student_specs, teacher_specs, level)
         ours, theirs = student_specs[self.level].channels, teacher_specs[self.level].channels
         self.query, self.key, self.value = Embedding(ours, theirs), Embedding(theirs, theirs), Embedding(ours, theirs)
+        self.key.bias.requires_grad_(False)  # softmax would cancel it
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
         with torch.autocast(labels.device.type, enabled=False):

@@ -223,3 +223,16 @@ def test_autocast_changes_nothing() -> None:
     found.after_step()
     assert_same(exact.state_dict(), found.state_dict())
     assert math.isfinite(expected.item())
+
+
+def test_scores_that_overflowed_leave_it_as_it_was():
+    judge = adversary()
+    student, teacher = scores(0)
+    weights = [weight.clone() for weight in judge.discriminator.parameters()]
+    judge(student.masked_fill(student > 1, torch.inf), teacher)
+    judge.after_step()
+    assert all(torch.equal(a, b) for a, b in zip(judge.discriminator.parameters(), weights, strict=True))
+    judge(student, teacher)
+    judge.after_step()
+    assert all(tensor.isfinite().all() for tensor in judge.state_dict().values())
+    assert not all(torch.equal(a, b) for a, b in zip(judge.discriminator.parameters(), weights, strict=True))

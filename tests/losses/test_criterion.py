@@ -112,6 +112,12 @@ def test_options_reach_the_loss():
         ({"bcd": {"weight": "3"}}, "is '3'"),
         ({"bcd": {"weight": True}}, "is True"),
         ({"bcd": {"mode": "literal"}}, "'literal'"),
+        (["bcd"], "losses is \\['bcd'\\]; it must map"),
+        ({"bcd": 3}, "options of loss 'bcd' are 3; they must be a mapping"),
+        ({"kd": {"temperature": "hot"}}, "temperature of loss 'kd' is 'hot'; it must be a number\\."),
+        ({"fgd": {"background": True}}, "background of loss 'fgd' is True; it must be a whole number or null\\."),
+        ({"pkd": {"levels": 8}}, "levels of loss 'pkd' is 8; it must be a list of names or null\\."),
+        ({"cwd": {"on": "nothing"}}, "on is 'nothing'; choose one of logits, features\\."),
     ],
 )
 def test_bad_recipes_are_explained(losses, message):

@@ -57,12 +57,12 @@ def test_value_worked_out_by_hand() -> None:
 
 def reference(loss: CrossKDLoss, student: DenseOutput, teacher: DenseOutput, labels: np.ndarray, beta: float) -> float:
     """Plain loops over one level whose grids agree, and a head that is a 1x1 convolution."""
-    weight, bias = (parameter.detach().numpy() for parameter in loss.pairs.parameters())
+    (weight,) = (parameter.detach().numpy() for parameter in loss.pairs.parameters())
     ours, theirs = (o.features["stride_8"].numpy() for o in (student, teacher))
     images, channels, height, width = theirs.shape
     spots = [(b, y, x) for b in range(images) for y in range(height) for x in range(width)]
     valid = [(b, y, x) for b, y, x in spots if labels[b, 8 * y + 4, 8 * x + 4] != 255]
-    projected = {s: weight[:, :, 0, 0] @ ours[s[0], :, s[1], s[2]] + bias for s in spots}
+    projected = {s: weight[:, :, 0, 0] @ ours[s[0], :, s[1], s[2]] for s in spots}
     crossed = {}
     for s in valid:
         crossed[s] = np.empty(channels)

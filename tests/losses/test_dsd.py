@@ -23,6 +23,17 @@ def test_pixel_golden_value():
     assert value.item() == pytest.approx(2 - 6 / math.sqrt(10), rel=1e-5)
 
 
+def test_levels_with_one_attention_have_no_residual():
+    # a single valid position, or levels that differ by a factor: the difference is rounding noise, no direction
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[:, 1, 2] = True
+    student, teacher = ([randn(1, 3, 4, 4, seed=2 * i + j).float() for j in range(2)] for i in range(2))
+    assert pixel_similarity_loss(student, teacher, mask=mask).item() < 1e-4
+    even = [torch.ones(1, 3, 4, 4, requires_grad=True) for _ in range(2)]
+    pixel_similarity_loss(even, teacher, mask=~mask).backward()
+    assert all(x.grad is not None and x.grad.abs().max() < 1e4 for x in even)
+
+
 def test_category_golden_value():
     # the student's classes are equally probable everywhere: cosine 1
     # the teacher's are (0.8, 0.2) and (0.2, 0.8) at temperature 2: cosine 0.32 / 0.68 = 8 / 17

@@ -94,7 +94,7 @@ def test_the_loss_equals_the_loops():
         filtered = reference_filter(x, weights["spectrum"], 0.1)
         for y, u in np.ndindex(4, 5):
             far = weights["mix.weight"][..., 0, 0] @ filtered[:, y, u]
-            near = weights["local.weight"][..., 0, 0] @ x[:, y, u] + weights["local.bias"]
+            near = weights["local.weight"][..., 0, 0] @ x[:, y, u]
             mixed[image, :, y, u] = weights["rates"][0] * far + weights["rates"][1] * near
     valid = mask.numpy()
     errors: list[list[float]] = [[], []]
@@ -147,8 +147,8 @@ def test_its_numbers_are_real_few_and_survive_a_file(tmp_path: Path):
     loss = FAMLoss({"stride_8": FeatureSpec(6, 8)}, {"stride_8": FeatureSpec(10, 8)}, frequencies=5)
     parameters = dict(loss.named_parameters())
     assert not any(parameter.is_complex() for parameter in parameters.values())
-    # spectrum, both 1x1 convolutions, the local one's bias, scale and shift, two rates
-    assert sum(parameter.numel() for parameter in parameters.values()) == 2 * 25 * 6 + 2 * 60 + 10 + 20 + 2
+    # spectrum, both 1x1 convolutions, scale and shift, two rates
+    assert sum(parameter.numel() for parameter in parameters.values()) == 2 * 25 * 6 + 2 * 60 + 20 + 2
     noisy(loss.attention["stride_8"])  # type: ignore[arg-type]
     safetensors.torch.save_file(loss.state_dict(), tmp_path / "fam.safetensors")
     found = safetensors.torch.load_file(tmp_path / "fam.safetensors")

@@ -169,6 +169,20 @@ def test_gradient_reaches_the_student_and_never_the_teacher(name, options):
 
 
 @each_loss
+def test_no_parameter_is_without_effect(name, options):
+    if name == "bcd":
+        pytest.skip("biases of its heads stand before the standardisation of the boundary map")
+    criterion, (student, teacher) = ready(name, options).double(), outputs(torch.float64)
+    trained = [(key, parameter) for key, parameter in criterion.named_parameters() if parameter.requires_grad]
+    for i, (_, parameter) in enumerate(trained):
+        parameter.data += 0.1 * randn(*parameter.shape, seed=i)  # away from zeros at the start
+    step(criterion, student, teacher, label_maps())[0].backward()
+    for key, parameter in trained:
+        # rounding errors, which Adam would blow up, of what a softmax or a normalisation cancels
+        assert parameter.grad is not None and parameter.grad.abs().max() > 1e-12, key
+
+
+@each_loss
 def test_gradients_are_those_of_the_values(name, options):
     if reason := NO_GRADCHECK.get((name, OPTIONS.get(name, [{}]).index(options))):
         pytest.skip(reason)
@@ -225,6 +239,29 @@ def test_half_precision_and_autocast_change_little(name, options):
         rounded = step(criterion, *outputs(torch.bfloat16), labels)[1]
     assert all(value.dtype == torch.float32 for value in rounded.values())
     assert values(rounded) == pytest.approx(exact, rel=0.1, abs=1e-3)
+
+
+@each_loss
+@pytest.mark.parametrize("case", ["even features", "a position of zeros", "saturated scores", "one valid pixel"])
+def test_degenerate_images_keep_gradients_moderate(name, options, case):
+    criterion, (student, teacher), labels = ready(name, options), outputs(), label_maps()
+    for level in student.features.values():
+        if case == "even features":
+            level.data[:] = level.data.mean(dim=(0, 2, 3), keepdim=True)
+        elif case == "a position of zeros":
+            level.data[:, :, -1, -1] = 0
+    if case == "saturated scores":
+        student.logits.data, teacher.logits = (1e4 * x.detach().sign() for x in (student.logits, teacher.logits))
+    elif case == "one valid pixel":
+        labels = torch.full_like(labels, 255)
+        labels[:, 40, 40] = 1
+    total, terms = step(criterion, student, teacher, labels)
+    total.backward()
+    given = [*leaves(student).values(), *criterion.parameters()]
+    assert all(value.isfinite() for value in terms.values())
+    assert all(x.grad.abs().max() < 1e7 for x in given if x.grad is not None)
+    criterion.after_step()
+    assert all(buffer.isfinite().all() for buffer in criterion.buffers())
 
 
 @each_loss

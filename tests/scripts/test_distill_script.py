@@ -148,7 +148,8 @@ def test_the_two_process_configuration_starts_two_processes(tmp_path: Path) -> N
     """Silent failure 3: `--cpu --num_processes 2` would run one."""
     config = ROOT / "examples" / "accelerate_configs" / "cpu_x2.yaml"
     options = [*TINY, "--teacher_training.max_steps", 1, "--max_steps", 2, "--with_baseline", "false"]
-    launcher = (*ACCELERATE, "--config_file", str(config))
+    bare = ("env", "-u", "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES=")  # accelerate itself does not set the former
+    launcher = (*bare, *ACCELERATE, "--config_file", str(config))
     done = run(DISTILL, "--output_dir", tmp_path, *options, launcher=launcher)
     assert "- processes: 2" in (tmp_path / "README.md").read_text()
     assert done.stdout.count("mIoU") == 1, "only the first process prints"
