@@ -295,7 +295,7 @@ def read_arguments(
     """Reads a recipe and the command line: what the user types wins over the recipe.
 
     `--config file.yaml` names the recipe, which may start from another: `base: other.yaml`. Fields of a mapping can be
-    set one by one: `--losses.bcd.radius 5`.
+    set one by one: `--losses.bcd.radius 5` changes the losses of the recipe or preset.
 
     Args:
         argv: arguments; those of the process by default.
@@ -340,6 +340,8 @@ def read_arguments(
             values[key] = None
         if isinstance(values[key], str) and values[key].lstrip().startswith("{"):
             values[key] = parse_mapping(values[key], key)
+    if values["losses"] is None and any(path[0] == "losses" for path, _ in dotted):
+        values["losses"] = PRESETS.get(values["preset"])  # a dotted flag changes the losses in force
     for path, text in dotted:
         _set_nested(values, path, read_yaml(text))
     return {key: values[key] for key in [*recipe, *typed, *(path[0] for path, _ in dotted)]}

@@ -25,6 +25,7 @@ from .experiment import (
     train_model,
     write_json,
 )
+from .losses.criterion import read_losses
 from .provenance import Origin
 from .recipes import read_recipe
 from .reporting import write_report
@@ -106,7 +107,8 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
         argv: command-line arguments that win over the file in every run.
 
     Raises:
-        ValueError: for an unknown key, no runs, an unknown reference, or seeds that are not distinct integers.
+        ValueError: for an unknown key, no runs, an unknown reference, seeds that are not distinct integers, or losses
+            that `read_losses` refuses.
     """
     recipe = read_recipe(path, {*RECIPE_KEYS, *STUDY_KEYS})
     seeds, variations, reference, split = (recipe.pop(key, None) for key in ("seeds", "runs", "reference", "split"))
@@ -133,6 +135,11 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             if unknown := set(own) - set(RECIPE_KEYS):
                 raise ValueError(f"{path}: run {name!r} has the unknown key {sorted(unknown)[0]!r}.")
             given = read_arguments(list(argv), recipe={**recipe, **own})
+            given.pop("resume_from_checkpoint", None)  # as the message after Ctrl-C says; every run does
+            try:
+                read_losses(given.get("losses") or {})  # now, not after the runs before it
+            except ValueError as error:
+                raise ValueError(f"{path}: run {name!r}: {error}") from None
             run_folder = folder / str(name) / f"seed_{seed}"
             fixed = {"output_dir": str(run_folder), "seed": seed, "with_baseline": False}
             runs.append(Run(str(name), seed, references[name], run_folder, {**given, **fixed}))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_bcd.config import ModelSpec, parse_arguments
+from hf_bcd.config import PRESETS, ModelSpec, parse_arguments, read_arguments
 
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +146,13 @@ def test_unknown_fields_of_a_model_are_errors() -> None:
         ModelSpec.parse({"head": "psp"}, "teacher")
     with pytest.raises(ValueError, match="either name_or_path"):
         ModelSpec.parse({"backbone": "resnet18", "name_or_path": "a/b"}, "teacher")
+
+
+def test_a_dotted_flag_changes_the_losses_in_force() -> None:
+    paper = read_arguments(["--data_dir", "x", "--preset", "paper", "--losses.bcd.radius", "5"])["losses"]
+    assert paper["bcd"]["mode"] == "paper" and paper["bcd"]["radius"] == 5
+    added = read_arguments(["--data_dir", "x", "--losses.cwd.temperature", "2"])["losses"]
+    assert added == {"bcd": {}, "cwd": {"temperature": 2}} and "radius" not in PRESETS["paper"]["bcd"]
 
 
 def test_without_arguments_the_default_recipe_is_in_force(tmp_path: Path) -> None:

@@ -77,12 +77,18 @@ def test_a_run_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
         ({"seeds": [3, 3]}, "not distinct"),
         ({"reference": "none"}, "reference is 'none'; choose one of baseline, kd"),
         ({"runs": {"a": {"max_step": 3}}}, "run 'a' has the unknown key 'max_step'"),
+        ({"runs": {"a": {}, "b": {"losses": {"kdd": {}}}}}, "run 'b': unknown loss 'kdd'. Did you mean 'kd'"),
         ({"sedes": [1]}, "unknown key 'sedes'. Did you mean 'seeds'"),
     ],
 )
 def test_bad_studies_are_explained(changes: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_study(write_study(tmp_path, **changes))
+
+
+def test_what_the_message_after_an_interruption_says_continues_a_study(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    assert read_study(path, argv=["--resume_from_checkpoint", "true"]) == read_study(path)
 
 
 @pytest.mark.parametrize("arguments", [["--seed", "3"], ["--part", "0/2"], ["--part", "3/2"], ["--part", "two"]])

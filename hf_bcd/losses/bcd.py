@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..outputs import DenseOutput, FeatureSpec
 from ..profiling import part
 from .aggregate import PrincipalComponents, SelfRelationHead, StudentHead, TeacherHead
-from .base import DistillationLoss
+from .base import DistillationLoss, check_positive
 from .boundary import (
     Mode,
     boundary_divergence,
@@ -117,6 +117,7 @@ class BCDLoss(DistillationLoss):
             )
         if mode == "paper" and teacher_head == "logits":
             raise ValueError("teacher_head='logits' has no literal form; use mode='stable' or another teacher_head.")
+        check_positive(kappa=kappa, channels=channels, reduced_channels=reduced_channels, stride=stride)
         line_offsets(radius)  # fails here, not at the first step
         self.mode: Mode = mode
         self.teacher_head_kind: TeacherHeadKind = teacher_head

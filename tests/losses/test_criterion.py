@@ -112,6 +112,7 @@ def test_options_reach_the_loss():
         ({"bcd": {"weight": "3"}}, "is '3'"),
         ({"bcd": {"weight": True}}, "is True"),
         ({"bcd": {"mode": "literal"}}, "'literal'"),
+        ({"bcd": {"channels": -8}}, "channels is -8"),
         (["bcd"], "losses is \\['bcd'\\]; it must map"),
         ({"bcd": 3}, "options of loss 'bcd' are 3; they must be a mapping"),
         ({"kd": {"temperature": "hot"}}, "temperature of loss 'kd' is 'hot'; it must be a number\\."),
