@@ -52,9 +52,10 @@ def test_cuda_reports_no_synchronisation_in_a_whole_step(build, tmp_path: Path) 
     step()  # lets the libraries set themselves up
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        loss = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])

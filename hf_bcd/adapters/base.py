@@ -93,8 +93,12 @@ class DenseAdapter(nn.Module, ABC):
         return ()
 
     def run_head(self, features: dict[str, Tensor]) -> Tensor:
-        """Runs the model's head on maps in the place of its levels `head_levels`: logits in the model's own classes."""
-        raise NotImplementedError
+        """Runs the model's head on maps in the place of its levels `head_levels`: logits in the model's own classes.
+
+        Raises:
+            NotImplementedError: if `head_levels` is empty.
+        """
+        raise NotImplementedError(f"the head of {type(self.model).__name__} reads more than the feature levels")
 
     def freeze_unused(self) -> None:
         """Freezes what gets no gradient: data-parallel training waits for one from every trainable parameter."""

@@ -25,7 +25,7 @@ def chain(error):
 def attempt(call):
     try:
         call()
-    except Exception as error:
+    except Exception as error:  # whichever it is: the chain of types is what the tests compare
         return chain(error)
     return ["OK"]
 """

@@ -293,6 +293,7 @@ def test_a_step_never_waits_for_the_device(name, options):
         for _ in range(2):
             step(criterion, student, teacher, labels)[0].backward()
             criterion.after_step()
+    assert any(leaf.grad is not None and leaf.grad.any() for leaf in leaves(student).values())
 
 
 def advance(criterion: DistillationCriterion, steps: int, rows: slice = slice(None)) -> dict[str, Tensor]:
