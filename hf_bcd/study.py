@@ -104,7 +104,8 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
     Args:
         path: YAML file.
         output_dir: folder of the study, instead of the file's `output_dir`.
-        argv: command-line arguments that win over the file in every run.
+        argv: command-line arguments that win over the file in every run, but for what a run itself sets to null: its
+            `teacher: null` remains a baseline.
 
     Raises:
         ValueError: for an unknown key, no runs, an unknown reference, seeds that are not distinct integers, or losses
@@ -135,6 +136,9 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             if unknown := set(own) - set(RECIPE_KEYS):
                 raise ValueError(f"{path}: run {name!r} has the unknown key {sorted(unknown)[0]!r}.")
             given = read_arguments(list(argv), recipe={**recipe, **own})
+            given |= dict.fromkeys(
+                (key for key, value in own.items() if value is None)
+            )  # also with --teacher.weights W
             given.pop("resume_from_checkpoint", None)  # as the message after Ctrl-C says; every run does
             try:
                 read_losses(given.get("losses") or {})  # now, not after the runs before it

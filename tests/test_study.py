@@ -59,6 +59,14 @@ def test_a_study_is_a_recipe_its_variations_and_seeds(tmp_path: Path) -> None:
     assert read_study(path, tmp_path / "elsewhere").runs[0].folder.is_relative_to(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize("argv", [["--teacher.weights", "w"], ["--teacher", "some/model"]])
+def test_the_command_line_gives_a_baseline_no_teacher(argv: list[str], tmp_path: Path) -> None:
+    path = write_study(tmp_path, runs={"baseline": {"teacher": None}, "kd": {"teacher": {"backbone": "a"}}})
+    teachers = {run.name: run.arguments["teacher"] for run in read_study(path, argv=argv).runs}
+    kd = {"backbone": "a", "weights": "w"} if argv[0] == "--teacher.weights" else "some/model"
+    assert teachers == {"baseline": None, "kd": kd}
+
+
 def test_a_run_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
     runs = {"a": None, "a_kd": None, "b_kd": {"reference": "b"}, "b": {"max_steps": 2}}
     study = read_study(write_study(tmp_path, runs=runs, seeds=[1]))
