@@ -216,17 +216,22 @@ class BCDConfig(TrainingArguments):
     profile: bool = field(
         default=False, metadata={"help": "Log seconds and memory of every part of the step; slows training down."}
     )
+    log_gradients: bool = field(
+        default=False,
+        metadata={
+            "help": "Log the norm of every weighted term's gradient at the student's last stage; slows training."
+        },
+    )
     sync_batchnorm: bool = field(
         default=True, metadata={"help": "Synchronise the student's BatchNorm over GPUs when there are several."}
     )
 
     def __post_init__(self) -> None:
         self.batch_eval_metrics = True  # evaluation streams counts; predictions are never gathered
-        # an accelerate configuration with use_cpu reaches one process through the environment, several not at all:
-        # each would take itself for the only one
-        several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+        # an accelerate configuration with use_cpu reaches one process through the environment, several not at all: each
+        # would take itself for the only one; and without use_cpu the base class refuses bf16 on a CPU
         by_launcher = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-        self.use_cpu = self.use_cpu or by_launcher or several_on_cpu
+        self.use_cpu = self.use_cpu or by_launcher or not torch.accelerator.is_available()
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
             if getattr(self, name) is False:  # YAML reads an unquoted `no` as false
                 setattr(self, name, "no")
@@ -236,7 +241,11 @@ class BCDConfig(TrainingArguments):
                 raise ValueError(unknown_key_message(name, str(getattr(self, name)), known))
         if isinstance(self.losses, str):
             self.losses = parse_mapping(self.losses, "losses")
-        read_losses(self.resolved_losses)  # a typing error shows now, not after a teacher's training
+        losses = read_losses(self.resolved_losses)  # a typing error shows now, not after a teacher's training
+        if self.torch_compile and (self.log_gradients or any(loss.measured for loss in losses.values())):
+            raise ValueError(
+                "log_gradients and `weight: auto` take the gradient of every term, which torch_compile hides; leave one out."
+            )
         for name in ("crop_size", "calibration_images", "scale_min"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0.")

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .adapters import DenseAdapter
 from .losses.criterion import DistillationCriterion
-from .losses.schedules import decay
 from .losses.task import segmentation_loss
 from .outputs import DenseOutput
 from .profiling import part
@@ -73,7 +72,7 @@ class Distiller(nn.Module):
 
     def begin_step(self, step: int, total: int) -> None:
         """Sets r(t) for optimizer step `step` of `total`, counted from 1."""
-        self.criterion.decay.fill_(decay(step, total))
+        self.criterion.begin_step(step, total)
 
     def after_step(self) -> None:
         """Ends an optimizer step in every loss (temperatures)."""

@@ -131,6 +131,7 @@ class BCDTrainer(HubTrainer):
                 offers=offers_of(self.teacher.adapter, bool(args.torch_compile)),
                 head_levels=self.teacher.adapter.head_levels,
             )
+        criterion.log_gradients = args.log_gradients
         distiller = Distiller(student, criterion)
         if args.sync_batchnorm and args.world_size > 1 and args.device.type == "cuda":
             # torch's own conversion would drop the activations inside timm's BatchNormAct2d
@@ -158,9 +159,11 @@ class BCDTrainer(HubTrainer):
             self._move_model_to_device(self.model, self.args.device)
         if self.teacher is not None:
             self.teacher.to(self.args.device)
+        # what tensor cores compute in; on a CPU it pays in training only, and exports are compared pixel by pixel
+        channels_last = args.device.type == "cuda" or (args.device.type == "cpu" and train_dataset is not None)
         for module in (self.distiller.student, self.teacher):
-            if module is not None and args.device.type == "cuda" and is_convolutional(module):
-                module.to(memory_format=torch.channels_last)  # what tensor cores compute in
+            if module is not None and channels_last and is_convolutional(module):
+                module.to(memory_format=torch.channels_last)
         if self.profile is not None:
             self.accelerator.backward = as_part("backward", self.accelerator.backward)
         self.interrupt = InterruptCallback()

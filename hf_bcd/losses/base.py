@@ -19,6 +19,7 @@ class DistillationLoss(nn.Module, ABC):
 
     Attributes:
         weights: term -> weight that belongs to its reduction.
+        shares: term -> share of the task's gradient that `weight: auto` aims at; empty where nothing is known of it.
         borrowed: terms of other methods that it goes with; a recipe's single number leaves their weights alone.
         needs: which of `logits` (in the student's classes), `features`, `labels`, `task_loss` and `head` (the teacher's,
             as a function of its levels) it reads with the default options.
@@ -31,6 +32,7 @@ class DistillationLoss(nn.Module, ABC):
     """
 
     weights: ClassVar[Mapping[str, float]]
+    shares: ClassVar[Mapping[str, float]] = {}
     borrowed: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]]
     decays: ClassVar[bool] = False

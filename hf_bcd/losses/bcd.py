@@ -19,7 +19,7 @@ from .boundary import (
     spatial_divergence,
 )
 from .context import context_relation, literal_relation
-from .functional import at_least_float32, grid_size, resize, valid_positions
+from .functional import at_least_float32, grid_size, moments, resize, valid_positions
 from .path import line_offsets
 from .schedules import Temperature
 
@@ -67,6 +67,9 @@ class BCDLoss(DistillationLoss):
             `pca` aggregates by principal components and takes boundaries from the first one.
         radius: radius of the boundary lines, in positions of the stride-8 grid.
         kappa: width of the student's boundary sigmoid.
+        gain: factor of both boundary maps inside their softmaxes, which makes targets sharper and gradients larger.
+        centred: subtract the mean over each image from the aggregated features before they are related.
+        temperature: temperature of the relations at the start.
         channels: channels of the aggregated features.
         reduced_channels: channels of each level before they are fused.
         stride: stride of the common grid.
@@ -75,6 +78,7 @@ class BCDLoss(DistillationLoss):
     """
 
     weights = {"boundary": 3.0, "context": 1.0}
+    shares = {"boundary": 0.3, "context": 0.5}
     needs = frozenset({"features"})  # of the labels, void positions alone
     decays = True
     transfers = "semantic boundaries and pixel-to-pixel relations of all levels"
@@ -103,6 +107,9 @@ class BCDLoss(DistillationLoss):
         teacher_head: TeacherHeadKind = "calibrated",
         radius: int = 3,
         kappa: float = 0.5,
+        gain: float = 1.0,
+        centred: bool = False,
+        temperature: float = 1.0,
         channels: int = 256,
         reduced_channels: int = 64,
         stride: int = 8,
@@ -117,11 +124,19 @@ class BCDLoss(DistillationLoss):
             )
         if mode == "paper" and teacher_head == "logits":
             raise ValueError("teacher_head='logits' has no literal form; use mode='stable' or another teacher_head.")
-        check_positive(kappa=kappa, channels=channels, reduced_channels=reduced_channels, stride=stride)
+        check_positive(
+            kappa=kappa,
+            gain=gain,
+            temperature=temperature,
+            channels=channels,
+            reduced_channels=reduced_channels,
+            stride=stride,
+        )
         line_offsets(radius)  # fails here, not at the first step
         self.mode: Mode = mode
         self.teacher_head_kind: TeacherHeadKind = teacher_head
         self.radius, self.kappa, self.stride, self.ignore_index = radius, kappa, stride, ignore_index
+        self.gain, self.centred = gain, centred
         self.student_head = StudentHead(student_specs, channels, reduced_channels)
         if teacher_head == "logits":
             self.student_head.readout.requires_grad_(False)  # unused: DDP waits for gradients of all that require them
@@ -131,7 +146,7 @@ class BCDLoss(DistillationLoss):
         paper = mode == "paper"
         self.student_relation = SelfRelationHead(channels, predictor=True) if paper else None
         self.teacher_relation = SelfRelationHead(channels, predictor=False) if paper else None
-        self.boundary_temperature, self.context_temperature = Temperature(), Temperature()
+        self.boundary_temperature, self.context_temperature = Temperature(), Temperature(temperature)
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
         """Unweighted terms of a batch.
@@ -153,7 +168,7 @@ class BCDLoss(DistillationLoss):
             with part("bcd/boundary"):
                 boundary = self._boundary(student, teacher, student_features, teacher_features, mask)
             with part("bcd/context"):
-                context = self._context(student_features, teacher_features, mask)
+                context = self._context(*self._centre(mask, student_features, teacher_features), mask)
             return {"boundary": boundary, "context": context}
 
     def _boundary(
@@ -169,12 +184,14 @@ class BCDLoss(DistillationLoss):
         if self.teacher_head_kind == "logits":
             logits = resize(at_least_float32(student.logits), (mask.shape[-2], mask.shape[-1]))
             soft = class_affinity_boundary(logits, self.radius, mask)
-            divergence = spatial_divergence(soft, hard_teacher, tau=tau, mask=mask)
+            divergence = spatial_divergence(soft, hard_teacher, tau=tau / self.gain, mask=mask)
         else:
             field = self.student_head.boundary_field(student_features, mask)
             strength, theta = boundary_strength(field, self.radius, mask), self.teacher_head.theta
-            divergence = boundary_divergence(strength, hard_teacher, theta, self.kappa, tau, mask, self.mode)
-        self.boundary_temperature.observe(self._peak(hard_teacher, mask, tau))
+            divergence = boundary_divergence(
+                strength, hard_teacher, theta, self.kappa, tau / self.gain, mask, self.mode
+            )
+        self.boundary_temperature.observe(self._peak(hard_teacher, mask, tau / self.gain))
         return tau**2 * divergence.mean()
 
     def _peak(self, item: Tensor, mask: Tensor, tau: Tensor) -> Tensor:
@@ -189,13 +206,19 @@ class BCDLoss(DistillationLoss):
         if self.student_relation is None or self.teacher_relation is None:
             relation = context_relation(student_features, teacher_features, tau=tau, mask=mask)
             self.context_temperature.observe(relation.peak)
-            return tau**2 * relation.divergence.mean()
+            # a temperature below 1 sharpens the relations; its square would take away most of the loss again
+            return tau.clamp_min(1) ** 2 * relation.divergence.mean()
         student_features = self.student_relation(student_features, mask)
         teacher_features = self.teacher_relation(teacher_features, mask)
         energy = teacher_features.square().sum(dim=1).masked_fill(~mask, 0) / teacher_features.shape[1] ** 0.5
         # features are non-negative, so the Gram matrix lies between 0 and its largest diagonal entry
         self.context_temperature.observe(energy.amax(dim=(1, 2)) / tau)
         return tau**2 * literal_relation(student_features, teacher_features, tau=tau, mask=mask).mean()
+
+    def _centre(self, mask: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+        if not self.centred:
+            return features
+        return tuple(moments(x, (2, 3), mask[:, None], over_ranks=False)[0] for x in features)
 
     @torch.no_grad()
     def teacher_boundary(self, teacher: DenseOutput, teacher_features: Tensor, mask: Tensor) -> Tensor:
@@ -266,8 +289,10 @@ class BCDLoss(DistillationLoss):
             student_boundary = torch.sigmoid(
                 (boundary_strength(field, self.radius, mask) - self.teacher_head.theta) / self.kappa
             )
+        teacher_boundary = self.teacher_boundary(teacher, teacher_features, mask)
+        student_features, teacher_features = self._centre(mask, student_features, teacher_features)
         return {
-            "teacher_boundary": self.teacher_boundary(teacher, teacher_features, mask),
+            "teacher_boundary": teacher_boundary,
             "student_boundary": student_boundary,
             "teacher_features": teacher_features,
             "student_features": student_features,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
 from .at import ATLoss
+from .balance import GradientBalance, squared_gradients
 from .base import DistillationLoss
 from .bcd import BCDLoss
 from .bglsseg import BGLSSegLoss
@@ -31,6 +32,7 @@ from .ifvd import IFVDLoss
 from .kd import KDLoss
 from .mgd import MGDLoss
 from .pkd import PKDLoss
+from .schedules import decay
 from .sckd import SCKDLoss
 from .skd import SKDLoss
 from .slimseg import SlimSegLoss
@@ -71,6 +73,7 @@ ALWAYS_OFFERED = frozenset({"features", "labels", "logits", "task_loss"})
 CONTEXT = ("student_specs", "teacher_specs", "head_levels", "num_labels", "ignore_index", "seed")
 # how a message calls what an option may be
 TYPES = {
+    bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "a name",
@@ -94,16 +97,31 @@ class DistillationCriterion(nn.Module):
         losses: name -> loss module; its terms are logged as `name/term`.
         weights: name -> term -> weight, finite and >= 0.
         decays: names of the losses whose terms r(t) multiplies.
+        shares: name -> term -> share of the task's gradient, for losses whose weights are measured, see
+            `GradientBalance`; `weights` has their initial ones.
+
+    Attributes:
+        log_gradients: whether `gradient/<term>` comes with the terms: the norm of the gradient of each weighted term at
+            the student's last stage.
     """
 
     decay: Tensor
 
     def __init__(
-        self, losses: Mapping[str, DistillationLoss], weights: Mapping[str, Mapping[str, float]], decays: Iterable[str]
+        self,
+        losses: Mapping[str, DistillationLoss],
+        weights: Mapping[str, Mapping[str, float]],
+        decays: Iterable[str],
+        shares: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         super().__init__()
         self.losses: nn.ModuleDict = nn.ModuleDict(dict(losses))
-        self.weights = {f"{name}/{term}": weight for name, terms in weights.items() for term, weight in terms.items()}
+        self.fixed_weights = _by_key(weights)
+        wanted = _by_key(shares or {})
+        self.balance = None
+        if wanted:
+            self.balance = GradientBalance({key: self.fixed_weights.pop(key) for key in wanted}, wanted)
+        self.log_gradients = False
         self.decays = frozenset(decays)
         # a buffer, so that a compiled step does not recompile when it changes; follows from the step, so not saved
         self.register_buffer("decay", torch.ones(()), persistent=False)
@@ -120,24 +138,62 @@ class DistillationCriterion(nn.Module):
             labels: `[B, H, W]`.
 
         Returns:
-            The total (scalar) and every term by name (scalars with a graph).
+            The total (scalar) and every term by name (scalars with a graph); also `weight/<term>` where weights are
+            measured, and `gradient/<term>` if `log_gradients` asks for them.
         """
         terms = dict(task_losses)
         total = task_loss = torch.stack([TASK_WEIGHTS[name] * value for name, value in task_losses.items()]).sum()
         if teacher is None:
             return total, terms
+        weights, factors = self._weights(), {}
         for name, loss in self.losses.items():
             factor = self.decay if name in self.decays else 1.0
             needed = {"task_loss": task_loss} if "task_loss" in loss.needs else {}  # type: ignore[operator]
             for term, value in loss(student, teacher, labels, **needed).items():
                 key = f"{name}/{term}"
-                terms[key] = value
-                total = total + self.weights[key] * factor * value
+                terms[key], factors[key] = value, weights[key] * factor
+                total = total + factors[key] * value
+        if torch.is_grad_enabled() and (self.log_gradients or (self.balance is not None and self.balance.measuring)):
+            terms |= self._observe_gradients(task_loss, terms, factors, student)
+        if self.balance is not None:
+            terms |= {f"weight/{key}": weights[key] for key in self.balance.terms}  # type: ignore[dict-item]
         return total, terms
+
+    def _weights(self) -> dict[str, float | Tensor]:
+        measured = {} if self.balance is None else zip(self.balance.terms, self.balance.weights.unbind(), strict=True)
+        return self.fixed_weights | dict(measured)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every term in force, r(t) apart; measured ones wait for the device."""
+        return {key: float(weight) for key, weight in self._weights().items()}
+
+    def _observe_gradients(
+        self,
+        task_loss: Tensor,
+        terms: Mapping[str, Tensor],
+        factors: Mapping[str, float | Tensor],
+        student: DenseOutput,
+    ) -> dict[str, Tensor]:
+        """Measures the gradients of this forward pass for the balance; returns those for the log."""
+        last_stage = list(student.features.values())[-1]
+        values = {"loss_task": task_loss} | {key: terms[key] for key in factors}
+        squares = dict(zip(values, squared_gradients(values, last_stage).unbind(), strict=True))
+        if self.balance is not None and self.balance.measuring:
+            self.balance.observe(torch.stack([squares["loss_task"], *(squares[key] for key in self.balance.terms)]))
+        if not self.log_gradients:
+            return {}
+        return {f"gradient/{key}": factors.get(key, 1.0) * square.sqrt() for key, square in squares.items()}
+
+    def begin_step(self, step: int, total: int) -> None:
+        """Sets r(t) for optimizer step `step` of `total`, counted from 1."""
+        self.decay.fill_(decay(step, total))
+        if self.balance is not None:
+            self.balance.begin_step(step, total)
 
     def after_step(self) -> None:
         """Ends an optimizer step in every loss."""
-        for loss in self.losses.values():
+        for loss in [*self.losses.values(), *([] if self.balance is None else [self.balance])]:
             loss.after_step()  # type: ignore[operator]
 
     @property
@@ -163,12 +219,14 @@ class LossOptions(NamedTuple):
         options: arguments of the class beside the context.
         weights: term -> weight.
         decays: whether r(t) multiplies its terms.
+        measured: whether the weights are only the first ones, until they are measured.
     """
 
     cls: type[DistillationLoss]
     options: dict[str, Any]
     weights: dict[str, float]
     decays: bool
+    measured: bool
 
 
 def read_losses(losses: Mapping[str, Mapping[str, Any] | None]) -> dict[str, LossOptions]:
@@ -199,7 +257,12 @@ def read_losses(losses: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Los
         decay = cls.decays_with(**options) if decay is None else decay
         if not isinstance(decay, bool):
             raise ValueError(f"decay of loss {name!r} is {decay!r}; it must be true or false.")
-        found[name] = LossOptions(cls, options, _term_weights(name, cls, weight, options), decay)
+        measured = weight == "auto"
+        if measured and not cls.shares:
+            others = ", ".join(other for other, cls in LOSSES.items() if cls.shares)
+            raise ValueError(f"weight of loss {name!r} is 'auto', which only {others} can have; give it a number.")
+        weights = _term_weights(name, cls, {} if measured else weight, options)
+        found[name] = LossOptions(cls, options, weights, decay, measured)
     return found
 
 
@@ -234,8 +297,8 @@ def build_criterion(
     """Builds the criterion of a recipe's `losses` section.
 
     Args:
-        losses: name -> options of that loss, plus `weight` (a number for its own terms or one for each) and `decay`
-            (whether r(t) multiplies it), e.g. `{"bcd": {"radius": 5, "weight": {"boundary": 3, "context": 1}}}`.
+        losses: name -> options of that loss, plus `weight` (a number for its own terms, one for each, or for some losses
+            `auto`) and `decay` (whether r(t) multiplies it), e.g. `{"bcd": {"radius": 5, "weight": {"boundary": 3, "context": 1}}}`.
         student_specs: feature levels of the student.
         teacher_specs: feature levels of the teacher.
         num_labels: number of the student's classes.
@@ -257,14 +320,20 @@ def build_criterion(
         "ignore_index": ignore_index,
         "seed": seed,
     }
-    modules, weights, decays = {}, {}, []
+    modules, weights, decays, shares = {}, {}, [], {}
     for name, loss in read_losses(losses).items():
         parameters = inspect.signature(loss.cls).parameters
         modules[name] = loss.cls(**{key: context[key] for key in CONTEXT if key in parameters}, **loss.options)
         weights[name] = loss.weights
         if loss.decays:
             decays.append(name)
-    return DistillationCriterion(modules, weights, decays)
+        if loss.measured:
+            shares[name] = loss.cls.shares
+    return DistillationCriterion(modules, weights, decays, shares)
+
+
+def _by_key(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {f"{name}/{term}": value for name, terms in values.items() for term, value in terms.items()}
 
 
 def _check_type(name: str, key: str, value: Any, annotation: Any) -> None:
@@ -272,7 +341,7 @@ def _check_type(name: str, key: str, value: Any, annotation: Any) -> None:
     if Literal in kinds or Mapping in kinds:  # the loss itself names what there is to choose from
         return
     accepted = tuple(kinds + [int] * (float in kinds))
-    if isinstance(value, bool) or not isinstance(value, accepted):
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, accepted):
         wanted = " or ".join(TYPES[kind] for kind in kinds)
         raise ValueError(f"{key} of loss {name!r} is {value!r}; it must be {wanted}.")
 

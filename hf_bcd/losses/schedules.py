@@ -31,6 +31,9 @@ class Temperature(nn.Module):
     After each step: if the mean over rows of the teacher's largest probability, after temperature, exceeds 0.5, the
     temperature grows by 5 % for the next step, up to 4 (Phuong & Lampert, ICCV 2019, which the BCD paper follows; for
     `paper` losses the statistic is the range of the teacher's item divided by the temperature).
+
+    Args:
+        initial: temperature of the first step.
     """
 
     threshold = 0.5
@@ -39,9 +42,9 @@ class Temperature(nn.Module):
 
     value: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, initial: float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("value", torch.ones(()))
+        self.register_buffer("value", torch.tensor(float(initial)))
         # plain attribute: DDP overwrites buffers with rank 0's before each forward pass
         self._observed: Tensor | None = None
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from loss_references import dense_output, randn, random_labels
 
-from hf_bcd.losses import BCDLoss
+from hf_bcd.losses import BCDLoss, context_distillation_loss
 from hf_bcd.losses.bcd import class_affinity_boundary
 from hf_bcd.outputs import DenseOutput, FeatureSpec
 
@@ -348,6 +348,37 @@ def test_void_positions_do_not_widen_the_range_of_a_map():
     ones[0, 0], mask[0, 0] = 0, False
     ones[1, 1] = 0
     assert make_loss("paper")._peak(ones, mask, torch.tensor(2.0)).tolist() == [0, 0.5]
+
+
+@pytest.mark.parametrize("teacher_head", ["calibrated", "logits"])
+def test_a_gain_multiplies_both_boundary_maps_inside_their_softmaxes(teacher_head):
+    plain, sharp, batch = make_loss("stable", teacher_head), make_loss("stable", teacher_head, gain=4.0), make_batch()
+    plain.boundary_temperature.value.fill_(1 / 4)  # b / (1 / 4) = 4 b; the factor tau² is then 1 / 16
+    expected, actual = plain(*batch), sharp(*batch)
+    torch.testing.assert_close(actual["boundary"], 16 * expected["boundary"])
+    torch.testing.assert_close(actual["context"], expected["context"])
+    assert actual["boundary"] > make_loss("stable", teacher_head)(*batch)["boundary"]
+
+
+def test_centred_relations_do_not_see_what_all_positions_of_an_image_share():
+    losses = {centred: make_loss(centred=centred) for centred in (False, True)}
+    before = {centred: loss(*make_batch())["context"] for centred, loss in losses.items()}
+    with torch.no_grad():
+        for loss in losses.values():
+            loss.student_head.aggregate.fuse.bias += torch.linspace(-3, 3, 16)
+    after = {centred: loss(*make_batch())["context"] for centred, loss in losses.items()}
+    torch.testing.assert_close(after[True], before[True])
+    assert (after[False] - before[False]).abs() > 0.01
+    shown = losses[True].inspect(*make_batch())
+    assert all(shown[f"{side}_features"].mean(dim=(2, 3)).abs().max() < 1e-5 for side in ("student", "teacher"))
+
+
+def test_a_temperature_below_one_sharpens_relations_without_shrinking_the_loss():
+    cold, (student, teacher, labels) = make_loss(temperature=0.5), make_batch()
+    mask = (labels != 255)[:, 4::8, 4::8]
+    s, t = cold.student_head.aggregate(student.features, (8, 8)), cold.teacher_head(teacher.features, (8, 8))
+    relation = context_distillation_loss(s, t, tau=0.5, mask=mask)
+    torch.testing.assert_close(cold(student, teacher, labels)["context"], relation / 0.5**2)
 
 
 def test_after_step_adapts_each_temperature_by_its_own_statistic():
