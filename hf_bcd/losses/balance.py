@@ -55,6 +55,10 @@ class GradientBalance(nn.Module):
         # plain attribute: DDP would overwrite a buffer with rank 0's
         self._squares: Tensor | None = None
 
+    def by_term(self) -> dict[str, Tensor]:
+        """Term -> weight in force, a scalar on the device."""
+        return dict(zip(self.terms, self.weights.unbind(), strict=True))
+
     def begin_step(self, step: int, total: int) -> None:
         """Says which optimizer step of how many comes next, counted from 1."""
         first, last = (min(bound, total * eighths // 8) for bound, eighths in ((FIRST_STEP, 1), (LAST_STEP, 3)))

@@ -168,7 +168,8 @@ class BCDLoss(DistillationLoss):
             with part("bcd/boundary"):
                 boundary = self._boundary(student, teacher, student_features, teacher_features, mask)
             with part("bcd/context"):
-                context = self._context(*self._centre(mask, student_features, teacher_features), mask)
+                student_features, teacher_features = self._centre(student_features, teacher_features, mask)
+                context = self._context(student_features, teacher_features, mask)
             return {"boundary": boundary, "context": context}
 
     def _boundary(
@@ -215,10 +216,13 @@ class BCDLoss(DistillationLoss):
         self.context_temperature.observe(energy.amax(dim=(1, 2)) / tau)
         return tau**2 * literal_relation(student_features, teacher_features, tau=tau, mask=mask).mean()
 
-    def _centre(self, mask: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+    def _centre(self, student_features: Tensor, teacher_features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         if not self.centred:
-            return features
-        return tuple(moments(x, (2, 3), mask[:, None], over_ranks=False)[0] for x in features)
+            return student_features, teacher_features
+        student, teacher = (
+            moments(x, (2, 3), mask[:, None], over_ranks=False)[0] for x in (student_features, teacher_features)
+        )
+        return student, teacher
 
     @torch.no_grad()
     def teacher_boundary(self, teacher: DenseOutput, teacher_features: Tensor, mask: Tensor) -> Tensor:
@@ -290,7 +294,7 @@ class BCDLoss(DistillationLoss):
                 (boundary_strength(field, self.radius, mask) - self.teacher_head.theta) / self.kappa
             )
         teacher_boundary = self.teacher_boundary(teacher, teacher_features, mask)
-        student_features, teacher_features = self._centre(mask, student_features, teacher_features)
+        student_features, teacher_features = self._centre(student_features, teacher_features, mask)
         return {
             "teacher_boundary": teacher_boundary,
             "student_boundary": student_boundary,

@@ -156,12 +156,11 @@ class DistillationCriterion(nn.Module):
         if torch.is_grad_enabled() and (self.log_gradients or (self.balance is not None and self.balance.measuring)):
             terms |= self._observe_gradients(task_loss, terms, factors, student)
         if self.balance is not None:
-            terms |= {f"weight/{key}": weights[key] for key in self.balance.terms}  # type: ignore[dict-item]
+            terms |= {f"weight/{key}": weight for key, weight in self.balance.by_term().items()}
         return total, terms
 
     def _weights(self) -> dict[str, float | Tensor]:
-        measured = {} if self.balance is None else zip(self.balance.terms, self.balance.weights.unbind(), strict=True)
-        return self.fixed_weights | dict(measured)
+        return self.fixed_weights | ({} if self.balance is None else self.balance.by_term())
 
     @property
     def weights(self) -> dict[str, float]:
