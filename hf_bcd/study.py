@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from .arguments import RECIPE_KEYS, build_arguments, read_arguments
 from .builders import load_segmentation_model
-from .config import RECIPE_KEYS, BCDConfig, DataArguments, ModelArguments, build_arguments, read_arguments
+from .config import BCDConfig, DataArguments, ModelArguments
 from .data import DenseDatasets
 from .experiment import (
     build_student,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from hf_bcd.adapters import read_synonyms
-from hf_bcd.config import ModelSpec, build_arguments
+from hf_bcd.arguments import build_arguments
+from hf_bcd.config import ModelSpec
 from hf_bcd.data import CATALOG
 from hf_bcd.losses import LOSSES
 from hf_bcd.study import read_study

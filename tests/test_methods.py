@@ -8,8 +8,8 @@ import torch
 
 from hf_bcd import methods
 from hf_bcd.adapters import build_adapter
+from hf_bcd.arguments import parse_arguments
 from hf_bcd.commands.methods import main
-from hf_bcd.config import parse_arguments
 from hf_bcd.losses import LOSSES
 from hf_bcd.models import TimmSegmentationModel
 

@@ -11,7 +11,8 @@ import tiny
 from hub import card_rules
 from huggingface_hub import ModelCard
 
-from hf_bcd.config import DataArguments, ModelArguments, build_arguments, parse_arguments, read_arguments
+from hf_bcd.arguments import build_arguments, parse_arguments, read_arguments
+from hf_bcd.config import DataArguments, ModelArguments
 from hf_bcd.data import DenseDataset, DenseDatasets, load_dense_dataset
 from hf_bcd.data.labels import LabelRule
 from hf_bcd.losses import LOSSES

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hf_bcd.adapters import DenseAdapter, build_adapter
-from hf_bcd.config import ModelSpec, parse_arguments
+from hf_bcd.arguments import parse_arguments
+from hf_bcd.config import ModelSpec
 from hf_bcd.data import CATALOG
 from hf_bcd.losses import LOSSES, build_criterion
 from hf_bcd.models import TimmSegmentationConfig, TimmSegmentationModel

@@ -9,7 +9,8 @@ import tiny
 import torch
 
 from hf_bcd import BCDTrainer
-from hf_bcd.config import DataArguments, ModelSpec, parse_arguments
+from hf_bcd.arguments import parse_arguments
+from hf_bcd.config import DataArguments, ModelSpec
 from hf_bcd.data import DenseDatasets
 from hf_bcd.experiment import load_data, recipe_of, train_or_reuse
 

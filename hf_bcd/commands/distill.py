@@ -15,8 +15,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 
+from ..arguments import build_arguments, read_arguments
 from ..builders import load_segmentation_model
-from ..config import build_arguments, read_arguments
 from ..experiment import (
     build_student,
     evaluate_model,

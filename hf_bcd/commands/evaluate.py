@@ -8,8 +8,9 @@ Writes `<output_dir>/evaluation.json` and prints the same numbers.
 
 from pathlib import Path
 
+from ..arguments import parse_arguments
 from ..builders import load_segmentation_model
-from ..config import ModelSpec, parse_arguments
+from ..config import ModelSpec
 from ..experiment import evaluate_model, final_split, load_data, write_json
 from ..reporting import metrics_table, protocol
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_bcd.config import PRESETS, ModelSpec, parse_arguments, read_arguments
+from hf_bcd.arguments import parse_arguments, read_arguments
+from hf_bcd.config import PRESETS, ModelSpec
 
 
 ROOT = Path(__file__).parent.parent
