@@ -1,11 +1,12 @@
 """Every study in the examples is usable as it stands: its runs parse and name known models, data and losses."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from hf_bcd.adapters import read_synonyms
-from hf_bcd.arguments import build_arguments
+from hf_bcd.arguments import build_arguments, parse_arguments
 from hf_bcd.config import ModelSpec
 from hf_bcd.data import CATALOG
 from hf_bcd.losses import LOSSES
@@ -13,19 +14,41 @@ from hf_bcd.study import read_study
 
 
 ROOT = Path(__file__).parent.parent
-STUDIES = sorted((ROOT / "examples" / "studies").glob("*.yaml"))
+FILES = sorted((ROOT / "examples" / "studies").glob("*.yaml"))
+STUDIES = [path for path in FILES if "\nruns:" in path.read_text()]
+TEACHERS = [path for path in FILES if path not in STUDIES]
+
+
+def documented(path: Path, script: str) -> list[str]:
+    """Arguments of the command in a file's header that names the file, up to the next command."""
+    header = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    text = " ".join(header).replace("\\ ", "").partition(f"{script} ")[2]
+    text = re.split(r"  |accelerate launch", text)[0]
+    assert str(path.relative_to(ROOT)) in text, f"no command in {path}"
+    return text.split()
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_describes_its_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # where its command is run
-    study = read_study(path)
-    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"scripts/study.py {path.relative_to(ROOT)}" in line for line in header)
-    assert len({run.seed for run in study.runs}) >= 3
+    file, *argv = documented(path, "scripts/study.py")
+    study = read_study(Path(file), argv=argv)
+    assert len({run.seed for run in study.runs}) >= (2 if study.split == "validation" else 3)
+    assert any(run.arguments["teacher"] is None for run in study.runs) or study.split == "validation"
     for run in study.runs[: len(study.runs) // 3]:
         model, data, config = build_arguments({**run.arguments, "use_cpu": True, "report_to": "none"})
         assert data.dataset_name == "camvid" and ModelSpec.parse(model.student or "", "student")
+        assert model.teacher is None or ModelSpec.parse(model.teacher, "teacher")
         assert set(config.resolved_losses) <= set(LOSSES)
         if model.label_synonyms is not None:
             assert set(read_synonyms(model.label_synonyms)) <= set(CATALOG["camvid"].id2label.values())
+
+
+@pytest.mark.parametrize("path", TEACHERS, ids=lambda path: path.stem)
+def test_a_shared_teacher_is_trained_where_studies_look_for_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    model, data, config = parse_arguments(
+        [*documented(path, "scripts/distill.py"), "--use_cpu", "--report_to", "none"]
+    )
+    assert data.dataset_name == "camvid" and model.teacher is None and not model.with_baseline
+    assert any(f"teacher: {config.output_dir}\n" in study.read_text() for study in STUDIES)
