@@ -29,6 +29,7 @@ T_QUANTILES = (
     2.145,
     2.131,
 )
+PAIRED = ("mean_iou", "boundary_f@3", "completeness", "connectivity")
 PLOTTED = ("mean_iou", "boundary_f@3", "connectivity")
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
@@ -78,27 +79,44 @@ def write_csv(results: Results, path: Path) -> None:
                 writer.writerow([name, seed, one["split"], one["steps"], one["train_seconds"], *values])
 
 
-def markdown_table(results: Results, references: Mapping[str, str]) -> str:
-    """Means and deviations over seeds, and each run's paired difference in mIoU to its reference.
+def score_table(results: Results) -> str:
+    """Means and deviations over seeds as Markdown; the teachers' scores come first."""
+    header = ["run", "seeds", *COLUMNS.values(), "minutes"]
+    rows = [
+        [f"teacher {number}" if number else "teacher", "", *(_with_spread(scores[m], None, m) for m in COLUMNS), ""]
+        for number, scores in _teachers(results)
+    ]
+    for name, seeds in results.items():
+        cells = [
+            _with_spread(*mean_and_deviation([one["scores"][metric] for one in seeds.values()]), metric)
+            for metric in COLUMNS
+        ]
+        minutes = statistics.fmean([one["train_seconds"] for one in seeds.values()]) / 60
+        rows.append([name, str(len(seeds)), *cells, f"{minutes:.1f}"])
+    return _markdown(header, rows)
+
+
+def difference_table(results: Results, references: Mapping[str, str]) -> str:
+    """Each run's difference to its reference, paired by seed, with 95 % intervals, as Markdown.
 
     Args:
         results: finished runs.
         references: name of a run -> name of the run that it is compared with.
     """
-    header = ["run", "seeds", *COLUMNS.values(), "Δ mIoU", "to", "minutes"]
-    rows = [_row(f"teacher {number}" if number else "teacher", scores) for number, scores in _teachers(results)]
-    ious = {name: {seed: one["scores"]["mean_iou"] for seed, one in seeds.items()} for name, seeds in results.items()}
+    rows = []
     for name, seeds in results.items():
+        reference = results.get(references[name], {})
+        if name == references[name] or not set(seeds) & set(reference):
+            continue
         cells = []
-        for metric in COLUMNS:
-            mean, deviation = mean_and_deviation([one["scores"][metric] for one in seeds.values()])
-            cells.append(_with_spread(mean, deviation, metric))
-        reference = references[name]
-        difference = None if name == reference else paired_difference(ious[name], ious.get(reference, {}))
-        minutes = statistics.fmean([one["train_seconds"] for one in seeds.values()]) / 60
-        rows.append(
-            [name, str(len(seeds)), *cells, _interval(difference), reference if difference else "", f"{minutes:.1f}"]
-        )
+        for metric in PAIRED:
+            own, other = ({seed: one["scores"][metric] for seed, one in runs.items()} for runs in (seeds, reference))
+            cells.append(_interval(paired_difference(own, other)))
+        rows.append([f"{name} − {references[name]}", str(len(set(seeds) & set(reference))), *cells])
+    return _markdown(["difference", "seeds", *(COLUMNS[metric] for metric in PAIRED)], rows) if rows else ""
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -111,10 +129,6 @@ def _teachers(results: Results) -> list[tuple[int, Mapping[str, Any]]]:
             if one["teacher"] and one["teacher"] not in distinct:
                 distinct.append(one["teacher"])
     return [(number if len(distinct) > 1 else 0, scores) for number, scores in enumerate(distinct, 1)]
-
-
-def _row(name: str, scores: Mapping[str, Any]) -> list[str]:
-    return [name, "", *(_with_spread(scores[metric], None, metric) for metric in COLUMNS), "", "", ""]
 
 
 def _with_spread(mean: float, deviation: float | None, metric: str) -> str:
@@ -138,7 +152,7 @@ def write_study_report(study: Study) -> str:
     """Writes results.csv, results.md, results.png and, where runs were evaluated meanwhile, curves.png.
 
     Returns:
-        The Markdown table.
+        The Markdown tables.
 
     Raises:
         ValueError: if no run is finished.
@@ -147,18 +161,19 @@ def write_study_report(study: Study) -> str:
     if not results:
         raise ValueError(f"no run of the study in {study.folder} is finished.")
     write_csv(results, study.folder / "results.csv")
-    table = markdown_table(results, {run.name: run.reference for run in study.runs})
+    tables = [score_table(results), difference_table(results, {run.name: run.reference for run in study.runs})]
+    text = "\n\n".join(filter(None, tables))
     finished, first = sum(map(len, results.values())), next(iter(next(iter(results.values())).values()))
     (study.folder / "results.md").write_text(
-        f"# {study.name}\n\n{table}\n\n"
+        f"# {study.name}\n\n{text}\n\n"
         f"{finished} of {len(study.runs)} runs. Scores on the {first['images']} images of the split `{first['split']}`, in "
-        "percent but for fragments; mean ± standard deviation over seeds. Δ mIoU is the difference paired by seed, with "
-        "its 95 % interval (Student's t). Minutes are those of training alone.\n"
+        "percent but for fragments; mean ± standard deviation over seeds. Differences are paired by seed, with their 95 % "
+        "intervals (Student's t). Minutes are those of training alone.\n"
     )
     plot_scores(results, study.folder / "results.png")
     if any(one["curve"] for seeds in results.values() for one in seeds.values()):
         plot_curves(results, study.folder / "curves.png")
-    return table
+    return text
 
 
 def plot_scores(results: Results, path: Path) -> None:
@@ -189,15 +204,15 @@ def plot_curves(results: Results, path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key, label in zip(panels, ("step", "seconds"), ("optimizer step", "seconds of training"), strict=True):
-        for name, seeds in results.items():
+        for number, (name, seeds) in enumerate(results.items()):
             curves = [one["curve"] for one in seeds.values() if one["curve"]]
             points = list(zip(*curves, strict=False))  # seeds share their steps
             x = [statistics.fmean(entry[key] for entry in point) for point in points]
-            axes.plot(
-                x, [100 * statistics.fmean(entry["mean_iou"] for entry in point) for point in points], label=name
-            )
+            y = [100 * statistics.fmean(entry["mean_iou"] for entry in point) for point in points]
+            style = ("-", "--", ":", "-.")[number // 10 % 4]  # there are ten colours
+            axes.plot(x, y, linestyle=style, label=name)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("validation mIoU (%)")
-    panels[1].legend(frameon=False, fontsize=7)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7)
     figure.savefig(path, dpi=150)

@@ -13,7 +13,7 @@ import yaml
 
 from hf_bcd.commands import study as command
 from hf_bcd.study import Run, Study, evaluation_curve, read_study, run_study
-from hf_bcd.study_report import collect, markdown_table, mean_and_deviation, paired_difference, write_study_report
+from hf_bcd.study_report import collect, mean_and_deviation, paired_difference, score_table, write_study_report
 
 
 RECIPE: dict[str, Any] = {
@@ -154,22 +154,23 @@ def test_the_table_has_means_spreads_and_paired_differences(tmp_path: Path) -> N
     teacher = dict.fromkeys(("mean_iou", "overall_accuracy", "boundary_f@3", "boundary_iou"), 0.75)
     teacher |= {"completeness": 0.75, "connectivity": 0.75, "fragments": 0.5}
     runs = [
-        finished(tmp_path, "plain", 1, {"mean_iou": 0.25}),
+        finished(tmp_path, "plain", 1, {"mean_iou": 0.25, "connectivity": 0.5}),
         finished(tmp_path, "plain", 2, {"mean_iou": 0.35}),
-        finished(tmp_path, "kd", 1, {"mean_iou": 0.27}, teacher),
+        finished(tmp_path, "kd", 1, {"mean_iou": 0.27, "connectivity": 0.6}, teacher),
         finished(tmp_path, "kd", 2, {"mean_iou": 0.33}, teacher),
         Run("kd", 3, "plain", tmp_path / "kd" / "seed_3", {}),
     ]
     study = Study("grid", tmp_path, None, runs)
-    table = write_study_report(study)
-    rows = {
-        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()
-    }
-    assert list(rows) == ["run", "---", "teacher", "plain", "kd"]
+    lines = [line for line in write_study_report(study).splitlines() if line]
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
+    assert list(rows) == ["run", "---", "teacher", "plain", "kd", "difference", "kd − plain"]
     assert rows["teacher"][:2] == ["", "75.00"] and rows["plain"][:2] == ["2", "30.00 ± 7.07"]
     # differences +2 and -2 points: mean 0, deviation 2.83, half an interval 12.706 · 2.83 / √2 = 25.41
-    assert rows["kd"][1] == "30.00 ± 4.24" and rows["kd"][-3:] == ["+0.00 [-25.41, +25.41]", "plain", "1.5"]
-    assert rows["plain"][-3:-1] == ["", ""]
+    assert rows["kd"][1] == "30.00 ± 4.24" and rows["kd"][-1] == "1.5"
+    assert rows["kd − plain"][:2] == ["2", "+0.00 [-25.41, +25.41]"]
+    column = rows["difference"].index("connectivity")
+    # +10 and 0 points: mean 5, half an interval 12.706 · 7.07 / √2 = 63.53
+    assert rows["kd − plain"][column] == "+5.00 [-58.53, +68.53]"
     with (tmp_path / "results.csv").open() as file:
         found = list(csv.DictReader(file))
     assert [(row["run"], row["seed"], float(row["mean_iou"])) for row in found] == [
@@ -237,4 +238,4 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(
     monkeypatch.setattr(module, "train_model", trained)
     command.main([str(path)])
     assert list(collect(read_study(path))) == ["first", "second"]
-    assert "first" in markdown_table(collect(read_study(path)), {"first": "first", "second": "first"})
+    assert "first" in score_table(collect(read_study(path)))
