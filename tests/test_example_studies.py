@@ -44,6 +44,20 @@ def test_a_study_describes_its_runs(path: Path, monkeypatch: pytest.MonkeyPatch)
             assert set(read_synonyms(model.label_synonyms)) <= set(CATALOG["camvid"].id2label.values())
 
 
+@pytest.mark.parametrize("dataset", ["voc2012_aug", "cityscapes", "ade20k"])
+def test_the_same_study_serves_other_data_sets(dataset: str) -> None:
+    student, teacher = (
+        f"{{backbone: resnet{depth}.tv_in1k, head: psp, output_stride: 8, pretrained: true}}" for depth in (18, 101)
+    )
+    argv = ["--dataset_name", dataset, "--crop_size", "512", "--student", student, "--teacher", teacher]
+    study = read_study(ROOT / "examples" / "studies" / "camvid_components.yaml", argv=argv)
+    for run in study.runs:
+        model, data, config = build_arguments({**run.arguments, "use_cpu": True, "report_to": "none"})
+        assert (data.dataset_name, config.crop_size) == (dataset, 512)
+        assert ModelSpec.parse(model.student or "", "student").backbone == "resnet18.tv_in1k"
+        assert (model.teacher is None) == (run.name == "baseline")
+
+
 @pytest.mark.parametrize("path", TEACHERS, ids=lambda path: path.stem)
 def test_a_shared_teacher_is_trained_where_studies_look_for_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
