@@ -1,12 +1,21 @@
-"""From a batch to per-image counts that can be gathered across ranks."""
+"""From a batch to per-image counts that can be gathered across ranks, and evaluations made of them."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedModel, Trainer
 
+from .config import BCDConfig
+from .data import DenseDataset
+from .distiller import Distiller
 from .losses.functional import resize
 from .metrics import SemanticMetrics
+from .preparation import eval_transform, with_transform
 
 
 def same_size_groups(
@@ -33,3 +42,75 @@ def unpack_counts(rows: Tensor, metrics: SemanticMetrics) -> dict[str, Tensor]:
     """Undoes `pack_counts` for rows `[B, K]` of that metric."""
     parts = rows.split([math.prod(shape) for shape in metrics.shapes.values()], dim=1)
     return {name: part.reshape(-1, *shape) for (name, shape), part in zip(metrics.shapes.items(), parts, strict=True)}
+
+
+class ScoringTrainer(Trainer):
+    """Trainer whose evaluations stream integer counts: logits are never gathered, and every image counts once."""
+
+    args: BCDConfig
+    metrics: SemanticMetrics
+    per_class_iou: Sequence[float] = ()
+
+    @property
+    def distiller(self) -> Distiller:
+        """The student with its connectors and losses, unwrapped."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)  # type: ignore[return-value]
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The model being trained, as `from_pretrained` will load it."""
+        return self.distiller.student.model  # type: ignore[return-value]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The loader of an evaluation, whose workers end with it."""
+        # of persistent ones, the base class would hand out the last loader, whatever data set is asked for
+        args = self.args
+        persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            args.dataloader_persistent_workers = persistent
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """Metrics of `SemanticMetrics` over a data set, with the prefix; `per_class_iou` is a list."""
+        if isinstance(eval_dataset, DenseDataset):
+            transform = eval_transform(self.distiller.student, self.args.image_size)
+            eval_dataset = with_transform(eval_dataset, transform, self.args.seed)
+        self._share_buffers()
+        self.metrics.reset()
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return metrics | {f"{metric_key_prefix}_per_class_iou": self.per_class_iou}
+
+    def _share_buffers(self) -> None:
+        """Gives every rank the first one's BatchNorm statistics; otherwise ranks evaluate different models."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.student.buffers():
+                dist.broadcast(buffer, 0)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """Per-image counts of a batch; logits never leave the device."""
+        inputs = self._prepare_inputs(inputs)
+        rows = []
+        with torch.no_grad():
+            for pixel_values, labels in same_size_groups(inputs["pixel_values"], inputs["labels"]):
+                counts = self.metrics.counts(predict(model, pixel_values, labels.shape[-2:]), labels)
+                rows.append(pack_counts(counts))
+        return None, torch.cat(rows), inputs["index"]
+
+    @torch.no_grad()
+    def predict_classes(self, sample: dict[str, Any]) -> Tensor:
+        """The student's classes `[H, W]` for one transformed sample, at its label's size, on the CPU."""
+        distiller = self.distiller.eval()
+        pixel_values = sample["pixel_values"][None].to(self.args.device)
+        return predict(distiller, pixel_values, sample["labels"].shape)[0].cpu()
+
+    def add_counts(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        """Unpacks gathered per-image counts, from which duplicates that fill the last batch have been cut."""
+        self.metrics.add(unpack_counts(cast(Tensor, prediction.predictions), self.metrics))
+        if not compute_result:
+            return {}
+        result = self.metrics.compute()
+        self.per_class_iou = result.pop("per_class_iou")  # a list is no scalar for the log
+        return result

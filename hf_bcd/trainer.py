@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from .adapters import DenseAdapter, build_adapter, image_processor, image_statistics, read_synonyms
@@ -25,7 +24,7 @@ from .callbacks import DistillationCallback, InterruptCallback, PictureCallback
 from .config import BCDConfig
 from .data import DenseDataset, DenseDatasets, DenseStream, SemanticCollator, TransformedStream
 from .distiller import Distiller
-from .evaluation import pack_counts, predict, same_size_groups, unpack_counts
+from .evaluation import ScoringTrainer
 from .hub_trainer import HubTrainer
 from .losses.criterion import DistillationCriterion, build_criterion
 from .metrics import SemanticMetrics
@@ -55,7 +54,7 @@ CRITERION_PREFIX = "criterion."
 CALIBRATION_BATCH = 8
 
 
-class BCDTrainer(HubTrainer):
+class BCDTrainer(ScoringTrainer, HubTrainer):
     """Distils a frozen teacher into a student, or trains a model alone when there is no teacher.
 
     Args:
@@ -137,12 +136,11 @@ class BCDTrainer(HubTrainer):
             # torch's own conversion would drop the activations inside timm's BatchNormAct2d
             distiller = cast(Distiller, convert_sync_batchnorm(distiller))
         self.metrics = SemanticMetrics(student.num_labels)
-        self.per_class_iou: list[float] = []
         self.has_card = False
         self.terms = TermMeans()
         self.profile = StepProfile(args.device) if args.profile else None
         self._profiled_steps = 0
-        self._images, self._clock = 0, time.perf_counter()
+        self._restart_clock()
         super().__init__(
             model=distiller,
             args=args,
@@ -150,7 +148,7 @@ class BCDTrainer(HubTrainer):
             train_dataset=with_transform(train_dataset, train_transform(args), args.seed),
             eval_dataset=with_transform(eval_dataset, eval_transform(student, args.image_size), args.seed),
             processing_class=processing_class or image_processor(student, shortest_edge=args.image_size),
-            compute_metrics=self._add_counts,  # type: ignore[arg-type] # streamed: called once a batch
+            compute_metrics=self.add_counts,  # type: ignore[arg-type] # streamed: called once a batch
             **kwargs,
         )
         if self.is_fsdp_enabled and train_dataset is None:
@@ -170,16 +168,6 @@ class BCDTrainer(HubTrainer):
         for callback in (DistillationCallback(distiller, self.train_dataset), self.interrupt, PictureCallback(self)):
             self.add_callback(callback)
 
-    @property
-    def distiller(self) -> Distiller:
-        """The student with its connectors and losses, unwrapped."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)  # type: ignore[return-value]
-
-    @property
-    def student(self) -> PreTrainedModel:
-        """The model being trained, as `from_pretrained` will load it."""
-        return self.distiller.student.model  # type: ignore[return-value]
-
     # ---- Training ------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -198,7 +186,7 @@ class BCDTrainer(HubTrainer):
         if not resume_from_checkpoint:
             self.calibrate()
         self.terms.reset()
-        self._images, self._clock = 0, time.perf_counter()
+        self._restart_clock()
         # an evaluation before training marks the model as prepared, and then no DDP would be wrapped around it
         self.model._is_accelerate_prepared = False  # type: ignore[assignment]
         profiling = nullcontext() if self.profile is None else self.profile.running()
@@ -210,16 +198,6 @@ class BCDTrainer(HubTrainer):
                 f"stopped at step {self.state.global_step}; its checkpoint is in the output folder"
             )
         return output
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The loader of an evaluation, whose workers end with it."""
-        # of persistent ones, the base class would hand out the last loader, whatever data set is asked for
-        args = self.args
-        persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            args.dataloader_persistent_workers = persistent
 
     def get_train_dataloader(self) -> DataLoader:
         """The loader of the training samples; a stream divides itself among ranks and loader workers."""
@@ -343,6 +321,15 @@ class BCDTrainer(HubTrainer):
             self._images, self._clock = 0, now
         super().log(logs, start_time)
 
+    def _restart_clock(self) -> None:
+        self._images, self._clock = 0, time.perf_counter()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the base class does; what it takes is not training time."""
+        metrics = super().evaluate(*args, **kwargs)
+        self._restart_clock()
+        return metrics
+
     @property
     def train_seconds(self) -> float:
         """Seconds of training up to the last log, over interruptions, without evaluations."""
@@ -365,53 +352,6 @@ class BCDTrainer(HubTrainer):
         if not torch.stack(list(finite.values())).all():
             first = next(name for name, good in finite.items() if not good)
             self._check_finite({f"weight {first}": math.nan})
-
-    # ---- Evaluation ----------------------------------------------------------------------------------------------
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """Metrics of `SemanticMetrics` over a data set, with the prefix; `per_class_iou` is a list."""
-        if isinstance(eval_dataset, DenseDataset):
-            transform = eval_transform(self.distiller.student, self.args.image_size)
-            eval_dataset = with_transform(eval_dataset, transform, self.args.seed)
-        self._share_buffers()
-        self.metrics.reset()
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._clock, self._images = time.perf_counter(), 0  # evaluation is not training time
-        return metrics | {f"{metric_key_prefix}_per_class_iou": self.per_class_iou}
-
-    def _share_buffers(self) -> None:
-        """Gives every rank the first one's BatchNorm statistics; otherwise ranks evaluate different models."""
-        if self.accelerator.num_processes > 1:
-            for buffer in self.student.buffers():
-                dist.broadcast(buffer, 0)
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[None, Tensor, Tensor]:
-        """Per-image counts of a batch; logits never leave the device."""
-        inputs = self._prepare_inputs(inputs)
-        rows = []
-        with torch.no_grad():
-            for pixel_values, labels in same_size_groups(inputs["pixel_values"], inputs["labels"]):
-                counts = self.metrics.counts(predict(model, pixel_values, labels.shape[-2:]), labels)
-                rows.append(pack_counts(counts))
-        return None, torch.cat(rows), inputs["index"]
-
-    @torch.no_grad()
-    def predict_classes(self, sample: dict[str, Any]) -> Tensor:
-        """The student's classes `[H, W]` for one transformed sample, at its label's size, on the CPU."""
-        distiller = self.distiller.eval()
-        pixel_values = sample["pixel_values"][None].to(self.args.device)
-        return predict(distiller, pixel_values, sample["labels"].shape)[0].cpu()
-
-    def _add_counts(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        """Unpacks gathered per-image counts, from which duplicates that fill the last batch have been cut."""
-        self.metrics.add(unpack_counts(cast(Tensor, prediction.predictions), self.metrics))
-        if not compute_result:
-            return {}
-        result = self.metrics.compute()
-        self.per_class_iou = result.pop("per_class_iou")  # a list is no scalar for the log
-        return result
 
     # ---- Saving and loading --------------------------------------------------------------------------------------
 
