@@ -281,13 +281,9 @@ def describe_hardware(trainer: BCDTrainer) -> str:
         if args.world_size == 1
         else f"{args.world_size} processes on {device_name(args.device)}"
     )
-    seconds = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), None)
-    if seconds is None:
+    if not trainer.train_seconds:
         return text
-    resumed = (
-        ", since it was last resumed" if args.resume_from_checkpoint not in (None, False, "False", "false") else ""
-    )
-    return f"{text}; training the student took {describe_seconds(seconds)}{resumed}"
+    return f"{text}; training the student took {describe_seconds(trainer.train_seconds)}, evaluations apart"
 
 
 def describe_seconds(seconds: float) -> str:
