@@ -126,6 +126,12 @@ def build_frozen_teacher(
     )
 
 
+def lay_out(model: nn.Module) -> None:
+    """Puts the weights of a convolutional model in channels-last order, in which convolutions compute, in place."""
+    if is_convolutional(model):
+        model.to(memory_format=torch.channels_last)
+
+
 def is_convolutional(model: nn.Module) -> bool:
     """Whether most of a model's weights are those of convolutions, so that channels-last layout pays."""
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]

@@ -35,7 +35,7 @@ from .preparation import (
     build_frozen_teacher,
     check_label_needs,
     eval_transform,
-    is_convolutional,
+    lay_out,
     offers_of,
     share_cores,
     train_transform,
@@ -157,11 +157,11 @@ class BCDTrainer(ScoringTrainer, HubTrainer):
             self._move_model_to_device(self.model, self.args.device)
         if self.teacher is not None:
             self.teacher.to(self.args.device)
-        # what tensor cores compute in; on a CPU it pays in training only, and exports are compared pixel by pixel
-        channels_last = args.device.type == "cuda" or (args.device.type == "cpu" and train_dataset is not None)
-        for module in (self.distiller.student, self.teacher):
-            if module is not None and channels_last and is_convolutional(module):
-                module.to(memory_format=torch.channels_last)
+        # on a CPU it pays in training, and finished models are compared with their exports pixel by pixel
+        if args.device.type == "cuda" or (args.device.type == "cpu" and train_dataset is not None):
+            for module in (self.distiller.student, self.teacher):
+                if module is not None:
+                    lay_out(module)
         if self.profile is not None:
             self.accelerator.backward = as_part("backward", self.accelerator.backward)
         self.interrupt = InterruptCallback()

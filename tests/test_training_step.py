@@ -139,6 +139,21 @@ def test_channels_last_is_for_convolutional_models_and_changes_no_file(tmp_path:
     assert files[0] == files[1]
 
 
+def is_channels_last(model: nn.Module) -> bool:
+    kernels = [p for p in model.parameters() if p.ndim == 4 and min(p.shape[1], p.shape[2]) > 1]
+    assert kernels
+    return all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+
+def test_models_are_laid_out_for_training_and_left_alone_for_scoring(tmp_path: Path) -> None:
+    run = tiny.trainer(tmp_path)
+    assert run.teacher is not None
+    assert is_channels_last(run.student) and is_channels_last(run.teacher)
+    scored = tiny.tiny_timm()
+    BCDTrainer(model=scored, args=tiny.config(tmp_path), eval_dataset=tiny.scenes()["validation"])
+    assert not is_channels_last(scored)
+
+
 @pytest.mark.slow
 def test_persistent_workers_give_the_samples_of_every_epoch(tmp_path: Path) -> None:
     """The epoch reaches workers that are already running; an evaluation reads the data set that it is asked for."""

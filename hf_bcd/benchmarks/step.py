@@ -10,6 +10,7 @@ from ..adapters import FrozenTeacher, build_adapter
 from ..distiller import Distiller
 from ..losses.criterion import DistillationCriterion, build_criterion
 from ..models import TimmSegmentationModel
+from ..preparation import lay_out
 from .measuring import compare, ratio
 
 
@@ -51,6 +52,9 @@ def step_row(pair: str, device: torch.device, repeats: int, batch: int, side: in
     teacher = FrozenTeacher(build_adapter(make_teacher()), student.id2label, dtype=dtype).to(device)
     plain = Distiller(student, DistillationCriterion({}, {}, [])).to(device).train()
     specs = student.feature_specs, teacher.feature_specs
+    if device.type in ("cpu", "cuda"):  # as the trainer does
+        lay_out(student)
+        lay_out(teacher)
     with_bcd = Distiller(student, build_criterion({"bcd": {}}, *specs, num_labels=NUM_LABELS)).to(device).train()
     pixel_values = torch.randint(0, 256, (batch, 3, side, side), device=device, dtype=torch.uint8)
     labels = torch.randint(0, NUM_LABELS, (batch, side, side), device=device)
