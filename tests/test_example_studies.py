@@ -1,6 +1,8 @@
 """Every study in the examples is usable as it stands: its runs parse and name known models, data and losses."""
 
+import csv
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "examples" / "studies").glob("*.yaml"))
 STUDIES = [path for path in FILES if "\nruns:" in path.read_text()]
 TEACHERS = [path for path in FILES if path not in STUDIES]
+RESULTS = sorted((ROOT / "examples" / "studies" / "results").iterdir())
 
 
 def documented(path: Path, script: str) -> list[str]:
@@ -66,3 +69,18 @@ def test_a_shared_teacher_is_trained_where_studies_look_for_it(path: Path, monke
     )
     assert data.dataset_name == "camvid" and model.teacher is None and not model.with_baseline
     assert any(f"teacher: {config.output_dir}\n" in study.read_text() for study in STUDIES)
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_the_docs_show_the_tables_that_were_measured(folder: Path) -> None:
+    tables = [block for block in (folder / "results.md").read_text().split("\n\n") if block.startswith("|")]
+    docs = (ROOT / "docs" / "studies.md").read_text()
+    assert len(tables) == 2 and all(table in docs for table in tables)
+    scores = {}
+    with (folder / "results.csv").open() as file:
+        for row in csv.DictReader(file):
+            scores.setdefault(row["run"], []).append(100 * float(row["mean_iou"]))
+    shown = dict(re.findall(r"^\| (\w[\w.]*) \| \d+ \| (\d+\.\d+)", tables[0], re.M))
+    assert shown == {name: f"{statistics.fmean(values):.2f}" for name, values in scores.items()}
+    study = read_study(FILES[0].parent / f"{folder.name}.yaml")
+    assert set(scores) <= {run.name for run in study.runs}
