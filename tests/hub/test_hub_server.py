@@ -317,7 +317,9 @@ model.push_to_hub("tester/teacher")
 SegformerImageProcessor(size=32).push_to_hub("tester/teacher")
 loaded = AutoModelForSemanticSegmentation.from_pretrained("tester/teacher").eval()
 pixels = torch.rand(1, 3, 32, 32)
-assert torch.equal(model(pixels).logits, loaded(pixels).logits)
+assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+# equal weights at other addresses may take other kernels
+torch.testing.assert_close(model(pixels).logits, loaded(pixels).logits, rtol=1e-4, atol=1e-4)
 assert AutoImageProcessor.from_pretrained("tester/teacher").size["height"] == 32
 
 def rows(count, seed):

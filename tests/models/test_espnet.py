@@ -183,7 +183,8 @@ def test_auto_class_restores_every_parameter_and_buffer(tmp_path, decoder):
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     pixel_values = torch.randn(1, 3, 65, 70)
     with torch.no_grad():
-        assert torch.equal(model(pixel_values).logits, reloaded(pixel_values).logits)
+        # equal weights at other addresses may take other kernels
+        torch.testing.assert_close(model(pixel_values).logits, reloaded(pixel_values).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_new_label_set_keeps_the_encoder_and_initialises_the_rest(tmp_path):
@@ -302,4 +303,8 @@ def test_learns_from_a_teacher_and_comes_back_from_disk(tmp_path):
     reloaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "final").eval()
     pixel_values = torch.randn(1, 3, 48, 48)
     with torch.no_grad():
-        assert torch.equal(model.eval()(pixel_values).logits, reloaded(pixel_values).logits)
+        # trained channels-last, which takes other kernels
+        torch.testing.assert_close(
+            model.eval()(pixel_values).logits, reloaded(pixel_values).logits, rtol=1e-4, atol=1e-4
+        )
+    assert all(torch.equal(value, reloaded.state_dict()[key]) for key, value in model.state_dict().items())

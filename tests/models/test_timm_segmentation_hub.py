@@ -50,7 +50,8 @@ def test_auto_class_restores_every_parameter_and_buffer(tmp_path, backbone):
     assert all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
     pixel_values = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(model(pixel_values).logits, reloaded(pixel_values).logits)
+        # equal weights at other addresses may take other kernels; logits reach a hundred
+        torch.testing.assert_close(model(pixel_values).logits, reloaded(pixel_values).logits, rtol=1e-4, atol=1e-3)
 
 
 def test_new_label_set_changes_the_classifier_alone(tmp_path):
