@@ -32,7 +32,7 @@ def squared_gradients(terms: Mapping[str, Tensor], features: Tensor) -> Tensor:
 class GradientBalance(nn.Module):
     """Weights that give each term a fixed share of the task loss's gradient, measured once, early in training.
 
-    Over steps 50 to 150 (of a run of less than 400 steps, over its second eighth to its third) the norms of the
+    Over steps 50 to 150 (of a run of less than 400 steps, its second and third eighth) the norms of the
     gradients at the student's last stage are averaged; from then on `weight = share · |task| / |term|`. Until then, and
     for a term without a gradient there, the initial weights hold. r(t) comes on top.
 
