@@ -7,6 +7,7 @@ gradient, as large as the features; nothing n x n ever exists. The products are 
 matrix each for student and teacher, and the student's features once as rows and once as columns of its own.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from .functional import at_least_float32, mask_fill_value, row_weights
 
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 * 2**20  # of the four blocks of rows that a pass works in, together: what stays in a cache is fastest
 
@@ -91,19 +94,45 @@ def _relation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value `[B]`, teacher's peak `[B]` and, if asked for, the gradient of every image's value `[B, n, C]`."""
     with torch.autocast(student.device.type, enabled=False):
-        if literal or not _has_kernel(student):
-            return stream_relation(student, teacher, tau, mask, literal, with_gradient)
-        from .relation_triton import stream_relation_triton
+        if not literal and _has_kernel(student):
+            try:
+                return _run_kernel(student, teacher, tau, mask, with_gradient)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):  # PyTorch would only meet the same
+                raise
+            except Exception as error:
+                _give_up_kernels(error)
+        return stream_relation(student, teacher, tau, mask, literal, with_gradient)
 
-        with torch.cuda.device(student.device):  # Triton launches on the current one
-            return stream_relation_triton(student, teacher, tau, mask, with_gradient)
+
+_kernels_work = True
 
 
 def _has_kernel(features: Tensor) -> bool:
     """Whether the Triton kernels run on these features: CUDA, at least Ampere, not float64."""
     if not features.is_cuda or features.dtype == torch.float64 or find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(features.device) >= (8, 0)
+    return _kernels_work and torch.cuda.get_device_capability(features.device) >= (8, 0)
+
+
+def _run_kernel(
+    student: Tensor, teacher: Tensor, tau: Tensor, mask: Tensor | None, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .relation_triton import stream_relation_triton
+
+    with torch.cuda.device(student.device):  # Triton launches on the current one
+        return stream_relation_triton(student, teacher, tau, mask, with_gradient)
+
+
+def _give_up_kernels(error: Exception) -> None:
+    """Triton builds its launcher with a C compiler, which slim containers lack; and a driver may be too old for it."""
+    global _kernels_work
+    _kernels_work = False
+    logger.warning(
+        "Triton cannot run here (%s: %s); the context loss takes PyTorch's kernels instead, with equal results but more "
+        "slowly. Triton needs a C compiler (`apt install gcc`) and a driver that fits the installed PyTorch.",
+        type(error).__name__,
+        (str(error).splitlines() or ["no message"])[0],
+    )
 
 
 @_relation.register_fake

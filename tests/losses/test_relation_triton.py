@@ -130,6 +130,42 @@ def test_kernels_compile_and_fit(capability, dtype, tmp_path, monkeypatch):
         assert compiled.metadata.shared <= 99 * 1024
 
 
+@pytest.fixture
+def launches(monkeypatch) -> list[BaseException]:
+    """Features on the CPU go to kernels that raise the last of these; what was raised before is in front of it."""
+    raised: list[BaseException] = []
+
+    def run_kernel(*args):
+        raised.append(raised[-1])
+        raise raised[-1]
+
+    monkeypatch.setattr(relation, "_kernels_work", True)
+    monkeypatch.setattr(relation, "_has_kernel", lambda features: relation._kernels_work)
+    monkeypatch.setattr(relation, "_run_kernel", run_kernel)
+    return raised
+
+
+def test_without_a_working_triton_pytorch_takes_over_for_good(launches, caplog):
+    launches.append(RuntimeError("Failed to find C compiler.\nSecond line"))
+    student, teacher, tau, mask = inputs(*CASES[1])
+    student.requires_grad_()
+    for _ in range(2):
+        relation_divergence(student, teacher, tau=tau, mask=mask).divergence.sum().backward()
+    assert len(launches) == 2  # one was raised, in the first of two steps
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "(RuntimeError: Failed to find C compiler.); the context loss" in caplog.text
+    expected = stream_relation(student.detach(), teacher, tau, mask, False, True)[2]
+    torch.testing.assert_close(student.grad, 2 * expected)
+
+
+def test_a_full_device_is_no_reason_to_give_triton_up(launches, caplog):
+    launches.append(torch.OutOfMemoryError("CUDA out of memory"))
+    student, teacher, tau, mask = inputs(*CASES[1])
+    with pytest.raises(torch.OutOfMemoryError):
+        relation_divergence(student, teacher, tau=tau, mask=mask)
+    assert relation._kernels_work and not caplog.records
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [*CASES, (torch.bfloat16, 2, 1000, 256, 256, 1.0, True)], ids=str)
 def test_kernels_equal_pytorch_on_a_gpu(case):
