@@ -28,8 +28,10 @@ CASES = [
     (torch.float32, 2, 1, 3, 5, 1.0, False),
     (torch.float16, 3, 140, 20, 70, 1.7, True),
     (torch.bfloat16, 3, 140, 20, 70, 1.7, True),
-    (torch.bfloat16, 1, 128, 64, 64, 1.0, False),
+    (torch.bfloat16, 1, 128, 64, 128, 1.0, False),
+    (torch.bfloat16, 1, 128, 64, 64, 1.0, False),  # equal features, for `inputs` draws by the number of channels
 ]
+SHARED_MEMORY = [0, 2**18]  # the second holds the rows of up to 256 channels in half precision
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -56,10 +58,10 @@ def assert_equals_pytorch(actual: tuple[torch.Tensor, ...], case: tuple, device:
 
 
 def run_interpreted(path: str) -> None:
-    """Saves what the kernels return for all cases."""
+    """Saves what the kernels return for all cases, with little and with much shared memory."""
     from triton.runtime import interpreter
 
-    from hf_bcd.losses.relation_triton import stream_relation_triton
+    from hf_bcd.losses import relation_triton
 
     multiply = interpreter.InterpreterBuilder.create_dot
 
@@ -74,18 +76,20 @@ def run_interpreted(path: str) -> None:
         return multiply(self, a, b, d, *args)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
-    results = []
-    for case in CASES:
-        args = inputs(*case)
-        value, peak, gradient = stream_relation_triton(*args, True)
-        without = stream_relation_triton(*args, False)
-        assert torch.equal(without[0], value) and torch.equal(without[1], peak) and without[2].numel() == 0
-        results.append((value, peak, gradient))
+    results = {}
+    for shared_memory in SHARED_MEMORY:
+        relation_triton._shared_memory = lambda device, shared_memory=shared_memory: shared_memory
+        for index, case in enumerate(CASES):
+            args = inputs(*case)
+            value, peak, gradient = relation_triton.stream_relation_triton(*args, True)
+            without = relation_triton.stream_relation_triton(*args, False)
+            assert torch.equal(without[0], value) and torch.equal(without[1], peak) and without[2].numel() == 0
+            results[f"{shared_memory}, {index}"] = (value, peak, gradient)
     torch.save(results, path)
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory) -> list[tuple[torch.Tensor, ...]]:
+def interpreted(tmp_path_factory) -> dict[str, tuple[torch.Tensor, ...]]:
     path = tmp_path_factory.mktemp("interpreter") / "results.pt"
     command = [sys.executable, "-W", "ignore", __file__, str(path)]
     subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
@@ -93,16 +97,21 @@ def interpreted(tmp_path_factory) -> list[tuple[torch.Tensor, ...]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shared_memory", SHARED_MEMORY)
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
-def test_interpreted_kernels_equal_pytorch(interpreted, index):
-    assert_equals_pytorch(interpreted[index], CASES[index])
+def test_interpreted_kernels_equal_pytorch(interpreted, index, shared_memory):
+    assert_equals_pytorch(interpreted[f"{shared_memory}, {index}"], CASES[index])
+
+
+# compute capability: bytes of shared memory that a program can have
+CAPABILITIES = {86: 99 * 2**10, 90: 227 * 2**10, 100: 227 * 2**10, 120: 99 * 2**10}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 86, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_kernels_compile_and_fit(capability, dtype, tmp_path, monkeypatch):
-    """Data centre and consumer Ampere, and Hopper; the compiler needs no GPU."""
+@pytest.mark.parametrize("dtype, channels", [("bf16", 256), ("bf16", 300), ("fp32", 256)])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_compile_and_fit(capability, dtype, channels, tmp_path, monkeypatch):
+    """Consumer Ampere, Hopper, data centre and consumer Blackwell; the compiler needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -110,24 +119,26 @@ def test_kernels_compile_and_fit(capability, dtype, tmp_path, monkeypatch):
     from hf_bcd.losses import relation_triton as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    half, pointers = dtype == "bf16", {"student": dtype, "teacher": dtype, "gradient": dtype, "valid": "u8"}
-    constants = {"PRECISION": "tf32x3", "BLOCK_C": kernels.channel_block(256)}
-    for kernel, tiles in (
-        (kernels._row_kernel, kernels.ROW_TILES[half]),
-        (kernels._gradient_kernel, kernels.GRADIENT_TILES[half]),
-    ):
-        known = {name: value for name, value in (constants | tiles).items() if name in kernel.arg_names}
-        sizes = dict.fromkeys(("positions", "student_channels", "teacher_channels"), "i32")
-        signature = {
-            name: "constexpr" if name in known else sizes.get(name, f"*{pointers.get(name, 'fp32')}")
-            for name in kernel.arg_names
-        }
-        compiled = triton.compile(
-            ASTSource(fn=kernel, signature=signature, constexprs=known),
-            target=GPUTarget("cuda", capability, 32),
-            options={"enable_fp_fusion": True} | {key: tiles[key] for key in ("num_warps", "num_stages")},
-        )
-        assert compiled.metadata.shared <= 99 * 1024
+    shared_memory = CAPABILITIES[capability]
+    of_student, of_teacher, tiles = kernels.launch_settings(dtype == "bf16", channels, channels, shared_memory)
+    assert of_student == of_teacher
+    assert tiles["RESIDENT"] == (capability in (90, 100) and dtype == "bf16" and channels == 256)
+    pointers = dict.fromkeys(("student", "teacher", "features", "gradient"), dtype) | {"valid": "u8"}
+    sizes = dict.fromkeys(("positions", "student_channels", "teacher_channels", "num_channels"), "i32")
+    for kernel, settings in ((kernels._lse_kernel, of_student), (kernels._divergence_kernel, tiles)):
+        for with_gradient in (True, False):
+            known = {"PRECISION": "tf32x3", "WITH_GRADIENT": with_gradient, **settings}
+            known = {name: value for name, value in known.items() if name in kernel.arg_names}
+            signature = {
+                name: "constexpr" if name in known else sizes.get(name, f"*{pointers.get(name, 'fp32')}")
+                for name in kernel.arg_names
+            }
+            compiled = triton.compile(
+                ASTSource(fn=kernel, signature=signature, constexprs=known),
+                target=GPUTarget("cuda", capability, 32),
+                options={"enable_fp_fusion": True} | {key: settings[key] for key in ("num_warps", "num_stages")},
+            )
+            assert compiled.metadata.shared <= shared_memory
 
 
 @pytest.fixture
