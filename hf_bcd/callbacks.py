@@ -115,6 +115,8 @@ class PictureCallback(TrainerCallback):
         handler = self.trainer.callback_handler
         writers = [c.tb_writer for c in handler.callbacks if isinstance(c, TensorBoardCallback) and c.tb_writer]
         dataset: Any = self.trainer.eval_dataset
+        if isinstance(dataset, dict):  # several by name
+            dataset = next(iter(dataset.values()), None)
         if not state.is_world_process_zero or not writers or dataset is None or self.trainer.is_fsdp_enabled:
             return
         strips = []

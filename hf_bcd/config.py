@@ -231,6 +231,8 @@ class BCDConfig(TrainingArguments):
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
             if getattr(self, name) is False:  # YAML reads an unquoted `no` as false
                 setattr(self, name, "no")
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "mean_iou"  # the base class would look for a loss, which evaluations have not
         super().__post_init__()
         for name, known in (("preset", PRESETS), ("teacher_dtype", TEACHER_DTYPES)):
             if getattr(self, name) not in known:

@@ -37,6 +37,7 @@ class Distiller(nn.Module):
         labels: Tensor | None = None,
         teacher_output: DenseOutput | None = None,
         num_valid: Tensor | None = None,
+        share: float = 1.0,
     ) -> dict[str, Any]:
         """One training step's loss, or the student's logits.
 
@@ -45,6 +46,7 @@ class Distiller(nn.Module):
             labels: `[B, H, W]`, any integers; without them the student only predicts.
             teacher_output: the teacher's output on the same images.
             num_valid: number of valid pixels the task loss divides by, see `segmentation_loss`.
+            share: of this batch among the accumulated ones, see `DistillationCriterion.forward`.
 
         Returns:
             `{"logits"}` without labels (outside autocast, as the exported pipeline computes them), else `{"loss",
@@ -58,7 +60,7 @@ class Distiller(nn.Module):
             output: DenseOutput = self.student(pixel_values, labels)
         with part("task"):
             task_losses = self._task_losses(output, labels, num_valid)
-        loss, terms = self.criterion(task_losses, output, teacher_output, labels)
+        loss, terms = self.criterion(task_losses, output, teacher_output, labels, share)
         return {"loss": loss, "terms": {name: term.detach() for name, term in terms.items()}}
 
     def _task_losses(self, output: DenseOutput, labels: Tensor, num_valid: Tensor | None) -> Mapping[str, Tensor]:

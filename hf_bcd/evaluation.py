@@ -1,7 +1,8 @@
 """From a batch to per-image counts that can be gathered across ranks, and evaluations made of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from .config import BCDConfig
 from .data import DenseDataset
@@ -62,24 +64,42 @@ class ScoringTrainer(Trainer):
         return self.distiller.student.model  # type: ignore[return-value]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The loader of an evaluation, whose workers end with it."""
-        # of persistent ones, the base class would hand out the last loader, whatever data set is asked for
-        args = self.args
-        persistent, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
-        try:
+        """The loader of an evaluation: every image, by workers that end with it."""
+        with self._complete_loaders():
             return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The same for `predict`."""
+        with self._complete_loaders():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _complete_loaders(self) -> Iterator[None]:
+        # the base class drops the last batch of evaluations too, and of persistent workers it would hand out the last
+        # loader, whatever data set is asked for
+        args, names = self.args, ("dataloader_drop_last", "dataloader_persistent_workers")
+        chosen = {name: getattr(args, name) for name in names}
+        for name in names:
+            setattr(args, name, False)
+        try:
+            yield
         finally:
-            args.dataloader_persistent_workers = persistent
+            for name, value in chosen.items():
+                setattr(args, name, value)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Metrics of `SemanticMetrics` over a data set, with the prefix; `per_class_iou` is a list."""
         if isinstance(eval_dataset, DenseDataset):
             transform = eval_transform(self.distiller.student, self.args.image_size)
             eval_dataset = with_transform(eval_dataset, transform, self.args.seed)
-        self._share_buffers()
-        self.metrics.reset()
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return metrics | {f"{metric_key_prefix}_per_class_iou": self.per_class_iou}
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """What `evaluate` and `predict` share; counts start anew."""
+        self._share_buffers()
+        self.metrics.reset()
+        return super().evaluation_loop(*args, **kwargs)
 
     def _share_buffers(self) -> None:
         """Gives every rank the first one's BatchNorm statistics; otherwise ranks evaluate different models."""

@@ -16,6 +16,7 @@ from .adapters import DenseAdapter, FrozenTeacher, LabelMap, build_adapter, imag
 from .config import BCDConfig
 from .data import DenseDataset, DenseStream, EvalTransform, TrainTransform
 from .losses.criterion import ALWAYS_OFFERED, LOSSES, read_losses
+from .models.heads import PooledBatchNorm2d
 
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,13 @@ def share_cores(args: BCDConfig) -> None:
     args.dataloader_num_workers = min(args.dataloader_num_workers, cores)
     args.dataloader_persistent_workers = args.dataloader_persistent_workers and args.dataloader_num_workers > 0
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+
+
+def accept_single_values(model: nn.Module) -> None:
+    """Lets heads with globally pooled branches train on the single image that an epoch's last batch may have."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = PooledBatchNorm2d
 
 
 def adopt_labels(model: PreTrainedModel, dataset: Any) -> None:

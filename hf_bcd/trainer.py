@@ -30,6 +30,7 @@ from .losses.criterion import DistillationCriterion, build_criterion
 from .metrics import SemanticMetrics
 from .outputs import DenseOutput
 from .preparation import (
+    accept_single_values,
     adapt_to_score,
     adopt_labels,
     build_frozen_teacher,
@@ -135,6 +136,8 @@ class BCDTrainer(ScoringTrainer, HubTrainer):
         if args.sync_batchnorm and args.world_size > 1 and args.device.type == "cuda":
             # torch's own conversion would drop the activations inside timm's BatchNormAct2d
             distiller = cast(Distiller, convert_sync_batchnorm(distiller))
+        if train_dataset is not None:
+            accept_single_values(distiller.student)
         self.metrics = SemanticMetrics(student.num_labels)
         self.has_card = False
         self.terms = TermMeans()
@@ -248,14 +251,16 @@ class BCDTrainer(ScoringTrainer, HubTrainer):
         """Weighted loss of one batch; keeps the unweighted terms for the log."""
         pixel_values, labels = inputs["pixel_values"], inputs["labels"]
         steps = self.current_gradient_accumulation_steps
-        num_valid = None
+        num_valid, share = None, 1.0
         if num_items_in_batch is not None:  # the mean count of a batch, so that ranks and batches share one divisor
             num_valid = num_items_in_batch / (self.accelerator.num_processes * steps)
+            share = len(labels) * steps / self._step_images
         outputs = model(
             pixel_values=pixel_values,
             labels=labels,
             teacher_output=self._teacher_output(pixel_values),
             num_valid=num_valid,
+            share=share,
         )
         self.terms.add(outputs["terms"], steps)
         self._images += len(labels) * self.accelerator.num_processes
@@ -278,6 +283,7 @@ class BCDTrainer(ScoringTrainer, HubTrainer):
             return None
         counts = [(batch["labels"] != self.distiller.ignore_index).sum() for batch in batch_samples]
         count = torch.stack(counts).sum().to(device)
+        self._step_images = sum(len(batch["labels"]) for batch in batch_samples)
         return self.accelerator.reduce(count, "sum") if self.accelerator.num_processes > 1 else count  # type: ignore
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

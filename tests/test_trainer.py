@@ -10,7 +10,13 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSemanticSegmentation, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    MobileNetV2Config,
+    MobileNetV2ForSemanticSegmentation,
+    Trainer,
+    TrainerCallback,
+)
 
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel, experiment
 from hf_bcd.callbacks import InterruptCallback
@@ -80,10 +86,10 @@ def test_load_best_model_at_end_restores_the_best_weights(tmp_path: Path) -> Non
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
-        metric_for_best_model="mean_iou",
-        greater_is_better=True,
     )
     run.train()
+    assert (run.args.metric_for_best_model, run.args.greater_is_better) == ("mean_iou", True)
+    assert run.state.best_metric == max(tiny.history(run, "eval_mean_iou"))
     best = AutoModelForSemanticSegmentation.from_pretrained(run.state.best_model_checkpoint)
     assert_equal(best.state_dict(), run.student.state_dict())
 
@@ -130,6 +136,35 @@ def test_accumulation_counts_valid_pixels_over_the_whole_step(tmp_path: Path) ->
         run.train()
         runs.append(run)
     assert_same_run(*runs, keys=("loss", "loss_task", "bcd/context"))
+
+
+def test_accumulated_batches_of_unequal_size_equal_one_batch(tmp_path: Path) -> None:
+    """As at the end of an epoch; with a mean of means the last image would count twice."""
+    runs = []
+    for name, batch, accumulation in (("large", 3, 1), ("small", 2, 2)):
+        run = tiny.trainer(
+            tmp_path / name,
+            model=tiny.freeze_batchnorm(tiny.tiny_timm(dropout=0.0)),
+            data={"train": tiny.TensorSamples(3)},
+            max_steps=2,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            train_sampling_strategy="sequential",
+            losses={"kd": {"weight": 10.0}},
+        )
+        run.train()
+        runs.append(run)
+    assert_same_run(*runs, keys=("loss", "loss_task"))
+
+
+def test_a_last_batch_of_one_image_trains_heads_that_pool_it_to_one_value(tmp_path: Path) -> None:
+    labels = {"id2label": tiny.ID2LABEL, "label2id": {name: index for index, name in tiny.ID2LABEL.items()}}
+    torch.manual_seed(0)
+    model = MobileNetV2ForSemanticSegmentation(MobileNetV2Config(depth_multiplier=0.25, output_stride=16, **labels))
+    names = list(model.state_dict())
+    run = tiny.trainer(tmp_path, model=model, data=tiny.scenes(5, 1), max_steps=4, crop_size=64)
+    run.train()  # batches of 2, 2, 1, 2
+    assert run.state.global_step == 4 and list(model.state_dict()) == names
 
 
 def assert_same_run(
@@ -367,6 +402,21 @@ def test_tensorboard_gets_every_term_and_a_picture_at_each_evaluation(tmp_path: 
         pictures = events.Images(f"evaluation/{index}")
         assert [picture.step for picture in pictures] == [1, 2]
         assert (pictures[0].height, pictures[0].width) == (48, 3 * 64)
+
+
+def test_several_evaluation_sets_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    data = tiny.scenes()
+    options = {"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    run = BCDTrainer(
+        model=tiny.tiny_timm(),
+        args=tiny.config(tmp_path, **options),
+        train_dataset=data["train"],
+        eval_dataset={"near": data["validation"], "far": data["test"]},
+    )
+    run.train()
+    scores = [tiny.history(run, f"eval_{name}_mean_iou") for name in ("near", "far")]
+    assert [len(score) for score in scores] == [1, 1] and scores[0] != scores[1]
 
 
 def test_a_saved_student_loads_everywhere(tmp_path: Path) -> None:

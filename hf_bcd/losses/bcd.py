@@ -192,7 +192,8 @@ class BCDLoss(DistillationLoss):
             divergence = boundary_divergence(
                 strength, hard_teacher, theta, self.kappa, tau / self.gain, mask, self.mode
             )
-        self.boundary_temperature.observe(self._peak(hard_teacher, mask, tau / self.gain))
+        peak = self._peak(hard_teacher, mask, tau / self.gain)
+        self.boundary_temperature.observe(peak, mask.flatten(1).any(dim=1))  # one softmax an image
         return tau**2 * divergence.mean()
 
     def _peak(self, item: Tensor, mask: Tensor, tau: Tensor) -> Tensor:
@@ -206,14 +207,15 @@ class BCDLoss(DistillationLoss):
         tau = self.context_temperature.value
         if self.student_relation is None or self.teacher_relation is None:
             relation = context_relation(student_features, teacher_features, tau=tau, mask=mask)
-            self.context_temperature.observe(relation.peak)
+            rows = mask.flatten(1).sum(dim=1)
+            self.context_temperature.observe(relation.peak, rows * (rows >= 2))  # one row has no other to relate to
             # a temperature below 1 sharpens the relations; its square would take away most of the loss again
             return tau.clamp_min(1) ** 2 * relation.divergence.mean()
         student_features = self.student_relation(student_features, mask)
         teacher_features = self.teacher_relation(teacher_features, mask)
         energy = teacher_features.square().sum(dim=1).masked_fill(~mask, 0) / teacher_features.shape[1] ** 0.5
         # features are non-negative, so the Gram matrix lies between 0 and its largest diagonal entry
-        self.context_temperature.observe(energy.amax(dim=(1, 2)) / tau)
+        self.context_temperature.observe(energy.amax(dim=(1, 2)) / tau, mask.flatten(1).any(dim=1))
         return tau**2 * literal_relation(student_features, teacher_features, tau=tau, mask=mask).mean()
 
     def _centre(self, student_features: Tensor, teacher_features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

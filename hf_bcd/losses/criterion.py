@@ -127,7 +127,12 @@ class DistillationCriterion(nn.Module):
         self.register_buffer("decay", torch.ones(()), persistent=False)
 
     def forward(
-        self, task_losses: Mapping[str, Tensor], student: DenseOutput, teacher: DenseOutput | None, labels: Tensor
+        self,
+        task_losses: Mapping[str, Tensor],
+        student: DenseOutput,
+        teacher: DenseOutput | None,
+        labels: Tensor,
+        share: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted total and unweighted terms.
 
@@ -136,6 +141,8 @@ class DistillationCriterion(nn.Module):
             student: the student's output.
             teacher: the teacher's output, or None when nothing is distilled.
             labels: `[B, H, W]`.
+            share: number of images over the mean number of the batches that are accumulated. Terms are means over
+                images, so each of a shorter batch would otherwise weigh more.
 
         Returns:
             The total (scalar) and every term by name (scalars with a graph); also `weight/<term>` where weights are
@@ -147,7 +154,7 @@ class DistillationCriterion(nn.Module):
             return total, terms
         weights, factors = self._weights(), {}
         for name, loss in self.losses.items():
-            factor = self.decay if name in self.decays else 1.0
+            factor = share * self.decay if name in self.decays else share
             needed = {"task_loss": task_loss} if "task_loss" in loss.needs else {}  # type: ignore[operator]
             for term, value in loss(student, teacher, labels, **needed).items():
                 key = f"{name}/{term}"

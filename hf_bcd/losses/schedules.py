@@ -48,10 +48,16 @@ class Temperature(nn.Module):
         # plain attribute: DDP overwrites buffers with rank 0's before each forward pass
         self._observed: Tensor | None = None
 
-    def observe(self, statistic: Tensor) -> None:
-        """Adds the statistics of one forward pass (any shape, one number a row) to those of the current step."""
+    def observe(self, statistic: Tensor, rows: Tensor | None = None) -> None:
+        """Adds the statistics of one forward pass to those of the current step.
+
+        Args:
+            statistic: means over rows, one an image `[B]`.
+            rows: of how many rows each is the mean `[B]`, one by default. What is the mean of none does not count.
+        """
         statistic = statistic.detach().float()
-        observed = torch.stack([statistic.sum(), torch.full_like(statistic.sum(), statistic.numel())])
+        rows = torch.ones_like(statistic) if rows is None else rows.to(statistic)
+        observed = torch.stack([(statistic * rows).masked_fill(rows == 0, 0).sum(), rows.sum()])
         self._observed = observed if self._observed is None else self._observed + observed
 
     def update(self) -> None:

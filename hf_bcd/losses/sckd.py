@@ -47,6 +47,8 @@ def _read_hosts(host: Hosts) -> dict[str, Any]:
     for name, loss in hosts.items():
         if "task_loss" in loss.cls.needs:
             raise ValueError(f"sckd cannot host {name!r}, which looks at the task's loss itself; host what it hosts.")
+        if loss.measured:
+            raise ValueError(f"sckd opens and closes the terms of {name!r}, so `weight: auto` cannot measure them.")
     return hosts
 
 

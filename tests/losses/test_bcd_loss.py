@@ -313,34 +313,40 @@ def test_calibration_sets_theta_to_the_share_of_the_teachers_own_boundaries(radi
 
 
 @KINDS
-def test_temperature_statistics(mode, teacher_head):
+@pytest.mark.parametrize("counted", [slice(0, 2), slice(0, 1)], ids=["both", "second void"])
+def test_temperature_statistics(mode, teacher_head, counted):
     loss, (student, teacher, labels) = make_loss(mode, teacher_head), make_batch()
+    labels[0, : 3 * 8] = 255  # so that the images differ in their numbers of rows
+    labels[counted.stop :] = 255
     loss.boundary_temperature.value.fill_(1.5)
     loss.context_temperature.value.fill_(2.0)
     loss(student, teacher, labels)
-    observed = []
+    observed, counts = [], []
     for temperature in (loss.boundary_temperature, loss.context_temperature):
         assert temperature._observed is not None
         total, count = temperature._observed.tolist()
-        assert count == 2  # one number an image
-        observed.append(total / 2)
+        observed.append(total / count)
+        counts.append(count)
     mask = (labels != 255)[:, 4::8, 4::8]
     features = loss.teacher_head(teacher.features, (8, 8))
-    hard = loss.teacher_boundary(teacher, features, mask)
-    t = features.double().numpy()
+    hard = loss.teacher_boundary(teacher, features, mask).numpy()[counted]
+    rows = mask.sum(dim=(1, 2)).tolist()[counted]
+    # one softmax an image in space, one a position in relations; ranges are one an image
+    assert counts == [len(rows), len(rows) if mode == "paper" else sum(rows)]
+    t, mask = features.double()[counted], mask[counted]
     if mode == "paper":
-        ranges = [h[m].max() - h[m].min() for h, m in zip(hard.numpy(), mask.numpy(), strict=True)]
+        ranges = [h[m].max() - h[m].min() for h, m in zip(hard, mask.numpy(), strict=True)]
         assert observed[0] == pytest.approx(np.mean(ranges) / 1.5, rel=1e-5)
-        relu = norm_relu(features.double(), mask).numpy()
+        relu = norm_relu(t, mask).numpy()
         grams = [x.reshape(16, -1).T @ x.reshape(16, -1) / 4 for x in relu]
         peaks = [g.diagonal()[m.reshape(-1)].max() for g, m in zip(grams, mask.numpy(), strict=True)]
         assert observed[1] == pytest.approx(np.mean(peaks) / 2, rel=1e-5)
     else:
-        peaks = [reference.softmax(h[m] / 1.5).max() for h, m in zip(hard.numpy(), mask.numpy(), strict=True)]
+        peaks = [reference.softmax(h[m] / 1.5).max() for h, m in zip(hard, mask.numpy(), strict=True)]
         assert observed[0] == pytest.approx(np.mean(peaks), rel=1e-5)
-        pairs = [(reference.layer_norm(x), m.reshape(-1)) for x, m in zip(t, mask.numpy(), strict=True)]
+        pairs = [(reference.layer_norm(x), m.reshape(-1)) for x, m in zip(t.numpy(), mask.numpy(), strict=True)]
         peaks = [reference.relation(x, x, m, 2.0)[1] for x, m in pairs]
-        assert observed[1] == pytest.approx(np.mean(peaks), rel=1e-5)
+        assert observed[1] == pytest.approx(np.average(peaks, weights=rows), rel=1e-5)
 
 
 def test_void_positions_do_not_widen_the_range_of_a_map():

@@ -55,6 +55,14 @@ def test_temperature_accumulates_over_micro_batches():
     assert temperature.value.item() == pytest.approx(1.05)
 
 
+def test_a_mean_counts_for_as_many_rows_as_it_is_of():
+    for rows, expected in (([3, 1, 0], 1.0), ([1, 3, 0], 1.05), ([0, 0, 0], 1.0)):
+        temperature = Temperature()
+        temperature.observe(torch.tensor([0.2, 0.9, float("nan")]), torch.tensor(rows))
+        temperature.update()  # means 0.375 and 0.725, then none
+        assert temperature.value.item() == pytest.approx(expected)
+
+
 def test_update_without_an_observation_changes_nothing():
     temperature = Temperature()
     temperature.update()

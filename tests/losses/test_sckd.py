@@ -274,6 +274,7 @@ def test_what_hosts_need_is_needed() -> None:
         ({"host": "kd"}, "host of loss 'sckd' is 'kd'; it must map losses to options"),
         ({"host": {}}, "host of loss 'sckd' is {}"),
         ({"host": {"sckd": {}}}, "sckd cannot host 'sckd'"),
+        ({"host": {"bcd": {"weight": "auto"}}}, "`weight: auto` cannot measure"),
         ({"host": {"kd": {}, "bcd": {}}}, "decay is {'kd': False, 'bcd': True}; give all the same"),
         ({"threshold": 1}, "threshold is 1"),
         ({"threshold": -1.5}, "threshold is -1.5"),
