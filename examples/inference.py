@@ -12,8 +12,14 @@ import argparse
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+)
 from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
 
@@ -40,7 +46,9 @@ if args.onnx:
         logits=torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values})[0])
     )
 else:
-    model = AutoModelForSemanticSegmentation.from_pretrained(args.student, **trust).eval()
+    universal = config.model_type in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES  # such as Mask2Former
+    loader = AutoModelForUniversalSegmentation if universal else AutoModelForSemanticSegmentation
+    model = loader.from_pretrained(args.student, **trust).eval()
     with torch.no_grad():
         outputs = model(**processor(image, return_tensors="pt"))
 (classes,) = processor.post_process_semantic_segmentation(outputs, [image.size[::-1]])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from .config import PRESETS, BCDConfig, DataArguments, ModelArguments
 from .losses.criterion import unknown_key_message
@@ -16,6 +17,7 @@ from .recipes import parse_mapping, read_recipe, read_yaml
 
 MAPPINGS = ("student", "teacher", "teacher_training", "dataset_options", "losses", "lr_scheduler_kwargs")
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, BCDConfig)
+KINDS = {int: "a whole number", float: "a number", string_to_bool: "true or false"}
 RECIPE_KEYS = frozenset(f.name for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls) if f.init)
 
 
@@ -96,8 +98,13 @@ def read_arguments(
         config = default_config
     if recipe is None:
         recipe = read_recipe(Path(config), RECIPE_KEYS) if config is not None else {}
+    recipe = {key: _converted(key, value, parser) for key, value in recipe.items()}
     values = {key: getattr(namespace, key) for key in RECIPE_KEYS}
     values |= {key: value for key, value in recipe.items() if key not in typed}
+    if "num_train_epochs" in typed:  # a number of steps, which would win over it
+        if "max_steps" in typed and values["max_steps"] > 0:
+            raise ValueError("--max_steps and --num_train_epochs exclude each other; give one of them.")
+        values["max_steps"] = None
     for key in MAPPINGS:
         if values[key] in ("none", "null"):  # so that the command line can undo what the recipe says
             values[key] = None
@@ -106,8 +113,23 @@ def read_arguments(
     if values["losses"] is None and any(path[0] == "losses" for path, _ in dotted):
         values["losses"] = PRESETS.get(values["preset"])  # a dotted flag changes the losses in force
     for path, text in dotted:
-        _set_nested(values, path, read_yaml(text))
+        _set_nested(values, path, read_yaml(text, "--" + ".".join(path)))
     return {key: values[key] for key in [*recipe, *typed, *(path[0] for path, _ in dotted)]}
+
+
+def _converted(key: str, value: Any, parser: argparse.ArgumentParser) -> Any:
+    """A recipe's value in the type that the command line would give it: numbers may stand in quotes."""
+    convert: Any = next((action.type for action in parser._actions if action.dest == key), None)
+    if value is None or convert not in KINDS:
+        return value
+    try:
+        if isinstance(value, str):
+            return convert(value)
+        if isinstance(value, bool) == (convert is string_to_bool) and (convert is not int or value % 1 == 0):
+            return convert(value) if convert is int else value
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        pass
+    raise ValueError(f"{key} is {value!r} in the recipe; it must be {KINDS[convert]}.")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from .config import ModelSpec
 from .hub import explained
@@ -48,6 +48,18 @@ def load_segmentation_model(
         f"{name_or_path} is a {config.model_type} model, for which transformers has no segmentation class; choose a "
         "model that AutoModelForSemanticSegmentation loads, or a timm backbone."
     )
+
+
+def saved_image_size(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """Short side to which a model's own image processor resizes, keeping the aspect ratio; None if it does not."""
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError):  # there is none
+        return None
+    size = getattr(processor, "size", None) or {}
+    return size.get("shortest_edge") if getattr(processor, "do_resize", False) else None
 
 
 def _check_complete(name_or_path: str, model: PreTrainedModel, missing: Collection[str]) -> None:

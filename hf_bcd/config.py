@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from .losses.criterion import read_losses, unknown_key_message
 from .recipes import parse_mapping
@@ -19,6 +19,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 TEACHER_DTYPES = ("auto", "float32", "bfloat16")
+MAX_STEPS = 40_000
+POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
 
 
 @dataclass
@@ -55,12 +57,20 @@ class ModelSpec:
         """
         if isinstance(given, ModelSpec):
             return given
+        if not isinstance(given, str | dict):
+            raise ValueError(
+                f"{role} is {given!r}; give a Hub id, a folder, or a mapping such as {{backbone: resnet18}}."
+            )
         fields: dict[str, Any] = {"name_or_path": given} if isinstance(given, str) else dict(given)
         known = [f.name for f in dataclasses.fields(cls)]
         for key in fields:
             if key not in known:
                 raise ValueError(unknown_key_message(f"field of {role}", key, known))
         spec = cls(**fields)
+        if not isinstance(spec.options, dict):
+            raise ValueError(
+                f"options of {role} is {spec.options!r}; it must be a mapping such as {{head_channels: 64}}."
+            )
         if (spec.name_or_path is None) == (spec.backbone is None):
             raise ValueError(f"{role} needs either name_or_path (a transformers model) or backbone (a timm name).")
         return spec
@@ -150,9 +160,16 @@ class BCDConfig(TrainingArguments):
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of matrices and kernels."})
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Learning-rate schedule."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default_factory=lambda: {"power": 0.9, "lr_end": 0.0}, metadata={"help": "Options of the schedule."}
+        default=None, metadata={"help": f"Options of the schedule; {POLYNOMIAL} for the polynomial one."}
     )
-    max_steps: int = field(default=40_000, metadata={"help": "Optimizer steps, t_max of r(t)."})
+    max_steps: int = field(
+        default=None,  # type: ignore[assignment] # numbers by the time that anybody reads them
+        metadata={"help": f"Optimizer steps, t_max of r(t); {MAX_STEPS} unless num_train_epochs is given."},
+    )
+    num_train_epochs: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Passes over the training images, where max_steps says nothing."},
+    )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Images a device and step."})
     per_device_eval_batch_size: int = field(default=4, metadata={"help": "Images a device and evaluation step."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for none."})
@@ -233,7 +250,16 @@ class BCDConfig(TrainingArguments):
                 setattr(self, name, "no")
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "mean_iou"  # the base class would look for a loss, which evaluations have not
+        if self.max_steps is None:
+            self.max_steps = MAX_STEPS if self.num_train_epochs is None else -1
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0
         super().__post_init__()
+        if self.lr_scheduler_type == SchedulerType.POLYNOMIAL:
+            self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or dict(POLYNOMIAL)
+        elif self.lr_scheduler_kwargs == POLYNOMIAL:  # of what this was derived from; no other schedule takes them
+            self.lr_scheduler_kwargs = None
+        self._check_training()
         for name, known in (("preset", PRESETS), ("teacher_dtype", TEACHER_DTYPES)):
             if getattr(self, name) not in known:
                 raise ValueError(unknown_key_message(name, str(getattr(self, name)), known))
@@ -251,6 +277,24 @@ class BCDConfig(TrainingArguments):
             raise ValueError("profile measures the parts of a step, which torch_compile fuses; leave one of them out.")
         if self.scale_min > self.scale_max:
             raise ValueError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
+
+    def _check_training(self) -> None:
+        """Refuses what the base class accepts and would fail on, or ignore, in the middle of training."""
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0; train for at least one step, or score a model with hf-bcd evaluate.")
+        if self.max_steps > 0 and (warmup := self.get_warmup_steps(self.max_steps)) >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} takes {warmup} of {self.max_steps} max_steps; lower it."
+            )
+        for name, expected in (
+            ("label_smoothing_factor", 0.0),
+            ("neftune_noise_alpha", None),
+            ("remove_unused_columns", False),
+        ):
+            if getattr(self, name) != expected:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, which segmentation does not have here; leave it out."
+                )
 
     @property
     def resolved_losses(self) -> dict[str, Any]:

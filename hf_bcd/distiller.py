@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .adapters import DenseAdapter
 from .losses.criterion import DistillationCriterion
+from .losses.functional import resize
 from .losses.task import segmentation_loss
 from .outputs import DenseOutput
 from .profiling import part
@@ -54,7 +55,9 @@ class Distiller(nn.Module):
         """
         if labels is None:
             with torch.autocast(pixel_values.device.type, enabled=False):
-                return {"logits": self.student(pixel_values).logits}
+                logits = self.student(pixel_values).logits
+                size = pixel_values.shape[-2:]
+                return {"logits": resize(logits, (size[0], size[1])) if self.student.upsamples else logits}
         labels = labels.long()  # they come as bytes
         with part("student"):
             output: DenseOutput = self.student(pixel_values, labels)

@@ -13,7 +13,6 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from .config import BCDConfig
-from .data import DenseDataset
 from .distiller import Distiller
 from .losses.functional import resize
 from .metrics import SemanticMetrics
@@ -66,12 +65,16 @@ class ScoringTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The loader of an evaluation: every image, by workers that end with it."""
         with self._complete_loaders():
-            return super().get_eval_dataloader(eval_dataset)
+            return super().get_eval_dataloader(self._transformed(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """The same for `predict`."""
         with self._complete_loaders():
-            return super().get_test_dataloader(test_dataset)
+            return super().get_test_dataloader(self._transformed(test_dataset))
+
+    def _transformed(self, dataset: Any) -> Any:
+        transform = eval_transform(self.distiller.student, self.args.image_size)
+        return with_transform(dataset, transform, self.args.seed)
 
     @contextmanager
     def _complete_loaders(self) -> Iterator[None]:
@@ -89,9 +92,6 @@ class ScoringTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Metrics of `SemanticMetrics` over a data set, with the prefix; `per_class_iou` is a list."""
-        if isinstance(eval_dataset, DenseDataset):
-            transform = eval_transform(self.distiller.student, self.args.image_size)
-            eval_dataset = with_transform(eval_dataset, transform, self.args.seed)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return metrics | {f"{metric_key_prefix}_per_class_iou": self.per_class_iou}
 

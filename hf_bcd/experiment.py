@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 from .adapters import LabelMap, build_adapter, match_labels, read_synonyms
 from .builders import build_model, load_segmentation_model
 from .config import BCDConfig, DataArguments, ModelArguments, ModelSpec
-from .data import DenseDataset, DenseDatasets, DenseStream, keep_in_memory, load_dense_dataset
+from .data import DenseDataset, DenseDatasets, DenseStream, check_all, keep_in_memory, load_dense_dataset
 from .hub_trainer import repository_name
 from .losses.criterion import check_needs, unknown_key_message
 from .preparation import check_label_needs, offers_of
@@ -32,9 +32,11 @@ logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.json"
 OUTCOME = (
-    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "crop_size", "image_size",
-    "scale_min", "scale_max", "color_jitter", "seed",
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
+    "learning_rate", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "bf16", "fp16", "load_best_model_at_end",
+    "metric_for_best_model", "crop_size", "image_size", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
+    "dataloader_drop_last", "train_sampling_strategy",
 )  # fmt: skip
 
 
@@ -82,6 +84,11 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
 
     limits = {name: args.max_train_samples if name == "train" else args.max_eval_samples for name in data}
     splits = {name: cut(split, limits[name]) for name, split in data.items()}
+    if for_training and source != "synthetic":
+        for name in ("validation", "test"):
+            if name in splits:
+                logger.info("reading the %d images and masks of %s", len(splits[name]), name)
+                check_all(splits[name].rows, splits[name].rule, splits[name].num_labels)
     if args.cache_images and for_training:
         splits |= {name: keep_in_memory(splits[name]) for name in ("train", "validation") if name in splits}
     return DenseDatasets(splits)
@@ -115,6 +122,8 @@ def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets
         # fails here rather than after the baseline's training
         check_label_needs(label_map_of(teacher, data["train"], synonyms), config.resolved_losses)
         check_needs(config.resolved_losses, offers_of(build_adapter(teacher), bool(config.torch_compile)))
+        if args.teacher_training:
+            logger.warning("%s is a finished teacher, so teacher_training is not used", spec.name_or_path)
         return teacher
     changes = args.teacher_training or {}
     changes = parse_mapping(changes, "teacher_training") if isinstance(changes, str) else changes
@@ -202,6 +211,7 @@ def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[s
         "data.name": train.name,
         "data.images": None if isinstance(train, DenseStream) else len(train),
         "data.classes": list(train.id2label.values()),
+        "data.rule": str(train.rule),
         "data.first_image": None if first is None else zlib.crc32(first["image"].tobytes()),
     }
 
@@ -240,6 +250,8 @@ def derive_config(config: BCDConfig, role: str, changes: Mapping[str, Any]) -> B
     for key in changes:
         if key not in known:
             raise ValueError(unknown_key_message("training argument", key, known))
+    if "num_train_epochs" in changes:  # the run's own number of steps would win over it
+        changes = {"max_steps": -1, **changes}
     # `Trainer.push_to_hub` leaves names with an underscore out
     folder = Path(config.output_dir or ".") / f"_{role}"
     own = {"output_dir": str(folder), "push_to_hub": False, "run_name": None}

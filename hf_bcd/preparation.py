@@ -159,9 +159,18 @@ def train_transform(args: BCDConfig) -> TrainTransform:
 
 
 def with_transform(dataset: Any, transform: Callable, seed: int) -> Any:
-    """Adds a transform to canonical samples; leaves datasets that already yield tensors alone."""
+    """Adds a transform to canonical samples; leaves datasets that already yield tensors alone.
+
+    Raises:
+        ValueError: for a table of `datasets`, which has no label rule yet.
+    """
     if isinstance(dataset, dict):  # Trainer takes several evaluation sets by name
         return {name: with_transform(one, transform, seed) for name, one in dataset.items()}
+    if hasattr(dataset, "column_names"):
+        raise ValueError(
+            f"a table with the columns {dataset.column_names}, whose masks nobody has read; hf_bcd.load_dense_dataset(table) "
+            "turns it into labelled images."
+        )
     return dataset.with_transform(transform, seed=seed) if isinstance(dataset, DenseDataset | DenseStream) else dataset
 
 

@@ -210,19 +210,30 @@ def describe_schedule(trainer: BCDTrainer) -> dict[str, str]:
     """How long, on what and with which optimizer the student was trained."""
     args = trainer.args
     scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    resized = f"short side to {args.image_size}, then " if args.image_size else ""
+    warmup = args.get_warmup_steps(trainer.state.max_steps)
     jitter = f", brightness, contrast and saturation jitter {args.color_jitter:g}" if args.color_jitter else ""
     return {
         "steps": str(trainer.state.global_step),
         "images a step": str(args.train_batch_size * args.world_size * args.gradient_accumulation_steps),
-        "augmentation": f"scale {args.scale_min:g} to {args.scale_max:g}, crop {args.crop_size} x {args.crop_size}, "
+        "augmentation": f"{resized}scale {args.scale_min:g} to {args.scale_max:g}, crop {args.crop_size} x {args.crop_size}, "
         f"horizontal flip{jitter}",
-        "optimizer": f"{getattr(args.optim, 'value', args.optim)} ({args.optim_args or 'default options'})",
-        "learning rate": f"{args.learning_rate:g}, {scheduler} schedule",
+        "optimizer": f"{getattr(args.optim, 'value', args.optim)}{describe_options(trainer)}",
+        "learning rate": f"{args.learning_rate:g}, {scheduler} schedule"
+        + (f" after {warmup} steps of warm-up" if warmup else ""),
+        "gradient clipping": f"norm {args.max_grad_norm:g}" if args.max_grad_norm else "none",
         "weight decay": f"{args.weight_decay:g}",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
         "seed": str(args.seed),
         "processes": str(args.world_size),
     }
+
+
+def describe_options(trainer: BCDTrainer) -> str:
+    """Momentum and the like, from the optimizer itself: the arguments may hold options that it does not read."""
+    group = {} if trainer.optimizer is None else trainer.optimizer.param_groups[0]
+    options = [f"{name} {group[name]}" for name in ("momentum", "nesterov", "betas", "eps") if group.get(name)]
+    return f" ({', '.join(options)})" if options else ""
 
 
 def describe_dataset(

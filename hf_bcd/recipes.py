@@ -26,9 +26,20 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def read_yaml(text: str) -> Any:
-    """The value of a YAML document; tags that would build Python objects are errors."""
-    return yaml.load(text, Loader=_YamlLoader)
+def read_yaml(text: str, name: str) -> Any:
+    """The value of a YAML document; tags that would build Python objects are errors.
+
+    Args:
+        text: the document.
+        name: file or argument that it comes from, for error messages.
+
+    Raises:
+        ValueError: if it is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is no valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_mapping(text: str, key: str) -> dict[str, Any]:
@@ -37,7 +48,7 @@ def parse_mapping(text: str, key: str) -> dict[str, Any]:
     Raises:
         ValueError: if `text` is something else.
     """
-    value = read_yaml(text)
+    value = read_yaml(text, key)
     if not isinstance(value, dict):
         raise ValueError(f"{key} is {text!r}; expected a mapping such as '{{name: value}}'.")
     return value
@@ -64,7 +75,7 @@ def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
         if path.resolve() in [earlier.resolve() for earlier in chain]:
             raise ValueError(f"a recipe is its own base: {' -> '.join(map(str, [*chain, path]))}.")
         chain.append(path)
-        recipe = read_yaml(path.read_text()) or {}
+        recipe = read_yaml(path.read_text(), str(path)) or {}
         if not isinstance(recipe, dict):
             raise ValueError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}.")
         base = recipe.pop("base", None)

@@ -1,5 +1,6 @@
 """What a finished run leaves behind: results.json, figures and a model card, all from numbers it measured."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .model_card import write_card
 from .preparation import adapt_to_score, eval_transform
 from .provenance import Origin, describe_rule, hub_dataset
 from .trainer import BCDTrainer
+from .usage import fill
 from .visualize import boundary_figure, comparison_figure, relation_figure
 
 
@@ -34,6 +36,10 @@ COLUMNS = {
     "fragments": "fragments",
 }
 NUM_PICTURES = 4
+LOADING = """\
+import hf_bcd
+from transformers import pipeline
+pipeline("image-segmentation", {model})({picture}{subtask})"""
 
 
 def metrics_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
@@ -51,16 +57,22 @@ def format_metric(key: str, value: float) -> str:
     return f"{value:.2f}" if key == "fragments" else f"{100 * value:.2f}"
 
 
-def protocol(data: DenseDataset, config: BCDConfig, scores: Mapping[str, Any]) -> dict[str, Any]:
+def protocol(
+    data: DenseDataset, student: DenseAdapter, config: BCDConfig, scores: Mapping[str, Any]
+) -> dict[str, Any]:
     """How the numbers were measured, in words that fix them."""
-    size = config.image_size
+    options = student.processor_options(config.image_size)
+    size = options.get("size", {})
+    resized = f"short side resized to {config.image_size}, aspect ratio kept"
+    if "height" in size:
+        resized = f"resized to {size['width']} x {size['height']} (width x height), whatever its aspect ratio"
     return {
         "dataset": data.name,
         "split": data.split,
         "num_images": len(data),
         "num_labels": data.num_labels,
         "classes_averaged": scores["classes_averaged"],
-        "input": "original size" if size is None else f"short side resized to {size}, aspect ratio kept",
+        "input": resized if options["do_resize"] else "original size",
         "inference": "whole image, single scale, no flip",
         "logits": "up-sampled bilinearly to the label's own size, then arg-max",
         "ignore_index": data.ignore_index,
@@ -71,11 +83,10 @@ def protocol(data: DenseDataset, config: BCDConfig, scores: Mapping[str, Any]) -
     }
 
 
-def loading_lines(folder: str | None) -> str:
+def loading_lines(folder: str) -> str:
     """The three lines that run a saved student."""
-    return (
-        f'import hf_bcd\nfrom transformers import pipeline\npipeline("image-segmentation", "{folder}")("picture.jpg")'
-    )
+    config = json.loads((Path(folder) / "config.json").read_text())
+    return fill(LOADING, folder, "picture.jpg", config)
 
 
 def write_report(
@@ -101,7 +112,7 @@ def write_report(
     figures: list[str] = []
     if split is not None:
         if "student" in scores:
-            results["protocol"] = protocol(data[split], trainer.args, scores["student"])
+            results["protocol"] = protocol(data[split], trainer.distiller.student, trainer.args, scores["student"])
             revision = hub_dataset(data[split])[1]
             results["protocol"] |= {"dataset_revision": revision} if revision else {}
             results["protocol"] |= measured_costs(trainer, {name: models[name] for name in scores}, data[split])

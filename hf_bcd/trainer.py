@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from safetensors.torch import load_file, save_file
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,10 +20,10 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 from .adapters import DenseAdapter, build_adapter, image_processor, image_statistics, read_synonyms
 from .builders import load_segmentation_model
 from .callbacks import DistillationCallback, InterruptCallback, PictureCallback
+from .checkpoints import CheckpointTrainer
 from .config import BCDConfig
 from .data import DenseDataset, DenseDatasets, DenseStream, SemanticCollator, TransformedStream
 from .distiller import Distiller
-from .evaluation import ScoringTrainer
 from .hub_trainer import HubTrainer
 from .losses.criterion import DistillationCriterion, build_criterion
 from .metrics import SemanticMetrics
@@ -48,14 +47,11 @@ from .terms import TermMeans, not_finite
 
 logger = logging.getLogger(__name__)
 
-DISTILLER_FILE = "distiller.safetensors"
-STUDENT_PREFIX = "student.model."
-CRITERION_PREFIX = "criterion."
 # fixed, so that the teacher's head depends neither on the training batch nor on the number of ranks
 CALIBRATION_BATCH = 8
 
 
-class BCDTrainer(ScoringTrainer, HubTrainer):
+class BCDTrainer(CheckpointTrainer, HubTrainer):
     """Distils a frozen teacher into a student, or trains a model alone when there is no teacher.
 
     Args:
@@ -103,7 +99,8 @@ class BCDTrainer(ScoringTrainer, HubTrainer):
             raise ValueError(
                 f"eval_dataset is a stream of {eval_dataset.name}, which never ends; load it without streaming."
             )
-        reference = eval_dataset if eval_dataset is not None else train_dataset
+        reference: Any = next(iter(eval_dataset.values()), None) if isinstance(eval_dataset, dict) else eval_dataset
+        reference = reference if reference is not None else train_dataset
         self.label_synonyms = read_synonyms(label_synonyms)
         id2label = getattr(reference, "id2label", None)
         if train_dataset is None and teacher_model is None and id2label is not None:
@@ -131,6 +128,11 @@ class BCDTrainer(ScoringTrainer, HubTrainer):
                 offers=offers_of(self.teacher.adapter, bool(args.torch_compile)),
                 head_levels=self.teacher.adapter.head_levels,
             )
+            if not any(criterion.weights.values()):
+                raise ValueError(
+                    f"losses is {args.resolved_losses}: no term has a weight above 0, so the teacher would teach nothing. "
+                    "Leave the teacher out to train the student alone."
+                )
         criterion.log_gradients = args.log_gradients
         distiller = Distiller(student, criterion)
         if args.sync_batchnorm and args.world_size > 1 and args.device.type == "cuda":
@@ -207,6 +209,11 @@ class BCDTrainer(ScoringTrainer, HubTrainer):
         stream, args = self.train_dataset, self.args
         if not isinstance(stream, TransformedStream):
             loader = super().get_train_dataloader()
+            if len(loader) == 0:
+                raise ValueError(
+                    f"{len(stream)} training images are less than a batch of {self._train_batch_size}, and "  # type: ignore[arg-type]
+                    "dataloader_drop_last drops that. Lower per_device_train_batch_size."
+                )
             # workers are seeded apart from the model's dropout, which must not depend on when they start
             loader.base_dataloader.generator = torch.Generator()  # type: ignore[attr-defined]
             return loader
@@ -359,7 +366,7 @@ class BCDTrainer(ScoringTrainer, HubTrainer):
             first = next(name for name, good in finite.items() if not good)
             self._check_finite({f"weight {first}": math.nan})
 
-    # ---- Saving and loading --------------------------------------------------------------------------------------
+    # ---- Saving --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # a checkpoint taken after a step that went wrong must not replace a good one
@@ -367,21 +374,6 @@ class BCDTrainer(ScoringTrainer, HubTrainer):
         if not self.is_fsdp_enabled:  # ranks hold different shards there and could not raise together
             self._check_weights()
         super()._save_checkpoint(model, trial)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Saves the student as `from_pretrained` reads it; in checkpoints also the connectors and temperatures."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.distiller.state_dict() if state_dict is None else state_dict
-        self.student.save_pretrained(folder, state_dict=with_prefix(state, STUDENT_PREFIX))
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        criterion = with_prefix(state, CRITERION_PREFIX)
-        if self.is_in_train and criterion:
-            criterion = {name: tensor.contiguous() for name, tensor in criterion.items()}
-            save_file(criterion, folder / DISTILLER_FILE, metadata={"format": "pt"})
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md for `push_to_hub`, unless the run's report has; the base class knows no teacher."""
@@ -401,34 +393,3 @@ class BCDTrainer(ScoringTrainer, HubTrainer):
         if self.teacher is not None:
             models["teacher"] = self.teacher.adapter.model
         write_card(Path(self.args.output_dir or "."), self, models, {}, DenseDatasets({"train": cast(Any, data)}), [])
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Restores every weight, and fails where stock Trainer only warns.
-
-        `save_pretrained` renames the keys of SegFormer, Mask2Former and others; only `from_pretrained` reads them back.
-        """
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved = type(self.student).from_pretrained(resume_from_checkpoint)
-        self.student.load_state_dict(saved.state_dict())
-        path = Path(resume_from_checkpoint) / DISTILLER_FILE
-        if path.is_file():
-            try:
-                self.distiller.criterion.load_state_dict(load_file(path))
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{path} belongs to other losses or another teacher than this run's: {error}"
-                ) from error
-        elif self.teacher is not None:
-            raise ValueError(f"{path} is missing, so {resume_from_checkpoint} is no checkpoint of a distillation run.")
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        logger.info("loading the best model, %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries of a state dict below `prefix`, which is cut off."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

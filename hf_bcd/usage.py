@@ -7,7 +7,10 @@ import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
+)
 
 from .data import DenseDataset
 from .hub import one_line
@@ -20,7 +23,7 @@ PIPELINE = """\
 from transformers import pipeline
 
 segment = pipeline("image-segmentation", model={model}{trust})
-for region in segment({picture}):  # a path, an address or a PIL image
+for region in segment({picture}{subtask}):  # a path, an address or a PIL image
     covered = region["mask"].histogram()[255] / (region["mask"].width * region["mask"].height)
     print(region["label"], f"{{covered:.1%}}")
 """
@@ -68,7 +71,9 @@ def usage_snippets(folder: Path, repository: str, data: DenseDataset) -> list[st
 def fill(template: str, model: str, picture: str, config: dict) -> str:
     """The code for one model and picture."""
     trust = ", trust_remote_code=True" if "auto_map" in config else ""  # the architecture lies beside the weights
-    return template.format(model=json.dumps(model), picture=json.dumps(picture), trust=trust)
+    # by itself the pipeline would ask a universal model for panoptic segments
+    subtask = ', subtask="semantic"' if config["model_type"] in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES else ""
+    return template.format(model=json.dumps(model), picture=json.dumps(picture), trust=trust, subtask=subtask)
 
 
 def run(code: str) -> str:

@@ -40,6 +40,8 @@ class DenseAdapter(nn.Module, ABC):
     """Image processor of `transformers` that prepares and post-processes images as this adapter does."""
     unused_parameters: tuple[str, ...] = ()
     """Beginnings of the names of parameters that no output of the adapter depends on."""
+    upsamples = False
+    """Whether the model itself, unlike `run`, brings its logits to the size of the image."""
 
     image_mean: Tensor
     image_std: Tensor

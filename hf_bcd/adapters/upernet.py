@@ -19,6 +19,7 @@ class UperNetAdapter(DenseAdapter):
     """
 
     unused_parameters = ("backbone.swin.layernorm.",)
+    upsamples = True
 
     @classmethod
     def family_statistics(cls, model: PreTrainedModel) -> tuple[Sequence[float], Sequence[float]]:

@@ -2,6 +2,7 @@
 
 hf-bcd check ade20k --data_dir path/to/ADEChallengeData2016
 hf-bcd check user/name --label_column mask --reduce_labels
+hf-bcd check path/to/data --every_row
 """
 
 from ..data.check import report

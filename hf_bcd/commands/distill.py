@@ -75,6 +75,6 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
             trainer, {name: model for name, model in models.items() if model is not None}, scores, data, split, origin
         )
         print(metrics_table(scores))
-        print(loading_lines(config.output_dir))
+        print(loading_lines(str(config.output_dir)))
     if config.push_to_hub and isinstance(commit := trainer.push_to_hub(), CommitInfo):  # None on further ranks
         print(f"pushed: {commit.commit_url}")

@@ -5,6 +5,7 @@ from .catalog import CATALOG, DatasetSpec
 from .collators import SemanticCollator
 from .dataset import DenseDataset, DenseDatasets
 from .loading import load_dense_dataset
+from .probing import check_all
 from .streaming import DenseStream, TransformedStream
 from .transforms import EvalTransform, TrainTransform
 
@@ -19,6 +20,7 @@ __all__ = [
     "SemanticCollator",
     "TrainTransform",
     "TransformedStream",
+    "check_all",
     "keep_in_memory",
     "load_dense_dataset",
 ]

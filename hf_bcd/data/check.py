@@ -12,24 +12,25 @@ from .catalog import CATALOG
 from .dataset import DenseDataset, DenseDatasets
 from .labels import IGNORE_INDEX
 from .loading import load_dense_dataset
-from .probing import PROBED_ROWS, Findings, examine, first_rows
+from .probing import PROBED_ROWS, Findings, examine
 
 
-def check(name_or_path: Any, **options: Any) -> str:
+def check(name_or_path: Any, every_row: bool = False, **options: Any) -> str:
     """Loads a data set and describes it: source, terms, splits, and what the first rows of each hold.
 
     Args:
         name_or_path: see `load_dense_dataset`.
+        every_row: look at all rows.
         options: see `load_dense_dataset`.
 
     Raises:
         ValueError: the data set cannot be loaded.
     """
     data = load_dense_dataset(name_or_path, **options)
-    return "\n".join(_lines(data, name_or_path if isinstance(name_or_path, str) else ""))
+    return "\n".join(_lines(data, name_or_path if isinstance(name_or_path, str) else "", every_row))
 
 
-def _lines(data: DenseDatasets, name: str) -> Iterator[str]:
+def _lines(data: DenseDatasets, name: str, every_row: bool) -> Iterator[str]:
     first, spec = next(iter(data.values())), CATALOG.get(name)
     yield f"data set  {first.name}"
     yield f"read from {first.source}" + (f" at revision {first.revision}" if first.revision else "")
@@ -41,8 +42,9 @@ def _lines(data: DenseDatasets, name: str) -> Iterator[str]:
         expected = spec.images.get(split) if spec else None
         agrees = "" if expected is None else ", as expected" if expected == len(dataset) else f", expected {expected}"
         yield f"\n{split}: {len(dataset)} images{agrees}"
-        rows = first_rows(dataset.rows)
-        yield from _split_lines(dataset, examine(rows, dataset.rule, dataset.num_labels), len(rows))
+        number = len(dataset) if every_row else min(len(dataset), PROBED_ROWS)
+        rows = map(dataset.rows.__getitem__, range(number))
+        yield from _split_lines(dataset, examine(rows, dataset.rule, dataset.num_labels), number)
     absent = [split for split in spec.images if split not in data] if spec else []
     if absent:
         yield f"\nnot there: {', '.join(absent)}"
@@ -50,7 +52,7 @@ def _lines(data: DenseDatasets, name: str) -> Iterator[str]:
 
 def _split_lines(dataset: DenseDataset, found: Findings, rows: int) -> Iterator[str]:
     sizes = [f"{width}x{height}" for width, height in found.sizes]
-    yield f"  of the first {rows}" if rows == PROBED_ROWS else f"  of all {rows}"
+    yield f"  of the first {rows}" if rows < len(dataset) else f"  of all {rows}"
     yield f"  image sizes (width x height): {', '.join(sizes)}"
     yield f"  masks stored as: {', '.join(found.modes)}"
     yield f"  ids stored: {', '.join(map(str, found.stored_ids))}"
@@ -77,6 +79,7 @@ def report(argv: list[str] | None = None) -> str:
     parser.add_argument("--id2label", help="JSON file with the class names")
     parser.add_argument("--reduce_labels", action="store_true", help="0 is void and classes start at 1")
     parser.add_argument("--ignore_labels", type=int, nargs="+", default=[], help="further ids that are void")
+    parser.add_argument("--every_row", action="store_true", help="read all images and masks, not the first ones alone")
     options = vars(parser.parse_args(argv))
     name, alias = options.pop("name"), options.pop("dataset_name")
     source = name or alias or options.pop("data_dir")

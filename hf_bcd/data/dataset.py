@@ -29,6 +29,11 @@ class Row(NamedTuple):
     def stored_ids(self, colours: Sequence[ColourId] = ()) -> np.ndarray:
         """Decodes the mask to the ids that it stores, `[H, W]`; `colours` are those of a colour-coded mask."""
         mask = self.label if isinstance(self.label, np.ndarray) else read_image(self.label, self.label_name)
+        if getattr(mask, "format", None) in ("JPEG", "MPO"):
+            raise ValueError(
+                f"{self.label_name}: a mask stored as JPEG, whose compression changes ids. Store masks as PNG, from the "
+                "annotations themselves: converting this file would keep the wrong ids."
+            )
         return decode_label(mask, self.label_name, colours)
 
 

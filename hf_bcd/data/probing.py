@@ -1,5 +1,6 @@
 """A first look at a data set's rows, so that what is wrong with it shows before training."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,8 @@ from .dataset import Row, Rows, read_sample
 from .images import read_image
 from .labels import IGNORE_INDEX, LabelRule
 
+
+logger = logging.getLogger(__name__)
 
 PROBED_ROWS = 4
 
@@ -43,20 +46,39 @@ def first_rows(rows: Iterable[Row] | Rows) -> list[Row]:
     return list(islice(cast(Iterable[Row], rows), PROBED_ROWS))
 
 
-def examine(rows: Sequence[Row], rule: LabelRule, num_labels: int) -> Findings:
+def examine(rows: Iterable[Row], rule: LabelRule, num_labels: int) -> Findings:
     """Decodes rows completely.
 
     Raises:
         ValueError: a row cannot be read: see `read_sample`.
     """
     sizes, modes, stored_ids, pixels = set(), set(), set(), np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
+    deep = None
     for row in rows:
+        if read_image(row.image, row.image_name).mode.startswith("I"):
+            deep = deep or row.image_name
         sample = read_sample(row, rule, num_labels)
         sizes.add(sample["image"].size)
         modes.add(_mode(row))
         stored_ids.update(np.unique(row.stored_ids(rule.colours)).tolist())
         pixels += np.bincount(sample["label"].ravel(), minlength=len(pixels))
+    if deep is not None:
+        logger.warning(
+            "%s: an image of 16 bits a pixel, of which the high byte is read here; pipelines of transformers clip such "
+            "values at 255 and would see another picture. Store the images with 8 bits.",
+            deep,
+        )
     return Findings(sorted(sizes), sorted(modes), sorted(stored_ids), pixels)
+
+
+def check_all(rows: Rows, rule: LabelRule, num_labels: int) -> None:
+    """Decodes every row, so that what cannot be scored shows before training and not at the first evaluation.
+
+    Raises:
+        ValueError: a row cannot be read: see `read_sample`.
+    """
+    for index in range(len(rows)):
+        read_sample(rows[index], rule, num_labels)
 
 
 def _mode(row: Row) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -264,12 +265,17 @@ def load_backbone_weights(backbone: nn.Module, path: str | os.PathLike[str], con
         config: the configuration that the backbone was built from.
 
     Raises:
-        ValueError: the name does not end in `.safetensors`, or the file lacks a key, has one of another shape, or has
+        ValueError: the name does not end in `.safetensors`, the file is damaged, lacks a key, has one of another shape, or has
             keys that this architecture does not have.
     """
     if not str(path).endswith(".safetensors"):
         raise ValueError(f"weights {os.fspath(path)!r} must be a .safetensors file; convert others with safetensors")
-    stored = load_file(path)
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{os.fspath(path)} holds no weights ({error}); an LFS pointer? Download it again."
+        ) from error
     stored_keys = {_plain(key): key for key in stored}
     remedy = f"check that the file belongs to {config.backbone!r} with backbone_kwargs={config.backbone_kwargs}"
 

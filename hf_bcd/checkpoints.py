@@ -1,0 +1,95 @@
+"""What a checkpoint holds besides the base class's state, and how a run goes on from it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from .adapters import FrozenTeacher
+from .evaluation import ScoringTrainer
+
+
+logger = logging.getLogger(__name__)
+
+DISTILLER_FILE = "distiller.safetensors"
+STUDENT_PREFIX = "student.model."
+CRITERION_PREFIX = "criterion."
+
+
+class CheckpointTrainer(ScoringTrainer):
+    """Trainer whose checkpoints hold the student as `from_pretrained` reads it and, apart, what distillation needs."""
+
+    teacher: FrozenTeacher | None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Saves the student as `from_pretrained` reads it; in checkpoints also the connectors and temperatures."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.distiller.state_dict() if state_dict is None else state_dict
+        self.student.save_pretrained(folder, state_dict=with_prefix(state, STUDENT_PREFIX))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        criterion = with_prefix(state, CRITERION_PREFIX)
+        if self.is_in_train and criterion:
+            criterion = {name: tensor.contiguous() for name, tensor in criterion.items()}
+            save_file(criterion, folder / DISTILLER_FILE, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Restores every weight, and fails where stock Trainer only warns.
+
+        `save_pretrained` renames the keys of SegFormer, Mask2Former and others; only `from_pretrained` reads them back.
+        """
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(self.student).from_pretrained(resume_from_checkpoint)
+        try:
+            self.student.load_state_dict(saved.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"{resume_from_checkpoint} holds another student than this run's: {error}") from error
+        path = Path(resume_from_checkpoint) / DISTILLER_FILE
+        if path.is_file():
+            try:
+                self.distiller.criterion.load_state_dict(load_file(path))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{path} belongs to other losses or another teacher than this run's: {error}"
+                ) from error
+        elif self.teacher is not None:
+            raise ValueError(f"{path} is missing, so {resume_from_checkpoint} is no checkpoint of a distillation run.")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restores both, but for the learning rate: that of the arguments holds."""
+        optimizer: Any = self.optimizer
+        options = optimizer.param_groups[0].keys() - {"initial_lr"}
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if missing := options - optimizer.param_groups[0].keys():
+            raise ValueError(
+                f"{checkpoint} belongs to another optimizer than {self.args.optim}: it has no {', '.join(sorted(missing))}. "
+                "Resume with the optimizer that the run began with."
+            )
+        scheduler, rate = self.lr_scheduler, self.args.learning_rate
+        if not isinstance(scheduler, LambdaLR) or set(scheduler.base_lrs) == {rate}:
+            return
+        logger.warning("going on with learning rate %g instead of %g", rate, scheduler.base_lrs[0])
+        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+        scheduler._last_lr = [rate * shape(scheduler.last_epoch) for shape in scheduler.lr_lambdas]
+        for group, now in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group |= {"initial_lr": rate, "lr": now}
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        logger.info("loading the best model, %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of a state dict below `prefix`, which is cut off."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
