@@ -125,9 +125,10 @@ def _converted(key: str, value: Any, parser: argparse.ArgumentParser) -> Any:
     try:
         if isinstance(value, str):
             return convert(value)
-        if isinstance(value, bool) == (convert is string_to_bool) and (convert is not int or value % 1 == 0):
-            return convert(value) if convert is int else value
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        if isinstance(value, bool) == (convert is string_to_bool) and isinstance(value, int | float):
+            if convert is not int or value % 1 == 0:
+                return convert(value) if convert is int else value
+    except (ValueError, argparse.ArgumentTypeError):
         pass
     raise ValueError(f"{key} is {value!r} in the recipe; it must be {KINDS[convert]}.")
 

@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.training_args import OptimizerNames
 
 from .adapters import FrozenTeacher
 from .evaluation import ScoringTrainer
@@ -67,16 +68,18 @@ class CheckpointTrainer(ScoringTrainer):
         """Restores both, but for the learning rate: that of the arguments holds."""
         optimizer: Any = self.optimizer
         options = optimizer.param_groups[0].keys() - {"initial_lr"}
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if missing := options - optimizer.param_groups[0].keys():
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            missing = options - optimizer.param_groups[0].keys()
+        except KeyError as error:  # in a parameter's state
+            missing = set(error.args)
+        if missing:
             raise ValueError(
-                f"{checkpoint} belongs to another optimizer than {self.args.optim}: it has no {', '.join(sorted(missing))}. "
+                f"{checkpoint} belongs to another optimizer than {OptimizerNames(self.args.optim).value}: it has no {', '.join(sorted(missing))}. "
                 "Resume with the optimizer that the run began with."
             )
         scheduler, rate = self.lr_scheduler, self.args.learning_rate
-        if not isinstance(scheduler, LambdaLR) or set(scheduler.base_lrs) == {rate}:
+        if checkpoint is None or not isinstance(scheduler, LambdaLR) or set(scheduler.base_lrs) == {rate}:
             return
         logger.warning("going on with learning rate %g instead of %g", rate, scheduler.base_lrs[0])
         scheduler.base_lrs = [rate] * len(scheduler.base_lrs)

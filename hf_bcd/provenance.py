@@ -220,7 +220,7 @@ def describe_schedule(trainer: BCDTrainer) -> dict[str, str]:
         f"horizontal flip{jitter}",
         "optimizer": f"{getattr(args.optim, 'value', args.optim)}{describe_options(trainer)}",
         "learning rate": f"{args.learning_rate:g}, {scheduler} schedule"
-        + (f" after {warmup} steps of warm-up" if warmup else ""),
+        + (f" after {warmup} step{'s' * (warmup > 1)} of warm-up" if warmup else ""),
         "gradient clipping": f"norm {args.max_grad_norm:g}" if args.max_grad_norm else "none",
         "weight decay": f"{args.weight_decay:g}",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",

@@ -140,6 +140,91 @@ def test_unknown_choices_of_a_recipe_are_errors(key: str, value: str, message: s
         parse_arguments(["--config", write(tmp_path / "r.yaml", student="a/b", **{key: value}), *CPU])
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("max_steps: '2'", "max_steps", 2),
+        ("max_steps: 2.0", "max_steps", 2),
+        ("learning_rate: '1e-4'", "learning_rate", 1e-4),
+        ("learning_rate: 1", "learning_rate", 1),
+        ("fp16: 'false'", "fp16", False),
+    ],
+)
+def test_numbers_of_a_recipe_may_stand_in_quotes(text: str, name: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"student: a/b\n{text}\n")
+    found = getattr(parse_arguments(["--config", str(path), *CPU])[2], name)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps: abc", "max_steps is 'abc' in the recipe; it must be a whole number"),
+        ("max_steps: 2.5", "max_steps is 2.5 in the recipe; it must be a whole number"),
+        ("max_steps: true", "max_steps is True in the recipe; it must be a whole number"),
+        ("color_jitter: [1]", r"color_jitter is \[1\] in the recipe; it must be a number"),
+        ("bf16: maybe", "bf16 is 'maybe' in the recipe; it must be true or false"),
+        ("losses: {cwd: {weight: 3", r"r\.yaml is no valid YAML: .* line 3"),
+        ("losses: '{cwd: {weight: 3'", "losses is no valid YAML"),
+    ],
+)
+def test_malformed_recipes_are_errors_that_say_where(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"student: a/b\n{text}\n")
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--config", str(path), *CPU])
+
+
+def test_only_the_polynomial_schedule_has_the_papers_options(tmp_path: Path) -> None:
+    def options(*argv: str) -> object:
+        return parse_arguments(["--student", "a/b", *argv, *CPU])[2].lr_scheduler_kwargs or {}
+
+    assert options() == {"power": 0.9, "lr_end": 0.0}
+    assert options("--lr_scheduler_kwargs", "{power: 1.0}") == {"power": 1.0}
+    assert options("--lr_scheduler_type", "cosine") == {}
+    recipe = write(tmp_path / "r.yaml", lr_scheduler_kwargs={"power": 0.9, "lr_end": 0.0})
+    assert options("--config", recipe, "--lr_scheduler_type", "linear") == {}
+
+
+def test_a_run_is_as_long_as_was_said_last(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", student="a/b", max_steps=7)
+
+    def length(*argv: str) -> tuple[int, float]:
+        config = parse_arguments([*argv, *CPU])[2]
+        return config.max_steps, config.num_train_epochs
+
+    assert length("--student", "a/b")[0] == 40_000
+    assert length("--student", "a/b", "--num_train_epochs", "5") == (-1, 5)
+    assert length("--config", recipe, "--num_train_epochs", "0.5") == (-1, 0.5)
+    assert length("--config", recipe)[0] == 7
+    with pytest.raises(ValueError, match="--max_steps and --num_train_epochs exclude each other"):
+        length("--config", recipe, "--num_train_epochs", "5", "--max_steps", "3")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max_steps", "0"], "max_steps is 0; train for at least one step"),
+        (["--max_steps", "3", "--warmup_steps", "3"], "warmup_steps 3.* takes 3 of 3 max_steps"),
+        (["--label_smoothing_factor", "0.3"], "label_smoothing_factor is 0.3"),
+        (["--neftune_noise_alpha", "5"], "neftune_noise_alpha is 5"),
+        (["--remove_unused_columns", "true"], "remove_unused_columns is True"),
+    ],
+)
+def test_what_would_fail_in_the_middle_of_a_run_fails_before_it(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--student", "a/b", *argv, *CPU])
+
+
+@pytest.mark.parametrize("given", [3, ["resnet18"]])
+def test_a_model_is_a_name_or_a_mapping(given: object) -> None:
+    with pytest.raises(ValueError, match="student is .*; give a Hub id, a folder, or a mapping"):
+        ModelSpec.parse(given, "student")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="options of student is .*; it must be a mapping"):
+        ModelSpec.parse({"backbone": "resnet18", "options": given}, "student")
+
+
 def test_unknown_fields_of_a_model_are_errors() -> None:
     with pytest.raises(ValueError, match="unknown field of student 'backbon'. Did you mean 'backbone'"):
         ModelSpec.parse({"backbon": "resnet18"}, "student")

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import tiny
+from adapters.adapter_tiny_models import dpt, mask2former
 from hub import card_rules
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hf_bcd import experiment, reporting, usage
+from hf_bcd import BCDTrainer, experiment, reporting, usage
+from hf_bcd.adapters import build_adapter
 from hf_bcd.builders import load_segmentation_model
 from hf_bcd.config import DataArguments, ModelArguments
 from hf_bcd.model_card import METRICS
-from hf_bcd.provenance import Origin
+from hf_bcd.provenance import Origin, describe_schedule
 
 
 PRIVATE, TOKEN = "private-marker-folder", "hf_" + "MarkerOfAToken" * 2
@@ -167,6 +169,39 @@ def test_a_card_whose_code_does_not_run_is_written_with_a_warning(
     card = (tmp_path / "student" / "README.md").read_text()
     assert 'pipeline("image-segmentation", model="student"' in card
     assert "\n# " not in "".join(re.findall(r"```python\n(.*?)```", card, re.S)) and "This code ran" not in card
+
+
+def test_a_universal_model_is_asked_for_classes_and_not_for_panoptic_segments(tmp_path: Path) -> None:
+    run = BCDTrainer(model=mask2former(), args=tiny.config(tmp_path))
+    run.save_model(str(tmp_path))
+    snippets = usage.usage_snippets(tmp_path, "me/student", tiny.scenes()["validation"])
+    assert len(snippets) == 1 and 'segment("picture.jpg", subtask="semantic")' in snippets[0]
+    (covered,) = [re.findall(r"^# .* (\d+\.\d)%$", snippets[0], re.M)]
+    assert sum(map(float, covered)) == pytest.approx(100, abs=1)
+    assert reporting.loading_lines(str(tmp_path)).endswith('("picture.jpg", subtask="semantic")')
+
+
+def test_how_images_were_shown_in_words(tmp_path: Path) -> None:
+    data = tiny.scenes()["validation"]
+
+    def words(model, image_size: int | None) -> str:
+        config = tiny.config(tmp_path, image_size=image_size)
+        return reporting.protocol(data, build_adapter(model), config, {"classes_averaged": 8})["input"]
+
+    assert words(tiny.tiny_segformer(), None) == "original size"
+    assert words(tiny.tiny_segformer(), 40) == "short side resized to 40, aspect ratio kept"
+    assert words(dpt(), 64) == "resized to 64 x 64 (width x height), whatever its aspect ratio"
+
+
+def test_the_schedule_in_words(tmp_path: Path) -> None:
+    options = {"teacher": None, "max_steps": 2, "max_grad_norm": 0.5, "warmup_steps": 1, "image_size": 40}
+    run = tiny.trainer(tmp_path, optim="adamw_torch", learning_rate=1e-3, **options)
+    run.train()
+    words = describe_schedule(run)
+    assert words["optimizer"] == "adamw_torch (betas (0.9, 0.999), eps 1e-08)"  # and not SGD's momentum
+    assert words["learning rate"] == "0.001, polynomial schedule after 1 step of warm-up"
+    assert words["gradient clipping"] == "norm 0.5"
+    assert words["augmentation"].startswith("short side to 40, then scale 0.5 to 2")
 
 
 def test_a_model_trained_alone_is_not_called_distilled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ import random
 import signal
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -408,12 +409,15 @@ def test_several_evaluation_sets_by_name(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     data = tiny.scenes()
     options = {"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    model = tiny.tiny_timm()
+    model.config.id2label = {index: f"LABEL_{index}" for index in tiny.ID2LABEL}
     run = BCDTrainer(
-        model=tiny.tiny_timm(),
+        model=model,
         args=tiny.config(tmp_path, **options),
         train_dataset=data["train"],
         eval_dataset={"near": data["validation"], "far": data["test"]},
     )
+    assert model.config.id2label == tiny.ID2LABEL
     run.train()
     scores = [tiny.history(run, f"eval_{name}_mean_iou") for name in ("near", "far")]
     assert [len(score) for score in scores] == [1, 1] and scores[0] != scores[1]
@@ -497,6 +501,73 @@ def test_a_model_trained_on_the_way_is_reused_for_the_same_recipe_alone(tmp_path
         experiment.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=1), tiny.scenes(size=(64, 64)))
 
 
+@pytest.mark.parametrize("change", [{"warmup_steps": 1}, {"max_grad_norm": 0.5}, {"bf16": True}])
+def test_a_model_of_another_schedule_is_not_reused(change: dict, tmp_path: Path) -> None:
+    spec, data = ModelSpec(backbone="resnet10t"), tiny.scenes()
+    recipe = experiment.recipe_of(spec, tiny.config(tmp_path, max_steps=2), data)
+    experiment.write_json(tmp_path / "recipe.json", recipe)
+    experiment.check_recipe(tmp_path / "recipe.json", recipe)
+    with pytest.raises(ValueError, match=f"another recipe: training.{next(iter(change))}"):
+        experiment.check_recipe(
+            tmp_path / "recipe.json", experiment.recipe_of(spec, tiny.config(tmp_path, max_steps=2, **change), data)
+        )
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "inverse_sqrt", "constant"])
+def test_any_schedule_trains(schedule: str, tmp_path: Path) -> None:
+    run = tiny.trainer(tmp_path, teacher=None, max_steps=1, lr_scheduler_type=schedule)
+    run.train()
+    assert run.state.global_step == 1
+
+
+def test_a_run_can_go_on_with_another_learning_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"teacher": None, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    first = tiny.trainer(tmp_path, learning_rate=0.04, **options)
+    first.add_callback(tiny.StopAt(2))
+    first.train()
+    second = tiny.trainer(tmp_path, learning_rate=0.004, **options)
+    second.train(resume_from_checkpoint=True)
+    rates = tiny.history(second, "learning_rate")
+    expected = [rate * (1 - step / 4) ** 0.9 for step, rate in enumerate((0.04, 0.04, 0.004, 0.004))]
+    assert rates == pytest.approx(expected)
+    assert "going on with learning rate 0.004 instead of 0.04" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "adamw_torch"}, "checkpoint-1 belongs to another optimizer than adamw_torch: it has no step"),
+        ({"model": lambda: tiny.tiny_timm((8, 8, 16, 32))}, "checkpoint-1 holds another student than this run's"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
+    options = {"teacher": None, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    tiny.trainer(tmp_path, **options).train()
+    changes = {key: value() if callable(value) else value for key, value in changes.items()}
+    run = tiny.trainer(tmp_path, **options, **changes)
+    with pytest.raises(ValueError, match=message):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_set_smaller_than_a_batch_that_is_dropped_is_named(tmp_path: Path) -> None:
+    run = tiny.trainer(
+        tmp_path, teacher=None, data=tiny.scenes(3), dataloader_drop_last=True, per_device_train_batch_size=4
+    )
+    with pytest.raises(ValueError, match="3 training images are less than a batch of 4"):
+        run.train()
+
+
+def test_a_teacher_that_would_teach_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no term has a weight above 0"):
+        tiny.trainer(tmp_path, losses={"bcd": {"weight": 0.0}})
+
+
+def test_a_raw_table_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"image": [0], "annotation": [0]})
+    with pytest.raises(ValueError, match=r"columns \['image', 'annotation'\].*load_dense_dataset"):
+        tiny.trainer(tmp_path, teacher=None, data={"train": table})
+
+
 def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(tmp_path: Path) -> None:
     options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     experiment.train_model(tiny.tiny_timm(), None, tiny.config(tmp_path, **options), tiny.scenes())
@@ -511,6 +582,8 @@ def test_derived_training_arguments_are_converted_and_checked(tmp_path: Path) ->
     assert derived.eval_strategy == "no" and derived.output_dir == str(Path(config.output_dir) / "_teacher")
     with pytest.raises(ValueError, match="crop_size is 0"):
         experiment.derive_config(config, tmp_path, {"crop_size": 0})
+    longer = experiment.derive_config(config, "teacher", {"num_train_epochs": 2, "lr_scheduler_type": "cosine"})
+    assert (longer.max_steps, longer.num_train_epochs, longer.lr_scheduler_kwargs) == (-1, 2, None)
 
 
 def test_scoring_needs_no_training_split(tmp_path: Path) -> None:

@@ -44,6 +44,16 @@ def test_a_folder(folder):
     assert text.startswith(f"data set  streets\nread from {folder}\nclasses   3\n\n{REPORT}")
 
 
+def test_every_row_is_read_on_demand(folder):
+    Image.fromarray(np.full((2, 4), 7, np.uint8)).save(folder / "train/masks/5.png")
+    assert "of the first 4" in check(folder)
+    with pytest.raises(ValueError, match=r"masks/5\.png.*7"):
+        report([str(folder), "--every_row"])
+    (folder / "train/masks/5.png").unlink()
+    (folder / "train/images/5.png").unlink()
+    assert "train: 5 images\n  of all 5\n" in report([str(folder), "--every_row"])
+
+
 def test_a_row_of_the_catalog(shared_data):
     root = shared_data / "format_samples/ade20k/ADEChallengeData2016"
     text = check("ade20k", data_dir=root)

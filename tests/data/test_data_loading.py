@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_bcd.config import DataArguments
 from hf_bcd.data import load_dense_dataset
+from hf_bcd.experiment import load_data
 
 
 NAMES = ["sky", "road", "car"]
@@ -55,6 +58,31 @@ def rotated_jpeg():
     buffer = io.BytesIO()
     photograph().save(buffer, format="JPEG", exif=exif)
     return {"bytes": buffer.getvalue(), "path": "phone.jpg"}
+
+
+def test_masks_stored_with_loss_are_refused(folder):
+    Image.fromarray(LABEL).save(folder / "train/masks/a.jpg")
+    (folder / "train/masks/a.png").unlink()
+    with pytest.raises(ValueError, match=r"a\.jpg: a mask stored as JPEG"):
+        load_dense_dataset(folder, id2label=["sky", "road", "car"])
+
+
+def test_photographs_of_16_bits_are_pointed_out(folder, caplog):
+    Image.fromarray(np.full((HEIGHT, WIDTH), 3000, np.uint16)).save(folder / "train/images/a.png")
+    (folder / "train/images/a.jpg").unlink()
+    load_dense_dataset(folder, id2label=["sky", "road", "car"])
+    assert [("a.png: an image of 16 bits" in record.message) for record in caplog.records] == [True]
+
+
+def test_masks_that_will_be_scored_are_all_read_before_training(folder):
+    for index in range(6):
+        write_pair(folder, f"v{index}", split="val", label=LABEL + 200 * (index == 5))
+    arguments = DataArguments(data_dir=str(folder), id2label=str(folder / "names.json"))
+    (folder / "names.json").write_text('["sky", "road", "car"]')
+    with pytest.raises(ValueError, match=r"v5\.png"):
+        load_data(arguments)
+    load_data(arguments, for_training=False)
+    load_data(replace(arguments, max_eval_samples=5))
 
 
 def test_folder(folder):

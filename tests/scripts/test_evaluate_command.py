@@ -1,0 +1,34 @@
+"""Scoring a finished student shows it its images as its own pipeline would."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from hf_bcd import experiment
+from hf_bcd.commands.evaluate import main
+
+
+DATA = ["--dataset_name", "synthetic", "--dataset_options", "{size: [48, 64], num_images: {test: 2}}"]
+
+
+def evaluate(folder: Path, output: Path, *argv: str) -> dict:
+    options = ["--use_cpu", "true", "--report_to", "none", "--dataloader_num_workers", "0", "--disable_tqdm", "true"]
+    main(["--student", str(folder), *DATA, "--output_dir", str(output), *options, *argv])
+    return json.loads((output / "evaluation.json").read_text())
+
+
+def test_the_size_that_a_student_was_trained_at_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = tiny.scenes()
+    run = tiny.trainer(tmp_path / "student", teacher=None, data=data, max_steps=2, image_size=24)
+    run.train()
+    run.save_model()
+    found = evaluate(tmp_path / "student", tmp_path)
+    assert "short side of 24, as the model's processor does" in caplog.text
+    assert found["protocol"]["input"] == "short side resized to 24, aspect ratio kept"
+    expected = experiment.evaluate_model(run.student, tiny.config(tmp_path, image_size=24), data["test"])
+    assert found["scores"]["mean_iou"] == pytest.approx(expected["mean_iou"])
+    other = evaluate(tmp_path / "student", tmp_path, "--image_size", "48")
+    assert other["protocol"]["input"].startswith("short side resized to 48")
+    assert other["scores"]["mean_iou"] != found["scores"]["mean_iou"]
