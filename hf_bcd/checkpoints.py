@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -66,8 +66,9 @@ class CheckpointTrainer(ScoringTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restores both, but for the learning rate: that of the arguments holds."""
-        optimizer: Any = self.optimizer
+        optimizer, scheduler = cast(Any, self.optimizer), self.lr_scheduler
         options = optimizer.param_groups[0].keys() - {"initial_lr"}
+        rates = scheduler.base_lrs if isinstance(scheduler, LambdaLR) else []
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
             missing = options - optimizer.param_groups[0].keys()
@@ -78,14 +79,13 @@ class CheckpointTrainer(ScoringTrainer):
                 f"{checkpoint} belongs to another optimizer than {OptimizerNames(self.args.optim).value}: it has no {', '.join(sorted(missing))}. "
                 "Resume with the optimizer that the run began with."
             )
-        scheduler, rate = self.lr_scheduler, self.args.learning_rate
-        if checkpoint is None or not isinstance(scheduler, LambdaLR) or set(scheduler.base_lrs) == {rate}:
+        if not isinstance(scheduler, LambdaLR) or scheduler.base_lrs == rates:
             return
-        logger.warning("going on with learning rate %g instead of %g", rate, scheduler.base_lrs[0])
-        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
-        scheduler._last_lr = [rate * shape(scheduler.last_epoch) for shape in scheduler.lr_lambdas]
-        for group, now in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-            group |= {"initial_lr": rate, "lr": now}
+        logger.warning("going on with learning rate %g instead of %g", rates[0], scheduler.base_lrs[0])
+        factors = [shape(scheduler.last_epoch) for shape in scheduler.lr_lambdas]
+        scheduler.base_lrs, scheduler._last_lr = rates, [r * f for r, f in zip(rates, factors, strict=True)]
+        for group, initial, now in zip(optimizer.param_groups, rates, scheduler._last_lr, strict=True):
+            group |= {"initial_lr": initial, "lr": now}
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
