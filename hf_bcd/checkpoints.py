@@ -75,9 +75,10 @@ class CheckpointTrainer(ScoringTrainer):
         except KeyError as error:  # in a parameter's state
             missing = set(error.args)
         if missing:
+            present, lacking = OptimizerNames(self.args.optim).value, ", ".join(sorted(missing))
             raise ValueError(
-                f"{checkpoint} belongs to another optimizer than {OptimizerNames(self.args.optim).value}: it has no {', '.join(sorted(missing))}. "
-                "Resume with the optimizer that the run began with."
+                f"{checkpoint} belongs to another optimizer than {present}: it has no {lacking}. Resume with the optimizer "
+                "that the run began with."
             )
         if not isinstance(scheduler, LambdaLR) or scheduler.base_lrs == rates:
             return

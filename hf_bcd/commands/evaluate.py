@@ -3,7 +3,8 @@
     accelerate launch scripts/evaluate.py --student runs/demo --dataset_name synthetic
     accelerate launch scripts/evaluate.py --student me/segformer-b0-bcd --data_dir path/to/data --image_size 512
 
-Images are shown as the model's own processor shows them, or as `--image_size` says. Writes `<output_dir>/evaluation.json` and prints the same numbers.
+Images are shown as the model's own processor shows them, or as `--image_size` says. Writes `<output_dir>/evaluation.json`
+and prints the same numbers.
 """
 
 import logging

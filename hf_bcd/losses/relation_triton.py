@@ -251,7 +251,7 @@ def stream_relation_triton(
     grid = (triton.cdiv(positions, tiles["BLOCK_R"]), batch, blocks)
     _divergence_kernel[grid](
         student, teacher, valid, scale, student_lse, teacher_lse, weight / tau, divergence, gradient, positions,
-        student_channels, teacher.shape[-1], **tiles, WITH_GRADIENT=tl.constexpr(with_gradient), **options,
+        student_channels, teacher.shape[-1], **tiles, **{"WITH_GRADIENT": with_gradient}, **options,
     )  # fmt: skip
     keep = weight > 0  # the others may be NaN
     return (
