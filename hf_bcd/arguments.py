@@ -119,7 +119,9 @@ def read_arguments(
 
 def _converted(key: str, value: Any, parser: argparse.ArgumentParser) -> Any:
     """A recipe's value in the type that the command line would give it: numbers may stand in quotes."""
-    convert: Any = next((action.type for action in parser._actions if action.dest == key), None)
+    # of several values, such as ignore_labels, none is a number by itself
+    actions = [action for action in parser._actions if action.dest == key and action.nargs not in ("+", "*")]
+    convert: Any = actions[0].type if actions else None
     if value is None or convert not in KINDS:
         return value
     try:

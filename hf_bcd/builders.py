@@ -50,16 +50,16 @@ def load_segmentation_model(
     )
 
 
-def saved_image_size(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
-    """Short side to which a model's own image processor resizes, keeping the aspect ratio; None if it does not."""
+def saved_size(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, int]:
+    """What a model's own image processor resizes to: `height` and `width`, or `shortest_edge`; empty if it does not."""
     try:
         processor: Any = AutoImageProcessor.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError):  # there is none
-        return None
-    size = getattr(processor, "size", None) or {}
-    return size.get("shortest_edge") if getattr(processor, "do_resize", False) else None
+        return {}
+    size = dict(getattr(processor, "size", None) or {}) if getattr(processor, "do_resize", False) else {}
+    return {side: length for side, length in size.items() if length is not None}
 
 
 def _check_complete(name_or_path: str, model: PreTrainedModel, missing: Collection[str]) -> None:

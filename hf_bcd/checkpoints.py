@@ -65,7 +65,7 @@ class CheckpointTrainer(ScoringTrainer):
             raise ValueError(f"{path} is missing, so {resume_from_checkpoint} is no checkpoint of a distillation run.")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restores both, but for the learning rate: that of the arguments holds."""
+        """Restores both, but for the rates that a schedule multiplies by a factor of the step: the present ones hold."""
         optimizer, scheduler = cast(Any, self.optimizer), self.lr_scheduler
         options = optimizer.param_groups[0].keys() - {"initial_lr"}
         rates = scheduler.base_lrs if isinstance(scheduler, LambdaLR) else []

@@ -248,8 +248,11 @@ class BCDConfig(TrainingArguments):
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
             if getattr(self, name) is False:  # YAML reads an unquoted `no` as false
                 setattr(self, name, "no")
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        plateau = self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+        if (plateau or self.load_best_model_at_end) and self.metric_for_best_model is None:
             self.metric_for_best_model = "mean_iou"  # the base class would look for a loss, which evaluations have not
+            if plateau:
+                self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or {"mode": "max"}
         if self.max_steps is None:
             self.max_steps = MAX_STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:

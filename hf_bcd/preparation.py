@@ -166,10 +166,11 @@ def with_transform(dataset: Any, transform: Callable, seed: int) -> Any:
     """
     if isinstance(dataset, dict):  # Trainer takes several evaluation sets by name
         return {name: with_transform(one, transform, seed) for name, one in dataset.items()}
-    if hasattr(dataset, "column_names"):
+    columns = getattr(dataset, "column_names", None) or ()
+    if columns and "pixel_values" not in columns and getattr(dataset, "format", {}).get("type") != "custom":
         raise ValueError(
-            f"a table with the columns {dataset.column_names}, whose masks nobody has read; hf_bcd.load_dense_dataset(table) "
-            "turns it into labelled images."
+            f"a table with the columns {columns}, whose masks nobody has read; hf_bcd.load_dense_dataset(table) turns it "
+            "into labelled images."
         )
     return dataset.with_transform(transform, seed=seed) if isinstance(dataset, DenseDataset | DenseStream) else dataset
 

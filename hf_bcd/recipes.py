@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,18 @@ def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
         for key in recipe:
             if key not in known:
                 raise ValueError(f"{path}: {unknown_key_message('key', str(key), {*known, 'base'})}")
-        values = recipe | values
+        values = merged(recipe, values)
         if base is None:
             return values
         if not isinstance(base, str):
             raise ValueError(f"{path}: base is {base!r}; it must be the name of another recipe.")
         path, asked_by = path.parent / base, f"{path}: base"
+
+
+def merged(recipe: Mapping[str, Any], nearer: Mapping[str, Any]) -> dict[str, Any]:
+    """Two recipes as one: keys of the `nearer` win, and its number of epochs also over the other's number of steps."""
+    replaced = {"max_steps"} if "num_train_epochs" in nearer else set()
+    return {key: value for key, value in recipe.items() if key not in replaced} | dict(nearer)
 
 
 def yaml_text(value: Any) -> str:

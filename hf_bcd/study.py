@@ -28,7 +28,7 @@ from .experiment import (
 )
 from .losses.criterion import read_losses
 from .provenance import Origin
-from .recipes import read_recipe
+from .recipes import merged, read_recipe
 from .reporting import write_report
 
 
@@ -136,7 +136,7 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             own = {key: value for key, value in (variations[name] or {}).items() if key != "reference"}
             if unknown := set(own) - set(RECIPE_KEYS):
                 raise ValueError(f"{path}: run {name!r} has the unknown key {sorted(unknown)[0]!r}.")
-            given = read_arguments(list(argv), recipe={**recipe, **own})
+            given = read_arguments(list(argv), recipe=merged(recipe, own))
             given |= dict.fromkeys(
                 (key for key, value in own.items() if value is None)
             )  # also with --teacher.weights W

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -95,6 +95,8 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
         if eval_dataset is None and args.eval_strategy != "no":
             logger.warning("no evaluation data, so training goes on without evaluations")
             args.eval_strategy = IntervalStrategy.NO
+        if isinstance(eval_dataset, dict) and eval_dataset and args.metric_for_best_model == "mean_iou":
+            args.metric_for_best_model = f"{next(iter(eval_dataset))}_mean_iou"
         if isinstance(eval_dataset, DenseStream):
             raise ValueError(
                 f"eval_dataset is a stream of {eval_dataset.name}, which never ends; load it without streaming."
@@ -209,9 +211,9 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
         stream, args = self.train_dataset, self.args
         if not isinstance(stream, TransformedStream):
             loader = super().get_train_dataloader()
-            if len(loader) == 0:
+            if isinstance(stream, Sized) and len(loader) == 0:
                 raise ValueError(
-                    f"{len(stream)} training images are less than a batch of {self._train_batch_size}, and "  # type: ignore[arg-type]
+                    f"{len(stream)} training images are less than a batch of {self._train_batch_size}, and "
                     "dataloader_drop_last drops that. Lower per_device_train_batch_size."
                 )
             # workers are seeded apart from the model's dropout, which must not depend on when they start

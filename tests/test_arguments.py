@@ -176,6 +176,17 @@ def test_malformed_recipes_are_errors_that_say_where(text: str, message: str, tm
         parse_arguments(["--config", str(path), *CPU])
 
 
+def test_lists_of_a_recipe_stay_lists(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", student="a/b", ignore_labels=[0, 255], report_to=["none"])
+    _, data, config = parse_arguments(["--config", recipe, "--use_cpu", "true"])
+    assert data.ignore_labels == [0, 255] and config.report_to == []
+
+
+def test_a_plateau_is_one_of_the_best_metric(tmp_path: Path) -> None:
+    config = parse_arguments(["--student", "a/b", "--lr_scheduler_type", "reduce_lr_on_plateau", *CPU])[2]
+    assert (config.metric_for_best_model, config.lr_scheduler_kwargs) == ("mean_iou", {"mode": "max"})
+
+
 def test_only_the_polynomial_schedule_has_the_papers_options(tmp_path: Path) -> None:
     def options(*argv: str) -> object:
         return parse_arguments(["--student", "a/b", *argv, *CPU])[2].lr_scheduler_kwargs or {}
@@ -198,6 +209,9 @@ def test_a_run_is_as_long_as_was_said_last(tmp_path: Path) -> None:
     assert length("--student", "a/b", "--num_train_epochs", "5") == (-1, 5)
     assert length("--config", recipe, "--num_train_epochs", "0.5") == (-1, 0.5)
     assert length("--config", recipe)[0] == 7
+    nearer = write(tmp_path / "n.yaml", base="r.yaml", num_train_epochs=5)
+    assert length("--config", nearer) == (-1, 5)
+    assert length("--config", write(tmp_path / "o.yaml", base="n.yaml", max_steps=3))[0] == 3
     with pytest.raises(ValueError, match="--max_steps and --num_train_epochs exclude each other"):
         length("--config", recipe, "--num_train_epochs", "5", "--max_steps", "3")
 

@@ -155,7 +155,11 @@ def test_accumulated_batches_of_unequal_size_equal_one_batch(tmp_path: Path) -> 
         )
         run.train()
         runs.append(run)
-    assert_same_run(*runs, keys=("loss", "loss_task"))
+    assert_same_run(*runs, keys=("loss", "loss_task", "kd/kd"))
+    total = [
+        a + 10 * b for a, b in zip(tiny.history(runs[1], "loss_task"), tiny.history(runs[1], "kd/kd"), strict=True)
+    ]
+    assert tiny.history(runs[1], "loss") == pytest.approx(total)
 
 
 def test_a_last_batch_of_one_image_trains_heads_that_pool_it_to_one_value(tmp_path: Path) -> None:
@@ -409,6 +413,7 @@ def test_several_evaluation_sets_by_name(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     data = tiny.scenes()
     options = {"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    options |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
     model = tiny.tiny_timm()
     model.config.id2label = {index: f"LABEL_{index}" for index in tiny.ID2LABEL}
     run = BCDTrainer(
@@ -421,6 +426,7 @@ def test_several_evaluation_sets_by_name(tmp_path: Path) -> None:
     run.train()
     scores = [tiny.history(run, f"eval_{name}_mean_iou") for name in ("near", "far")]
     assert [len(score) for score in scores] == [1, 1] and scores[0] != scores[1]
+    assert run.state.best_metric == scores[0][0]
 
 
 def test_a_saved_student_loads_everywhere(tmp_path: Path) -> None:
@@ -566,6 +572,30 @@ def test_a_raw_table_is_refused_with_the_remedy(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict({"image": [0], "annotation": [0]})
     with pytest.raises(ValueError, match=r"columns \['image', 'annotation'\].*load_dense_dataset"):
         tiny.trainer(tmp_path, teacher=None, data={"train": table})
+
+
+def test_any_source_of_tensors_trains(tmp_path: Path) -> None:
+    samples = tiny.TensorSamples(4)
+    rows = [samples[index] for index in range(4)]
+    table = datasets.Dataset.from_list([{key: torch.as_tensor(v).tolist() for key, v in row.items()} for row in rows])
+    plain = datasets.Dataset.from_dict({"number": range(4)})
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from rows * 10
+
+    sources = {
+        "tensors": table.with_format("torch"),
+        "transform": plain.with_transform(lambda batch: {k: [rows[i][k] for i in batch["number"]] for k in rows[0]}),
+        "stream": Stream(),
+    }
+    losses = []
+    for name, source in sources.items():
+        options = {"teacher": None, "max_steps": 1, "train_sampling_strategy": "sequential"}
+        run = tiny.trainer(tmp_path / name, model=tiny.tiny_timm(dropout=0.0), data={"train": source}, **options)
+        run.train()
+        losses += tiny.history(run)
+    assert losses == pytest.approx([losses[0]] * 3)
 
 
 def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(tmp_path: Path) -> None:

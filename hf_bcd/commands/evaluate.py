@@ -3,16 +3,17 @@
     accelerate launch scripts/evaluate.py --student runs/demo --dataset_name synthetic
     accelerate launch scripts/evaluate.py --student me/segformer-b0-bcd --data_dir path/to/data --image_size 512
 
-Images are shown as the model's own processor shows them, or as `--image_size` says. Writes `<output_dir>/evaluation.json`
-and prints the same numbers.
+`--image_size` is the short side that images are resized to; by default that of the model's own image processor, if it
+keeps their aspect ratio, else none. Writes `<output_dir>/evaluation.json` and prints the same numbers.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
-from ..adapters import build_adapter
+from ..adapters import DenseAdapter, build_adapter
 from ..arguments import parse_arguments
-from ..builders import load_segmentation_model, saved_image_size
+from ..builders import load_segmentation_model, saved_size
 from ..config import ModelSpec
 from ..experiment import evaluate_model, final_split, load_data, write_json
 from ..reporting import metrics_table, protocol
@@ -36,20 +37,34 @@ def main(argv: list[str] | None = None) -> None:
     model = load_segmentation_model(
         spec.name_or_path, revision=spec.revision, trust_remote_code=model_args.trust_remote_code
     )
+    adapter = build_adapter(model)
     if config.image_size is None:
-        config.image_size = saved_image_size(
-            spec.name_or_path, revision=spec.revision, trust_remote_code=model_args.trust_remote_code
-        )
-        if config.image_size is not None:
-            logger.warning(
-                "resizing images to a short side of %d, as the model's processor does; --image_size sets another",
-                config.image_size,
-            )
+        trust = model_args.trust_remote_code
+        saved = saved_size(spec.name_or_path, revision=spec.revision, trust_remote_code=trust)
+        config.image_size = size_to_show(saved, adapter)
     scores = evaluate_model(model, config, data[split], model_args.label_synonyms)
     if config.should_save:
-        measured = protocol(data[split], build_adapter(model), config, scores)
+        measured = protocol(data[split], adapter, config, scores)
         result = {"model": spec.name_or_path, "scores": scores, "protocol": measured}
         folder = Path(config.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", result)
         print(metrics_table({spec.name_or_path: scores}))
+
+
+def size_to_show(saved: Mapping[str, int], adapter: DenseAdapter) -> int | None:
+    """Short side of the images, or side of the squares, that a model sees, by the size of its image processor."""
+    squares = "height" in adapter.processor_options(None).get("size", {})
+    height, width = saved.get("height"), saved.get("width")
+    if squares or height is None:
+        side = height if squares and height == width else saved.get("shortest_edge")
+        if side is not None:
+            logger.warning("resizing images to %d, as the model's processor does; --image_size sets another", side)
+        return side
+    logger.warning(
+        "the model's processor squashes images to %d x %d; they are scored at their original size here, or with a short "
+        "side of --image_size",
+        height,
+        width,
+    )
+    return None

@@ -141,8 +141,8 @@ class DistillationCriterion(nn.Module):
             student: the student's output.
             teacher: the teacher's output, or None when nothing is distilled.
             labels: `[B, H, W]`.
-            share: number of images over the mean number of the batches that are accumulated. Terms are means over
-                images, so each of a shorter batch would otherwise weigh more.
+            share: number of images over the mean number of the batches that are accumulated, which multiplies the terms.
+                They are means over images, so each of a shorter batch would otherwise weigh more.
 
         Returns:
             The total (scalar) and every term by name (scalars with a graph); also `weight/<term>` where weights are
@@ -154,12 +154,12 @@ class DistillationCriterion(nn.Module):
             return total, terms
         weights, factors = self._weights(), {}
         for name, loss in self.losses.items():
-            factor = share * self.decay if name in self.decays else share
+            factor = self.decay if name in self.decays else 1.0
             needed = {"task_loss": task_loss} if "task_loss" in loss.needs else {}  # type: ignore[operator]
             for term, value in loss(student, teacher, labels, **needed).items():
                 key = f"{name}/{term}"
-                terms[key], factors[key] = value, weights[key] * factor
-                total = total + factors[key] * value
+                terms[key], factors[key] = share * value, weights[key] * factor
+                total = total + factors[key] * terms[key]
         if torch.is_grad_enabled() and (self.log_gradients or (self.balance is not None and self.balance.measuring)):
             terms |= self._observe_gradients(task_loss, terms, factors, student)
         if self.balance is not None:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+from adapters.adapter_tiny_models import dpt, segformer
 
 from hf_bcd import experiment
-from hf_bcd.commands.evaluate import main
+from hf_bcd.adapters import build_adapter
+from hf_bcd.commands.evaluate import main, size_to_show
 
 
 DATA = ["--dataset_name", "synthetic", "--dataset_options", "{size: [48, 64], num_images: {test: 2}}"]
@@ -25,10 +27,25 @@ def test_the_size_that_a_student_was_trained_at_holds(tmp_path: Path, caplog: py
     run.train()
     run.save_model()
     found = evaluate(tmp_path / "student", tmp_path)
-    assert "short side of 24, as the model's processor does" in caplog.text
+    assert "resizing images to 24, as the model's processor does" in caplog.text
     assert found["protocol"]["input"] == "short side resized to 24, aspect ratio kept"
     expected = experiment.evaluate_model(run.student, tiny.config(tmp_path, image_size=24), data["test"])
     assert found["scores"]["mean_iou"] == pytest.approx(expected["mean_iou"])
     other = evaluate(tmp_path / "student", tmp_path, "--image_size", "48")
     assert other["protocol"]["input"].startswith("short side resized to 48")
     assert other["scores"]["mean_iou"] != found["scores"]["mean_iou"]
+
+
+@pytest.mark.parametrize(
+    ("model", "saved", "shown", "words"),
+    [
+        (segformer, {}, None, ""),
+        (segformer, {"shortest_edge": 512, "longest_edge": 2048}, 512, "resizing images to 512"),
+        (segformer, {"height": 512, "width": 512}, None, "squashes images to 512 x 512"),
+        (dpt, {"height": 64, "width": 64}, 64, "resizing images to 64"),
+        (dpt, {}, None, ""),
+    ],
+)
+def test_sizes_of_image_processors(model, saved: dict, shown: int | None, words: str, caplog) -> None:
+    assert size_to_show(saved, build_adapter(model())) == shown
+    assert words in caplog.text and bool(caplog.records) == bool(words)
