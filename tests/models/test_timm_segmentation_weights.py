@@ -99,6 +99,13 @@ def test_refuses(arguments, message):
         TimmSegmentationModel.from_backbone("resnet10t", **arguments)
 
 
+def test_a_pointer_in_place_of_weights_is_named(tmp_path):
+    path = tmp_path / "backbone.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"backbone\.safetensors holds no weights .* an LFS pointer"):
+        TimmSegmentationModel.from_backbone("resnet10t", weights=path, **RESNET)
+
+
 def test_real_imagenet_weights(shared_data):
     path = shared_data / "weights" / "mobilenetv2_100.tf_in1k.timm.safetensors"
     model = TimmSegmentationModel.from_backbone(
