@@ -12,7 +12,7 @@ from transformers.hf_argparser import string_to_bool
 
 from .config import PRESETS, BCDConfig, DataArguments, ModelArguments
 from .losses.criterion import unknown_key_message
-from .recipes import parse_mapping, read_recipe, read_yaml
+from .recipes import merged, parse_mapping, read_recipe, read_yaml
 
 
 MAPPINGS = ("student", "teacher", "teacher_training", "dataset_options", "losses", "lr_scheduler_kwargs")
@@ -99,12 +99,10 @@ def read_arguments(
     if recipe is None:
         recipe = read_recipe(Path(config), RECIPE_KEYS) if config is not None else {}
     recipe = {key: _converted(key, value, parser) for key, value in recipe.items()}
-    values = {key: getattr(namespace, key) for key in RECIPE_KEYS}
-    values |= {key: value for key, value in recipe.items() if key not in typed}
-    if "num_train_epochs" in typed:  # a number of steps, which would win over it
-        if "max_steps" in typed and values["max_steps"] > 0:
-            raise ValueError("--max_steps and --num_train_epochs exclude each other; give one of them.")
-        values["max_steps"] = None
+    if {"num_train_epochs", "max_steps"} <= set(typed) and namespace.max_steps > 0:
+        raise ValueError("--max_steps and --num_train_epochs exclude each other; give one of them.")
+    recipe = merged(recipe, {key: getattr(namespace, key) for key in typed})
+    values = {key: getattr(namespace, key) for key in RECIPE_KEYS} | recipe
     for key in MAPPINGS:
         if values[key] in ("none", "null"):  # so that the command line can undo what the recipe says
             values[key] = None
@@ -114,7 +112,7 @@ def read_arguments(
         values["losses"] = PRESETS.get(values["preset"])  # a dotted flag changes the losses in force
     for path, text in dotted:
         _set_nested(values, path, read_yaml(text, "--" + ".".join(path)))
-    return {key: values[key] for key in [*recipe, *typed, *(path[0] for path, _ in dotted)]}
+    return {key: values[key] for key in [*recipe, *(path[0] for path, _ in dotted)]}
 
 
 def _converted(key: str, value: Any, parser: argparse.ArgumentParser) -> Any:

@@ -7,7 +7,6 @@ from itertools import islice
 from typing import cast
 
 import numpy as np
-from PIL import Image
 
 from .dataset import Row, Rows, read_sample
 from .images import read_image
@@ -55,11 +54,14 @@ def examine(rows: Iterable[Row], rule: LabelRule, num_labels: int) -> Findings:
     sizes, modes, stored_ids, pixels = set(), set(), set(), np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
     deep = None
     for row in rows:
-        if read_image(row.image, row.image_name).mode.startswith("I"):
+        image = read_image(row.image, row.image_name)
+        mask = row.label if isinstance(row.label, np.ndarray) else read_image(row.label, row.label_name)
+        row = row._replace(image=image, label=mask)  # decoded once for all that follows
+        if image.mode.startswith("I"):
             deep = deep or row.image_name
         sample = read_sample(row, rule, num_labels)
         sizes.add(sample["image"].size)
-        modes.add(_mode(row))
+        modes.add(f"array of {mask.dtype}" if isinstance(mask, np.ndarray) else mask.mode)
         stored_ids.update(np.unique(row.stored_ids(rule.colours)).tolist())
         pixels += np.bincount(sample["label"].ravel(), minlength=len(pixels))
     if deep is not None:
@@ -79,13 +81,6 @@ def check_all(rows: Rows, rule: LabelRule, num_labels: int) -> None:
     """
     for index in range(len(rows)):
         read_sample(rows[index], rule, num_labels)
-
-
-def _mode(row: Row) -> str:
-    if isinstance(row.label, np.ndarray):
-        return f"array of {row.label.dtype}"
-    mask: Image.Image = read_image(row.label, row.label_name)
-    return mask.mode
 
 
 def choose_encoding(rows: Sequence[Row], rules: Mapping[str, LabelRule], num_labels: int, name: str) -> str:

@@ -99,7 +99,7 @@ def _relation(
                 return _run_kernel(student, teacher, tau, mask, with_gradient)
             except (torch.OutOfMemoryError, torch.AcceleratorError):  # PyTorch would only meet the same
                 raise
-            except Exception as error:
+            except Exception as error:  # a compiler, a driver and a cache folder can fail in as many ways
                 _give_up_kernels(error)
         return stream_relation(student, teacher, tau, mask, literal, with_gradient)
 
