@@ -1,5 +1,6 @@
 """What a checkpoint holds besides the base class's state, and how a run goes on from it."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, cast
@@ -7,6 +8,7 @@ from typing import Any, cast
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
 
 from .adapters import FrozenTeacher
@@ -18,6 +20,18 @@ logger = logging.getLogger(__name__)
 DISTILLER_FILE = "distiller.safetensors"
 STUDENT_PREFIX = "student.model."
 CRITERION_PREFIX = "criterion."
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint of a folder: what a process that died was still writing does not count."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())  # which is written last
+            return str(path)
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end, so it does not count as a checkpoint", path)
+    return None
 
 
 class CheckpointTrainer(ScoringTrainer):

@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.hub import cached_file
 
 from .adapters import LabelMap, build_adapter, match_labels, read_synonyms
 from .builders import build_model, load_segmentation_model
+from .checkpoints import last_checkpoint
 from .config import BCDConfig, DataArguments, ModelArguments, ModelSpec
 from .data import DenseDataset, DenseDatasets, DenseStream, check_all, keep_in_memory, load_dense_dataset
 from .hub_trainer import repository_name
@@ -272,7 +272,7 @@ def train_model(
         ValueError: if the folder holds checkpoints of an earlier run that this one would not continue, but mix with.
     """
     checkpoint, folder = checkpoint_of(config, role), Path(config.output_dir or ".")
-    left = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    left = last_checkpoint(folder)
     if checkpoint is None and left is not None:
         raise ValueError(
             f"{left} is left of an earlier run. Continue that with --resume_from_checkpoint true, choose another "
@@ -304,7 +304,7 @@ def checkpoint_of(config: BCDConfig, role: str) -> str | None:
     given, folder = config.resume_from_checkpoint, Path(config.output_dir or ".")
     if given in (None, False, "False", "false"):
         return None
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_checkpoint(folder)
     if given in (True, "True", "true") or role != "student":
         return last
     if Path(given).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", given):

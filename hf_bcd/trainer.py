@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 from .adapters import DenseAdapter, build_adapter, image_processor, image_statistics, read_synonyms
 from .builders import load_segmentation_model
 from .callbacks import DistillationCallback, InterruptCallback, PictureCallback
-from .checkpoints import CheckpointTrainer
+from .checkpoints import CheckpointTrainer, last_checkpoint
 from .config import BCDConfig
 from .data import DenseDataset, DenseDatasets, DenseStream, SemanticCollator, TransformedStream
 from .distiller import Distiller
@@ -183,11 +183,13 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
         Ctrl-C and SIGTERM finish the current step, save a checkpoint and raise `KeyboardInterrupt`.
 
         Args:
-            resume_from_checkpoint: folder, or True for the last checkpoint of the output folder.
+            resume_from_checkpoint: folder, or True for the last whole checkpoint of the output folder.
             kwargs: passed to `Trainer.train`.
         """
-        if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is None:
-            raise ValueError(f"no checkpoint to resume from in {self.args.output_dir}.")
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir or ".")
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no checkpoint to resume from in {self.args.output_dir}.")
         if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint).is_dir():
             raise ValueError(f"resume_from_checkpoint is {resume_from_checkpoint!r}, which is no folder.")
         if not resume_from_checkpoint:
@@ -354,7 +356,7 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
 
     def _check_finite(self, values: dict[str, float]) -> None:
         if bad := not_finite(values):
-            last = get_last_checkpoint(self.args.output_dir)
+            last = last_checkpoint(self.args.output_dir or ".")
             raise FloatingPointError(
                 f"{bad} at or before step {self.state.global_step}. Training stopped; the last good checkpoint is "
                 f"{last or 'none yet'}. Try a smaller learning rate, bf16 instead of fp16, or a smaller weight of this "

@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel, experiment
 from hf_bcd.callbacks import InterruptCallback
+from hf_bcd.checkpoints import last_checkpoint
 from hf_bcd.config import DataArguments, ModelSpec
 from hf_bcd.losses.bcd import BCDLoss
 
@@ -553,6 +554,27 @@ def test_a_checkpoint_of_another_run_is_refused(changes: dict, message: str, tmp
     run = tiny.trainer(tmp_path, **options, **changes)
     with pytest.raises(ValueError, match=message):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("content", [None, "", '{"epoch": 1.'], ids=["missing", "empty", "cut"])
+def test_a_checkpoint_that_a_killed_process_left_half_written_does_not_count(
+    content: str | None, tmp_path: Path
+) -> None:
+    options = {"teacher": None, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
+    whole = tiny.trainer(tmp_path / "whole", **options)
+    whole.train()
+    first = tiny.trainer(tmp_path / "killed", **options)
+    first.add_callback(tiny.StopAt(2))
+    first.train()
+    half = tmp_path / "killed" / "checkpoint-10"  # after checkpoint-2 by its number, not by its name
+    half.mkdir()
+    if content is not None:
+        (half / "trainer_state.json").write_text(content)
+    assert last_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / "checkpoint-2")
+    assert experiment.checkpoint_of(tiny.config(tmp_path / "killed", resume_from_checkpoint="true"), "student")
+    resumed = tiny.trainer(tmp_path / "killed", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(state(resumed), state(whole))
 
 
 def test_a_set_smaller_than_a_batch_that_is_dropped_is_named(tmp_path: Path) -> None:
