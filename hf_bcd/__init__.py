@@ -7,22 +7,22 @@ Auto classes of transformers when these are imported, before or after this packa
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .registration import register_models
+from .utils.auto_classes import register_models
 
 
 if TYPE_CHECKING:
     from .adapters import describe
-    from .config import BCDConfig
     from .data import load_dense_dataset
     from .metrics import SemanticMetrics
     from .models import TimmSegmentationConfig, TimmSegmentationModel
-    from .trainer import BCDTrainer
+    from .training.config import BCDConfig
+    from .training.trainer import BCDTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BCDConfig": "config",
-    "BCDTrainer": "trainer",
+    "BCDConfig": "training.config",
+    "BCDTrainer": "training.trainer",
     "SemanticMetrics": "metrics",
     "TimmSegmentationConfig": "models",
     "TimmSegmentationModel": "models",

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 
-from ..arguments import build_arguments, read_arguments
-from ..builders import load_segmentation_model
-from ..experiment import (
+from ..adapters.loading import load_segmentation_model
+from ..card.provenance import Origin
+from ..runs.arguments import build_arguments, read_arguments
+from ..runs.experiment import (
     build_student,
     evaluate_model,
     final_split,
@@ -29,8 +30,7 @@ from ..experiment import (
     prepare_teacher,
     train_model,
 )
-from ..provenance import Origin
-from ..reporting import loading_lines, metrics_table, write_report
+from ..runs.report import loading_lines, metrics_table, write_report
 
 
 def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:

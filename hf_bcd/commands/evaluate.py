@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..adapters import DenseAdapter, build_adapter
-from ..arguments import parse_arguments
-from ..builders import load_segmentation_model, saved_size
-from ..config import ModelSpec
-from ..experiment import evaluate_model, final_split, load_data, write_json
-from ..reporting import metrics_table, protocol
+from ..adapters.loading import ModelSpec, load_segmentation_model, saved_size
+from ..runs.arguments import parse_arguments
+from ..runs.experiment import evaluate_model, final_split, load_data
+from ..runs.report import metrics_table, protocol
+from ..utils.files import write_json
 
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import argparse
 
 from transformers.hf_argparser import string_to_bool
 
-from ..export import export_student
+from ..export.onnx import export_student
 
 
 def main(argv: list[str] | None = None) -> None:

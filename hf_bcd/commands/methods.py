@@ -7,7 +7,7 @@ hf-bcd methods --markdown > docs/methods.md
 
 import argparse
 
-from ..methods import markdown, page, read_costs, table
+from ..runs.methods import markdown, page, read_costs, table
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ Checkpoints, optimizer states and logs stay here. Log in first with `hf auth log
 import argparse
 from pathlib import Path
 
-from ..pushing import check_files, name_in_examples, push_folder, pushed_files
+from ..hub.pushing import check_files, name_in_examples, push_folder, pushed_files
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,8 +12,8 @@ import logging
 import sys
 from pathlib import Path
 
-from ..study import read_study, run_study
-from ..study_report import write_study_report
+from ..runs.study import read_study, run_study
+from ..runs.study_report import write_study_report
 
 
 def main(argv: list[str] | None = None) -> None:

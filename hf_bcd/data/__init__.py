@@ -1,11 +1,11 @@
 """Data sets for dense prediction in one canonical form: `image` RGB, `label` class ids with 255 for void."""
 
 from .cache import keep_in_memory
-from .catalog import CATALOG, DatasetSpec
-from .collators import SemanticCollator
+from .collate import SemanticCollator
 from .dataset import DenseDataset, DenseDatasets
 from .loading import load_dense_dataset
 from .probing import check_all
+from .sources.catalog import CATALOG, DatasetSpec
 from .streaming import DenseStream, TransformedStream
 from .transforms import EvalTransform, TrainTransform
 

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from .catalog import CATALOG
 from .dataset import DenseDataset, DenseDatasets
 from .labels import IGNORE_INDEX
 from .loading import load_dense_dataset
 from .probing import PROBED_ROWS, Findings, examine
+from .sources.catalog import CATALOG
 
 
 def check(name_or_path: Any, every_row: bool = False, **options: Any) -> str:

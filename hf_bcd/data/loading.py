@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .catalog import CATALOG
 from .dataset import SPLIT_ALIASES, DenseDataset, DenseDatasets, Row
-from .folders import pair_folders
-from .hub_tables import hub_names, load_tables
-from .known import open_known, read_hub
 from .labels import LabelRule, NameSource, infer_id2label, read_id2label
 from .probing import examine, first_rows
+from .sources.catalog import CATALOG
+from .sources.folders import pair_folders
+from .sources.hub_tables import hub_names, load_tables
+from .sources.known import open_known, read_hub
+from .sources.tables import read_tables
 from .streaming import DenseStream, StreamRows, open_streams
-from .tables import read_tables
 
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class _SceneRows:
 
 
 def _load_scenes(num_images: Mapping[str, int] | None = None, **options: Any) -> DenseDatasets:
-    from .synthetic import SyntheticScenes
+    from .synthetic.scenes import SyntheticScenes
 
     unknown = options.keys() - SCENE_OPTIONS
     if unknown:

@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..hub import explained
+from ..hub.errors import explained
 from .dataset import Row, Sample, read_sample, torch_seed
-from .hub_tables import load_hub
 from .labels import LabelRule
 from .probing import PROBED_ROWS
-from .tables import TableRows, class_names, commit_in_path, find_columns, row_of
+from .sources.hub_tables import load_hub
+from .sources.tables import TableRows, class_names, commit_in_path, find_columns, row_of
 
 
 if TYPE_CHECKING:

@@ -1,6 +1,5 @@
 """Distillation losses: tensor mathematics that needs torch alone."""
 
-from .adversarial import Adversary
 from .at import ATLoss, at_loss
 from .base import DistillationLoss
 from .bcd import BCDLoss
@@ -10,7 +9,7 @@ from .bpkd import BPKDLoss, bpkd_loss
 from .c2vkd import C2VKDLoss, c2vkd_feature_loss, dkd_loss
 from .cirkd import CIRKDLoss, cirkd_loss, cirkd_memory_loss
 from .context import context_distillation_loss
-from .criterion import LOSSES, DistillationCriterion, build_criterion
+from .criterion import DistillationCriterion
 from .crosskd import CrossKDLoss, crosskd_loss
 from .cwd import CWDLoss, cwd_loss
 from .cwt import CWTLoss, cwt_loss
@@ -23,15 +22,17 @@ from .ifd import IFDLoss, ifd_loss
 from .ifvd import IFVDLoss, ifvd_loss
 from .kd import KDLoss, kd_loss
 from .mgd import MGDLoss, mgd_loss
-from .path import path_offsets, path_range
+from .modules.adversarial import Adversary
+from .modules.schedules import Temperature, decay
+from .ops.path import path_offsets, path_range
+from .ops.relation import relation_divergence
+from .ops.segmentation import segmentation_loss
 from .pkd import PKDLoss, pkd_loss
-from .relation import relation_divergence
-from .schedules import Temperature, decay
+from .recipe import LOSSES, build_criterion
 from .sckd import SCKDLoss, sckd_gate
 from .skd import SKDLoss, skd_loss
 from .slimseg import SlimSegLoss, slimseg_loss
 from .sstkd import SSTKDLoss, sstkd_loss
-from .task import segmentation_loss
 from .tat import TATLoss, tat_loss
 
 

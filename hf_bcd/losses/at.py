@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss
-from .connectors import shared_level
-from .functional import attention_map, on_teacher_grid, spatial_size, unit_maps, valid_positions
+from .modules.connectors import shared_level
+from .ops.functional import attention_map, on_teacher_grid, spatial_size, unit_maps, valid_positions
 
 
 def at_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
-from ..profiling import part
-from .aggregate import PrincipalComponents, SelfRelationHead, StudentHead, TeacherHead
+from ..utils.profiling import part
 from .base import DistillationLoss, check_positive
 from .boundary import (
     Mode,
@@ -19,9 +18,10 @@ from .boundary import (
     spatial_divergence,
 )
 from .context import context_relation, literal_relation
-from .functional import at_least_float32, grid_size, moments, resize, valid_positions
-from .path import line_offsets
-from .schedules import Temperature
+from .modules.aggregate import PrincipalComponents, SelfRelationHead, StudentHead, TeacherHead
+from .modules.schedules import Temperature
+from .ops.functional import at_least_float32, grid_size, moments, resize, valid_positions
+from .ops.path import line_offsets
 
 
 TeacherHeadKind = Literal["calibrated", "orthogonal", "logits", "pca"]

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss, check_positive
-from .borders import check_width, class_borders
-from .functional import at_least_float32, image_means, resize, spatial_size, valid_positions
 from .kd import kd_loss
+from .ops.borders import check_width, class_borders
+from .ops.functional import at_least_float32, image_means, resize, spatial_size, valid_positions
 
 
 def bglsseg_loss(scores: Tensor, labels: Tensor, *, width: int = 7, ignore_index: int = 255) -> Tensor:

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .functional import at_least_float32, divergence
-from .path import line_offsets, path_range
+from .ops.functional import at_least_float32, divergence
+from .ops.path import line_offsets, path_range
 
 
 Mode = Literal["stable", "paper"]

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from ..outputs import DenseOutput
 from .base import DistillationLoss, check_positive
-from .borders import check_width, class_border_shares
 from .cwd import cwd_loss
-from .functional import divergence, on_teacher_grid, spatial_size, valid_positions
+from .ops.borders import check_width, class_border_shares
+from .ops.functional import divergence, on_teacher_grid, spatial_size, valid_positions
 
 
 def bpkd_loss(

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec
+from ..utils.distributed import all_reduce_sum
 from .base import DistillationLoss, check_positive
-from .connectors import FeaturePair
-from .functional import (
-    all_reduce_sum,
+from .modules.connectors import FeaturePair
+from .ops.functional import (
     class_masks,
     divergence,
     image_means,

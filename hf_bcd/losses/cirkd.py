@@ -8,25 +8,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..outputs import DenseOutput, FeatureSpec
+from ..utils.distributed import all_reduce_sum, is_distributed
 from .base import DistillationLoss, check_positive
-from .connectors import BatchStandardize, shared_level
-from .functional import (
-    all_reduce_sum,
+from .kd import kd_loss
+from .modules.connectors import BatchStandardize, shared_level
+from .modules.memory import ClassMemory, spread_positions
+from .modules.noise import SharedNoise
+from .ops.functional import (
     at_least_float32,
     class_masks,
     class_means,
     divergence,
     image_means,
-    is_distributed,
     pool_valid,
     resize,
     spatial_size,
     unit_vectors,
     valid_positions,
 )
-from .kd import kd_loss
-from .memory import ClassMemory, spread_positions
-from .noise import SharedNoise
 
 
 BLOCK_BYTES = 32 * 2**20  # of a block of similarities, of which a backward pass holds about eight at a time

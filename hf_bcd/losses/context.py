@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .boundary import Mode, check_mode
-from .functional import at_least_float32
-from .relation import Relation, literal_divergence, relation_divergence
+from .ops.functional import at_least_float32
+from .ops.relation import Relation, literal_divergence, relation_divergence
 
 
 def relation_features(features: Tensor) -> Tensor:

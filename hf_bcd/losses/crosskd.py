@@ -7,8 +7,16 @@ from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss
-from .connectors import FeaturePair
-from .functional import divergence, image_means, moments, on_teacher_grid, spatial_size, standardize, valid_positions
+from .modules.connectors import FeaturePair
+from .ops.functional import (
+    divergence,
+    image_means,
+    moments,
+    on_teacher_grid,
+    spatial_size,
+    standardize,
+    valid_positions,
+)
 
 
 def match_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

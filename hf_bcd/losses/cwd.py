@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss, check_positive
-from .connectors import FeaturePair
-from .functional import divergence, on_teacher_grid, spatial_size, valid_positions
+from .modules.connectors import FeaturePair
+from .ops.functional import divergence, on_teacher_grid, spatial_size, valid_positions
 
 
 Source = Literal["logits", "features"]

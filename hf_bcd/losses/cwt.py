@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss
-from .connectors import shared_level
-from .functional import at_least_float32, mean_squared_error, on_teacher_grid, spatial_size, valid_positions
+from .modules.connectors import shared_level
+from .ops.functional import at_least_float32, mean_squared_error, on_teacher_grid, spatial_size, valid_positions
 
 
 def cwt_loss(

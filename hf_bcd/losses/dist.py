@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..outputs import DenseOutput
 from .base import DistillationLoss
-from .functional import image_means, on_teacher_grid, spatial_size, valid_positions
+from .ops.functional import image_means, on_teacher_grid, spatial_size, valid_positions
 
 
 def pearson(x: Tensor, y: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss, check_positive
-from .connectors import shared_level
-from .functional import (
+from .modules.connectors import shared_level
+from .ops.functional import (
     attention_map,
     on_teacher_grid,
     resize,

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss
-from .connectors import BatchStandardize, Projection, shared_level
-from .functional import at_least_float32, mean_squared_error, resize, spatial_size, valid_positions
+from .modules.connectors import BatchStandardize, Projection, shared_level
+from .ops.functional import at_least_float32, mean_squared_error, resize, spatial_size, valid_positions
 
 
 def _interpolation(frequencies: Tensor, nodes: int) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss, check_positive
-from .connectors import FeaturePair
-from .functional import (
+from .modules.connectors import FeaturePair
+from .ops.functional import (
     class_masks,
     class_means,
     image_means,

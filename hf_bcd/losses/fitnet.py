@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss
-from .connectors import FeaturePair
-from .functional import mean_squared_error, on_teacher_grid, spatial_size, valid_positions
+from .modules.connectors import FeaturePair
+from .ops.functional import mean_squared_error, on_teacher_grid, spatial_size, valid_positions
 
 
 def fitnet_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:

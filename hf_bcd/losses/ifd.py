@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss, check_positive
-from .connectors import shared_level
-from .functional import at_least_float32, image_means, on_teacher_grid, spatial_size, valid_positions
+from .modules.connectors import shared_level
+from .ops.functional import at_least_float32, image_means, on_teacher_grid, spatial_size, valid_positions
 
 
 def ifd_loss(projections: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec
-from .adversarial import AdversarialLoss
-from .connectors import shared_level
-from .functional import (
+from .kd import kd_loss
+from .modules.adversarial import AdversarialLoss
+from .modules.connectors import shared_level
+from .ops.functional import (
     at_least_float32,
     class_masks,
     class_similarity,
@@ -17,7 +18,6 @@ from .functional import (
     spatial_size,
     valid_positions,
 )
-from .kd import kd_loss
 
 
 def ifvd_loss(student: Tensor, teacher: Tensor, classes: Tensor) -> Tensor:

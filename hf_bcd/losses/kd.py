@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..outputs import DenseOutput
 from .base import DistillationLoss, check_positive
-from .functional import divergence, image_means, on_teacher_grid, spatial_size, valid_positions
+from .ops.functional import divergence, image_means, on_teacher_grid, spatial_size, valid_positions
 
 
 def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss
-from .connectors import FeaturePair
-from .functional import mean_squared_error, on_teacher_grid, spatial_size, valid_positions
-from .noise import SharedNoise
+from .modules.connectors import FeaturePair
+from .modules.noise import SharedNoise
+from .ops.functional import mean_squared_error, on_teacher_grid, spatial_size, valid_positions
 
 
 def mgd_loss(

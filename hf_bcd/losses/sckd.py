@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec
+from ..utils.distributed import all_reduce_sum
 from .base import DistillationLoss
-from .functional import all_reduce_sum, at_least_float32
+from .ops.functional import at_least_float32
 
 
 # of a loss before its gradients are taken: those of means over pixels would be 0 in half precision
@@ -39,7 +40,7 @@ def sckd_gate(task: Tensor, term: Tensor, *, threshold: float = 0.0) -> Tensor:
 
 
 def _read_hosts(host: Hosts) -> dict[str, Any]:
-    from .criterion import read_losses  # whose table of losses this one is in
+    from .recipe import read_losses  # whose table of losses this one is in
 
     if not (isinstance(host, Mapping) and host):
         raise ValueError(f"host of loss 'sckd' is {host!r}; it must map losses to options, as in {{ifvd: {{}}}}.")
@@ -119,7 +120,7 @@ class SCKDLoss(DistillationLoss):
         ignore_index: int = 255,
         seed: int = 0,
     ) -> None:
-        from .criterion import build_criterion
+        from .recipe import build_criterion
 
         super().__init__()
         if not -1 <= threshold < 1:

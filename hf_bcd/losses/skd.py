@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec
-from .adversarial import AdversarialLoss
 from .base import check_positive
-from .connectors import shared_level
-from .functional import (
+from .kd import kd_loss
+from .modules.adversarial import AdversarialLoss
+from .modules.connectors import shared_level
+from .ops.functional import (
     at_least_float32,
     image_means,
     mask_fill_value,
@@ -20,7 +21,6 @@ from .functional import (
     unit_vectors,
     valid_positions,
 )
-from .kd import kd_loss
 
 
 def skd_loss(student: Tensor, teacher: Tensor, *, nodes: int = 2, mask: Tensor | None = None) -> Tensor:

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ..outputs import DenseOutput
 from .base import DistillationLoss, check_positive
-from .borders import check_width, class_borders
-from .functional import at_least_float32, image_means, resize, spatial_size, valid_positions
 from .kd import kd_loss
+from .ops.borders import check_width, class_borders
+from .ops.functional import at_least_float32, image_means, resize, spatial_size, valid_positions
 
 
 def slimseg_loss(logits: Tensor, labels: Tensor, *, width: int = 7, ignore_index: int = 255) -> Tensor:

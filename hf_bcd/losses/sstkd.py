@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec
-from .adversarial import AdversarialLoss
 from .base import check_positive
-from .connectors import FeaturePair
-from .functional import (
+from .kd import kd_loss
+from .modules.adversarial import AdversarialLoss
+from .modules.connectors import FeaturePair
+from .ops.functional import (
     class_similarity,
     image_means,
     on_teacher_grid,
@@ -20,7 +21,6 @@ from .functional import (
     spatial_size,
     valid_positions,
 )
-from .kd import kd_loss
 
 
 def directional_bands(x: Tensor, directions: int) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DistillationLoss, check_positive
-from .connectors import Projection, shared_level
-from .functional import (
+from .modules.connectors import Projection, shared_level
+from .ops.functional import (
     at_least_float32,
     image_means,
     mask_fill_value,

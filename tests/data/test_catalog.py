@@ -9,8 +9,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 from hf_bcd.data import CATALOG, load_dense_dataset
-from hf_bcd.data.encodings import CITYSCAPES_COLOURS, CITYSCAPES_IDS
-from hf_bcd.data.known import _notify
+from hf_bcd.data.sources.encodings import CITYSCAPES_COLOURS, CITYSCAPES_IDS
+from hf_bcd.data.sources.known import _notify
 
 
 HEIGHT, WIDTH = 2, 6
@@ -74,7 +74,7 @@ def hub_names(tmp_path, monkeypatch):
             (tmp_path / file).write_text(json.dumps(names))
             return str(tmp_path / file)
 
-        monkeypatch.setattr("hf_bcd.data.hub_tables.hf_hub_download", download)
+        monkeypatch.setattr("hf_bcd.data.sources.hub_tables.hf_hub_download", download)
 
     return publish
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from hf_bcd.data import CATALOG, load_dense_dataset
-from hf_bcd.data.coco import draw_instances, panoptic_to_classes
-from hf_bcd.data.encodings import COCO_PANOPTIC, COCO_THINGS
+from hf_bcd.data.sources.coco import draw_instances, panoptic_to_classes
+from hf_bcd.data.sources.encodings import COCO_PANOPTIC, COCO_THINGS
 
 
 # pycocotools 2.0.11 has not followed numpy 2

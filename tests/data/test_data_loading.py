@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_bcd.config import DataArguments
 from hf_bcd.data import load_dense_dataset
-from hf_bcd.experiment import load_data
+from hf_bcd.runs.arguments import DataArguments
+from hf_bcd.runs.experiment import load_data
 
 
 NAMES = ["sky", "road", "car"]

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_bcd.config import DataArguments
 from hf_bcd.data import EvalTransform, SemanticCollator, TrainTransform, keep_in_memory, load_dense_dataset
 from hf_bcd.data import cache as cache_module
 from hf_bcd.data.cache import SampleCache
-from hf_bcd.experiment import load_data
+from hf_bcd.runs.arguments import DataArguments
+from hf_bcd.runs.experiment import load_data
 
 
 class Samples:

@@ -14,8 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_bcd.data import CATALOG, DatasetSpec, DenseDataset, DenseStream, TrainTransform, load_dense_dataset
-from hf_bcd.data.catalog import HubSource
 from hf_bcd.data.labels import LabelRule
+from hf_bcd.data.sources.catalog import HubSource
 from hf_bcd.data.streaming import Part, StreamRows, share, shuffled
 
 

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from hf_bcd.data.dataset import Sample
-from hf_bcd.data.synthetic import TAXONOMIES, Scene, SyntheticScenes
+from hf_bcd.data.synthetic.scene import Scene
+from hf_bcd.data.synthetic.scenes import TAXONOMIES, SyntheticScenes
 
 
 NAMES = TAXONOMIES[8]

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tiny
 
-from hf_bcd.config import DataArguments
-from hf_bcd.experiment import load_data
+from hf_bcd.runs.arguments import DataArguments
+from hf_bcd.runs.experiment import load_data
 
 
 def main() -> None:

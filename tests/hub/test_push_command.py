@@ -9,8 +9,8 @@ import pytest
 from hub.server import MARKER_TOKEN, OTHER_TOKEN, HubServer
 from hub.student_folder import LEFT_OUT, finished, finished_timm
 
-from hf_bcd.hub import HubError
-from hf_bcd.pushing import check_files, last_checkpoint, name_in_examples, push_folder, pushed_files
+from hf_bcd.hub.errors import HubError
+from hf_bcd.hub.pushing import check_files, last_checkpoint, name_in_examples, push_folder, pushed_files
 
 
 NATIVE = [

@@ -15,9 +15,9 @@ import torch
 from hub.server import MARKER_TOKEN, HubServer
 from safetensors.torch import load_file
 
-from hf_bcd.builders import load_segmentation_model
-from hf_bcd.data.synthetic import SyntheticScenes
-from hf_bcd.preparation import eval_transform
+from hf_bcd.adapters.loading import load_segmentation_model
+from hf_bcd.data.synthetic.scenes import SyntheticScenes
+from hf_bcd.training.preparation import eval_transform
 
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ sys.path.insert(0, sys.argv[1])
 import datasets, numpy as np, tiny, torch
 from PIL import Image
 from transformers import SegformerImageProcessor
-from hf_bcd.data.synthetic import SyntheticScenes
+from hf_bcd.data.synthetic.scenes import SyntheticScenes
 
 def rows(count, split):
     scenes = SyntheticScenes(size=(48, 64), num_images=count, split=split)

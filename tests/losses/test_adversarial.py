@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_bcd.losses import Adversary
-from hf_bcd.losses.adversarial import Discriminator, SelfAttention, SpectralConv2d, gradient_penalty
+from hf_bcd.losses.modules.adversarial import Discriminator, SelfAttention, SpectralConv2d, gradient_penalty
 
 
 def adversary(num_labels: int = 3) -> Adversary:

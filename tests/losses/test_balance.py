@@ -7,11 +7,12 @@ import torch.multiprocessing as mp
 from loss_references import dense_output, random_labels
 from torch import Tensor
 
-from hf_bcd.config import BCDConfig
-from hf_bcd.losses.balance import GradientBalance, squared_gradients
-from hf_bcd.losses.criterion import DistillationCriterion, build_criterion, read_losses
-from hf_bcd.losses.schedules import Temperature
+from hf_bcd.losses.criterion import DistillationCriterion
+from hf_bcd.losses.modules.balance import GradientBalance, squared_gradients
+from hf_bcd.losses.modules.schedules import Temperature
+from hf_bcd.losses.recipe import build_criterion, read_losses
 from hf_bcd.outputs import DenseOutput, FeatureSpec
+from hf_bcd.training.config import BCDConfig
 
 
 STUDENT = {"stride_8": FeatureSpec(6, 8), "stride_32": FeatureSpec(10, 16)}

@@ -8,7 +8,7 @@ from loss_references import borders_of_classes, labels_with_void, randn, random_
 from torch import Tensor
 
 from hf_bcd.losses import BGLSSegLoss, bglsseg_loss, kd_loss
-from hf_bcd.losses.borders import class_borders
+from hf_bcd.losses.ops.borders import class_borders
 from hf_bcd.outputs import DenseOutput, FeatureSpec
 
 

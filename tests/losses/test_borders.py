@@ -3,7 +3,7 @@ import pytest
 import torch
 from loss_references import borders_of_classes, labels_with_void
 
-from hf_bcd.losses.borders import class_border_shares, class_borders
+from hf_bcd.losses.ops.borders import class_border_shares, class_borders
 
 
 def test_a_border_by_hand():

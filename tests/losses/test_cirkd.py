@@ -13,7 +13,7 @@ from loss_references import dense_output, divergence, randn, random_labels, rand
 from torch import Tensor
 
 from hf_bcd.losses import CIRKDLoss, cirkd, cirkd_loss, cirkd_memory_loss
-from hf_bcd.losses.memory import ClassMemory, spread_positions
+from hf_bcd.losses.modules.memory import ClassMemory, spread_positions
 from hf_bcd.outputs import DenseOutput, FeatureSpec
 
 

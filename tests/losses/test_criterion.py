@@ -5,8 +5,9 @@ import torch
 from loss_references import dense_output, random_labels
 
 from hf_bcd.losses import LOSSES, BCDLoss, build_criterion
-from hf_bcd.losses.criterion import DistillationCriterion, unknown_key_message
+from hf_bcd.losses.criterion import DistillationCriterion
 from hf_bcd.outputs import FeatureSpec
+from hf_bcd.utils.messages import unknown_key_message
 
 
 SPECS = {"stride_4": FeatureSpec(4, 4), "stride_8": FeatureSpec(6, 8)}

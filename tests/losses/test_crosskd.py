@@ -11,7 +11,7 @@ from loss_references import dense_output, divergence, randn, random_labels, soft
 from torch import Tensor
 
 from hf_bcd.losses import CrossKDLoss, build_criterion, crosskd_loss
-from hf_bcd.losses.criterion import ALWAYS_OFFERED
+from hf_bcd.losses.recipe import ALWAYS_OFFERED
 from hf_bcd.outputs import DenseOutput, FeatureSpec
 
 

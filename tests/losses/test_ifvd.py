@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from loss_references import dense_output, randn, random_labels, random_mask
 
 from hf_bcd.losses import IFVDLoss, ifvd_loss
-from hf_bcd.losses.functional import class_masks
+from hf_bcd.losses.ops.functional import class_masks
 from hf_bcd.outputs import FeatureSpec
 
 

@@ -13,8 +13,9 @@ from loss_references import dense_output, randn, random_labels
 from torch import Tensor, nn
 
 from hf_bcd.losses import LOSSES, DistillationLoss, build_criterion, segmentation_loss
-from hf_bcd.losses.criterion import ALWAYS_OFFERED, DistillationCriterion
-from hf_bcd.losses.functional import resize, spatial_size
+from hf_bcd.losses.criterion import DistillationCriterion
+from hf_bcd.losses.ops.functional import resize, spatial_size
+from hf_bcd.losses.recipe import ALWAYS_OFFERED
 from hf_bcd.outputs import DenseOutput, FeatureSpec
 
 

@@ -5,16 +5,15 @@ import pytest
 import torch
 from loss_references import randn, random_mask
 
-from hf_bcd.losses.functional import (
-    all_reduce_sum,
+from hf_bcd.losses.ops.functional import (
     at_least_float32,
     grid_size,
-    is_distributed,
     mask_fill_value,
     resize,
     resize_nearest,
     standardize,
 )
+from hf_bcd.utils.distributed import all_reduce_sum, is_distributed
 
 
 @pytest.mark.parametrize(

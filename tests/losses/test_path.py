@@ -5,7 +5,7 @@ from loss_references import randn, random_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bcd.losses import path_offsets, path_range
-from hf_bcd.losses.path import _line_shape, _search_plan
+from hf_bcd.losses.ops.path import _line_shape, _search_plan
 
 
 @pytest.mark.parametrize(("radius", "count"), [(2, 4), (3, 12), (4, 22), (5, 34), (10, 152)])

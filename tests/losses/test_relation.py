@@ -10,8 +10,9 @@ from loss_references import randn, random_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hf_bcd.losses import relation, relation_divergence
-from hf_bcd.losses.relation import literal_divergence, relation_divergence_reference, stream_relation
+from hf_bcd.losses import relation_divergence
+from hf_bcd.losses.ops import relation
+from hf_bcd.losses.ops.relation import literal_divergence, relation_divergence_reference, stream_relation
 
 
 STREAMED_OR_REFERENCE = pytest.mark.parametrize("divergence_of", [relation_divergence, relation_divergence_reference])

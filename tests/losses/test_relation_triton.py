@@ -14,8 +14,9 @@ import pytest
 import torch
 from loss_references import randn, random_mask
 
-from hf_bcd.losses import relation, relation_divergence
-from hf_bcd.losses.relation import stream_relation
+from hf_bcd.losses import relation_divergence
+from hf_bcd.losses.ops import relation
+from hf_bcd.losses.ops.relation import stream_relation
 
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -61,7 +62,7 @@ def run_interpreted(path: str) -> None:
     """Saves what the kernels return for all cases, with little and with much shared memory."""
     from triton.runtime import interpreter
 
-    from hf_bcd.losses import relation_triton
+    from hf_bcd.losses.ops import relation_triton
 
     multiply = interpreter.InterpreterBuilder.create_dot
 
@@ -116,7 +117,7 @@ def test_kernels_compile_and_fit(capability, dtype, channels, tmp_path, monkeypa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hf_bcd.losses import relation_triton as kernels
+    from hf_bcd.losses.ops import relation_triton as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     shared_memory = CAPABILITIES[capability]
@@ -180,7 +181,7 @@ def test_a_full_device_is_no_reason_to_give_triton_up(launches, caplog):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [*CASES, (torch.bfloat16, 2, 1000, 256, 256, 1.0, True)], ids=str)
 def test_kernels_equal_pytorch_on_a_gpu(case):
-    from hf_bcd.losses.relation_triton import stream_relation_triton
+    from hf_bcd.losses.ops.relation_triton import stream_relation_triton
 
     args = [None if x is None else x.cuda() for x in inputs(*case)]
     assert_equals_pytorch(stream_relation_triton(*args, True), case, "cuda")  # type: ignore[arg-type]

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from hf_bcd.losses import SCKDLoss, build_criterion, sckd_gate, segmentation_loss
-from hf_bcd.losses.criterion import ALWAYS_OFFERED, DistillationCriterion
+from hf_bcd.losses.criterion import DistillationCriterion
+from hf_bcd.losses.recipe import ALWAYS_OFFERED
 from hf_bcd.outputs import DenseOutput, FeatureSpec
 
 
@@ -307,7 +308,7 @@ def head(levels: dict[str, Tensor]) -> Tensor:
 
 def train(threshold: float, rows: slice, ranks: int) -> dict[str, Any]:
     """A step of two accumulated batches: gradients, values, and how often a gradient was added or sent."""
-    from hf_bcd.distiller import Distiller
+    from hf_bcd.training.distiller import Distiller
 
     torch.manual_seed(0)
     losses = {"sckd": {"threshold": threshold}, "crosskd": {}}

@@ -21,8 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_bcd.adapters import build_adapter
-from hf_bcd.builders import build_model
-from hf_bcd.config import ModelSpec
+from hf_bcd.adapters.loading import ModelSpec, build_model
 from hf_bcd.models import EspNetConfig, EspNetForSemanticSegmentation
 from hf_bcd.models.modeling_espnet import FEATURE_CHANNELS, EspModule
 

@@ -7,9 +7,9 @@ import pytest
 import tiny
 from adapters.adapter_tiny_models import dpt, segformer
 
-from hf_bcd import experiment
 from hf_bcd.adapters import build_adapter
 from hf_bcd.commands.evaluate import main, size_to_show
+from hf_bcd.runs import experiment
 
 
 DATA = ["--dataset_name", "synthetic", "--dataset_options", "{size: [48, 64], num_images: {test: 2}}"]

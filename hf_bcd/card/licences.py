@@ -1,0 +1,118 @@
+"""Terms of the models that a student starts from or learns from, and what follows for the student."""
+
+import logging
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import timm
+import yaml
+from huggingface_hub import ModelCard
+
+from ..hub.errors import explained
+
+
+logger = logging.getLogger(__name__)
+
+NON_COMMERCIAL = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial|research|apple-amlr|seer-", re.IGNORECASE)
+# what the Hub takes for an identifier; it refuses a card with any other, such as fastvit-license of timm
+IDENTIFIERS = frozenset((
+    "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc",
+    "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0",
+    "creativeml-openrail-m", "gemma", "gpl", "gpl-2.0", "gpl-3.0", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "mit", "mpl-2.0",
+    "openrail", "unlicense", "wtfpl", "zlib",
+))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Terms of a model.
+
+    Attributes:
+        identifier: of the Hub, such as `mit`; `other` for terms that have none.
+        name: what people call them.
+        link: where they stand.
+        commercial: False if they forbid commercial use.
+    """
+
+    identifier: str
+    name: str
+    link: str | None = None
+    commercial: bool = True
+
+
+# checkpoints whose terms are easily overlooked, by the beginning of their id; sources: NVlabs/SegFormer (LICENSE),
+# facebookresearch/Mask2Former (MODEL_ZOO.md), apple/ml-cvnets (LICENSE), the cards of openmmlab
+KNOWN = {
+    ("nvidia/segformer-", "nvidia/mit-"): Licence(
+        "other",
+        "NVIDIA Source Code License for SegFormer (non-commercial)",
+        "https://github.com/NVlabs/SegFormer/blob/master/LICENSE",
+        commercial=False,
+    ),
+    ("facebook/mask2former-",): Licence(
+        "cc-by-nc-4.0", "CC BY-NC 4.0", "https://creativecommons.org/licenses/by-nc/4.0/", commercial=False
+    ),
+    ("apple/mobilevit", "apple/deeplabv3-mobilevit"): Licence(
+        "other", "Apple Sample Code License", "https://github.com/apple/ml-cvnets/blob/main/LICENSE"
+    ),
+    ("openmmlab/upernet-",): Licence("mit", "MIT"),
+}
+
+
+def licence_of(repo_id: str) -> Licence | None:
+    """Terms of a checkpoint on the Hub: from the table above, timm's registry, or its card; None if unknown."""
+    for beginnings, licence in KNOWN.items():
+        if repo_id.startswith(beginnings):
+            return licence
+    if repo_id.startswith("timm/"):
+        with suppress(RuntimeError):  # an unknown tag
+            known = timm.get_pretrained_cfg(repo_id.removeprefix("timm/"))
+            page = f"https://huggingface.co/{repo_id}"
+            stated = known.license if known is not None and known.license != "unknown" else None
+            return from_identifier(stated, address=page) if stated else None
+    try:
+        with explained("model", repo_id):
+            card = ModelCard.load(repo_id, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError) as error:  # HubError, or a card that is none
+        logger.info("the licence of %s is unknown, because its card cannot be read: %s", repo_id, error)
+        return None
+    stated = card.get("license")
+    return (
+        from_identifier(stated, card.get("license_name"), card.get("license_link"))
+        if isinstance(stated, str)
+        else None
+    )
+
+
+def from_identifier(identifier: str, name: str | None = None, address: str | None = None) -> Licence:
+    """Terms as a card or timm's registry states them."""
+    forbidden = bool(NON_COMMERCIAL.search(f"{identifier} {name or ''}"))
+    return Licence(
+        identifier if identifier in IDENTIFIERS else "other",
+        str(name or identifier),
+        str(address) if address else None,
+        not forbidden,
+    )
+
+
+def student_licence(sources: Iterable[Licence | None]) -> dict[str, str]:
+    """Metadata of a card whose model rests on others: the strictest of their terms, nothing where one is unknown.
+
+    Args:
+        sources: terms of the checkpoint that the student started from, then of its teacher.
+    """
+    sources = list(sources)
+    known = [terms for terms in sources if terms is not None]
+    if restricting := next((terms for terms in known if not terms.commercial), None):
+        return _as_other(restricting)
+    if not known or len(known) < len(sources) or len({terms.name for terms in known}) > 1:
+        return {}
+    return _as_other(known[0]) if known[0].identifier == "other" else {"license": known[0].identifier}
+
+
+def _as_other(terms: Licence) -> dict[str, str]:
+    metadata = {"license": "other", "license_name": terms.name}
+    return metadata | ({"license_link": terms.link} if terms.link else {})

@@ -1,0 +1,1 @@
+"""Raw rows of every kind of source."""

@@ -1,0 +1,117 @@
+"""Models as `torch.onnx` can export them with free height and width: the same function, in other operations."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers.conv2d_same import Conv2dSame
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..models.heads import average_bins
+
+
+OPSET = 18  # what the exporter itself writes; later ones only by conversion
+
+
+class LogitsModel(nn.Module):
+    """From `pixel_values` to `logits`, in evaluation mode, without what the exporter cannot leave open.
+
+    Pyramid pooling becomes two matrix products, since an exported `adaptive_avg_pool2d` only runs at the size it was
+    exported with. TensorFlow's padding becomes an attribute of the convolution: computed from the size, it makes the
+    shapes of a deep network terms so large that exporting does not come to an end.
+
+    Args:
+        model: the model, of which a copy is taken.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        tensorflow = getattr(model.config, "tf_padding", False)  # MobileNetV2 of transformers
+        for module in self.model.modules():
+            bins = module.output_size if isinstance(module, nn.AdaptiveAvgPool2d) else None
+            if isinstance(bins, int) and bins > 1:
+                vars(module).update(forward=partial(average_bins, bins=bins))
+            elif isinstance(module, nn.Conv2d) and (
+                type(module) is Conv2dSame or (tensorflow and max(module.stride) > 1)
+            ):
+                padded = partial(same_convolution, module, list(module.stride))
+                # with stride and kernel 1, so that whoever pads for this layer adds nothing
+                vars(module).update(forward=padded, stride=(1, 1), kernel_size=(1, 1))
+        self.eval()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """`[B, 3, H, W]` -> `[B, num_labels, h, w]`."""
+        return self.model(pixel_values=pixel_values).logits
+
+
+def why_fixed(model: PreTrainedModel) -> str | None:
+    """Why a model's height and width cannot even be tried to leave open; None if they can."""
+    for module in model.modules():
+        pads = type(module).__name__.endswith("Same") and type(module) is not Conv2dSame
+        if pads and getattr(module, "stride", 1) not in (1, (1, 1)):  # at stride 1 the padding is a constant
+            return f"its {type(module).__name__} computes its padding from the size"
+    return None
+
+
+def same_convolution(layer: nn.Conv2d, stride: list[int], x: Tensor) -> Tensor:
+    """A convolution with TensorFlow's padding, whatever the layer's own."""
+    y = convolve_same(x, layer.weight, stride, list(layer.dilation), layer.groups)
+    return y if layer.bias is None else y + layer.bias[:, None, None]
+
+
+@torch.library.custom_op("hf_bcd::convolve_same", mutates_args=())
+def convolve_same(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> Tensor:
+    """Convolution without bias whose output has the input's size divided by the stride, rounded up.
+
+    What has to be padded for that is divided evenly, an odd row or column going below or to the right.
+    """
+    padding = []
+    for size, kernel, step, spread in zip(
+        x.shape[:1:-1], weight.shape[:1:-1], stride[::-1], dilation[::-1], strict=True
+    ):
+        total = max(0, (-(-size // step) - 1) * step + (kernel - 1) * spread + 1 - size)
+        padding += [total // 2, total - total // 2]
+    return F.conv2d(F.pad(x, padding), weight, None, stride, 0, dilation, groups)
+
+
+@convolve_same.register_fake
+def _(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> Tensor:
+    height, width = ((size + step - 1) // step for size, step in zip(x.shape[2:], stride, strict=True))
+    return x.new_empty(x.shape[0], weight.shape[0], height, width)
+
+
+@torch.no_grad()  # with gradients, attention is traced with another memory layout, in which views fail
+def to_onnx(model: LogitsModel, pixel_values: Tensor, dynamic_size: bool) -> Any:
+    """The model as an `ONNXProgram` with free batch, and perhaps height and width.
+
+    Args:
+        model: the model.
+        pixel_values: an example `[B, 3, H, W]` with at least two images, for 1 is exported as a constant.
+        dynamic_size: leave height and width open.
+
+    Raises:
+        torch.onnx.errors.OnnxExporterError: if that cannot be done.
+    """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    from onnxscript import opset18
+
+    def onnx_convolve_same(x: Any, weight: Any, stride: Any, dilation: Any, groups: Any) -> Any:
+        return opset18.Conv(x, weight, auto_pad="SAME_UPPER", strides=stride, dilations=dilation, group=groups)
+
+    axes = {0: "batch", **({2: "height", 3: "width"} if dynamic_size else {})}
+    program: Any = torch.onnx.export(
+        model,
+        (pixel_values,),
+        dynamic_shapes={"pixel_values": axes},
+        input_names=["pixel_values"],
+        output_names=["logits"],
+        opset_version=OPSET,
+        custom_translation_table={torch.ops.hf_bcd.convolve_same.default: onnx_convolve_same},
+        verbose=False,
+    )
+    ClearMetadataAndDocStringPass()(program.model)  # stack traces with this machine's paths
+    return program

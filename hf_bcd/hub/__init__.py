@@ -1,0 +1,1 @@
+"""The Hub: its errors and pushing."""

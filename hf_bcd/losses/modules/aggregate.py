@@ -1,0 +1,246 @@
+"""Aggregated features X^c of a feature hierarchy (BCD paper, Sec. IV-A) and the heads that read them."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...outputs import FeatureSpec
+from ..boundary import boundary_strength, different_neighbour, pair_differences
+from ..ops.functional import at_least_float32, resize, standardize
+from ..ops.path import path_range
+
+
+class FeatureAggregator(nn.Module):
+    """Fuses the levels of a hierarchy: 1x1 convolution each, bilinear to one grid, concatenation, 3x3 convolution.
+
+    Args:
+        specs: the levels to fuse.
+        channels: output channels.
+        reduced_channels: channels of each level before the concatenation.
+    """
+
+    def __init__(self, specs: Mapping[str, FeatureSpec], channels: int = 256, reduced_channels: int = 64) -> None:
+        super().__init__()
+        if not specs:
+            raise ValueError("no feature levels to aggregate; the model's adapter must offer at least one.")
+        self.reduce = nn.ModuleDict(
+            {name: nn.Conv2d(spec.channels, reduced_channels, 1) for name, spec in specs.items()}
+        )
+        self.fuse = nn.Conv2d(reduced_channels * len(specs), channels, 3, padding=1)
+
+    def forward(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+        """Aggregates `[B, C_k, h_k, w_k]` levels to `[B, channels, *size]` in float32 (or float64)."""
+        reduced = []
+        for name, convolution in self.reduce.items():
+            level = at_least_float32(features[name])
+            # a 1x1 convolution and a resize commute: do first what leaves fewer positions
+            if level.shape[-2] * level.shape[-1] > size[0] * size[1]:
+                reduced.append(convolution(resize(level, size)))
+            else:
+                reduced.append(resize(convolution(level), size))
+        return self.fuse(torch.cat(reduced, dim=1))
+
+
+class PrincipalComponents(nn.Module):
+    """Aggregates levels by projecting them, resized to one grid and concatenated, on their principal components.
+
+    A closed-form alternative to the random maps of a `FeatureAggregator`, for the teacher only: it is fitted once.
+
+    Args:
+        specs: the levels to fuse.
+        channels: number of components; at most the levels' channels together.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    max_positions = 20_000  # of the fit; enough for a few hundred components
+
+    def __init__(self, specs: Mapping[str, FeatureSpec], channels: int = 256) -> None:
+        super().__init__()
+        self.levels = list(specs)
+        total = sum(spec.channels for spec in specs.values())
+        self.register_buffer("mean", torch.zeros(total))
+        # fewer channels than components leave the rest of the components zero
+        self.register_buffer("basis", torch.zeros(channels, total))
+
+    def _concatenate(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+        return torch.cat([resize(at_least_float32(features[name]), size) for name in self.levels], dim=1)
+
+    def forward(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+        """Projects `[B, C_k, h_k, w_k]` levels to `[B, channels, *size]`."""
+        centred = self._concatenate(features, size) - self.mean[:, None, None]
+        return F.conv2d(centred, self.basis[:, :, None, None])
+
+    def fit(self, batches: list[tuple[Mapping[str, Tensor], tuple[int, int], Tensor]]) -> None:
+        """Finds the components of the valid positions of features, grid size and mask `[B, h, w]`, strongest first."""
+        rows = [self._concatenate(features, size).movedim(1, -1)[mask] for features, size, mask in batches]
+        positions = torch.cat(rows)
+        positions = positions[:: max(1, len(positions) // self.max_positions)].double()
+        self.mean.copy_(positions.mean(dim=0))
+        centred = positions - positions.mean(dim=0)
+        _, vectors = torch.linalg.eigh(centred.mT @ centred)  # ascending
+        vectors = vectors.flip(1)[:, : len(self.basis)]
+        # the sign of a component is arbitrary: the largest entry is made positive, so that a fit repeats itself
+        largest = vectors.abs().argmax(dim=0, keepdim=True)
+        vectors = vectors * vectors.gather(0, largest).sign()
+        self.basis.zero_()
+        self.basis[: vectors.shape[1]] = vectors.mT.to(self.basis.dtype)
+
+
+class StudentHead(nn.Module):
+    """The student's aggregated features and boundary scalar; trained with the student, dropped at export."""
+
+    def __init__(self, specs: Mapping[str, FeatureSpec], channels: int = 256, reduced_channels: int = 64) -> None:
+        super().__init__()
+        self.aggregate = FeatureAggregator(specs, channels, reduced_channels)
+        self.readout = nn.Conv2d(channels, 1, 1)
+
+    def boundary_field(self, aggregated: Tensor, mask: Tensor, over_ranks: bool = True) -> Tensor:
+        """Boundary scalar `[B, h, w]`, standardised over the valid positions of the batch, on all ranks or this one."""
+        z = self.readout(aggregated).squeeze(1)
+        return standardize(z, (0, 1, 2), mask, over_ranks=over_ranks)
+
+
+class TeacherHead(nn.Module):
+    """The teacher's aggregated features and boundary scalar. No distillation gradient ever reaches it.
+
+    Trained jointly it would collapse within some 50 steps: a constant target is the easiest one to match. So the
+    convolutions are seeded random orthogonal maps, which keep the Gram matrix, and only the 1x1 readout is fitted, once
+    and before training, to separate the teacher's own arg-max classes.
+
+    Args:
+        specs: the teacher's feature levels.
+        channels: as in `FeatureAggregator`.
+        reduced_channels: as in `FeatureAggregator`.
+        seed: seed of the random maps.
+        components: principal components instead of random maps; the boundary scalar is then the first one.
+    """
+
+    z_mean: Tensor
+    z_std: Tensor
+    theta: Tensor
+    calibrated: Tensor
+
+    def __init__(
+        self,
+        specs: Mapping[str, FeatureSpec],
+        channels: int = 256,
+        reduced_channels: int = 64,
+        seed: int = 0,
+        components: bool = False,
+    ) -> None:
+        super().__init__()
+        self.aggregate = (
+            PrincipalComponents(specs, channels)
+            if components
+            else FeatureAggregator(specs, channels, reduced_channels)
+        )
+        self.readout = nn.Conv2d(channels, 1, 1)
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.orthogonal_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        self.requires_grad_(False)
+        self.register_buffer("z_mean", torch.zeros(()))
+        self.register_buffer("z_std", torch.ones(()))
+        self.register_buffer("theta", torch.ones(()))
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def forward(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+        """Aggregated features `[B, channels, *size]` without a graph."""
+        return self.aggregate(features, size)
+
+    @torch.no_grad()
+    def boundary_field(self, aggregated: Tensor) -> Tensor:
+        """Boundary scalar `[B, h, w]`, standardised with the statistics of the calibration."""
+        return (self.readout(aggregated).squeeze(1) - self.z_mean) / (self.z_std + 1e-5)
+
+    def calibrate(
+        self,
+        batches: list[tuple[Tensor, Tensor, Tensor]],
+        *,
+        radius: int,
+        fit_readout: bool,
+        num_steps: int = 250,
+        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    ) -> None:
+        """Fits the readout, then its statistics and the boundary threshold theta. Needs no ground truth.
+
+        Args:
+            batches: aggregated features `[B, C, h, w]`, the teacher's arg-max classes `[B, h, w]` and the valid mask.
+            radius: radius of the lines between the positions of a pair.
+            fit_readout: whether to fit the readout, or to keep the random one.
+            num_steps: Adam steps of the fit.
+            progress: wraps the steps, e.g. in a progress bar.
+
+        Raises:
+            ValueError: if no position is valid.
+        """
+        if not any(mask.any() for _, _, mask in batches):
+            raise ValueError(
+                "no valid position in the calibration batches: all labels are void. Check the label rule."
+            )
+        if fit_readout:
+            self._fit_readout(batches, radius, num_steps, progress)
+        z = [self.readout(aggregated).squeeze(1) for aggregated, _, _ in batches]
+        values = torch.cat([field[mask] for field, (_, _, mask) in zip(z, batches, strict=True)])
+        self.z_mean.copy_(values.mean())
+        self.z_std.copy_(values.std(correction=0))
+        strengths, boundaries = [], []
+        for aggregated, classes, mask in batches:
+            strengths.append(boundary_strength(self.boundary_field(aggregated), radius, mask)[mask])
+            boundaries.append(different_neighbour(classes, radius, mask)[mask])
+        strength = torch.cat(strengths).sort().values
+        rank = len(strength) - int(torch.cat(boundaries).sum())  # so many positions are no boundary
+        # half-way between the two neighbours, so that ties and rounding on one side do not change the map
+        self.theta.copy_((strength[max(rank - 1, 0)] + strength[min(rank, len(strength) - 1)]) / 2)
+        self.calibrated.fill_(True)
+
+    def _fit_readout(
+        self,
+        batches: list[tuple[Tensor, Tensor, Tensor]],
+        radius: int,
+        num_steps: int,
+        progress: Callable[[Iterable[int]], Iterable[int]],
+    ) -> None:
+        """Balanced BCE between the range on a line and "its ends differ in class", as IRN trains its boundary."""
+        # the optimizer's step size presumes features of unit scale; the scale is folded into the weights afterwards
+        scale = torch.cat([aggregated.flatten() for aggregated, _, _ in batches]).std().clamp_min(1e-12)
+        weight = self.readout.weight.detach().clone().requires_grad_()
+        optimizer = torch.optim.Adam([weight], lr=5e-3)
+        targets = [pair_differences(classes, radius, "half", mask) for _, classes, mask in batches]
+        with torch.enable_grad():
+            for step in progress(range(num_steps)):
+                (aggregated, _, mask), (differs, both) = batches[step % len(batches)], targets[step % len(batches)]
+                z = F.conv2d(aggregated / scale, weight).squeeze(1)
+                logits = (path_range(z, radius, "half", mask) - 0.5) / 0.1
+                errors = F.binary_cross_entropy_with_logits(logits, differs.to(logits.dtype), reduction="none")
+                sides = [(errors * side).sum() / side.sum().clamp_min(1) for side in (differs, both & ~differs)]
+                optimizer.zero_grad()
+                (sum(sides) / 2).backward()  # type: ignore[union-attr]
+                optimizer.step()
+        self.readout.weight.copy_(weight.detach() / scale)
+
+
+class SelfRelationHead(nn.Module):
+    """The operator O of Eq. 4 as its reference [85] (SERE) has it, with batch statistics synchronised over ranks.
+
+    Args:
+        channels: channels of the aggregated features.
+        predictor: add the student's 1x1 convolution, normalisation and ReLU.
+    """
+
+    def __init__(self, channels: int, predictor: bool) -> None:
+        super().__init__()
+        self.predictor = nn.Conv2d(channels, channels, 1, bias=False) if predictor else None
+
+    def forward(self, aggregated: Tensor, mask: Tensor) -> Tensor:
+        """Maps `[B, C, h, w]` to non-negative features of the same shape."""
+        x = F.relu(standardize(aggregated, (0, 2, 3), mask[:, None]))
+        if self.predictor is not None:
+            x = F.relu(standardize(self.predictor(x), (0, 2, 3), mask[:, None]))
+        return x

@@ -1,0 +1,1 @@
+"""Runs: arguments, recipes, experiments, studies and their reports."""

@@ -1,0 +1,50 @@
+"""Recipes: YAML files of arguments, each of which may start from another."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..utils.messages import unknown_key_message
+from ..utils.yaml import read_yaml
+
+
+def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
+    """Reads a recipe and those it starts from: `base: other.yaml` names one, relative to the recipe's own folder.
+
+    A recipe's keys win over those of its base, each with its whole value: `losses` replaces `losses`.
+
+    Args:
+        path: the recipe.
+        known: keys that a recipe may have beside `base`.
+
+    Raises:
+        ValueError: if a file is missing or holds no mapping, a key is unknown, or a recipe is its own base.
+    """
+    values: dict[str, Any] = {}
+    chain: list[Path] = []
+    asked_by = "--config"
+    while True:
+        if not path.is_file():
+            raise ValueError(f"{asked_by} {path}: no such file.")
+        if path.resolve() in [earlier.resolve() for earlier in chain]:
+            raise ValueError(f"a recipe is its own base: {' -> '.join(map(str, [*chain, path]))}.")
+        chain.append(path)
+        recipe = read_yaml(path.read_text(), str(path)) or {}
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}.")
+        base = recipe.pop("base", None)
+        for key in recipe:
+            if key not in known:
+                raise ValueError(f"{path}: {unknown_key_message('key', str(key), {*known, 'base'})}")
+        values = merged(recipe, values)
+        if base is None:
+            return values
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: base is {base!r}; it must be the name of another recipe.")
+        path, asked_by = path.parent / base, f"{path}: base"
+
+
+def merged(recipe: Mapping[str, Any], nearer: Mapping[str, Any]) -> dict[str, Any]:
+    """Two recipes as one: keys of the `nearer` win, and its number of epochs also over the other's number of steps."""
+    replaced = {"max_steps"} if "num_train_epochs" in nearer else set()
+    return {key: value for key, value in recipe.items() if key not in replaced} | dict(nearer)

@@ -1,0 +1,277 @@
+"""A grid of runs over seeds, from one file: what to train, what is finished, and going on where it stopped."""
+
+import copy
+import gc
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+from ..adapters.loading import load_segmentation_model
+from ..card.provenance import Origin
+from ..data import DenseDatasets
+from ..losses.recipe import read_losses
+from ..training.config import BCDConfig
+from ..utils.files import write_json
+from .arguments import RECIPE_KEYS, DataArguments, ModelArguments, build_arguments, read_arguments
+from .experiment import (
+    build_student,
+    evaluate_model,
+    final_split,
+    label_map_of,
+    load_data,
+    prepare_teacher,
+    train_model,
+)
+from .recipes import merged, read_recipe
+from .report import write_report
+
+
+logger = logging.getLogger(__name__)
+
+STUDY_KEYS = ("seeds", "runs", "reference", "split")
+RESULT_FILE = "study.json"
+TEACHER_FILE = "scores.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student of a study.
+
+    Attributes:
+        name: name of the run, the same for all its seeds.
+        seed: seed of weights, data order and augmentation.
+        reference: name of the run that it is compared with, seed by seed; its own if with none.
+        folder: where the student and its scores lie.
+        arguments: recipe of the run.
+    """
+
+    name: str
+    seed: int
+    reference: str
+    folder: Path
+    arguments: dict[str, Any]
+
+    def result(self) -> dict[str, Any] | None:
+        """What the finished run measured; None if it is not finished.
+
+        Raises:
+            ValueError: if the folder holds a run of another recipe.
+        """
+        path = self.folder / RESULT_FILE
+        if not path.is_file():  # written last
+            return None
+        result = json.loads(path.read_text())
+        for key in sorted({*self.arguments, *result["arguments"]}):
+            found, expected = result["arguments"].get(key), json.loads(json.dumps(self.arguments.get(key)))
+            if found != expected:
+                raise ValueError(
+                    f"{self.folder} holds a finished run with {key} {found!r}, where the study says {expected!r}. "
+                    "Choose another --output_dir, or remove that folder to run it again."
+                )
+        return result
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file describes: a recipe, variations of it, and seeds.
+
+    Attributes:
+        name: name of the file.
+        folder: output folder of all runs.
+        split: split of the final scores; `test` where it is labelled, else `validation`, by default.
+        runs: all runs, those of the first seed first.
+    """
+
+    name: str
+    folder: Path
+    split: str | None
+    runs: list[Run]
+
+
+def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] = ()) -> Study:
+    """Reads a study file: a recipe (with `base`, if it starts from another) and four keys more.
+
+    - `runs`: name -> arguments that differ from the recipe, e.g. `{baseline: {teacher: null}, bcd: {}}`.
+    - `seeds`: list of integers.
+    - `reference`: the run to compare with, seed by seed; the first one by default. A run may name another one.
+    - `split`: split of the final scores, e.g. `validation` where a study chooses something.
+
+    Args:
+        path: YAML file.
+        output_dir: folder of the study, instead of the file's `output_dir`.
+        argv: command-line arguments that win over the file in every run, but for what a run itself sets to null: its
+            `teacher: null` remains a baseline.
+
+    Raises:
+        ValueError: for an unknown key, no runs, an unknown reference, seeds that are not distinct integers, or losses
+            that `read_losses` refuses.
+    """
+    recipe = read_recipe(path, {*RECIPE_KEYS, *STUDY_KEYS})
+    seeds, variations, reference, split = (recipe.pop(key, None) for key in ("seeds", "runs", "reference", "split"))
+    if not isinstance(variations, dict) or not variations:
+        raise ValueError(
+            f"{path}: runs is {variations!r}; expected a mapping such as {{baseline: {{teacher: null}}}}."
+        )
+    seeds = [42] if seeds is None else seeds
+    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
+        raise ValueError(f"{path}: seeds is {seeds!r}; expected a list of integers.")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"{path}: seeds {seeds} are not distinct; equal seeds would be one run counted twice.")
+    reference = next(iter(variations)) if reference is None else reference
+    references = {name: (own or {}).get("reference", reference) for name, own in variations.items()}
+    for name in references.values():
+        if name not in variations:
+            raise ValueError(f"{path}: reference is {name!r}; choose one of {', '.join(variations)}.")
+    names = sorted(variations, key=lambda name: name not in references.values())  # they run first
+    folder = output_dir or Path(recipe.get("output_dir") or f"runs/studies/{path.stem}")
+    runs = []
+    for seed in seeds:
+        for name in names:
+            own = {key: value for key, value in (variations[name] or {}).items() if key != "reference"}
+            if unknown := set(own) - set(RECIPE_KEYS):
+                raise ValueError(f"{path}: run {name!r} has the unknown key {sorted(unknown)[0]!r}.")
+            given = read_arguments(list(argv), recipe=merged(recipe, own))
+            given |= dict.fromkeys(
+                (key for key, value in own.items() if value is None)
+            )  # also with --teacher.weights W
+            given.pop("resume_from_checkpoint", None)  # as the message after Ctrl-C says; every run does
+            try:
+                read_losses(given.get("losses") or {})  # now, not after the runs before it
+            except ValueError as error:
+                raise ValueError(f"{path}: run {name!r}: {error}") from None
+            run_folder = folder / str(name) / f"seed_{seed}"
+            fixed = {"output_dir": str(run_folder), "seed": seed, "with_baseline": False}
+            runs.append(Run(str(name), seed, references[name], run_folder, {**given, **fixed}))
+    return Study(path.stem, folder, split, runs)
+
+
+@dataclass
+class Shared:
+    """What the runs of a study have in common, loaded, trained and scored once."""
+
+    study: Study
+    data: dict[str, DenseDatasets] = field(default_factory=dict)
+    teachers: dict[str, tuple[PreTrainedModel, dict[str, Any] | None]] = field(default_factory=dict)
+
+    def load_data(self, args: DataArguments) -> DenseDatasets:
+        """The data set that the arguments name."""
+        key = repr(args)
+        if key not in self.data:
+            self.data[key] = load_data(args)
+        return self.data[key]
+
+    def teacher(
+        self, args: ModelArguments, config: BCDConfig, data: DenseDatasets, split: str
+    ) -> tuple[PreTrainedModel | None, dict[str, Any] | None]:
+        """The teacher of a run and its scores; one that is trained here is trained once, with the default seed."""
+        if args.teacher is None:
+            return None, None
+        key = json.dumps([args.teacher, args.teacher_training], sort_keys=True, default=str)
+        if key not in self.teachers:
+            folder = self.study.folder / "teachers" / str(len(self.teachers) + 1)
+            own = copy.deepcopy(config)
+            own.output_dir, own.seed, own.data_seed = str(folder), BCDConfig.seed, None
+            model = prepare_teacher(args, own, data)
+            assert model is not None
+            self.teachers[key] = model, self._score(model, folder, args, config, data, split)
+        return self.teachers[key]
+
+    def _score(
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        args: ModelArguments,
+        config: BCDConfig,
+        data: DenseDatasets,
+        split: str,
+    ) -> dict[str, Any] | None:
+        path = folder / TEACHER_FILE
+        if path.is_file():
+            return json.loads(path.read_text())
+        if label_map_of(model, data[split]).missing:
+            return None
+        scores = evaluate_model(model, config, data[split], args.label_synonyms)
+        if config.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, scores)
+        return scores
+
+
+def run_study(study: Study, part: tuple[int, int] = (1, 1)) -> list[str]:
+    """Trains and scores every run that is not finished; continues one that was interrupted from its last checkpoint.
+
+    Args:
+        study: the study.
+        part: `(i, n)` takes every n-th run, from the i-th on, so that n processes can share a study.
+
+    Returns:
+        One line for each run that failed. The others go on.
+    """
+    shared, failures = Shared(study), []
+    for run in study.runs[part[0] - 1 :: part[1]]:
+        if run.result() is not None:
+            logger.warning("finished already: %s, seed %s", run.name, run.seed)
+            continue
+        logger.warning("running %s, seed %s, in %s", run.name, run.seed, run.folder)
+        try:
+            train_run(run, shared)
+        except (FloatingPointError, RuntimeError, OSError) as error:  # it diverged, or memory or disk were full
+            failures.append(f"{run.name}, seed {run.seed}: {error}")
+            logger.error("failed: %s", failures[-1])
+        gc.collect()
+    return failures
+
+
+def train_run(run: Run, shared: Shared) -> None:
+    """Trains, scores and reports one student; writes its `study.json` last."""
+    model_args, data_args, config = build_arguments(run.arguments)
+    config.resume_from_checkpoint = "true"  # the last checkpoint of its folder, if there is one
+    data = shared.load_data(data_args)
+    split = shared.study.split or final_split(data)
+    if split is None or split not in data:
+        raise ValueError(f"the data set has the splits {', '.join(data)}, but the scores are to come from {split!r}.")
+    student = build_student(model_args, data, config.seed)
+    teacher, teacher_scores = shared.teacher(model_args, config, data, split)
+    trainer = train_model(student, teacher, config, data, label_synonyms=model_args.label_synonyms)
+    models: dict[str, PreTrainedModel] = {"student": load_segmentation_model(str(run.folder))}
+    scores = {"student": evaluate_model(models["student"], config, data[split])}
+    if teacher is not None:
+        models = {"teacher": teacher, **models}
+        scores = ({"teacher": teacher_scores} if teacher_scores else {}) | scores
+    reference = run.folder.parent.parent / run.reference / run.folder.name
+    if run.name != run.reference and (reference / RESULT_FILE).is_file() and teacher is not None:
+        models["baseline"] = load_segmentation_model(str(reference))
+        scores["baseline"] = json.loads((reference / RESULT_FILE).read_text())["scores"]
+    if config.should_save:
+        recipe = run.folder / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(run.arguments, sort_keys=False, allow_unicode=True))
+        origin = Origin("hf-bcd distill", ("--config", str(recipe)), model_args, data_args, run.arguments)
+        write_report(trainer, models, scores, data, split, origin)
+        result = {
+            "arguments": run.arguments,
+            "split": split,
+            "images": len(data[split]),
+            "scores": scores["student"],
+            "teacher": teacher_scores,
+            "steps": trainer.state.global_step,
+            "train_seconds": trainer.train_seconds,
+            "curve": evaluation_curve(trainer.state.log_history),
+        }
+        write_json(run.folder / RESULT_FILE, result)
+    trainer.accelerator.wait_for_everyone()
+
+
+def evaluation_curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Step, seconds of training so far and validation mIoU of every evaluation in a trainer's log."""
+    curve, seconds = [], 0.0
+    for entry in history:
+        seconds = entry.get("train_seconds", seconds)
+        if "eval_mean_iou" in entry:
+            curve.append({"step": entry["step"], "seconds": seconds, "mean_iou": entry["eval_mean_iou"]})
+    return curve

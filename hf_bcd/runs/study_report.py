@@ -1,0 +1,218 @@
+"""What a study shows: every number as CSV, means with paired differences as Markdown, and plots."""
+
+import csv
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import COLUMNS
+from .study import Study
+
+
+# two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
+T_QUANTILES = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
+PAIRED = ("mean_iou", "boundary_f@3", "completeness", "connectivity")
+PLOTTED = ("mean_iou", "boundary_f@3", "connectivity")
+Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
+
+
+def collect(study: Study) -> dict[str, dict[int, dict[str, Any]]]:
+    """Results of the finished runs: name -> seed -> what `study.json` holds."""
+    results: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in study.runs:
+        if (result := run.result()) is not None:
+            results.setdefault(run.name, {})[run.seed] = result
+    return results
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation of a sample; no deviation for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def paired_difference(
+    values: Mapping[int, float], reference: Mapping[int, float]
+) -> tuple[float, float | None] | None:
+    """Mean difference to the reference over the seeds that both have, and half of its 95 % interval (Student's t).
+
+    Returns:
+        None without a common seed; no interval for a single one.
+    """
+    differences = [value - reference[seed] for seed, value in values.items() if seed in reference]
+    if not differences:
+        return None
+    mean, deviation = mean_and_deviation(differences)
+    if deviation is None:
+        return mean, None
+    degrees = len(differences) - 1
+    quantile = T_QUANTILES[degrees - 1] if degrees <= len(T_QUANTILES) else 1.96 + 2.5 / degrees
+    return mean, quantile * deviation / math.sqrt(len(differences))
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """One row a run and seed, with every scalar score."""
+    metrics = list(dict.fromkeys(key for seeds in results.values() for one in seeds.values() for key in _scalars(one)))
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "seed", "split", "steps", "train_seconds", *metrics])
+        for name, seeds in results.items():
+            for seed, one in sorted(seeds.items()):
+                values = [_scalars(one).get(metric, "") for metric in metrics]
+                writer.writerow([name, seed, one["split"], one["steps"], one["train_seconds"], *values])
+
+
+def score_table(results: Results) -> str:
+    """Means and deviations over seeds as Markdown; the teachers' scores come first."""
+    header = ["run", "seeds", *COLUMNS.values(), "minutes"]
+    rows = [
+        [f"teacher {number}" if number else "teacher", "", *(_with_spread(scores[m], None, m) for m in COLUMNS), ""]
+        for number, scores in _teachers(results)
+    ]
+    for name, seeds in results.items():
+        cells = [
+            _with_spread(*mean_and_deviation([one["scores"][metric] for one in seeds.values()]), metric)
+            for metric in COLUMNS
+        ]
+        minutes = statistics.fmean([one["train_seconds"] for one in seeds.values()]) / 60
+        rows.append([name, str(len(seeds)), *cells, f"{minutes:.1f}"])
+    return _markdown(header, rows)
+
+
+def difference_table(results: Results, references: Mapping[str, str]) -> str:
+    """Each run's difference to its reference, paired by seed, with 95 % intervals, as Markdown.
+
+    Args:
+        results: finished runs.
+        references: name of a run -> name of the run that it is compared with.
+    """
+    rows = []
+    for name, seeds in results.items():
+        reference = results.get(references[name], {})
+        if name == references[name] or not set(seeds) & set(reference):
+            continue
+        cells = []
+        for metric in PAIRED:
+            own, other = ({seed: one["scores"][metric] for seed, one in runs.items()} for runs in (seeds, reference))
+            cells.append(_interval(paired_difference(own, other)))
+        rows.append([f"{name} − {references[name]}", str(len(set(seeds) & set(reference))), *cells])
+    return _markdown(["difference", "seeds", *(COLUMNS[metric] for metric in PAIRED)], rows) if rows else ""
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _teachers(results: Results) -> list[tuple[int, Mapping[str, Any]]]:
+    """The distinct teachers' scores, numbered from 1 where there are several."""
+    distinct: list[Mapping[str, Any]] = []
+    for seeds in results.values():
+        for one in seeds.values():
+            if one["teacher"] and one["teacher"] not in distinct:
+                distinct.append(one["teacher"])
+    return [(number if len(distinct) > 1 else 0, scores) for number, scores in enumerate(distinct, 1)]
+
+
+def _with_spread(mean: float, deviation: float | None, metric: str) -> str:
+    scale = 1 if metric == "fragments" else 100
+    return f"{scale * mean:.2f}" if deviation is None else f"{scale * mean:.2f} ± {scale * deviation:.2f}"
+
+
+def _interval(difference: tuple[float, float | None] | None) -> str:
+    if difference is None:
+        return ""
+    mean, half = difference
+    text = f"{100 * mean:+.2f}"
+    return text if half is None else f"{text} [{100 * (mean - half):+.2f}, {100 * (mean + half):+.2f}]"
+
+
+def _scalars(result: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in result["scores"].items() if isinstance(value, int | float)}
+
+
+def write_study_report(study: Study) -> str:
+    """Writes results.csv, results.md, results.png and, where runs were evaluated meanwhile, curves.png.
+
+    Returns:
+        The Markdown tables.
+
+    Raises:
+        ValueError: if no run is finished.
+    """
+    results = collect(study)
+    if not results:
+        raise ValueError(f"no run of the study in {study.folder} is finished.")
+    write_csv(results, study.folder / "results.csv")
+    tables = [score_table(results), difference_table(results, {run.name: run.reference for run in study.runs})]
+    text = "\n\n".join(filter(None, tables))
+    finished, first = sum(map(len, results.values())), next(iter(next(iter(results.values())).values()))
+    (study.folder / "results.md").write_text(
+        f"# {study.name}\n\n{text}\n\n"
+        f"{finished} of {len(study.runs)} runs. Scores on the {first['images']} images of the split `{first['split']}`, in "
+        "percent but for fragments; mean ± standard deviation over seeds. Differences are paired by seed, with their 95 % "
+        "intervals (Student's t). Minutes are those of training alone.\n"
+    )
+    plot_scores(results, study.folder / "results.png")
+    if any(one["curve"] for seeds in results.values() for one in seeds.values()):
+        plot_curves(results, study.folder / "curves.png")
+    return text
+
+
+def plot_scores(results: Results, path: Path) -> None:
+    """A row of dots (one a seed) and a bar at their mean for every run, in one panel a metric."""
+    from matplotlib.figure import Figure
+
+    names = list(results)
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(PLOTTED), sharey=True)
+    for axes, metric in zip(panels, PLOTTED, strict=True):
+        for row, name in enumerate(names):
+            values = [100 * one["scores"][metric] for one in results[name].values()]
+            axes.plot(values, [row] * len(values), "o", color=f"C{row % 10}", alpha=0.6, markersize=5)
+            axes.plot(statistics.fmean(values), row, "|", color="black", markersize=14)
+        for _, scores in _teachers(results):
+            axes.axvline(100 * scores[metric], color="grey", linestyle=":")
+        axes.set(xlabel=f"{COLUMNS[metric]} (%)")
+        axes.grid(alpha=0.3, axis="x")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
+def plot_curves(results: Results, path: Path) -> None:
+    """Validation mIoU of every run, mean over seeds, over optimizer steps and over seconds of training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, label in zip(panels, ("step", "seconds"), ("optimizer step", "seconds of training"), strict=True):
+        for number, (name, seeds) in enumerate(results.items()):
+            curves = [one["curve"] for one in seeds.values() if one["curve"]]
+            points = list(zip(*curves, strict=False))  # seeds share their steps
+            x = [statistics.fmean(entry[key] for entry in point) for point in points]
+            y = [100 * statistics.fmean(entry["mean_iou"] for entry in point) for point in points]
+            style = ("-", "--", ":", "-.")[number // 10 % 4]  # there are ten colours
+            axes.plot(x, y, linestyle=style, label=name)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("validation mIoU (%)")
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7)
+    figure.savefig(path, dpi=150)

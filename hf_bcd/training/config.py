@@ -1,0 +1,182 @@
+"""What a run can be told: models, data and training arguments."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+
+from ..losses.recipe import read_losses
+from ..utils.messages import unknown_key_message
+from ..utils.yaml import parse_mapping
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "stable": {"bcd": {}},
+    "paper": {"bcd": {"mode": "paper", "teacher_head": "orthogonal", "weight": {"boundary": 10.0, "context": 50.0}}},
+}
+
+
+TEACHER_DTYPES = ("auto", "float32", "bfloat16")
+MAX_STEPS = 40_000
+POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
+
+
+@dataclass
+class BCDConfig(TrainingArguments):
+    """Training arguments of `BCDTrainer`: those of transformers, with the paper's schedule as defaults, and ours.
+
+    Paper (Sec. V-B): SGD, learning rate 0.01, momentum 0.9, poly 0.9, batch 8, 40,000 iterations, 512x512 crops, random
+    flip, brightness jitter and scale 0.5-2.
+    """
+
+    learning_rate: float = field(default=0.01, metadata={"help": "Initial learning rate."})
+    optim: str = field(default="sgd", metadata={"help": "Optimizer; adamw_torch for transformer students."})
+    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Options of the optimizer."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of matrices and kernels."})
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Learning-rate schedule."})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": f"Options of the schedule; {POLYNOMIAL} for the polynomial one."}
+    )
+    max_steps: int = field(
+        default=None,  # type: ignore[assignment] # numbers by the time that anybody reads them
+        metadata={"help": f"Optimizer steps, t_max of r(t); {MAX_STEPS} unless num_train_epochs is given."},
+    )
+    num_train_epochs: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Passes over the training images, where max_steps says nothing."},
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Images a device and step."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Images a device and evaluation step."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for none."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_steps: float | None = field(default=4000, metadata={"help": "Steps between evaluations."})
+    save_steps: float = field(default=4000, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between logged means."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses (not wanted)."})
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where to log."})
+    dataloader_num_workers: int = field(default=4, metadata={"help": "Worker processes that read and augment."})
+    dataloader_persistent_workers: bool = field(
+        default=True, metadata={"help": "Keep the processes that read training data from epoch to epoch."}
+    )
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must be false here."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "What to push: the finished student (end), also the student at every save (every_save), also what it "
+            "takes to resume (checkpoint, all_checkpoints)."
+        },
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata={"help": "No rank needs another's buffers in training: losses keep theirs equal, evaluation shares."},
+    )
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "No parameter is unused."})
+
+    preset: Literal["stable", "paper"] = field(
+        default="stable",
+        metadata={
+            "help": "Losses where `losses` says nothing: ours, or the paper's equations with alpha 10, beta 50."
+        },
+    )
+    losses: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Distillation losses and their options, e.g. {bcd: {radius: 5, weight: {boundary: 3}}}."},
+    )
+    crop_size: int = field(default=512, metadata={"help": "Side of the square training crops, in pixels."})
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Short side images are resized to, in training (before scaling) and evaluation; None keeps it."
+        },
+    )
+    scale_min: float = field(default=0.5, metadata={"help": "Smallest random scale."})
+    scale_max: float = field(default=2.0, metadata={"help": "Largest random scale."})
+    color_jitter: float = field(
+        default=0.5, metadata={"help": "Strength of brightness, contrast and saturation jitter; 0 for none."}
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "Precision of the teacher; auto is bfloat16 where the GPU has it."}
+    )
+    calibration_images: int = field(
+        default=64, metadata={"help": "Training images that fit the teacher's boundary readout before step 1."}
+    )
+    profile: bool = field(
+        default=False, metadata={"help": "Log seconds and memory of every part of the step; slows training down."}
+    )
+    log_gradients: bool = field(
+        default=False,
+        metadata={
+            "help": "Log the norm of every weighted term's gradient at the student's last stage; slows training."
+        },
+    )
+    sync_batchnorm: bool = field(
+        default=True, metadata={"help": "Synchronise the student's BatchNorm over GPUs when there are several."}
+    )
+
+    def __post_init__(self) -> None:
+        self.batch_eval_metrics = True  # evaluation streams counts; predictions are never gathered
+        # an accelerate configuration with use_cpu reaches one process through the environment, several not at all: each
+        # would take itself for the only one; and without use_cpu the base class refuses bf16 on a CPU
+        by_launcher = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        self.use_cpu = self.use_cpu or by_launcher or not torch.accelerator.is_available()
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) is False:  # YAML reads an unquoted `no` as false
+                setattr(self, name, "no")
+        plateau = self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+        if (plateau or self.load_best_model_at_end) and self.metric_for_best_model is None:
+            self.metric_for_best_model = "mean_iou"  # the base class would look for a loss, which evaluations have not
+            if plateau:
+                self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or {"mode": "max"}
+        if self.max_steps is None:
+            self.max_steps = MAX_STEPS if self.num_train_epochs is None else -1
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0
+        super().__post_init__()
+        if self.lr_scheduler_type == SchedulerType.POLYNOMIAL:
+            self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or dict(POLYNOMIAL)
+        elif self.lr_scheduler_kwargs == POLYNOMIAL:  # of what this was derived from; no other schedule takes them
+            self.lr_scheduler_kwargs = None
+        self._check_training()
+        for name, known in (("preset", PRESETS), ("teacher_dtype", TEACHER_DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(unknown_key_message(name, str(getattr(self, name)), known))
+        if isinstance(self.losses, str):
+            self.losses = parse_mapping(self.losses, "losses")
+        losses = read_losses(self.resolved_losses)  # a typing error shows now, not after a teacher's training
+        if self.torch_compile and (self.log_gradients or any(loss.measured for loss in losses.values())):
+            raise ValueError(
+                "log_gradients and `weight: auto` take the gradient of every term, which torch_compile hides; leave one out."
+            )
+        for name in ("crop_size", "calibration_images", "scale_min"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0.")
+        if self.profile and self.torch_compile:
+            raise ValueError("profile measures the parts of a step, which torch_compile fuses; leave one of them out.")
+        if self.scale_min > self.scale_max:
+            raise ValueError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
+
+    def _check_training(self) -> None:
+        """Refuses what the base class accepts and would fail on, or ignore, in the middle of training."""
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0; train for at least one step, or score a model with hf-bcd evaluate.")
+        if self.max_steps > 0 and (warmup := self.get_warmup_steps(self.max_steps)) >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} takes {warmup} of {self.max_steps} max_steps; lower it."
+            )
+        for name, expected in (
+            ("label_smoothing_factor", 0.0),
+            ("neftune_noise_alpha", None),
+            ("remove_unused_columns", False),
+        ):
+            if getattr(self, name) != expected:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, which segmentation does not have here; leave it out."
+                )
+
+    @property
+    def resolved_losses(self) -> dict[str, Any]:
+        """The `losses` in force: the given ones, or the preset's."""
+        return PRESETS[self.preset] if self.losses is None else self.losses  # type: ignore[return-value]

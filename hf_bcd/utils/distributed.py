@@ -1,0 +1,31 @@
+"""Processes that train together."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks whose backward sums the gradients over ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def is_distributed() -> bool:
+    """Whether more than one rank takes part in this run."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Differentiable sum of `x` over all ranks; the identity in a single process."""
+    return _AllReduceSum.apply(x) if is_distributed() else x  # type: ignore[return-value]

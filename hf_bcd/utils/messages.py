@@ -1,0 +1,16 @@
+"""Errors for the user: what was wrong, and the nearest thing that would have been right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A user's mistake: the message is one line that says what was found and what to do; commands print nothing else."""
+
+
+def unknown_key_message(kind: str, key: str, known: Iterable[str]) -> str:
+    """An error message that names the nearest known key."""
+    known = sorted(known)
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {key!r}.{hint} Known: {', '.join(known)}."

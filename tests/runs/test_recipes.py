@@ -1,0 +1,130 @@
+"""Every recipe is usable as it stands: it parses, names a known data set, and its models and losses can be built."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_bcd.adapters import DenseAdapter, build_adapter
+from hf_bcd.adapters.loading import ModelSpec
+from hf_bcd.data import CATALOG
+from hf_bcd.losses import LOSSES, build_criterion
+from hf_bcd.models import TimmSegmentationConfig, TimmSegmentationModel
+from hf_bcd.runs.arguments import parse_arguments
+from hf_bcd.training.preparation import offers_of
+
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
+PAPER_ROWS = {
+    "voc2012_aug": {"pspnet18", "pspnet38", "efficientnet_b1", "segformer_b0"},
+    "cityscapes": {"pspnet18", "pspnet38", "efficientnet_b1", "segformer_b0"},
+    "ade20k": {"pspnet18", "espnet", "mobilenetv2", "segformer_b0"},
+    "coco_stuff_10k": {"mobilenetv2", "segformer_b0", "deeplabv3plus18"},
+}
+
+
+# where the recipes of the paper's comparisons stand, how their names begin, and the joint rows
+COMPARISONS = {
+    "voc2012_aug": ("psp101_to_psp18_", {"ifvd_bcd", "tat_bcd", "sstkd_bcd"}),
+    "coco_stuff_10k": ("deeplabv3plus101_to_18_", {"tat_bcd", "slimseg_bcd", "bpkd_bcd"}),
+}
+COMPARED = {
+    dataset: [path for path in RECIPES if path.parent.name == dataset and path.stem.startswith(prefix)]
+    for dataset, (prefix, _) in COMPARISONS.items()
+}
+each_comparison = pytest.mark.parametrize(
+    ("dataset", "recipe"),
+    [(d, r) for d, recipes in COMPARED.items() for r in recipes],
+    ids=lambda x: getattr(x, "stem", x),
+)
+
+
+@cache
+def adapter_of(model: str, num_labels: int) -> DenseAdapter:
+    """The model that a recipe describes (as JSON), without its weights."""
+    spec = ModelSpec.parse(json.loads(model), "model")
+    fields = {"backbone": spec.backbone, "head": spec.head, "output_stride": spec.output_stride}
+    with torch.device("meta"):
+        built = TimmSegmentationModel(TimmSegmentationConfig(**fields, **spec.options, num_labels=num_labels))
+    return build_adapter(built)
+
+
+def parse(recipe: Path):
+    return parse_arguments(["--config", str(recipe), "--use_cpu", "true", "--report_to", "none"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recipe_describes_a_run(recipe: Path) -> None:
+    model, data, config = parse(recipe)
+    assert data.dataset_name in CATALOG and recipe.parent.name == data.dataset_name
+    header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    commands = [line for line in header if "accelerate launch scripts/distill.py" in line]
+    assert commands and (data.dataset_name == "synthetic" or any(str(recipe.relative_to(ROOT)) in h for h in header))
+    for role, given in (("student", model.student), ("teacher", model.teacher)):
+        spec = ModelSpec.parse(given or "", role)
+        if spec.name_or_path:
+            assert re.fullmatch(r"(nvidia|facebook)/[a-zA-Z0-9-]+", spec.name_or_path)
+        elif spec.backbone != "espnet":
+            assert adapter_of(json.dumps(given), 5).feature_specs
+    assert config.max_steps > 0
+
+
+@pytest.mark.parametrize("dataset", PAPER_ROWS)
+def test_every_student_of_the_papers_tables_has_a_recipe_with_its_numbers(dataset: str) -> None:
+    students = set()
+    for recipe in RECIPES:
+        if recipe.parent.name == dataset and "with BCD" in (text := recipe.read_text()):
+            numbers = re.search(r"teacher (\d+\.\d+), student (\d+\.\d+), with BCD (\d+\.\d+)", text)
+            assert numbers and float(numbers[2]) < float(numbers[3]), recipe
+            students.add(recipe.stem.split("_to_")[1])
+    assert students == PAPER_ROWS[dataset]
+
+
+@each_comparison
+def test_a_method_of_the_papers_comparisons_differs_from_its_base_in_nothing_else(dataset: str, recipe: Path) -> None:
+    lines = recipe.read_text().splitlines()
+    assert len(lines) <= 8
+    base = re.search(r"^base: (.*)$", recipe.read_text(), re.M)
+    assert base and "Re-use: --teacher runs/" in recipe.read_text()
+    models, data, config = parse(recipe)
+    base_models, base_data, base_config = parse(recipe.parent / base[1])
+    assert not models.with_baseline and models.teacher == base_models.teacher and models.student == base_models.student
+    assert data == base_data and config.output_dir == f"runs/{dataset}/{recipe.stem}"
+    assert f"--teacher {base_config.output_dir}/_teacher" in recipe.read_text()
+    changed = {key for key, value in config.to_dict().items() if value != base_config.to_dict()[key]}
+    assert changed <= {"output_dir", "logging_dir", "losses"}
+    alone = re.search(r"student alone (\d+\.\d+)|\(student (\d+\.\d+) mIoU", lines[0])
+    number = re.search(r"student (\d+\.\d+), with BCD", (recipe.parent / base[1]).read_text())
+    assert alone and number and (alone[1] or alone[2]) == number[1]
+
+
+@each_comparison
+def test_its_losses_can_be_built_for_its_models(dataset: str, recipe: Path) -> None:
+    models, _, config = parse(recipe)
+    losses = config.resolved_losses
+    assert recipe.stem.removeprefix(COMPARISONS[dataset][0]) == "_".join(losses)
+    num_labels = len(CATALOG[dataset].id2label or {})
+    student, teacher = (adapter_of(json.dumps(given), num_labels) for given in (models.student, models.teacher))
+    criterion = build_criterion(
+        losses,
+        student.feature_specs,
+        teacher.feature_specs,
+        num_labels=num_labels,
+        offers=offers_of(teacher),
+        head_levels=teacher.head_levels,
+    )
+    assert set(criterion.losses) == set(losses) and set(criterion.weights)
+
+
+@pytest.mark.parametrize("dataset", COMPARED)
+def test_every_method_has_a_recipe(dataset: str) -> None:
+    prefix, joint = COMPARISONS[dataset]
+    rows = {recipe.stem.removeprefix(prefix) for recipe in COMPARED[dataset]}
+    assert joint <= rows
+    if dataset == "voc2012_aug":  # the paper compares fewer on COCO-Stuff
+        assert rows - joint == set(LOSSES) - {"bcd"}
+    assert rows - joint <= set(LOSSES)

@@ -1,0 +1,241 @@
+"""Studies: what a file describes, what is run once and what again, and the arithmetic of the report."""
+
+import csv
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+from hf_bcd.commands import study as command
+from hf_bcd.runs.study import Run, Study, evaluation_curve, read_study, run_study
+from hf_bcd.runs.study_report import collect, mean_and_deviation, paired_difference, score_table, write_study_report
+
+
+RECIPE: dict[str, Any] = {
+    "dataset_name": "synthetic",
+    "dataset_options": {"size": [48, 64], "num_images": {"train": 8, "validation": 2, "test": 3}},
+    "student": {
+        "backbone": "resnet10t",
+        "options": {"head_channels": 8, "backbone_kwargs": {"channels": [8, 8, 8, 8], "stem_width": 8}},
+    },
+    "losses": {"kd": {}},
+    "max_steps": 4,
+    "logging_steps": 2,
+    "eval_steps": 2,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 2,
+    "crop_size": 48,
+    "dataloader_num_workers": 0,
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    keys = {"seeds": [1, 2], "runs": {"baseline": {"teacher": None}, "kd": None}} | changes
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({"base": "recipe.yaml", "output_dir": str(folder / "out"), **keys}))
+    return path
+
+
+def test_a_study_is_a_recipe_its_variations_and_seeds(tmp_path: Path) -> None:
+    path = write_study(tmp_path, runs={"a": {"max_steps": 3}, "b": {"losses": {"cwd": {}}}}, reference="b")
+    study = read_study(path)
+    assert (study.name, study.folder, study.split) == ("grid", tmp_path / "out", None)
+    assert {run.reference for run in study.runs} == {"b"}
+    assert [(run.name, run.seed) for run in study.runs] == [("b", 1), ("a", 1), ("b", 2), ("a", 2)]
+    assert len({run.folder for run in study.runs}) == 4
+    steps = {run.name: run.arguments["max_steps"] for run in study.runs}
+    losses = {run.name: run.arguments["losses"] for run in study.runs}
+    assert steps == {"a": 3, "b": 4} and losses == {"a": {"kd": {}}, "b": {"cwd": {}}}
+    assert {run.arguments["max_steps"] for run in read_study(path, argv=["--max_steps", "9"]).runs} == {9}
+    assert read_study(path, tmp_path / "elsewhere").runs[0].folder.is_relative_to(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("argv", [["--teacher.weights", "w"], ["--teacher", "some/model"]])
+def test_the_command_line_gives_a_baseline_no_teacher(argv: list[str], tmp_path: Path) -> None:
+    path = write_study(tmp_path, runs={"baseline": {"teacher": None}, "kd": {"teacher": {"backbone": "a"}}})
+    teachers = {run.name: run.arguments["teacher"] for run in read_study(path, argv=argv).runs}
+    kd = {"backbone": "a", "weights": "w"} if argv[0] == "--teacher.weights" else "some/model"
+    assert teachers == {"baseline": None, "kd": kd}
+
+
+def test_a_run_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
+    runs = {"a": None, "a_kd": None, "b_kd": {"reference": "b"}, "b": {"max_steps": 2}}
+    study = read_study(write_study(tmp_path, runs=runs, seeds=[1]))
+    assert [(run.name, run.reference) for run in study.runs] == [("a", "a"), ("b", "a"), ("a_kd", "a"), ("b_kd", "b")]
+    assert all("reference" not in run.arguments for run in study.runs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runs": {}}, "runs is {}"),
+        ({"runs": ["a"]}, r"runs is \['a'\]"),
+        ({"seeds": []}, r"seeds is \[\]"),
+        ({"seeds": [1, "2"]}, "expected a list of integers"),
+        ({"seeds": [True]}, "expected a list of integers"),
+        ({"seeds": [3, 3]}, "not distinct"),
+        ({"reference": "none"}, "reference is 'none'; choose one of baseline, kd"),
+        ({"runs": {"a": {"max_step": 3}}}, "run 'a' has the unknown key 'max_step'"),
+        ({"runs": {"a": {}, "b": {"losses": {"kdd": {}}}}}, "run 'b': unknown loss 'kdd'. Did you mean 'kd'"),
+        ({"sedes": [1]}, "unknown key 'sedes'. Did you mean 'seeds'"),
+    ],
+)
+def test_bad_studies_are_explained(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_study(write_study(tmp_path, **changes))
+
+
+def test_what_the_message_after_an_interruption_says_continues_a_study(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    assert read_study(path, argv=["--resume_from_checkpoint", "true"]) == read_study(path)
+
+
+@pytest.mark.parametrize("arguments", [["--seed", "3"], ["--part", "0/2"], ["--part", "3/2"], ["--part", "two"]])
+def test_bad_command_lines_are_explained(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seed belongs into|expected i/n"):
+        command.main([str(write_study(tmp_path)), *arguments])
+
+
+def test_differences_are_paired_by_seed() -> None:
+    # differences 1, 2, 6: mean 3, variance (4 + 1 + 9) / 2 = 7; t(2) = 4.303
+    mean, half = paired_difference({1: 11, 2: 22, 3: 36, 9: 0}, {1: 10, 2: 20, 3: 30, 4: 0}) or (0, None)
+    assert mean == pytest.approx(3) and half == pytest.approx(4.303 * math.sqrt(7 / 3))
+    assert paired_difference({1: 2.5}, {1: 2}) == (0.5, None)
+    assert paired_difference({1: 2.5}, {2: 2}) is None
+    assert mean_and_deviation([1, 2, 6]) == (3, statistics.stdev([1, 2, 6])) and mean_and_deviation([5]) == (5, None)
+
+
+def test_intervals_are_those_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy computes Student's t")
+    for count in (2, 5, 16, 17, 40):
+        values = {seed: math.sin(seed) for seed in range(count)}
+        mean, half = paired_difference(values, dict.fromkeys(values, 0.0)) or (0, None)
+        low, high = stats.t.interval(
+            0.95, count - 1, loc=statistics.fmean(values.values()), scale=stats.sem(list(values.values()))
+        )
+        assert half is not None and (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3, abs=2e-3)
+
+
+def test_curves_take_the_seconds_of_the_log_before() -> None:
+    history = [
+        {"step": 2, "loss": 1.0, "train_seconds": 5.0},
+        {"step": 2, "eval_mean_iou": 0.25},
+        {"step": 4, "loss": 0.5, "train_seconds": 9.0},
+        {"step": 4, "eval_mean_iou": 0.5},
+        {"step": 4, "train_loss": 0.75},
+    ]
+    assert evaluation_curve(history) == [
+        {"step": 2, "seconds": 5.0, "mean_iou": 0.25},
+        {"step": 4, "seconds": 9.0, "mean_iou": 0.5},
+    ]
+
+
+def finished(folder: Path, name: str, seed: int, scores: dict[str, float], teacher: dict | None = None) -> Run:
+    run = Run(name, seed, "plain", folder / name / f"seed_{seed}", {"seed": seed})
+    run.folder.mkdir(parents=True)
+    columns = ("overall_accuracy", "boundary_f@3", "boundary_iou", "completeness", "connectivity")
+    values = dict.fromkeys(columns, 0.5) | {"fragments": 1.25} | scores
+    result = {"arguments": run.arguments, "split": "test", "images": 3, "scores": values, "teacher": teacher}
+    result |= {"steps": 4, "train_seconds": 90.0, "curve": []}
+    (run.folder / "study.json").write_text(json.dumps(result))
+    return run
+
+
+def test_the_table_has_means_spreads_and_paired_differences(tmp_path: Path) -> None:
+    teacher = dict.fromkeys(("mean_iou", "overall_accuracy", "boundary_f@3", "boundary_iou"), 0.75)
+    teacher |= {"completeness": 0.75, "connectivity": 0.75, "fragments": 0.5}
+    runs = [
+        finished(tmp_path, "plain", 1, {"mean_iou": 0.25, "connectivity": 0.5}),
+        finished(tmp_path, "plain", 2, {"mean_iou": 0.35}),
+        finished(tmp_path, "kd", 1, {"mean_iou": 0.27, "connectivity": 0.6}, teacher),
+        finished(tmp_path, "kd", 2, {"mean_iou": 0.33}, teacher),
+        Run("kd", 3, "plain", tmp_path / "kd" / "seed_3", {}),
+    ]
+    study = Study("grid", tmp_path, None, runs)
+    lines = [line for line in write_study_report(study).splitlines() if line]
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
+    assert list(rows) == ["run", "---", "teacher", "plain", "kd", "difference", "kd − plain"]
+    assert rows["teacher"][:2] == ["", "75.00"] and rows["plain"][:2] == ["2", "30.00 ± 7.07"]
+    # differences +2 and -2 points: mean 0, deviation 2.83, half an interval 12.706 · 2.83 / √2 = 25.41
+    assert rows["kd"][1] == "30.00 ± 4.24" and rows["kd"][-1] == "1.5"
+    assert rows["kd − plain"][:2] == ["2", "+0.00 [-25.41, +25.41]"]
+    column = rows["difference"].index("connectivity")
+    # +10 and 0 points: mean 5, half an interval 12.706 · 7.07 / √2 = 63.53
+    assert rows["kd − plain"][column] == "+5.00 [-58.53, +68.53]"
+    with (tmp_path / "results.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [(row["run"], row["seed"], float(row["mean_iou"])) for row in found] == [
+        ("plain", "1", 0.25),
+        ("plain", "2", 0.35),
+        ("kd", "1", 0.27),
+        ("kd", "2", 0.33),
+    ]
+    assert "4 of 5 runs" in (tmp_path / "results.md").read_text() and (tmp_path / "results.png").stat().st_size > 5000
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_report_needs_a_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no run of the study"):
+        write_study_report(Study("grid", tmp_path, None, [Run("a", 1, "a", tmp_path / "a", {})]))
+
+
+def test_a_finished_run_of_another_recipe_is_no_result(tmp_path: Path) -> None:
+    run = finished(tmp_path, "a", 1, {"mean_iou": 0.5})
+    changed = Run("a", 1, "a", run.folder, {"seed": 1, "max_steps": 9})
+    with pytest.raises(ValueError, match="max_steps None, where the study says 9"):
+        changed.result()
+
+
+def test_a_study_trains_each_run_once_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.tiny_timm().save_pretrained(tmp_path / "teacher")
+    path = write_study(
+        tmp_path, seeds=[1], runs={"baseline": {"teacher": None}, "kd": {"teacher": str(tmp_path / "teacher")}}
+    )
+    study = read_study(path)
+    assert run_study(study, (2, 2)) == []  # the second half first: its reference is not there yet
+    assert [list(seeds) for seeds in collect(study).values()] == [[1]]
+    command.main([str(path)])
+    results = collect(study)
+    assert list(results) == ["baseline", "kd"]
+    for name, seeds in results.items():
+        assert seeds[1]["steps"] == 4 and seeds[1]["images"] == 3 and 0 < seeds[1]["scores"]["mean_iou"] < 1
+        assert [point["step"] for point in seeds[1]["curve"]] == [2, 4] and seeds[1]["train_seconds"] > 0
+        assert (seeds[1]["teacher"] is None) == (name == "baseline")
+    assert (study.folder / "curves.png").stat().st_size > 5000
+    assert (study.runs[1].folder / "README.md").read_text().count("distil") > 1
+    monkeypatch.setattr("hf_bcd.runs.study.train_model", lambda *_, **__: pytest.fail("trained again"))
+    command.main([str(path)])
+
+
+def test_a_run_that_fails_stops_no_other_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(
+        tmp_path, runs={"first": {"teacher": None}, "second": {"teacher": None, "max_steps": 2}}, seeds=[1]
+    )
+    from hf_bcd.runs import study as module
+
+    trained = module.train_model
+
+    def diverges(*args: Any, **kwargs: Any) -> Any:
+        if args[2].max_steps == 4:
+            raise FloatingPointError("loss is nan")
+        return trained(*args, **kwargs)
+
+    monkeypatch.setattr(module, "train_model", diverges)
+    with pytest.raises(SystemExit, match=r"1 runs failed.*\nfirst, seed 1: loss is nan"):
+        command.main([str(path)])
+    assert "second" in capsys.readouterr().out
+    monkeypatch.setattr(module, "train_model", trained)
+    command.main([str(path)])
+    assert list(collect(read_study(path))) == ["first", "second"]
+    assert "first" in score_table(collect(read_study(path)))
