@@ -1,10 +1,14 @@
-"""What every model looks like to the rest of the package: named feature levels and logits."""
+"""Models and ground truth as the rest of the package sees them: named feature levels, class scores, targets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+
+IGNORE_INDEX = 255
 
 
 class FeatureSpec(NamedTuple):
@@ -39,3 +43,68 @@ class DenseOutput:
     auxiliary_logits: Tensor | None = None
     task_losses: dict[str, Tensor] = field(default_factory=dict)
     head: Callable[[dict[str, Tensor]], Tensor] | None = None
+
+
+class Targets(Protocol):
+    """Ground truth of a batch of B images, as far as a loss may look at it: no loss asks what kind it is."""
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes K."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        ...
+
+    def valid(self, size: tuple[int, int]) -> Tensor:
+        """Which positions of a grid over the images count: boolean `[B, h, w]`, False where void or padded."""
+        ...
+
+    def class_masks(self, size: tuple[int, int]) -> Tensor:
+        """Where each class is on a grid over the images: `[B, K, h, w]`, boolean or in 0..1."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMaps:
+    """Targets of semantic segmentation.
+
+    Attributes:
+        ids: class ids `[B, H, W]` of any integer type.
+        num_labels: number of classes K.
+        ignore_index: id of void pixels.
+        num_valid: number of valid pixels by which task losses divide, a scalar; those of `ids` by default. Ranks and
+            accumulated batches with unequal void shares give the gradient of one large batch if all divide by the same.
+    """
+
+    ids: Tensor
+    num_labels: int
+    ignore_index: int = IGNORE_INDEX
+    num_valid: Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.ids.shape[-2], self.ids.shape[-1]
+
+    def valid(self, size: tuple[int, int]) -> Tensor:
+        """Positions that are not void, nearest neighbours: boolean `[B, *size]`."""
+        return resize_nearest(self.ids != self.ignore_index, size)
+
+    def class_masks(self, size: tuple[int, int]) -> Tensor:
+        """One-hot label maps, nearest neighbours: boolean `[B, K, *size]`; no class where void."""
+        classes = torch.arange(self.num_labels, device=self.ids.device)
+        return resize_nearest(self.ids, size)[:, None] == classes[:, None, None]
+
+
+def resize_nearest(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest-neighbour resize of an integer or boolean map `[B, H, W]` to `size`, its dtype kept."""
+    if x.shape[-2:] == size:
+        return x
+    # integer arithmetic: exact for every id and mask, without a float copy
+    rows, columns = (
+        (2 * torch.arange(new, device=x.device) + 1) * old // (2 * new)
+        for old, new in zip(x.shape[-2:], size, strict=True)
+    )
+    return x[:, rows[:, None], columns]

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...outputs import resize_nearest
 from ...utils.distributed import all_reduce_sum
 
 
@@ -20,18 +21,6 @@ def mask_fill_value(dtype: torch.dtype) -> float:
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize of `[B, C, H, W]` to `size` with half-pixel centres (`align_corners=False`)."""
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def resize_nearest(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest-neighbour resize of an integer or boolean map `[B, H, W]` to `size`, its dtype kept."""
-    if x.shape[-2:] == size:
-        return x
-    # integer arithmetic: exact for every id and mask, without a float copy
-    rows, columns = (
-        (2 * torch.arange(new, device=x.device) + 1) * old // (2 * new)
-        for old, new in zip(x.shape[-2:], size, strict=True)
-    )
-    return x[:, rows[:, None], columns]
 
 
 def spatial_size(x: Tensor) -> tuple[int, int]:
