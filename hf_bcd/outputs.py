@@ -32,15 +32,13 @@ class DenseOutput:
             with a separate stem) and `stride_4`, `stride_8`, `stride_16`, `stride_32` after the nominal stride of the
             stage; the true stride of a dilated stage stands in its `FeatureSpec`.
         logits: per-pixel class scores `[B, num_labels, h, w]` at any stride.
-        auxiliary_logits: scores of a training-only auxiliary head, `[B, num_labels, h, w]`.
-        task_losses: supervised losses that only the model itself can compute (set prediction), by name, unweighted.
+        task_losses: supervised losses by name, weighted as the family's authors do; none without targets.
         head: the model's own head as a function of its levels, `{level: [B, C, h, w]}` -> scores in the classes of
             `logits`, where a frozen teacher offers one: gradients reach the levels alone.
     """
 
     features: dict[str, Tensor]
     logits: Tensor
-    auxiliary_logits: Tensor | None = None
     task_losses: dict[str, Tensor] = field(default_factory=dict)
     head: Callable[[dict[str, Tensor]], Tensor] | None = None
 

@@ -69,6 +69,14 @@ def parquet_scenes(folder: Path, shards: list[int], validation: int = 2, seed: i
     return folder
 
 
+def tensors(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A canonical sample as a batch holds it, without any transform."""
+    return {
+        "pixel_values": torch.from_numpy(np.array(sample["image"])).permute(2, 0, 1),
+        "labels": torch.from_numpy(sample["label"]),
+    }
+
+
 def config(folder: Path, **changes: Any) -> BCDConfig:
     """Arguments of a run of a few steps on one CPU thread."""
     options = {

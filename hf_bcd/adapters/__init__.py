@@ -1,6 +1,6 @@
 """The only place that knows a model family: from models of `transformers` to named feature levels and logits."""
 
-from .auto import ADAPTERS, build_adapter, describe, image_processor, image_statistics
+from .auto import ADAPTERS, adapt, build_adapter, describe, image_processor, image_statistics
 from .base import DenseAdapter
 from .label_matching import LabelMap, match_labels, read_synonyms
 from .teacher import FrozenTeacher
@@ -11,6 +11,7 @@ __all__ = [
     "DenseAdapter",
     "FrozenTeacher",
     "LabelMap",
+    "adapt",
     "build_adapter",
     "describe",
     "image_processor",

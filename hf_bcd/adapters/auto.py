@@ -73,6 +73,11 @@ def build_adapter(
     return adapter_class(model)(model, image_mean, image_std)
 
 
+def adapt(model: PreTrainedModel | DenseAdapter) -> DenseAdapter:
+    """Adapts a model with the statistics of its own image processor; an adapter stays as it is."""
+    return model if isinstance(model, DenseAdapter) else build_adapter(model, *image_statistics(model))
+
+
 def image_statistics(model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Channel means and standard deviations that the model's weights expect, in RGB order, for images in 0..1.
 
@@ -108,16 +113,16 @@ def image_processor(adapter: DenseAdapter, *, shortest_edge: int | None) -> Base
     return getattr(transformers, adapter.processor_class)(**adapter.processor_options(shortest_edge))
 
 
-def describe(model: PreTrainedModel) -> str:
+def describe(model: PreTrainedModel | DenseAdapter) -> str:
     """Says in a few lines what distillation would tap: levels, channels, strides, labels and normalisation."""
-    adapter = build_adapter(model, *image_statistics(model))
+    adapter = adapt(model)
     names = list(adapter.id2label.values())
     size = f"{adapter.fixed_size[0]}x{adapter.fixed_size[1]}" if adapter.fixed_size else "any size"
     mean, std = (
         [f"{value:.3g}" for value in values.flatten().tolist()] for values in (adapter.image_mean, adapter.image_std)
     )
     lines = [
-        f"{type(model).__name__} ({model.config.model_type}), adapted by {type(adapter).__name__}",
+        f"{type(adapter.model).__name__} ({adapter.model.config.model_type}), adapted by {type(adapter).__name__}",
         f"labels: {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})",
         f"input: {adapter.channel_order}, {size}, mean {' '.join(mean)}, std {' '.join(std)}",
         f"{'level':<10} {'channels':>8} {'stride':>6}",

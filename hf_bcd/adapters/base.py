@@ -1,7 +1,9 @@
 """What every adapted model offers: named feature levels, logits, and its own input normalisation."""
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..outputs import DenseOutput, FeatureSpec
-from .label_matching import LabelMap
+from ..losses.ops.functional import resize
+from ..losses.ops.segmentation import segmentation_loss
+from ..outputs import DenseOutput, FeatureSpec, LabelMaps
+from .label_matching import LabelMap, match_labels
 
 
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -77,17 +82,42 @@ class DenseAdapter(nn.Module, ABC):
         return self.model.config.id2label if self.label_map is None else self.label_map.student
 
     @property
+    def repo_id(self) -> str | None:
+        """The repository on the Hub that the model was loaded from; `None` for folders and for models built here."""
+        source = self.model.config.name_or_path or ""
+        return source if REPO_ID.fullmatch(source) and not Path(source).exists() else None
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of that repository."""
+        return getattr(self.model.config, "_commit_hash", None)
+
+    @property
     def fixed_size(self) -> tuple[int, int] | None:
         """Height and width of the only input size the model was made for, or `None` where any size will do."""
         return None
+
+    def match(self, id2label: Mapping[int, str], synonyms: Mapping[str, Sequence[str]] | None = None) -> LabelMap:
+        """Finds the model's classes for those of another label set, and gives its logits in these if it has all.
+
+        Args:
+            id2label: the other label set.
+            synonyms: the model's names for these classes, see `match_labels`.
+        """
+        label_map = match_labels(self.model.config.id2label, id2label, synonyms)
+        self.label_map = label_map if label_map.is_complete else None
+        return label_map
 
     @abstractmethod
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         """Reads channels and strides of the levels off the configuration and the layers, without a forward pass."""
 
     @abstractmethod
-    def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
-        """Runs the model on normalised images `[B, 3, H, W]`."""
+    def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
+        """Runs the model on normalised images `[B, 3, H, W]`.
+
+        With targets, the output has the task losses that its `logits` do not determine.
+        """
 
     @property
     def head_levels(self) -> tuple[str, ...]:
@@ -114,21 +144,42 @@ class DenseAdapter(nn.Module, ABC):
         normalized = (pixel_values.float() - self.image_mean * 255) / (self.image_std * 255)
         return normalized.flip(1) if self.channel_order == "BGR" else normalized
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> DenseOutput:
+    def forward(self, pixel_values: Tensor, targets: LabelMaps | None = None) -> DenseOutput:
         """Runs the model on RGB images.
 
         Args:
             pixel_values: `[B, 3, H, W]`, uint8 or float, values 0..255, not normalised.
-            labels: `[B, H, W]`, 255 = ignored; used only by models whose loss is a set prediction.
+            targets: ground truth; without it the output has no task losses.
 
         Raises:
             ValueError: if `pixel_values` is not a batch of RGB images, or has a size that the model cannot take.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values has shape {list(pixel_values.shape)}; expected RGB images [B, 3, H, W]")
-        output = self.run(self.normalize(pixel_values).to(self.model.dtype), labels)
+        output = self.run(self.normalize(pixel_values).to(self.model.dtype), targets)
         output.logits = self._map_labels(output.logits)
+        if targets is not None and "loss_task" not in output.task_losses:
+            output.task_losses = {"loss_task": cross_entropy(output.logits, targets), **output.task_losses}
         return output
+
+    @torch.no_grad()
+    def predict(self, pixel_values: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Class maps as `pipeline("image-segmentation")` computes them: logits brought to the size, then arg-max.
+
+        Args:
+            pixel_values: `[B, 3, H, W]`, values 0..255.
+            sizes: height and width of each map, such as the picture's own.
+
+        Returns:
+            For each image, class ids int64 `[h, w]`.
+        """
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            logits = self(pixel_values).logits.float()
+        if self.upsamples:
+            logits = resize(logits, (pixel_values.shape[-2], pixel_values.shape[-1]))
+        if len(set(sizes)) == 1:
+            return list(resize(logits, sizes[0]).argmax(dim=1))
+        return [resize(one[None], size).argmax(dim=1)[0] for one, size in zip(logits, sizes, strict=True)]
 
     def head(self, features: dict[str, Tensor]) -> Tensor:
         """Logits of the model's head on other maps `{level: [B, C, h, w]}`, in the classes of `forward`'s logits.
@@ -156,6 +207,13 @@ class DenseAdapter(nn.Module, ABC):
         if shortest_edge is not None:
             options["size"] = {"shortest_edge": shortest_edge, "longest_edge": 4 * shortest_edge}
         return options
+
+
+def cross_entropy(logits: Tensor, targets: LabelMaps) -> Tensor:
+    """`segmentation_loss` of logits `[B, num_labels, h, w]` against label maps: scalar."""
+    return segmentation_loss(
+        logits, targets.ids.long(), ignore_index=targets.ignore_index, num_valid=targets.num_valid
+    )
 
 
 def stage_specs(channels: Sequence[int], strides: Sequence[int]) -> dict[str, FeatureSpec]:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..outputs import DenseOutput, FeatureSpec
+from ..outputs import DenseOutput, FeatureSpec, LabelMaps
 from .base import DenseAdapter, stage_features, stage_specs
 
 
@@ -21,6 +21,6 @@ class EspNetAdapter(DenseAdapter):
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         return stage_specs(self.model.feature_channels, self.model.feature_strides)
 
-    def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
+    def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
         outputs = self.model(pixel_values, output_hidden_states=True)
         return DenseOutput(stage_features(self.feature_specs, outputs.hidden_states), outputs.logits)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..outputs import DenseOutput, FeatureSpec
+from ..outputs import DenseOutput, FeatureSpec, LabelMaps
 from .base import HALF_MEAN, HALF_STD, DenseAdapter, stage_features, stage_specs
 
 
@@ -32,7 +32,7 @@ class ConvolutionalAdapter(DenseAdapter):
         channels, strides = zip(*(outputs[index] for index in self.stage_ends), strict=True)
         return stage_specs(channels, strides)
 
-    def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
+    def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
         outputs = self.model(pixel_values, output_hidden_states=True)
         maps = [outputs.hidden_states[index] for index in self.stage_ends]
         return DenseOutput(stage_features(self.feature_specs, maps), outputs.logits)
@@ -111,7 +111,7 @@ class TokenAdapter(DenseAdapter):
             for index in range(len(self.hidden_state_indices()))
         }
 
-    def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
+    def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
         height, width = pixel_values.shape[-2:]
         if (self.takes == "squares" and height != width) or (
             self.takes == "its own size" and (height, width) != self.fixed_size

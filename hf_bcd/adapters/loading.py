@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSeg
 from ..hub.errors import explained
 from ..models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationModel
 from ..utils.messages import unknown_key_message
+from .auto import adapt
+from .base import DenseAdapter
 
 
 @dataclass
@@ -102,6 +104,22 @@ def load_segmentation_model(
         f"{name_or_path} is a {config.model_type} model, for which transformers has no segmentation class; choose a "
         "model that AutoModelForSemanticSegmentation loads, or a timm backbone."
     )
+
+
+def load_adapter(spec: ModelSpec | str, *, trust_remote_code: bool = False) -> DenseAdapter:
+    """Loads a finished model and adapts it: weights, image statistics and names come from one revision.
+
+    Args:
+        spec: Hub id or folder, perhaps with a revision.
+        trust_remote_code: run model code that lies in the repository.
+
+    Raises:
+        UserError: as `load_segmentation_model`, or if the model's type has no adapter.
+    """
+    spec = ModelSpec.parse(spec, "model")
+    assert spec.name_or_path is not None
+    model = load_segmentation_model(spec.name_or_path, revision=spec.revision, trust_remote_code=trust_remote_code)
+    return adapt(model)
 
 
 def saved_size(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, int]:

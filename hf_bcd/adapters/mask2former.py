@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec
+from ..outputs import DenseOutput, FeatureSpec, LabelMaps
 from .backbones import backbone_feature_specs
 from .base import DenseAdapter, stage_features
 
@@ -16,7 +16,7 @@ IGNORE_INDEX = 255
 class Mask2FormerAdapter(DenseAdapter):
     """Levels are the maps of the backbone; logits are per-pixel log-scores at the stride of the masks, 4.
 
-    With `labels`, the model's own set-prediction loss stands in `task_losses["loss_task"]`, its auxiliary terms and
+    With targets, the model's own set-prediction loss stands in `task_losses["loss_task"]`, its auxiliary terms and
     weights included.
     """
 
@@ -26,11 +26,11 @@ class Mask2FormerAdapter(DenseAdapter):
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         return backbone_feature_specs(self.model.model.pixel_level_module.encoder)
 
-    def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
+    def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
         outputs = self.model(pixel_values, output_hidden_states=True, output_auxiliary_logits=True)
         logits = semantic_logits(outputs.class_queries_logits, outputs.masks_queries_logits)
         features = stage_features(self.feature_specs, outputs.encoder_hidden_states)
-        task_losses = {} if labels is None else {"loss_task": self.set_prediction_loss(outputs, labels)}
+        task_losses = {} if targets is None else {"loss_task": self.set_prediction_loss(outputs, targets.ids.long())}
         return DenseOutput(features, logits, task_losses=task_losses)
 
     def set_prediction_loss(self, outputs: Any, labels: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from operator import mul
 
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec
+from ..outputs import DenseOutput, FeatureSpec, LabelMaps
 from .base import DenseAdapter, stage_features, stage_specs
 
 
@@ -16,7 +16,7 @@ class SegformerAdapter(DenseAdapter):
         config = self.model.config
         return stage_specs(config.hidden_sizes, list(accumulate(config.strides, mul)))
 
-    def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
+    def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
         outputs = self.model(pixel_values, output_hidden_states=True)
         return DenseOutput(stage_features(self.feature_specs, outputs.hidden_states), outputs.logits)
 

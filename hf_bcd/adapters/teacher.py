@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec
 from .base import DenseAdapter
-from .label_matching import match_labels
 
 
 logger = logging.getLogger(__name__)
@@ -47,15 +46,13 @@ class FrozenTeacher(nn.Module):
         self.adapter = adapter.requires_grad_(False).eval()
         self.dtype = dtype
         self.image_size = image_size or adapter.fixed_size
-        self.label_map = match_labels(adapter.id2label, student_id2label, label_synonyms)
+        self.label_map = adapter.match(student_id2label, label_synonyms)
         if "number" in self.label_map.rules.values():
             logger.warning(
                 "The labels of teacher or student have no names (LABEL_0, ...). Class i of the teacher is taken for class "
                 "i of the student; set id2label of both models to match them by name."
             )
         logger.info(self.label_map.report())
-        if self.label_map.is_complete:
-            adapter.label_map = self.label_map
 
     @property
     def shares_labels(self) -> bool:

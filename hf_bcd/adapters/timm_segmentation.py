@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DenseAdapter, stage_features, stage_specs
+from ..models.modeling_timm_segmentation import AUXILIARY_LOSS_WEIGHT
+from ..outputs import DenseOutput, FeatureSpec, LabelMaps
+from .base import DenseAdapter, cross_entropy, stage_features, stage_specs
 
 
 class TimmSegmentationAdapter(DenseAdapter):
@@ -22,10 +23,15 @@ class TimmSegmentationAdapter(DenseAdapter):
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         return stage_specs(self.model.feature_channels, self.model.feature_strides)
 
-    def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
+    def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
         outputs = self.model(pixel_values, output_hidden_states=True)
         features = stage_features(self.feature_specs, outputs.hidden_states)
-        return DenseOutput(features, outputs.logits, outputs.auxiliary_logits)
+        output = DenseOutput(features, outputs.logits)
+        if targets is not None and outputs.auxiliary_logits is not None:
+            output.task_losses["loss_auxiliary"] = AUXILIARY_LOSS_WEIGHT * cross_entropy(
+                outputs.auxiliary_logits, targets
+            )
+        return output
 
     @property
     def head_levels(self) -> tuple[str, ...]:

@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..outputs import DenseOutput, FeatureSpec
+from ..outputs import DenseOutput, FeatureSpec, LabelMaps
 from .backbones import backbone_feature_specs
-from .base import DenseAdapter, stage_features
+from .base import DenseAdapter, cross_entropy, stage_features
 
 
 class UperNetAdapter(DenseAdapter):
@@ -32,13 +32,14 @@ class UperNetAdapter(DenseAdapter):
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         return backbone_feature_specs(self.model.backbone)
 
-    def run(self, pixel_values: Tensor, labels: Tensor | None) -> DenseOutput:
+    def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
         model = self.model
         maps = model.backbone.forward_with_filtered_kwargs(pixel_values).feature_maps
-        auxiliary_logits = None
-        if model.training and model.auxiliary_head is not None:
-            auxiliary_logits = model.auxiliary_head(maps)
-        return DenseOutput(stage_features(self.feature_specs, maps), model.decode_head(maps), auxiliary_logits)
+        output = DenseOutput(stage_features(self.feature_specs, maps), model.decode_head(maps))
+        if targets is not None and model.auxiliary_head is not None:
+            auxiliary = cross_entropy(model.auxiliary_head(maps), targets)
+            output.task_losses["loss_auxiliary"] = model.config.auxiliary_loss_weight * auxiliary
+        return output
 
     @property
     def head_levels(self) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from ..data import DenseDatasets
 from ..data.labels import IGNORE_INDEX
 from ..export.onnx_folder import onnx_section
-from ..training.trainer import BCDTrainer
 from ..utils.text import one_line, redacted
 from .escaping import code_block, escape_markdown, hub_link
 from .licences import licence_of, student_licence
@@ -65,7 +64,7 @@ NUM_WORST = 5
 
 def write_card(
     folder: Path,
-    trainer: BCDTrainer,
+    trainer: Any,
     models: Mapping[str, PreTrainedModel],
     results: Mapping[str, Any],
     data: DenseDatasets,
@@ -84,7 +83,7 @@ def write_card(
         origin: the command line, where there was one.
     """
     train, terms = data["train"], catalog_row(data["train"], origin)
-    repository = str(getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id or folder.resolve().name)
+    repository = str(trainer.hub.repo_id)
     start, teacher = starting_checkpoint(trainer.student, origin, "student"), trainer.teacher and models.get("teacher")
     teacher_id = None if teacher is None else hub_id(teacher)
     teacher_start = None if teacher is None else starting_checkpoint(teacher, origin, "teacher")

@@ -18,8 +18,6 @@ from ..data.labels import IGNORE_INDEX
 from ..data.sources.catalog import CATALOG, DatasetSpec
 from ..losses.base import DistillationLoss
 from ..losses.modules.schedules import Temperature
-from ..runs.arguments import DataArguments, ModelArguments
-from ..training.trainer import BCDTrainer
 from ..utils.costs import device_name
 from ..utils.yaml import yaml_text
 from .escaping import REPO_ID, escape_markdown, hub_link, link, shareable_command, shareable_recipe
@@ -43,8 +41,8 @@ class Origin:
 
     program: str
     arguments: tuple[str, ...]
-    model: ModelArguments
-    data: DataArguments
+    model: Any
+    data: Any
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -152,13 +150,13 @@ def commit_of_package() -> str | None:
 # ---- How it was made -------------------------------------------------------------------------------------------------
 
 
-def methods_of(trainer: BCDTrainer) -> dict[str, DistillationLoss]:
+def methods_of(trainer: Any) -> dict[str, DistillationLoss]:
     """The distillation methods of a run by their keys, with those that one of them hosts."""
     named = trainer.distiller.criterion.named_modules()
     return {path.rpartition(".")[2]: loss for path, loss in named if isinstance(loss, DistillationLoss)}
 
 
-def citations_of(trainer: BCDTrainer) -> list[str]:
+def citations_of(trainer: Any) -> list[str]:
     """BibTeX entries of a run's methods, each once."""
     return list(dict.fromkeys(loss.citation for loss in methods_of(trainer).values()))
 
@@ -170,7 +168,7 @@ def paper_link(source: str) -> str:
     return link(source.removeprefix("https://"), source)
 
 
-def describe_recipe(trainer: BCDTrainer) -> list[tuple[str, str]]:
+def describe_recipe(trainer: Any) -> list[tuple[str, str]]:
     """What the losses were, in Markdown."""
     criterion = trainer.distiller.criterion
     if trainer.teacher is None:
@@ -207,7 +205,7 @@ def describe_recipe(trainer: BCDTrainer) -> list[tuple[str, str]]:
     return rows
 
 
-def describe_schedule(trainer: BCDTrainer) -> dict[str, str]:
+def describe_schedule(trainer: Any) -> dict[str, str]:
     """How long, on what and with which optimizer the student was trained."""
     args = trainer.args
     scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
@@ -230,7 +228,7 @@ def describe_schedule(trainer: BCDTrainer) -> dict[str, str]:
     }
 
 
-def describe_options(trainer: BCDTrainer) -> str:
+def describe_options(trainer: Any) -> str:
     """Momentum and the like, from the optimizer itself: the arguments may hold options that it does not read."""
     group = {} if trainer.optimizer is None else trainer.optimizer.param_groups[0]
     options = [f"{name} {group[name]}" for name in ("momentum", "nesterov", "betas", "eps") if group.get(name)]
@@ -270,7 +268,7 @@ def describe_rule(split: DenseDataset) -> str:
     return f"{text}{void}; void pixels are ignored"
 
 
-def describe_command(trainer: BCDTrainer, origin: Origin | None) -> str | None:
+def describe_command(trainer: Any, origin: Origin | None) -> str | None:
     """The command line, without what is private."""
     if origin is None:
         return None
@@ -285,7 +283,7 @@ def describe_arguments(origin: Origin | None) -> str | None:
     return yaml.safe_dump(shareable_recipe(origin.recipe), sort_keys=False, allow_unicode=True, width=100)
 
 
-def describe_hardware(trainer: BCDTrainer) -> str:
+def describe_hardware(trainer: Any) -> str:
     """What the run was trained on and how long it took."""
     args = trainer.args
     text = (

@@ -15,22 +15,16 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 
-from ..adapters.loading import load_segmentation_model
+from ..adapters import read_synonyms
+from ..adapters.loading import load_adapter
 from ..card.provenance import Origin
 from ..runs.arguments import build_arguments, read_arguments
-from ..runs.experiment import (
-    build_student,
-    evaluate_model,
-    final_split,
-    label_map_of,
-    load_baseline,
-    load_data,
-    prepare_baseline,
-    prepare_push,
-    prepare_teacher,
-    train_model,
-)
+from ..runs.baseline import load_baseline, prepare_baseline, prepare_teacher
+from ..runs.experiment import build_student, evaluate_model, final_split, load_data, train_model
 from ..runs.report import loading_lines, metrics_table, write_report
+from ..tasks import task_of
+from ..training.hardware import limit_threads
+from ..training.hub import HubCallback
 
 
 def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
@@ -42,6 +36,7 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
     """
     recipe = read_arguments(argv, default_config=demo, description=__doc__)
     model_args, data_args, config = build_arguments(recipe)
+    limit_threads()
     logging.basicConfig(level=logging.INFO if config.should_log else logging.ERROR, format="%(message)s")
     # `accelerate launch` and `torchrun` leave no trace of themselves in the arguments
     script = Path(sys.argv[0]).name == "distill.py"
@@ -50,31 +45,27 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # the Hub's client would log every request
     data = load_data(data_args)
     student = build_student(model_args, data, config.seed)  # a wrong name fails before hours of teacher training
-    prepare_push(config)
+    HubCallback(config).prepare()
     baseline = load_baseline(model_args, data)
     models = {
         "teacher": prepare_teacher(model_args, config, data),
         "baseline": baseline or prepare_baseline(model_args, config, data),
     }
     trainer = train_model(student, models["teacher"], config, data, label_synonyms=model_args.label_synonyms)
-    models["student"] = load_segmentation_model(str(config.output_dir))  # the scores are those of the saved student
+    models["student"] = load_adapter(str(config.output_dir))  # the scores are those of the saved student
 
-    split = final_split(data)
+    split, found = final_split(data), {name: model for name, model in models.items() if model is not None}
     scores = {}
     if split is not None:
-        for name, model in models.items():
-            if model is None:
-                continue
-            synonyms = trainer.label_synonyms if name == "teacher" else None
-            if missing := label_map_of(model, data[split], synonyms).missing:
+        for name, model in found.items():
+            synonyms = read_synonyms(model_args.label_synonyms) if name == "teacher" else None
+            if missing := model.match(data[split].id2label, synonyms).missing:
                 logging.warning("the %s has no score: it lacks the classes %s", name, ", ".join(missing))
             else:
                 scores[name] = evaluate_model(model, config, data[split], synonyms)
     if config.should_save:
-        write_report(
-            trainer, {name: model for name, model in models.items() if model is not None}, scores, data, split, origin
-        )
-        print(metrics_table(scores))
+        write_report(trainer, found, scores, data, split, origin)
+        print(metrics_table(scores, task_of(data["train"])))
         print(loading_lines(str(config.output_dir)))
     if config.push_to_hub and isinstance(commit := trainer.push_to_hub(), CommitInfo):  # None on further ranks
         print(f"pushed: {commit.commit_url}")

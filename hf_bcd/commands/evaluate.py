@@ -11,11 +11,13 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..adapters import DenseAdapter, build_adapter
-from ..adapters.loading import ModelSpec, load_segmentation_model, saved_size
+from ..adapters import DenseAdapter
+from ..adapters.loading import ModelSpec, load_adapter, saved_size
 from ..runs.arguments import parse_arguments
 from ..runs.experiment import evaluate_model, final_split, load_data
 from ..runs.report import metrics_table, protocol
+from ..tasks import task_of
+from ..training.hardware import limit_threads
 from ..utils.files import write_json
 
 
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 def main(argv: list[str] | None = None) -> None:
     """Scores the model that the arguments name; `argv` is the process's own command line by default."""
     model_args, data_args, config = parse_arguments(argv, description=__doc__)
+    limit_threads()
     if model_args.student is None:
         raise ValueError("name the model to evaluate with --student (Hub id or folder).")
     spec = ModelSpec.parse(model_args.student, "student")
@@ -34,22 +37,19 @@ def main(argv: list[str] | None = None) -> None:
     split = final_split(data)
     if split is None:
         raise ValueError(f"no labelled evaluation split; the data set has {', '.join(data)}.")
-    model = load_segmentation_model(
-        spec.name_or_path, revision=spec.revision, trust_remote_code=model_args.trust_remote_code
-    )
-    adapter = build_adapter(model)
+    adapter = load_adapter(spec, trust_remote_code=model_args.trust_remote_code)
     if config.image_size is None:
         trust = model_args.trust_remote_code
         saved = saved_size(spec.name_or_path, revision=spec.revision, trust_remote_code=trust)
         config.image_size = size_to_show(saved, adapter)
-    scores = evaluate_model(model, config, data[split], model_args.label_synonyms)
+    scores = evaluate_model(adapter, config, data[split], model_args.label_synonyms)
     if config.should_save:
         measured = protocol(data[split], adapter, config, scores)
         result = {"model": spec.name_or_path, "scores": scores, "protocol": measured}
         folder = Path(config.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", result)
-        print(metrics_table({spec.name_or_path: scores}))
+        print(metrics_table({spec.name_or_path: scores}, task_of(data[split])))
 
 
 def size_to_show(saved: Mapping[str, int], adapter: DenseAdapter) -> int | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..runs.study import read_study, run_study
 from ..runs.study_report import write_study_report
+from ..training.hardware import limit_threads
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--part", default="1/1", help="i/n: every n-th run, from the i-th on")
     parser.add_argument("--report_only", action="store_true", help="run nothing; report what is finished")
     args, rest = parser.parse_known_args(argv)
+    limit_threads()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for fixed in ("--seed", "--config", "--with_baseline"):
         if any(text.partition("=")[0] == fixed for text in rest):

@@ -1,7 +1,7 @@
 """Data sets for dense prediction in one canonical form: `image` RGB, `label` class ids with 255 for void."""
 
 from .cache import keep_in_memory
-from .collate import SemanticCollator
+from .collate import collate
 from .dataset import DenseDataset, DenseDatasets
 from .loading import load_dense_dataset
 from .probing import check_all
@@ -17,10 +17,10 @@ __all__ = [
     "DenseDatasets",
     "DenseStream",
     "EvalTransform",
-    "SemanticCollator",
     "TrainTransform",
     "TransformedStream",
     "check_all",
+    "collate",
     "keep_in_memory",
     "load_dense_dataset",
 ]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypedDict, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from .images import match_orientation, read_image, to_rgb
 from .labels import IGNORE_INDEX, ColourId, LabelRule, decode_label
 
 
+TASK = "semantic-segmentation"
 SPLIT_ALIASES = {"val": "validation", "valid": "validation"}
 
 
@@ -84,6 +85,7 @@ class DenseDataset(Dataset[Sample]):
         rule: how stored ids become class ids.
         revision: commit of a Hub id that was read, or the branch or tag that was named.
         cache: where transforms find the samples decoded already, see `keep_in_memory`.
+        task: what its samples are for, a key of `hf_bcd.tasks.TASKS`.
     """
 
     rows: Rows
@@ -94,6 +96,8 @@ class DenseDataset(Dataset[Sample]):
     rule: LabelRule = field(default_factory=LabelRule)
     revision: str | None = None
     cache: Samples | None = None
+
+    task: ClassVar[str] = TASK
 
     @property
     def num_labels(self) -> int:
@@ -176,6 +180,7 @@ class TransformedDataset(Dataset[dict[str, Any]]):
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must not be negative.")
         self.dataset = dataset
+        self.task: str = getattr(dataset, "task", TASK)
         self.samples = cast(Samples, dataset) if cache is None else cache
         self.transform = transform
         self.seed = seed

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import fsspec
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..hub.errors import explained
-from .dataset import Row, Sample, read_sample, torch_seed
+from .dataset import TASK, Row, Sample, read_sample, torch_seed
 from .labels import LabelRule
 from .probing import PROBED_ROWS
 from .sources.hub_tables import load_hub
@@ -167,6 +167,7 @@ class DenseStream(IterableDataset[Sample]):
         rule: how stored ids become class ids.
         revision: commit of a Hub id that is read, or the branch or tag that was named.
         limit: number of samples after which the data set ends; None for all.
+        task: what its samples are for, a key of `hf_bcd.tasks.TASKS`.
     """
 
     rows: StreamRows
@@ -177,6 +178,8 @@ class DenseStream(IterableDataset[Sample]):
     rule: LabelRule = field(default_factory=LabelRule)
     revision: str | None = None
     limit: int | None = None
+
+    task: ClassVar[str] = TASK
 
     @property
     def num_labels(self) -> int:
@@ -246,6 +249,7 @@ class TransformedStream(IterableDataset[dict[str, Any]]):
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must not be negative.")
         self.dataset, self.transform, self.seed, self.rank, self.ranks = dataset, transform, seed, rank, ranks
+        self.task = dataset.task
 
     def for_rank(self, rank: int, ranks: int, workers: int) -> TransformedStream:
         """The part of one rank, in smaller shards if those of the source would be read more than twice on average.

@@ -1,7 +1,6 @@
 """Joint transforms of image and label map. Both stay uint8 until the device, where models normalise images."""
 
 import math
-from collections.abc import Callable
 from typing import TypedDict
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+from transformers import BaseImageProcessor
 
 from .labels import IGNORE_INDEX
 
@@ -181,39 +181,22 @@ def _overlap(length: int, scaled: int, crop: int) -> tuple[slice, slice]:
 
 
 class EvalTransform:
-    """Resizes the image for the model and leaves the label at its original size.
+    """Shows a model a picture as its image processor does, but for what the model's adapter does on the device.
+
+    An adapter takes raw RGB values and normalises them itself, so scaling, normalisation and the order of channels are
+    left out; size, aspect ratio and crop are the processor's own. The label map keeps its size.
 
     Args:
-        resize: length of the short side, the long side being at most four times as long: the same arithmetic as
-            transformers' `SegformerImageProcessor(size={"shortest_edge": s, "longest_edge": 4 * s})` in its torchvision
-            form, so that evaluation sees exactly what an exported pipeline sees. Or a function from and to uint8
-            `[3, H, W]`. None keeps the image's size.
+        processor: image processor that is saved beside the model.
     """
 
-    def __init__(self, resize: int | Callable[[Tensor], Tensor] | None = None):
-        if isinstance(resize, int) and resize < 1:
-            raise ValueError(f"resize is {resize}; the short side must have at least one pixel.")
-        self.resize = resize
+    def __init__(self, processor: BaseImageProcessor):
+        self.processor = processor
+        steps = ("do_rescale", "do_normalize", "do_flip_channel_order")
+        self.left_out = {step: False for step in steps if getattr(processor, step, None) is not None}
 
     def __call__(self, image: Image.Image | np.ndarray, label: np.ndarray) -> Transformed:
         """Transforms an RGB image (or its pixels, uint8 `[H, W, 3]`); its label map `[H, W]` is passed on."""
         pixels = F.pil_to_tensor(image) if isinstance(image, Image.Image) else _channels_first(image)
-        if isinstance(self.resize, int):
-            size = resized_size(pixels.shape[-2:], self.resize, 4 * self.resize)
-            pixels = F.resize(pixels, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
-        elif self.resize is not None:
-            pixels = self.resize(pixels)
-        return {"pixel_values": pixels.contiguous(), "labels": torch.from_numpy(label)}
-
-
-def resized_size(size: tuple[int, int] | torch.Size, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
-    """Height and width with the given short side, unless the long side would exceed `longest_edge`.
-
-    Rounds as transformers' `get_size_with_aspect_ratio` does.
-    """
-    short, long = min(size), max(size)
-    target = float(shortest_edge)
-    if long / short * shortest_edge > longest_edge:
-        target = longest_edge * short / long
-    other = long if round(target) == short else int(target * long / short)
-    return (round(target), other) if size[0] <= size[1] else (other, round(target))
+        shown = self.processor(pixels, return_tensors="pt", input_data_format="channels_first", **self.left_out)
+        return {"pixel_values": shown["pixel_values"][0].contiguous(), "labels": torch.from_numpy(label)}

@@ -11,9 +11,6 @@ from .modules.balance import GradientBalance, squared_gradients
 from .modules.schedules import decay
 
 
-TASK_WEIGHTS = {"loss_task": 1.0, "loss_auxiliary": 0.4}
-
-
 class DistillationCriterion(nn.Module):
     """Turns named unweighted terms into one total: `task + sum of weight · r(t) · term`.
 
@@ -61,7 +58,7 @@ class DistillationCriterion(nn.Module):
         """Weighted total and unweighted terms.
 
         Args:
-            task_losses: supervised losses by name: `loss_task`, and `loss_auxiliary`, which counts 0.4 as in PSPNet.
+            task_losses: supervised losses by name, weighted already.
             student: the student's output.
             teacher: the teacher's output, or None when nothing is distilled.
             labels: `[B, H, W]`.
@@ -73,7 +70,7 @@ class DistillationCriterion(nn.Module):
             measured, and `gradient/<term>` if `log_gradients` asks for them.
         """
         terms = dict(task_losses)
-        total = task_loss = torch.stack([TASK_WEIGHTS[name] * value for name, value in task_losses.items()]).sum()
+        total = task_loss = torch.stack(list(task_losses.values())).sum()
         if teacher is None:
             return total, terms
         weights, factors = self._weights(), {}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.distributed import all_reduce_sum
 from .boundary import boundary_counts, boundary_scores
 from .connectivity import connectivity_counts, connectivity_scores
 from .histogram import image_histograms
@@ -91,6 +92,10 @@ class SemanticMetrics:
                 )
         for name, total in self._totals.items():
             self._totals[name] = total.to(counts[name].device) + counts[name].sum(0)
+
+    def gather(self) -> None:
+        """Adds up the totals of all processes, which must all call this; the identity in a single one."""
+        self._totals = {name: all_reduce_sum(total) for name, total in self._totals.items()}
 
     def compute(self) -> dict[str, Any]:
         """Metrics over everything added so far; nan where nothing contributed.

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: results.json, figures and a model card, all from numbers it measured."""
+"""A finished run's results.json, pictures and model card, all from numbers that it measured."""
 
 import json
 from collections.abc import Mapping
@@ -6,35 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..adapters import DenseAdapter, build_adapter
-from ..card.model_card import write_card
+from ..adapters import DenseAdapter, image_processor
 from ..card.provenance import Origin, describe_rule, hub_dataset
 from ..card.usage import fill
 from ..data import DenseDataset, DenseDatasets
-from ..data.dataset import Sample
-from ..figures.panels import boundary_figure, comparison_figure, relation_figure
+from ..figures.bcd import boundary_figure, relation_figure
 from ..losses.bcd import BCDLoss
 from ..losses.context import relation_features
-from ..losses.ops.functional import resize
+from ..outputs import LabelMaps
+from ..tasks import Task, task_of
 from ..training.config import BCDConfig
-from ..training.preparation import adapt_to_score, eval_transform
+from ..training.evaluation import predict_batch, with_transform
+from ..training.recording import write_run_card
 from ..training.trainer import BCDTrainer
 from ..utils.costs import device_name, measure_costs
 from ..utils.files import write_json
 
 
-COLUMNS = {
-    "mean_iou": "mIoU",
-    "overall_accuracy": "pixel acc.",
-    "boundary_f@3": "boundary F@3",
-    "boundary_iou": "boundary IoU",
-    "completeness": "completeness",
-    "connectivity": "connectivity",
-    "fragments": "fragments",
-}
 NUM_PICTURES = 4
 LOADING = """\
 import hf_bcd
@@ -42,19 +31,14 @@ from transformers import pipeline
 pipeline("image-segmentation", {model})({picture}{subtask})"""
 
 
-def metrics_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """A plain-text table of the main metrics, one row a model; percentages but for the number of fragments."""
-    rows = [["", *COLUMNS.values()]]
+def metrics_table(scores: Mapping[str, Mapping[str, Any]], task: Task) -> str:
+    """A plain-text table of the task's main scores, one row a model."""
+    rows = [["", *(score.title for score in task.headline)]]
     for name, values in scores.items():
-        rows.append([name, *(format_metric(key, values[key]) for key in COLUMNS)])
+        rows.append([name, *(score.text(values[score.key]) for score in task.headline)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines)
-
-
-def format_metric(key: str, value: float) -> str:
-    """Two decimals: percent for shares, a plain number for the number of fragments."""
-    return f"{value:.2f}" if key == "fragments" else f"{100 * value:.2f}"
 
 
 def protocol(
@@ -91,7 +75,7 @@ def loading_lines(folder: str) -> str:
 
 def write_report(
     trainer: BCDTrainer,
-    models: Mapping[str, PreTrainedModel],
+    models: Mapping[str, DenseAdapter],
     scores: Mapping[str, Mapping[str, Any]],
     data: DenseDatasets,
     split: str | None,
@@ -102,7 +86,7 @@ def write_report(
     Args:
         trainer: the trainer of the student.
         models: `teacher`, `baseline` and `student`, those that exist.
-        scores: metrics of those that were evaluated.
+        scores: scores of those that were evaluated.
         data: the data set.
         split: the split of the scores; None when there is none to evaluate on.
         origin: the command line, where there was one.
@@ -116,80 +100,71 @@ def write_report(
             revision = hub_dataset(data[split])[1]
             results["protocol"] |= {"dataset_revision": revision} if revision else {}
             results["protocol"] |= measured_costs(trainer, {name: models[name] for name in scores}, data[split])
+        write_json(folder / "results.json", results)
         figures = write_figures(trainer, models, data[split], folder / "figures")
     write_json(folder / "results.json", results)
     if trainer.teacher is not None and not trainer.teacher.label_map.is_identity:
         write_json(folder / "label_map.json", trainer.teacher.label_map.to_dict())
-    write_card(folder, trainer, models, results, data, [f"figures/{name}" for name in figures], origin)
-    trainer.has_card = True
+    write_run_card(trainer, models, results, data, [f"figures/{name}" for name in figures], origin)
 
 
-def measured_costs(trainer: BCDTrainer, models: Mapping[str, PreTrainedModel], data: DenseDataset) -> dict[str, Any]:
-    """What each model costs on an image of the split as evaluation shows it, and the device that this was measured on."""
-    device, sample = trainer.args.device, data[0]
-    shown = {}
+def shown_to(model: DenseAdapter, data: DenseDataset, config: BCDConfig) -> Any:
+    """The split as evaluation shows it to a model."""
+    processor = image_processor(model, shortest_edge=config.image_size)
+    return with_transform(data, task_of(data).eval_transform(processor), config.seed)
+
+
+def measured_costs(trainer: BCDTrainer, models: Mapping[str, DenseAdapter], data: DenseDataset) -> dict[str, Any]:
+    """The cost of each model on an image of the split as evaluation shows it, and the device that it was measured on."""
+    device, shown = trainer.args.device, {}
     for name, model in models.items():
-        adapter = build_adapter(model).to(device)
-        pixel_values = eval_transform(adapter, trainer.args.image_size)(**sample)["pixel_values"][None]
+        pixel_values = shown_to(model, data, trainer.args)[0]["pixel_values"][None]
+        model = model.to(device)
         with torch.no_grad():
-            pixel_values = adapter.normalize(pixel_values.to(device)).to(model.dtype)
-        shown[name] = (model, pixel_values)
+            shown[name] = (model.model, model.normalize(pixel_values.to(device)).to(model.model.dtype))
     threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
     return {"cost": measure_costs(shown), "device": {"name": device_name(device), **threads}}
 
 
 def write_figures(
-    trainer: BCDTrainer, models: Mapping[str, PreTrainedModel], data: DenseDataset, folder: Path
+    trainer: BCDTrainer, models: Mapping[str, DenseAdapter], data: DenseDataset, folder: Path
 ) -> list[str]:
     """Pictures of images spread over a split (neighbours are often frames of one video); returns the file names."""
     folder.mkdir(parents=True, exist_ok=True)
-    device = trainer.args.device
-    adapters = {
-        name: adapt_to_score(model, data.id2label, trainer.label_synonyms if name == "teacher" else None)
-        for name, model in models.items()
+    task, config = task_of(data), trainer.args
+    roles = {
+        "teacher": "teacher",
+        "baseline": "baseline",
+        "student": "distilled" if "teacher" in models else "student",
     }
-    adapters = {name: adapter.to(device).eval() for name, adapter in adapters.items() if adapter.label_map is not None}
-    samples = []
-    count = min(NUM_PICTURES, len(data))
-    for index in range(count):
-        sample = data[index * len(data) // count]
-        predictions = {name: predict_sample(adapter, sample, trainer.args) for name, adapter in adapters.items()}
-        named = {
-            "distilled" if name == "student" and "teacher" in models else name: p for name, p in predictions.items()
-        }
-        order = [name for name in ("teacher", "baseline", "distilled", "student") if name in named]
-        samples.append({**sample, "predictions": {name: named[name] for name in order}})
-    errors = [name for name in ("distilled", "student") if name in samples[0]["predictions"]]
-    comparison_figure(samples, data.id2label, folder / "comparison.png", errors=errors)
+    scored = {title: models[name] for name, title in roles.items() if name in models and models[name].label_map}
+    indices = [index * len(data) // NUM_PICTURES for index in range(NUM_PICTURES)][: len(data)]
+    samples = [{**data[index], "predictions": {}} for index in dict.fromkeys(indices)]
+    for title, model in scored.items():
+        shown = shown_to(model.to(config.device).eval(), data, config)
+        for sample, index in zip(samples, dict.fromkeys(indices), strict=True):
+            batch = task.collate([shown[index]])
+            batch["pixel_values"] = batch["pixel_values"].to(config.device)
+            sample["predictions"][title] = predict_batch(model, task, batch)[0].cpu()
+    task.comparison(samples, data.id2label, folder / "comparison.png", errors=[roles["student"]])
     return ["comparison.png", *_write_bcd_figures(trainer, data, folder)]
-
-
-@torch.no_grad()
-def predict_sample(adapter: DenseAdapter, sample: Sample, config: BCDConfig) -> Tensor:
-    """Classes `[H, W]` of one canonical sample, at the label's size, on the CPU."""
-    pixel_values = eval_transform(adapter, config.image_size)(**sample)["pixel_values"]
-    logits = adapter(pixel_values[None].to(config.device)).logits.float()
-    height, width = sample["label"].shape
-    return resize(logits, (height, width)).argmax(dim=1)[0].cpu()
 
 
 def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) -> list[str]:
     """Boundary maps and a relation map of teacher and student, as the BCD loss sees them."""
     losses = trainer.distiller.criterion.losses
-    if trainer.teacher is None or "bcd" not in losses or trainer.is_fsdp_enabled:  # sharded weights cannot run here
+    if trainer.teacher is None or "bcd" not in losses:
         return []
     loss = losses["bcd"]
     assert isinstance(loss, BCDLoss)
-    sample = data[0]
-    student = trainer.distiller.student
-    pixel_values = eval_transform(student, trainer.args.image_size)(**sample)["pixel_values"]
-    pixel_values = pixel_values[None].to(trainer.args.device)
-    labels = torch.zeros((1, *pixel_values.shape[-2:]), dtype=torch.int64, device=trainer.args.device)
-    trainer.distiller.eval()
+    student, image = trainer.distiller.student.eval(), data[0]["image"]
+    pixel_values = shown_to(student, data, trainer.args)[0]["pixel_values"][None].to(trainer.args.device)
     with torch.no_grad():
-        maps = loss.inspect(student(pixel_values), trainer.teacher(pixel_values), labels)
+        nothing_void = torch.zeros((1, *pixel_values.shape[-2:]), dtype=torch.uint8, device=pixel_values.device)
+        targets = LabelMaps(nothing_void, student.num_labels)
+        maps = loss.inspect(student(pixel_values), trainer.teacher(pixel_values), targets.ids)
     boundaries = {"teacher": maps["teacher_boundary"][0].cpu(), "student": maps["student_boundary"][0].cpu()}
-    boundary_figure(sample["image"], boundaries, folder / "boundaries.png")
+    boundary_figure(image, boundaries, folder / "boundaries.png")
 
     height, width = maps["teacher_features"].shape[-2:]
     point = (height * 2 // 3, width // 2)
@@ -200,7 +175,6 @@ def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) ->
         gram = positions[row] @ positions.T
         gram[row] = float("-inf")  # the diagonal is left out of the loss too
         relations[name] = gram.softmax(dim=0).view(height, width).cpu()
-    original = sample["image"].size
-    pixel = (int((point[0] + 0.5) * original[1] / height), int((point[1] + 0.5) * original[0] / width))
-    relation_figure(sample["image"], relations, pixel, folder / "relations.png")
+    pixel = (int((point[0] + 0.5) * image.size[1] / height), int((point[1] + 0.5) * image.size[0] / width))
+    relation_figure(image, relations, pixel, folder / "relations.png")
     return ["boundaries.png", "relations.png"]

@@ -10,24 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedModel
 
-from ..adapters.loading import load_segmentation_model
+from ..adapters import DenseAdapter, read_synonyms
+from ..adapters.loading import load_adapter
 from ..card.provenance import Origin
 from ..data import DenseDatasets
 from ..losses.recipe import read_losses
 from ..training.config import BCDConfig
 from ..utils.files import write_json
 from .arguments import RECIPE_KEYS, DataArguments, ModelArguments, build_arguments, read_arguments
-from .experiment import (
-    build_student,
-    evaluate_model,
-    final_split,
-    label_map_of,
-    load_data,
-    prepare_teacher,
-    train_model,
-)
+from .baseline import prepare_teacher
+from .experiment import build_student, evaluate_model, final_split, load_data, train_model
 from .recipes import merged, read_recipe
 from .report import write_report
 
@@ -157,7 +150,7 @@ class Shared:
 
     study: Study
     data: dict[str, DenseDatasets] = field(default_factory=dict)
-    teachers: dict[str, tuple[PreTrainedModel, dict[str, Any] | None]] = field(default_factory=dict)
+    teachers: dict[str, tuple[DenseAdapter, dict[str, Any] | None]] = field(default_factory=dict)
 
     def load_data(self, args: DataArguments) -> DenseDatasets:
         """The data set that the arguments name."""
@@ -168,7 +161,7 @@ class Shared:
 
     def teacher(
         self, args: ModelArguments, config: BCDConfig, data: DenseDatasets, split: str
-    ) -> tuple[PreTrainedModel | None, dict[str, Any] | None]:
+    ) -> tuple[DenseAdapter | None, dict[str, Any] | None]:
         """The teacher of a run and its scores; one that is trained here is trained once, with the default seed."""
         if args.teacher is None:
             return None, None
@@ -184,7 +177,7 @@ class Shared:
 
     def _score(
         self,
-        model: PreTrainedModel,
+        model: DenseAdapter,
         folder: Path,
         args: ModelArguments,
         config: BCDConfig,
@@ -194,7 +187,7 @@ class Shared:
         path = folder / TEACHER_FILE
         if path.is_file():
             return json.loads(path.read_text())
-        if label_map_of(model, data[split]).missing:
+        if model.match(data[split].id2label, read_synonyms(args.label_synonyms)).missing:
             return None
         scores = evaluate_model(model, config, data[split], args.label_synonyms)
         if config.should_save:
@@ -239,14 +232,14 @@ def train_run(run: Run, shared: Shared) -> None:
     student = build_student(model_args, data, config.seed)
     teacher, teacher_scores = shared.teacher(model_args, config, data, split)
     trainer = train_model(student, teacher, config, data, label_synonyms=model_args.label_synonyms)
-    models: dict[str, PreTrainedModel] = {"student": load_segmentation_model(str(run.folder))}
+    models = {"student": load_adapter(str(run.folder))}
     scores = {"student": evaluate_model(models["student"], config, data[split])}
     if teacher is not None:
         models = {"teacher": teacher, **models}
         scores = ({"teacher": teacher_scores} if teacher_scores else {}) | scores
     reference = run.folder.parent.parent / run.reference / run.folder.name
     if run.name != run.reference and (reference / RESULT_FILE).is_file() and teacher is not None:
-        models["baseline"] = load_segmentation_model(str(reference))
+        models["baseline"] = load_adapter(str(reference))
         scores["baseline"] = json.loads((reference / RESULT_FILE).read_text())["scores"]
     if config.should_save:
         recipe = run.folder / "recipe.yaml"
@@ -261,17 +254,18 @@ def train_run(run: Run, shared: Shared) -> None:
             "teacher": teacher_scores,
             "steps": trainer.state.global_step,
             "train_seconds": trainer.train_seconds,
-            "curve": evaluation_curve(trainer.state.log_history),
+            "task": trainer.task.name,
+            "curve": evaluation_curve(trainer.state.log_history, trainer.task.scores[0].key),
         }
         write_json(run.folder / RESULT_FILE, result)
     trainer.accelerator.wait_for_everyone()
 
 
-def evaluation_curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Step, seconds of training so far and validation mIoU of every evaluation in a trainer's log."""
+def evaluation_curve(history: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, float]]:
+    """Step, seconds of training so far and the score `key` of every evaluation in a trainer's log."""
     curve, seconds = [], 0.0
     for entry in history:
         seconds = entry.get("train_seconds", seconds)
-        if "eval_mean_iou" in entry:
-            curve.append({"step": entry["step"], "seconds": seconds, "mean_iou": entry["eval_mean_iou"]})
+        if f"eval_{key}" in entry:
+            curve.append({"step": entry["step"], "seconds": seconds, key: entry[f"eval_{key}"]})
     return curve

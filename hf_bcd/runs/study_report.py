@@ -7,30 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import COLUMNS
+from ..tasks import TASKS, Score, Task
 from .study import Study
 
 
 # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
 T_QUANTILES = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
-PAIRED = ("mean_iou", "boundary_f@3", "completeness", "connectivity")
-PLOTTED = ("mean_iou", "boundary_f@3", "connectivity")
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+)  # fmt: skip
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
@@ -79,41 +63,49 @@ def write_csv(results: Results, path: Path) -> None:
                 writer.writerow([name, seed, one["split"], one["steps"], one["train_seconds"], *values])
 
 
-def score_table(results: Results) -> str:
+def score_table(results: Results, task: Task) -> str:
     """Means and deviations over seeds as Markdown; the teachers' scores come first."""
-    header = ["run", "seeds", *COLUMNS.values(), "minutes"]
+    header = ["run", "seeds", *(score.title for score in task.headline), "minutes"]
     rows = [
-        [f"teacher {number}" if number else "teacher", "", *(_with_spread(scores[m], None, m) for m in COLUMNS), ""]
+        [
+            f"teacher {number}" if number else "teacher",
+            "",
+            *(score.text(scores[score.key]) for score in task.headline),
+            "",
+        ]
         for number, scores in _teachers(results)
     ]
     for name, seeds in results.items():
         cells = [
-            _with_spread(*mean_and_deviation([one["scores"][metric] for one in seeds.values()]), metric)
-            for metric in COLUMNS
+            _with_spread(*mean_and_deviation([one["scores"][score.key] for one in seeds.values()]), score)
+            for score in task.headline
         ]
         minutes = statistics.fmean([one["train_seconds"] for one in seeds.values()]) / 60
         rows.append([name, str(len(seeds)), *cells, f"{minutes:.1f}"])
     return _markdown(header, rows)
 
 
-def difference_table(results: Results, references: Mapping[str, str]) -> str:
+def difference_table(results: Results, references: Mapping[str, str], task: Task) -> str:
     """Each run's difference to its reference, paired by seed, with 95 % intervals, as Markdown.
 
     Args:
         results: finished runs.
         references: name of a run -> name of the run that it is compared with.
+        task: says which scores are compared.
     """
-    rows = []
+    rows, paired = [], [score for score in task.scores if score.paired]
     for name, seeds in results.items():
         reference = results.get(references[name], {})
         if name == references[name] or not set(seeds) & set(reference):
             continue
         cells = []
-        for metric in PAIRED:
-            own, other = ({seed: one["scores"][metric] for seed, one in runs.items()} for runs in (seeds, reference))
-            cells.append(_interval(paired_difference(own, other)))
+        for score in paired:
+            own, other = (
+                {seed: one["scores"][score.key] for seed, one in runs.items()} for runs in (seeds, reference)
+            )
+            cells.append(_interval(paired_difference(own, other), score))
         rows.append([f"{name} − {references[name]}", str(len(set(seeds) & set(reference))), *cells])
-    return _markdown(["difference", "seeds", *(COLUMNS[metric] for metric in PAIRED)], rows) if rows else ""
+    return _markdown(["difference", "seeds", *(score.title for score in paired)], rows) if rows else ""
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -131,17 +123,16 @@ def _teachers(results: Results) -> list[tuple[int, Mapping[str, Any]]]:
     return [(number if len(distinct) > 1 else 0, scores) for number, scores in enumerate(distinct, 1)]
 
 
-def _with_spread(mean: float, deviation: float | None, metric: str) -> str:
-    scale = 1 if metric == "fragments" else 100
-    return f"{scale * mean:.2f}" if deviation is None else f"{scale * mean:.2f} ± {scale * deviation:.2f}"
+def _with_spread(mean: float, deviation: float | None, score: Score) -> str:
+    return score.text(mean) if deviation is None else f"{score.text(mean)} ± {score.text(deviation)}"
 
 
-def _interval(difference: tuple[float, float | None] | None) -> str:
+def _interval(difference: tuple[float, float | None] | None, score: Score) -> str:
     if difference is None:
         return ""
-    mean, half = difference
-    text = f"{100 * mean:+.2f}"
-    return text if half is None else f"{text} [{100 * (mean - half):+.2f}, {100 * (mean + half):+.2f}]"
+    (mean, half), scale = difference, score.scale
+    text = f"{scale * mean:+.2f}"
+    return text if half is None else f"{text} [{scale * (mean - half):+.2f}, {scale * (mean + half):+.2f}]"
 
 
 def _scalars(result: Mapping[str, Any]) -> dict[str, float]:
@@ -161,58 +152,62 @@ def write_study_report(study: Study) -> str:
     if not results:
         raise ValueError(f"no run of the study in {study.folder} is finished.")
     write_csv(results, study.folder / "results.csv")
-    tables = [score_table(results), difference_table(results, {run.name: run.reference for run in study.runs})]
+    first = next(iter(next(iter(results.values())).values()))
+    task = TASKS[first["task"]]
+    references = {run.name: run.reference for run in study.runs}
+    tables = [score_table(results, task), difference_table(results, references, task)]
     text = "\n\n".join(filter(None, tables))
-    finished, first = sum(map(len, results.values())), next(iter(next(iter(results.values())).values()))
+    finished = sum(map(len, results.values()))
     (study.folder / "results.md").write_text(
         f"# {study.name}\n\n{text}\n\n"
         f"{finished} of {len(study.runs)} runs. Scores on the {first['images']} images of the split `{first['split']}`, in "
         "percent but for fragments; mean ± standard deviation over seeds. Differences are paired by seed, with their 95 % "
         "intervals (Student's t). Minutes are those of training alone.\n"
     )
-    plot_scores(results, study.folder / "results.png")
+    plot_scores(results, study.folder / "results.png", task)
     if any(one["curve"] for seeds in results.values() for one in seeds.values()):
-        plot_curves(results, study.folder / "curves.png")
+        plot_curves(results, study.folder / "curves.png", task)
     return text
 
 
-def plot_scores(results: Results, path: Path) -> None:
+def plot_scores(results: Results, path: Path, task: Task) -> None:
     """A row of dots (one a seed) and a bar at their mean for every run, in one panel a metric."""
     from matplotlib.figure import Figure
 
     names = list(results)
     figure = Figure(figsize=(9, 1.2 + 0.3 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(PLOTTED), sharey=True)
-    for axes, metric in zip(panels, PLOTTED, strict=True):
+    plotted = [score for score in task.scores if score.plotted]
+    panels = figure.subplots(1, len(plotted), sharey=True)
+    for axes, score in zip(panels, plotted, strict=True):
         for row, name in enumerate(names):
-            values = [100 * one["scores"][metric] for one in results[name].values()]
+            values = [score.scale * one["scores"][score.key] for one in results[name].values()]
             axes.plot(values, [row] * len(values), "o", color=f"C{row % 10}", alpha=0.6, markersize=5)
             axes.plot(statistics.fmean(values), row, "|", color="black", markersize=14)
         for _, scores in _teachers(results):
-            axes.axvline(100 * scores[metric], color="grey", linestyle=":")
-        axes.set(xlabel=f"{COLUMNS[metric]} (%)")
+            axes.axvline(score.scale * scores[score.key], color="grey", linestyle=":")
+        axes.set(xlabel=score.label)
         axes.grid(alpha=0.3, axis="x")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     figure.savefig(path, dpi=150)
 
 
-def plot_curves(results: Results, path: Path) -> None:
-    """Validation mIoU of every run, mean over seeds, over optimizer steps and over seconds of training."""
+def plot_curves(results: Results, path: Path, task: Task) -> None:
+    """The first score on the validation split of every run, mean over seeds, over optimizer steps and over seconds of training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    panels, best = figure.subplots(1, 2, sharey=True), task.scores[0]
     for axes, key, label in zip(panels, ("step", "seconds"), ("optimizer step", "seconds of training"), strict=True):
         for number, (name, seeds) in enumerate(results.items()):
             curves = [one["curve"] for one in seeds.values() if one["curve"]]
             points = list(zip(*curves, strict=False))  # seeds share their steps
             x = [statistics.fmean(entry[key] for entry in point) for point in points]
-            y = [100 * statistics.fmean(entry["mean_iou"] for entry in point) for point in points]
+            y = [best.scale * statistics.fmean(entry[best.key] for entry in point) for point in points]
             style = ("-", "--", ":", "-.")[number // 10 % 4]  # there are ten colours
             axes.plot(x, y, linestyle=style, label=name)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("validation mIoU (%)")
+    panels[0].set_ylabel(f"validation {best.label}")
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7)
     figure.savefig(path, dpi=150)

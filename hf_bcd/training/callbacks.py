@@ -1,29 +1,26 @@
 """What happens around a training step."""
 
 import logging
+import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from torch import Tensor
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from ..data.dataset import TransformedDataset
-from ..figures.panels import colorize, palette
+from ..losses import DistillationCriterion
 from ..utils.distributed import is_distributed
-from .distiller import Distiller
+from .checkpoints import last_checkpoint
+from .terms import TermMeans
 
-
-if TYPE_CHECKING:
-    from .trainer import BCDTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -32,27 +29,27 @@ STEPS_BETWEEN_AGREEMENTS = 10
 
 
 class DistillationCallback(TrainerCallback):
-    """Tells distiller and data where the run stands: the epoch, r(t) before a step, temperatures after it."""
+    """Tells criterion and data where the run stands: the epoch, r(t) before a step, temperatures after it."""
 
-    def __init__(self, distiller: Distiller, train_dataset: Any) -> None:
-        self.distiller, self.train_dataset = distiller, train_dataset
+    def __init__(self, criterion: DistillationCriterion, train_dataset: Any) -> None:
+        self.criterion, self.train_dataset = criterion, train_dataset
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # the prepared data loader forgets its data set on several ranks and when an epoch is resumed
-        if isinstance(self.train_dataset, TransformedDataset):
+        if hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.distiller.begin_step(state.global_step + 1, state.max_steps)
+        self.criterion.begin_step(state.global_step + 1, state.max_steps)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.distiller.after_step()
+        self.criterion.after_step()
 
 
 class InterruptCallback(TrainerCallback):
@@ -103,35 +100,57 @@ class InterruptCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class PictureCallback(TrainerCallback):
-    """Writes input, truth and prediction of the first evaluation images to TensorBoard."""
+class FiniteCallback(TrainerCallback):
+    """Stops a run whose terms or weights are not finite, before it is logged or saved over a good checkpoint.
 
-    def __init__(self, trainer: "BCDTrainer", count: int = 4) -> None:
-        self.trainer, self.count = trainer, count
+    Args:
+        terms: the run's means of loss terms.
+        parameters: the trained parameters by name.
+    """
+
+    def __init__(self, terms: TermMeans, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.terms, self.parameters = terms, parameters
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not control.should_save:
+            return
+        check_finite(self.terms.read(), args, state)
+        # a gradient can overflow although the loss is finite
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.parameters.values()])
+        if not finite.all():
+            first = next(name for name, good in zip(self.parameters, finite.tolist(), strict=True) if not good)
+            check_finite({f"weight {first}": math.nan}, args, state)
+
+
+def check_finite(values: Mapping[str, float], args: TrainingArguments, state: TrainerState) -> None:
+    """Raises a `FloatingPointError` that names values which are infinite or NaN, and the last good checkpoint."""
+    bad = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+    if bad:
+        last = last_checkpoint(args.output_dir or ".")
+        raise FloatingPointError(
+            f"{bad} at or before step {state.global_step}. Training stopped; the last good checkpoint is "
+            f"{last or 'none yet'}. Try a smaller learning rate, bf16 instead of fp16, or a smaller weight of this term."
+        )
+
+
+class PictureCallback(TrainerCallback):
+    """Writes pictures of predictions to TensorBoard after each evaluation.
+
+    Args:
+        draw: gives pictures, uint8 `[H, W, 3]`.
+        callbacks: those of the trainer, among which TensorBoard's is looked for.
+    """
+
+    def __init__(self, draw: Callable[[], Iterable[np.ndarray]], callbacks: Sequence[TrainerCallback]) -> None:
+        self.draw, self.callbacks = draw, callbacks
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        handler = self.trainer.callback_handler
-        writers = [c.tb_writer for c in handler.callbacks if isinstance(c, TensorBoardCallback) and c.tb_writer]
-        dataset: Any = self.trainer.eval_dataset
-        if isinstance(dataset, dict):  # several by name
-            dataset = next(iter(dataset.values()), None)
-        if not state.is_world_process_zero or not writers or dataset is None or self.trainer.is_fsdp_enabled:
-            return
-        strips = []
-        for index in range(min(self.count, len(dataset))):
-            sample = dataset[index]
-            prediction = self.trainer.predict_classes(sample)
-            strips.append(prediction_strip(sample, prediction, self.trainer.metrics.num_labels))
-        for writer in writers:
-            for index, strip in enumerate(strips):
-                writer.add_image(f"evaluation/{index}", strip, state.global_step, dataformats="HWC")
-
-
-def prediction_strip(sample: dict[str, Any], prediction: Tensor, num_labels: int) -> np.ndarray:
-    """Input, truth and prediction side by side, uint8 `[H, 3 W, 3]`."""
-    height, width = prediction.shape
-    image = Image.fromarray(sample["pixel_values"].permute(1, 2, 0).numpy()).resize((width, height))
-    colours = palette(num_labels)
-    return np.concatenate([np.asarray(image), colorize(sample["labels"], colours), colorize(prediction, colours)], 1)
+        writers = [c.tb_writer for c in self.callbacks if isinstance(c, TensorBoardCallback) and c.tb_writer]
+        if state.is_world_process_zero and writers:
+            for index, picture in enumerate(self.draw()):
+                for writer in writers:
+                    writer.add_image(f"evaluation/{index}", picture, state.global_step, dataformats="HWC")

@@ -1,25 +1,23 @@
-"""What a checkpoint holds besides the base class's state, and how a run goes on from it."""
+"""Checkpoints: the student as `from_pretrained` reads it and, apart, what distillation keeps."""
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.training_args import OptimizerNames
 
-from ..adapters import FrozenTeacher
-from .evaluation import ScoringTrainer
+from ..utils.messages import UserError
+from .distiller import Distiller
 
 
 logger = logging.getLogger(__name__)
 
 DISTILLER_FILE = "distiller.safetensors"
-STUDENT_PREFIX = "student.model."
-CRITERION_PREFIX = "criterion."
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -34,80 +32,81 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
-class CheckpointTrainer(ScoringTrainer):
-    """Trainer whose checkpoints hold the student as `from_pretrained` reads it and, apart, what distillation needs."""
+def save_student(distiller: Distiller, folder: Path, processor: Any, *, with_criterion: bool) -> None:
+    """Saves the student and its image processor; in checkpoints also connectors, temperatures and memories.
 
-    teacher: FrozenTeacher | None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Saves the student as `from_pretrained` reads it; in checkpoints also the connectors and temperatures."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.distiller.state_dict() if state_dict is None else state_dict
-        self.student.save_pretrained(folder, state_dict=with_prefix(state, STUDENT_PREFIX))
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        criterion = with_prefix(state, CRITERION_PREFIX)
-        if self.is_in_train and criterion:
-            criterion = {name: tensor.contiguous() for name, tensor in criterion.items()}
-            save_file(criterion, folder / DISTILLER_FILE, metadata={"format": "pt"})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Restores every weight, and fails where stock Trainer only warns.
-
-        `save_pretrained` renames the keys of SegFormer, Mask2Former and others; only `from_pretrained` reads them back.
-        """
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved = type(self.student).from_pretrained(resume_from_checkpoint)
-        try:
-            self.student.load_state_dict(saved.state_dict())
-        except RuntimeError as error:
-            raise ValueError(f"{resume_from_checkpoint} holds another student than this run's: {error}") from error
-        path = Path(resume_from_checkpoint) / DISTILLER_FILE
-        if path.is_file():
-            try:
-                self.distiller.criterion.load_state_dict(load_file(path))
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{path} belongs to other losses or another teacher than this run's: {error}"
-                ) from error
-        elif self.teacher is not None:
-            raise ValueError(f"{path} is missing, so {resume_from_checkpoint} is no checkpoint of a distillation run.")
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restores both, but for the rates that a schedule multiplies by a factor of the step: the present ones hold."""
-        optimizer, scheduler = cast(Any, self.optimizer), self.lr_scheduler
-        options = optimizer.param_groups[0].keys() - {"initial_lr"}
-        rates = scheduler.base_lrs if isinstance(scheduler, LambdaLR) else []
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            missing = options - optimizer.param_groups[0].keys()
-        except KeyError as error:  # in a parameter's state
-            missing = set(error.args)
-        if missing:
-            present, lacking = OptimizerNames(self.args.optim).value, ", ".join(sorted(missing))
-            raise ValueError(
-                f"{checkpoint} belongs to another optimizer than {present}: it has no {lacking}. Resume with the optimizer "
-                "that the run began with."
-            )
-        if not isinstance(scheduler, LambdaLR) or scheduler.base_lrs == rates:
-            return
-        logger.warning("going on with learning rate %g instead of %g", rates[0], scheduler.base_lrs[0])
-        factors = [shape(scheduler.last_epoch) for shape in scheduler.lr_lambdas]
-        scheduler.base_lrs, scheduler._last_lr = rates, [r * f for r, f in zip(rates, factors, strict=True)]
-        for group, initial, now in zip(optimizer.param_groups, rates, scheduler._last_lr, strict=True):
-            group |= {"initial_lr": initial, "lr": now}
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        logger.info("loading the best model, %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+    Args:
+        distiller: the unwrapped module.
+        folder: created where missing.
+        processor: image processor.
+        with_criterion: whether distillation is to go on from here.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    distiller.student.model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if with_criterion and (state := criterion_state(distiller)):
+        save_file(state, folder / DISTILLER_FILE, metadata={"format": "pt"})
 
 
-def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries of a state dict below `prefix`, which is cut off."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+def load_student(distiller: Distiller, folder: Path) -> None:
+    """Restores every weight, and fails where Trainer only warns.
+
+    `save_pretrained` renames the keys of SegFormer, Mask2Former and others; only `from_pretrained` reads them back.
+
+    Raises:
+        UserError: if the folder holds another student, or lacks the state of the losses or has that of others.
+    """
+    student = distiller.student.model
+    saved = type(student).from_pretrained(folder)
+    try:
+        student.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"{folder} holds another student than this run's: {error}") from error
+    path = folder / DISTILLER_FILE
+    if not path.is_file():
+        if criterion_state(distiller):
+            raise UserError(f"{path} is missing, so {folder} is no checkpoint of a run with these losses.")
+        return
+    try:
+        distiller.criterion.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} belongs to other losses or another teacher than this run's: {error}") from error
+
+
+def load_optimizer(load: Callable[[], None], optimizer: Any, scheduler: Any, checkpoint: str | None) -> None:
+    """Restores optimizer and scheduler; the present rates hold where a schedule multiplies them by a factor of the step.
+
+    Args:
+        load: restores both from the checkpoint.
+        optimizer: of the run.
+        scheduler: of the run.
+        checkpoint: folder, for messages.
+
+    Raises:
+        UserError: if the checkpoint belongs to another optimizer.
+    """
+    options = optimizer.param_groups[0].keys() - {"initial_lr"}
+    rates = scheduler.base_lrs if isinstance(scheduler, LambdaLR) else []
+    try:
+        load()
+        missing = options - optimizer.param_groups[0].keys()
+    except KeyError as error:  # in a parameter's state
+        missing = set(error.args)
+    if missing:
+        kind, lacking = type(getattr(optimizer, "optimizer", optimizer)).__name__, ", ".join(sorted(missing))
+        raise UserError(
+            f"{checkpoint} belongs to another optimizer than {kind}: it has no {lacking}. Resume with the optimizer that "
+            "the run began with."
+        )
+    if not isinstance(scheduler, LambdaLR) or scheduler.base_lrs == rates:
+        return
+    logger.warning("going on with learning rate %g instead of %g", rates[0], scheduler.base_lrs[0])
+    factors = [shape(scheduler.last_epoch) for shape in scheduler.lr_lambdas]
+    scheduler.base_lrs, scheduler._last_lr = rates, [r * f for r, f in zip(rates, factors, strict=True)]
+    for group, initial, now in zip(optimizer.param_groups, rates, scheduler._last_lr, strict=True):
+        group |= {"initial_lr": initial, "lr": now}
+
+
+def criterion_state(distiller: Distiller) -> dict[str, Tensor]:
+    """What losses keep across steps; empty for those that keep nothing."""
+    return {name: tensor.contiguous() for name, tensor in distiller.criterion.state_dict().items()}

@@ -103,9 +103,6 @@ class BCDConfig(TrainingArguments):
     calibration_images: int = field(
         default=64, metadata={"help": "Training images that fit the teacher's boundary readout before step 1."}
     )
-    profile: bool = field(
-        default=False, metadata={"help": "Log seconds and memory of every part of the step; slows training down."}
-    )
     log_gradients: bool = field(
         default=False,
         metadata={
@@ -117,7 +114,6 @@ class BCDConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self.batch_eval_metrics = True  # evaluation streams counts; predictions are never gathered
         # an accelerate configuration with use_cpu reaches one process through the environment, several not at all: each
         # would take itself for the only one; and without use_cpu the base class refuses bf16 on a CPU
         by_launcher = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
@@ -153,8 +149,6 @@ class BCDConfig(TrainingArguments):
         for name in ("crop_size", "calibration_images", "scale_min"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0.")
-        if self.profile and self.torch_compile:
-            raise ValueError("profile measures the parts of a step, which torch_compile fuses; leave one of them out.")
         if self.scale_min > self.scale_max:
             raise ValueError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
 

@@ -1,136 +1,113 @@
-"""From a batch to per-image counts that can be gathered across ranks, and evaluations made of them."""
+"""Scores of a model on a data set: predict, count, add up the counts of all processes."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
 
-from ..losses.ops.functional import resize
-from ..metrics import SemanticMetrics
+from ..adapters import DenseAdapter, image_processor
+from ..data import DenseDataset, DenseStream
+from ..tasks import Task, task_of
+from ..utils.distributed import is_distributed
+from ..utils.messages import UserError
 from .config import BCDConfig
-from .distiller import Distiller
-from .preparation import eval_transform, with_transform
 
 
-def same_size_groups(
-    pixel_values: Tensor | list[Tensor], labels: Tensor | list[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """A batch as one group if it is stacked, image by image if sizes differ (nothing is padded)."""
-    if isinstance(pixel_values, Tensor) and isinstance(labels, Tensor):
-        return [(pixel_values, labels)]
-    return [(image[None], label[None]) for image, label in zip(pixel_values, labels, strict=True)]
+def evaluate(
+    model: DenseAdapter,
+    dataset: Any,
+    args: BCDConfig,
+    *,
+    processor: BaseImageProcessor | None = None,
+    description: str = "Evaluation",
+) -> dict[str, Any]:
+    """Scores of a model on a data set, the same on all processes, which must all call this.
+
+    Each process predicts its own part of the pictures and counts each once; only counts are exchanged.
+
+    Args:
+        model: adapted model on the device of `args`.
+        dataset: canonical samples (`DenseDataset`), or transformed ones.
+        args: batch size, workers and size of the pictures.
+        processor: image processor that shows the model its pictures; by default the one that `image_size` asks for.
+        description: title of the progress bar.
+
+    Returns:
+        The scores of the task's metric, and `num_samples`.
+    """
+    task = task_of(dataset)
+    processor = processor or image_processor(model, shortest_edge=args.image_size)
+    samples = with_transform(dataset, task.eval_transform(processor), args.seed)
+    metric = task.metric(model.num_labels)
+    with evaluated(model):
+        for batch in tqdm(part_of_process(samples, task, args), desc=description, disable=args.disable_tqdm):
+            batch = {name: moved(value, args) for name, value in batch.items()}
+            task.score(metric, predict_batch(model, task, batch), batch)
+    metric.gather()
+    return {**metric.compute(), "num_samples": len(samples)}
 
 
-def predict(model: nn.Module, pixel_values: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Classes `[B, H, W]` at `size`: logits are up-sampled bilinearly, then arg-max, as the exported pipeline does."""
-    logits = model(pixel_values=pixel_values)["logits"].float()
-    return resize(logits, (size[0], size[1])).argmax(dim=1)
+def part_of_process(samples: Any, task: Task, args: BCDConfig) -> DataLoader:
+    """A loader of every n-th sample for the n processes: nothing is padded, dropped or read twice."""
+    mine = Subset(samples, range(args.process_index, len(samples), args.world_size))
+    workers = args.dataloader_num_workers
+    return DataLoader(
+        mine,
+        batch_size=args.per_device_eval_batch_size,
+        collate_fn=task.collate,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )
 
 
-def pack_counts(counts: dict[str, Tensor]) -> Tensor:
-    """Per-image counts of `SemanticMetrics.counts` as one int64 tensor `[B, K]`."""
-    return torch.cat([count.flatten(1) for count in counts.values()], dim=1)
+def predict_batch(model: DenseAdapter, task: Task, batch: Mapping[str, Any]) -> list[Any]:
+    """Predictions for a batch on the model's device; pictures of different sizes one by one, since nothing is padded."""
+    pixel_values, sizes = batch["pixel_values"], task.sizes(batch)
+    if isinstance(pixel_values, Tensor):
+        return model.predict(pixel_values, sizes)
+    return [model.predict(one[None], [size])[0] for one, size in zip(pixel_values, sizes, strict=True)]
 
 
-def unpack_counts(rows: Tensor, metrics: SemanticMetrics) -> dict[str, Tensor]:
-    """Undoes `pack_counts` for rows `[B, K]` of that metric."""
-    parts = rows.split([math.prod(shape) for shape in metrics.shapes.values()], dim=1)
-    return {name: part.reshape(-1, *shape) for (name, shape), part in zip(metrics.shapes.items(), parts, strict=True)}
+def moved(value: Any, args: BCDConfig) -> Any:
+    """Tensors, and lists of tensors, on the device of the arguments."""
+    return [moved(one, args) for one in value] if isinstance(value, list) else value.to(args.device, non_blocking=True)
 
 
-class ScoringTrainer(Trainer):
-    """Trainer whose evaluations stream integer counts: logits are never gathered, and every image counts once."""
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode inside the block, with the buffers of the first process on all of them."""
+    if is_distributed():  # BatchNorm's statistics differ; processes would evaluate different models
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)
 
-    args: BCDConfig
-    metrics: SemanticMetrics
-    per_class_iou: Sequence[float] = ()
 
-    @property
-    def distiller(self) -> Distiller:
-        """The student with its connectors and losses, unwrapped."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)  # type: ignore[return-value]
+def with_transform(dataset: Any, transform: Callable, seed: int) -> Any:
+    """Adds a transform to canonical samples; leaves data sets that already yield tensors as they are.
 
-    @property
-    def student(self) -> PreTrainedModel:
-        """The model being trained, as `from_pretrained` will load it."""
-        return self.distiller.student.model  # type: ignore[return-value]
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The loader of an evaluation: every image, by workers that end with it."""
-        with self._complete_loaders():
-            return super().get_eval_dataloader(self._transformed(eval_dataset))
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """The same for `predict`."""
-        with self._complete_loaders():
-            return super().get_test_dataloader(self._transformed(test_dataset))
-
-    def _transformed(self, dataset: Any) -> Any:
-        transform = eval_transform(self.distiller.student, self.args.image_size)
-        return with_transform(dataset, transform, self.args.seed)
-
-    @contextmanager
-    def _complete_loaders(self) -> Iterator[None]:
-        # the base class drops the last batch of evaluations too, and of persistent workers it would hand out the last
-        # loader, whatever data set is asked for
-        args, names = self.args, ("dataloader_drop_last", "dataloader_persistent_workers")
-        chosen = {name: getattr(args, name) for name in names}
-        for name in names:
-            setattr(args, name, False)
-        try:
-            yield
-        finally:
-            for name, value in chosen.items():
-                setattr(args, name, value)
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """Metrics of `SemanticMetrics` over a data set, with the prefix; `per_class_iou` is a list."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        return metrics | {f"{metric_key_prefix}_per_class_iou": self.per_class_iou}
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """What `evaluate` and `predict` share; counts start anew."""
-        self._share_buffers()
-        self.metrics.reset()
-        return super().evaluation_loop(*args, **kwargs)
-
-    def _share_buffers(self) -> None:
-        """Gives every rank the first one's BatchNorm statistics; otherwise ranks evaluate different models."""
-        if self.accelerator.num_processes > 1:
-            for buffer in self.student.buffers():
-                dist.broadcast(buffer, 0)
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[None, Tensor, Tensor]:
-        """Per-image counts of a batch; logits never leave the device."""
-        inputs = self._prepare_inputs(inputs)
-        rows = []
-        with torch.no_grad():
-            for pixel_values, labels in same_size_groups(inputs["pixel_values"], inputs["labels"]):
-                counts = self.metrics.counts(predict(model, pixel_values, labels.shape[-2:]), labels)
-                rows.append(pack_counts(counts))
-        return None, torch.cat(rows), inputs["index"]
-
-    @torch.no_grad()
-    def predict_classes(self, sample: dict[str, Any]) -> Tensor:
-        """The student's classes `[H, W]` for one transformed sample, at its label's size, on the CPU."""
-        distiller = self.distiller.eval()
-        pixel_values = sample["pixel_values"][None].to(self.args.device)
-        return predict(distiller, pixel_values, sample["labels"].shape)[0].cpu()
-
-    def add_counts(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        """Unpacks gathered per-image counts, from which duplicates that fill the last batch have been cut."""
-        self.metrics.add(unpack_counts(cast(Tensor, prediction.predictions), self.metrics))
-        if not compute_result:
-            return {}
-        result = self.metrics.compute()
-        self.per_class_iou = result.pop("per_class_iou")  # a list is no scalar for the log
-        return result
+    Raises:
+        UserError: for a table of `datasets`, which has no label rule yet.
+    """
+    if isinstance(dataset, dict):  # Trainer takes several evaluation sets by name
+        return {name: with_transform(one, transform, seed) for name, one in dataset.items()}
+    if isinstance(dataset, DenseDataset | DenseStream):
+        return dataset.with_transform(transform, seed=seed)
+    columns = getattr(dataset, "column_names", None) or ()
+    if columns and "pixel_values" not in columns and getattr(dataset, "format", {}).get("type") != "custom":
+        raise UserError(
+            f"a table with the columns {columns}, whose masks nobody has read; hf_bcd.load_dense_dataset(table) turns it "
+            "into labelled images."
+        )
+    return dataset

@@ -1,6 +1,5 @@
 """Running means of loss terms that cost no wait for the device until they are read."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -36,8 +35,3 @@ class TermMeans:
             dist.all_reduce(means)
             means /= dist.get_world_size()
         return dict(zip(self._sums, means.tolist(), strict=True))
-
-
-def not_finite(values: Mapping[str, float]) -> str:
-    """The values that are infinite or NaN, as text for a message; empty if there are none."""
-    return ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))

@@ -1,213 +1,205 @@
 """BCDTrainer: transformers' Trainer for a student with a frozen teacher."""
 
+import copy
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence, Sized
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from timm.layers.norm_act import convert_sync_batchnorm
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import IntervalStrategy
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
 
-from ..adapters import DenseAdapter, build_adapter, image_processor, image_statistics, read_synonyms
-from ..adapters.loading import load_segmentation_model
-from ..data import DenseDataset, DenseDatasets, DenseStream, SemanticCollator, TransformedStream
-from ..losses.criterion import DistillationCriterion
-from ..losses.recipe import build_criterion
-from ..metrics import SemanticMetrics
+from ..adapters import DenseAdapter, image_processor
+from ..adapters.loading import load_adapter
+from ..data import DenseStream, TransformedStream
 from ..outputs import DenseOutput
-from ..utils.profiling import StepProfile, as_part, part
-from .callbacks import DistillationCallback, InterruptCallback, PictureCallback
-from .checkpoints import CheckpointTrainer, last_checkpoint
+from ..tasks import task_of
+from ..utils.messages import UserError
+from . import checkpoints
+from .callbacks import DistillationCallback, FiniteCallback, InterruptCallback, PictureCallback, check_finite
 from .config import BCDConfig
 from .distiller import Distiller
-from .hub_trainer import HubTrainer
-from .preparation import (
-    accept_single_values,
-    adapt_to_score,
-    adopt_labels,
-    build_frozen_teacher,
-    check_label_needs,
-    eval_transform,
-    lay_out,
-    offers_of,
-    share_cores,
-    train_transform,
-    with_transform,
-)
-from .terms import TermMeans, not_finite
+from .evaluation import evaluate, moved, predict_batch, with_transform
+from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
+from .hub import HubCallback
+from .recording import write_training_card
+from .teaching import prepare
+from .terms import TermMeans
 
 
 logger = logging.getLogger(__name__)
 
 # fixed, so that the teacher's head depends neither on the training batch nor on the number of ranks
 CALIBRATION_BATCH = 8
+NUM_PICTURES = 4
 
 
-class BCDTrainer(CheckpointTrainer, HubTrainer):
+class BCDTrainer(Trainer):
     """Distils a frozen teacher into a student, or trains a model alone when there is no teacher.
 
+    The data decide the task. The arguments are copied; the trainer changes its copy only.
+
     Args:
-        model: segmentation model of transformers, or one of ours, to train and save.
-        teacher_model: larger segmentation model, its Hub id or folder; None trains `model` alone.
+        model: model of transformers, or one of ours, to train and save; or its adapter.
+        teacher_model: larger model or its adapter, its Hub id or folder; None trains `model` alone.
         args: training arguments.
         train_dataset: canonical samples (`DenseDataset`, `DenseStream`), to which the augmentation of `args` is added,
             or any dataset of `{"index", "pixel_values", "labels"}`.
-        eval_dataset: like `train_dataset`; evaluated at the labels' own resolution.
-        processing_class: image processor to save with the student; built from the student by default.
+        eval_dataset: like `train_dataset`, or several by name; evaluated at the labels' own resolution.
+        processing_class: image processor to save with the student, which evaluation obeys; built from the student by
+            default.
         label_synonyms: JSON file `{class of the data set: [names the teacher uses]}`, or its content. Without teacher
             and training data, the names are those of `model`, which is then scored in the data set's classes.
         kwargs: further arguments of `Trainer`.
 
     Raises:
-        ValueError: if the model's classes are not the data set's, a loss option is unknown, a loss needs classes that
+        UserError: if the model's classes are not the data set's, a loss option is unknown, a loss needs classes that
             the teacher lacks, or a model type has no adapter.
     """
 
     args: BCDConfig
-    model: nn.Module
+    model: Distiller  # type: ignore[assignment]
 
     # the loss is a mean over one batch, which the base class then divides by the accumulation steps
     loss_is_scaled_for_ga = False
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        teacher_model: PreTrainedModel | str | None = None,
+        model: PreTrainedModel | DenseAdapter,
+        teacher_model: PreTrainedModel | DenseAdapter | str | None = None,
         args: BCDConfig | None = None,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         processing_class: Any = None,
         label_synonyms: str | Path | Mapping[str, Sequence[str]] | None = None,
         **kwargs: Any,
     ) -> None:
-        args = args if args is not None else BCDConfig(output_dir="trainer_output")
-        if args.n_gpu > 1:
-            args._n_gpu = 1  # nn.DataParallel cannot carry the teacher's outputs; several GPUs need accelerate launch
-        share_cores(args)
-        if eval_dataset is None and args.eval_strategy != "no":
-            logger.warning("no evaluation data, so training goes on without evaluations")
-            args.eval_strategy = IntervalStrategy.NO
-        if isinstance(eval_dataset, dict) and eval_dataset and args.metric_for_best_model == "mean_iou":
-            args.metric_for_best_model = f"{next(iter(eval_dataset))}_mean_iou"
-        if isinstance(eval_dataset, DenseStream):
-            raise ValueError(
-                f"eval_dataset is a stream of {eval_dataset.name}, which never ends; load it without streaming."
-            )
-        reference: Any = next(iter(eval_dataset.values()), None) if isinstance(eval_dataset, dict) else eval_dataset
-        reference = reference if reference is not None else train_dataset
-        self.label_synonyms = read_synonyms(label_synonyms)
-        id2label = getattr(reference, "id2label", None)
-        if train_dataset is None and teacher_model is None and id2label is not None:
-            student: DenseAdapter = adapt_to_score(model, id2label, self.label_synonyms)
-        else:
-            student = build_adapter(model, *image_statistics(model))
-        if student.label_map is None:
-            adopt_labels(model, reference)
-        student.freeze_unused()
+        args = copy.copy(args) if args is not None else BCDConfig(output_dir="trainer_output")
+        args._n_gpu = min(
+            args.n_gpu, 1
+        )  # nn.DataParallel cannot carry the teacher's outputs; launch several processes
+        fit_loaders(args)
+        first = next(iter(eval_dataset.values()), None) if isinstance(eval_dataset, Mapping) else eval_dataset
+        reference = train_dataset if first is None else first
+        self.task = task_of(reference)
+        _settle_evaluation(args, eval_dataset, self.task.scores[0].key)
         if isinstance(teacher_model, str):
-            teacher_model = load_segmentation_model(teacher_model)
-        self.teacher = None
-        if teacher_model is not None:
-            self.teacher = build_frozen_teacher(teacher_model, student.id2label, args, self.label_synonyms)
-        set_seed(args.seed)  # connectors start the same whatever ran before in this process
-        criterion = DistillationCriterion({}, {}, [])
-        if self.teacher is not None:
-            check_label_needs(self.teacher.label_map, args.resolved_losses)
-            criterion = build_criterion(
-                args.resolved_losses,
-                student.feature_specs,
-                self.teacher.feature_specs,
-                num_labels=student.num_labels,
-                seed=args.seed,
-                offers=offers_of(self.teacher.adapter, bool(args.torch_compile)),
-                head_levels=self.teacher.adapter.head_levels,
-            )
-            if not any(criterion.weights.values()):
-                raise ValueError(
-                    f"losses is {args.resolved_losses}: no term has a weight above 0, so the teacher would teach nothing. "
-                    "Leave the teacher out to train the student alone."
-                )
-        criterion.log_gradients = args.log_gradients
-        distiller = Distiller(student, criterion)
-        if args.sync_batchnorm and args.world_size > 1 and args.device.type == "cuda":
-            # torch's own conversion would drop the activations inside timm's BatchNormAct2d
-            distiller = cast(Distiller, convert_sync_batchnorm(distiller))
+            teacher_model = load_adapter(teacher_model)
+        student, self.teacher, criterion = prepare(
+            model, teacher_model, args, reference, label_synonyms, to_train=train_dataset is not None
+        )
+        distiller = synchronized(Distiller(student, criterion), args)
+        processor = processing_class or image_processor(student, shortest_edge=args.image_size)
+        if "optimizers" not in kwargs:
+            kwargs.setdefault("optimizer_cls_and_kwargs", fused(*self.get_optimizer_cls_and_kwargs(args), args))
+        self.hub = HubCallback(args)
         if train_dataset is not None:
-            accept_single_values(distiller.student)
-        self.metrics = SemanticMetrics(student.num_labels)
-        self.has_card = False
-        self.terms = TermMeans()
-        self.profile = StepProfile(args.device) if args.profile else None
-        self._profiled_steps = 0
+            self.hub.prepare()
+        args.push_to_hub = False  # the callback does; the base class would push pickled arguments
+        self.has_card, self.terms = False, TermMeans()
         self._restart_clock()
         super().__init__(
             model=distiller,
             args=args,
-            data_collator=kwargs.pop("data_collator", SemanticCollator()),
-            train_dataset=with_transform(train_dataset, train_transform(args), args.seed),
-            eval_dataset=with_transform(eval_dataset, eval_transform(student, args.image_size), args.seed),
-            processing_class=processing_class or image_processor(student, shortest_edge=args.image_size),
-            compute_metrics=self.add_counts,  # type: ignore[arg-type] # streamed: called once a batch
+            data_collator=kwargs.pop("data_collator", self.task.collate),
+            train_dataset=with_transform(train_dataset, self.task.train_transform(args), args.seed),
+            eval_dataset=with_transform(eval_dataset, self.task.eval_transform(processor), args.seed),
+            processing_class=processor,
             **kwargs,
         )
-        if self.is_fsdp_enabled and train_dataset is None:
-            # FSDP shards a model together with its optimizer; an evaluation has none and needs no shards
-            self.is_fsdp_enabled = False
-            self._move_model_to_device(self.model, self.args.device)
-        if self.teacher is not None:
-            self.teacher.to(self.args.device)
         # on a CPU it pays in training, and finished models are compared with their exports pixel by pixel
         if args.device.type == "cuda" or (args.device.type == "cpu" and train_dataset is not None):
-            for module in (self.distiller.student, self.teacher):
-                if module is not None:
-                    lay_out(module)
-        if self.profile is not None:
-            self.accelerator.backward = as_part("backward", self.accelerator.backward)
+            for module in filter(None, (self.distiller.student, self.teacher)):
+                lay_out(module)
         self.interrupt = InterruptCallback()
-        for callback in (DistillationCallback(distiller, self.train_dataset), self.interrupt, PictureCallback(self)):
+        trained = {name: p for name, p in self.distiller.named_parameters() if p.requires_grad}
+        for callback in (
+            DistillationCallback(criterion, self.train_dataset),
+            FiniteCallback(self.terms, trained),
+            self.interrupt,
+            PictureCallback(self._pictures, self.callback_handler.callbacks),
+            self.hub,
+        ):
             self.add_callback(callback)
+
+    @property
+    def distiller(self) -> Distiller:
+        """The student with its connectors and losses, unwrapped."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)  # type: ignore[return-value]
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The model being trained, as `from_pretrained` will load it."""
+        return self.distiller.student.model
 
     # ---- Training ------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Calibrates the teacher's head where a loss needs it, then trains.
 
-        Ctrl-C and SIGTERM finish the current step, save a checkpoint and raise `KeyboardInterrupt`.
+        Ctrl-C and SIGTERM finish the current step, save a checkpoint and raise `KeyboardInterrupt`. A checkpoint of the
+        run's last step is loaded, and nothing is trained.
 
         Args:
             resume_from_checkpoint: folder, or True for the last whole checkpoint of the output folder.
             kwargs: passed to `Trainer.train`.
+
+        Raises:
+            UserError: if there is no such checkpoint, or it lies beyond the end of this run.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir or ".")
+            resume_from_checkpoint = checkpoints.last_checkpoint(self.args.output_dir or ".")
             if resume_from_checkpoint is None:
-                raise ValueError(f"no checkpoint to resume from in {self.args.output_dir}.")
+                raise UserError(f"no checkpoint to resume from in {self.args.output_dir}.")
         if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint).is_dir():
-            raise ValueError(f"resume_from_checkpoint is {resume_from_checkpoint!r}, which is no folder.")
+            raise UserError(f"resume_from_checkpoint is {resume_from_checkpoint!r}, which is no folder.")
         if not resume_from_checkpoint:
             self.calibrate()
+        elif (output := self._load_finished(str(resume_from_checkpoint))) is not None:
+            return output
         self.terms.reset()
         self._restart_clock()
-        # an evaluation before training marks the model as prepared, and then no DDP would be wrapped around it
-        self.model._is_accelerate_prepared = False  # type: ignore[assignment]
-        profiling = nullcontext() if self.profile is None else self.profile.running()
-        with self.interrupt.listening(), profiling:
+        with self.interrupt.listening(), single_values_accepted(self.student):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        self._check_finite(self.terms.read())  # the steps since the last log
+        check_finite(self.terms.read(), self.args, self.state)  # the steps since the last log
         if self.interrupt.requested:
             raise KeyboardInterrupt(
                 f"stopped at step {self.state.global_step}; its checkpoint is in the output folder"
             )
         return output
+
+    def _load_finished(self, checkpoint: str) -> TrainOutput | None:
+        """Takes student and state from a checkpoint of the last step; None if there are steps left."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        total = self.args.max_steps
+        if total <= 0:  # as the base class counts epochs
+            steps = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+            total = math.ceil(self.args.num_train_epochs * steps)
+        if state.global_step < total:
+            return None
+        if state.max_steps != total:  # neither the end of its own run nor of this one
+            raise UserError(
+                f"{checkpoint} has taken {state.global_step} steps of a run of {state.max_steps}, but this run has {total}. "
+                f"Set max_steps to {state.max_steps} as there, or to more than {state.global_step} to train on."
+            )
+        logger.warning("%s has all %d steps, so nothing is left to train", checkpoint, total)
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        self.create_optimizer()  # the card names its options
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
 
     def get_train_dataloader(self) -> DataLoader:
         """The loader of the training samples; a stream divides itself among ranks and loader workers."""
@@ -215,7 +207,7 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
         if not isinstance(stream, TransformedStream):
             loader = super().get_train_dataloader()
             if isinstance(stream, Sized) and len(loader) == 0:
-                raise ValueError(
+                raise UserError(
                     f"{len(stream)} training images are less than a batch of {self._train_batch_size}, and "
                     "dataloader_drop_last drops that. Lower per_device_train_batch_size."
                 )
@@ -231,7 +223,7 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
-        # as Accelerator.prepare does, but one process alone: more would divide the stream a second time
+        # as Accelerator.prepare does, but for one process: more would divide the stream a second time
         return prepare_data_loader(
             loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
         )
@@ -249,91 +241,99 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
             count = min(count, len(self.train_dataset))  # type: ignore[arg-type]
             step = len(self.train_dataset) / count  # type: ignore[arg-type]
             samples = [self.train_dataset[int(i * step)] for i in range(count)]
-        batches, size = [], CALIBRATION_BATCH
-        for start in tqdm(
-            range(0, len(samples), size), desc="Teacher on calibration images", disable=self.args.disable_tqdm
-        ):
+        batches, size, quiet = [], CALIBRATION_BATCH, self.args.disable_tqdm
+        for start in tqdm(range(0, len(samples), size), desc="Teacher on calibration images", disable=quiet):
             batch = self._prepare_inputs(self.data_collator(samples[start : start + size]))
-            batches.append((self._teacher_output(batch["pixel_values"]), batch["labels"]))
-        criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=self.args.disable_tqdm))
+            targets = self.task.targets(batch, self.distiller.student.num_labels)
+            batches.append((self._teacher_output(batch["pixel_values"]), targets.ids))
+        criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=quiet))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Weighted loss of one batch; keeps the unweighted terms for the log."""
-        pixel_values, labels = inputs["pixel_values"], inputs["labels"]
-        steps = self.current_gradient_accumulation_steps
-        num_valid, share = None, 1.0
-        if num_items_in_batch is not None:  # the mean count of a batch, so that ranks and batches share one divisor
-            num_valid = num_items_in_batch / (self.accelerator.num_processes * steps)
-            share = len(labels) * steps / self._step_images
+        pixel_values = inputs["pixel_values"]
+        targets = self.task.targets(inputs, self.distiller.student.num_labels)
+        steps, share = self.current_gradient_accumulation_steps, 1.0
+        if num_items_in_batch is not None:  # the mean of a batch, so that ranks and batches have one divisor
+            divisor = num_items_in_batch / (self.accelerator.num_processes * steps)
+            targets = self.task.with_denominator(targets, divisor)
+            share = len(pixel_values) * steps / self._step_images
         outputs = model(
             pixel_values=pixel_values,
-            labels=labels,
+            targets=targets,
             teacher_output=self._teacher_output(pixel_values),
-            num_valid=num_valid,
             share=share,
         )
         self.terms.add(outputs["terms"], steps)
-        self._images += len(labels) * self.accelerator.num_processes
+        self._images += len(pixel_values) * self.accelerator.num_processes
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _teacher_output(self, pixel_values: Tensor) -> DenseOutput | None:
         if self.teacher is None:
             return None
-        with part("teacher"):
+        with torch.profiler.record_function("teacher"):
             return self.teacher(pixel_values)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of a step; what is measured is the wait for them."""
-        with part("data"):
-            return super().get_batch_samples(*args, **kwargs)
-
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """Valid pixels of the whole step, over accumulated batches and ranks."""
+        """What the task losses of the whole step divide by, over accumulated batches and ranks."""
         if not batch_samples:
             return None
-        counts = [(batch["labels"] != self.distiller.ignore_index).sum() for batch in batch_samples]
+        num_labels = self.distiller.student.num_labels
+        counts = [self.task.denominator(self.task.targets(batch, num_labels)) for batch in batch_samples]
         count = torch.stack(counts).sum().to(device)
-        self._step_images = sum(len(batch["labels"]) for batch in batch_samples)
+        self._step_images = sum(len(batch["pixel_values"]) for batch in batch_samples)
         return self.accelerator.reduce(count, "sum") if self.accelerator.num_processes > 1 else count  # type: ignore
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Optimizer of the arguments; weight decay spares biases, norms and other vectors."""
-        if self.optimizer is None:
-            trained = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
-            groups = [
-                {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.args.weight_decay},
-                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-            ]
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
-            if cls in (torch.optim.SGD, torch.optim.AdamW) and self.args.device.type in ("cpu", "cuda"):
-                options.setdefault("fused", not self.is_fsdp_enabled)  # one kernel instead of several a tensor
-            self.optimizer = cls(groups, **options)
-            if self.profile is not None:  # the scheduler wraps `step` itself, so hooks
-                stack = ExitStack()
-                self.optimizer.register_step_pre_hook(lambda *_: stack.enter_context(part("optimizer")))
-                self.optimizer.register_step_post_hook(lambda *_: stack.close())
-        return self.optimizer
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices and kernels: weight decay spares biases, norms and other vectors."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
-    # ---- Logging -------------------------------------------------------------------------------------------------
+    # ---- Evaluation and logging ----------------------------------------------------------------------------------
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds every loss term and the throughput to the logged means.
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Streams counts instead of gathering predictions, see `evaluate`; `predict` gives no predictions either."""
+        self._eval_dataloaders = {}  # of persistent workers the base class would hand out this one again for other data
+        distiller, processor = self.distiller, self.processing_class
+        scores = evaluate(
+            distiller.student,
+            dataloader.dataset,
+            self.args,
+            processor=processor,  # type: ignore[arg-type]
+            description=description,
+        )
+        number = scores.pop("num_samples")
+        self._restart_clock()  # what it takes is not training time
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=number)  # type: ignore
+
+    def _pictures(self) -> Iterator[np.ndarray]:
+        """Input, truth and prediction of the first evaluation images."""
+        dataset: Any = self.eval_dataset
+        if isinstance(dataset, dict):  # several by name
+            dataset = next(iter(dataset.values()))
+        student = self.distiller.student.eval()
+        for index in range(min(NUM_PICTURES, len(dataset))):
+            sample = dataset[index]
+            batch = {name: moved(value, self.args) for name, value in self.task.collate([sample]).items()}
+            (prediction,) = predict_batch(student, self.task, batch)
+            yield self.task.picture(sample, prediction, student.num_labels)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Adds every loss term and the throughput to the logged means; lists are no curves.
 
         Raises:
             FloatingPointError: if a term is not finite.
         """
+        logs = {name: value for name, value in logs.items() if not isinstance(value, list)}
         if "loss" in logs:
             means = self.terms.read()
             self.terms.reset()
-            self._check_finite(means)
-            logs = logs | means
-            if self.profile is not None:
-                logs |= self.profile.read(self.state.global_step - self._profiled_steps)
-                self.profile.reset()
-                self._profiled_steps = self.state.global_step
+            check_finite(means, self.args, self.state)
             now = time.perf_counter()
+            logs |= means
             logs["images_per_second"] = round(self._images / (now - self._clock), 2)
             logs["train_seconds"] = round(self.train_seconds + now - self._clock, 3)
             self._images, self._clock = 0, now
@@ -342,59 +342,78 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
     def _restart_clock(self) -> None:
         self._images, self._clock = 0, time.perf_counter()
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the base class does; what it takes is not training time."""
-        metrics = super().evaluate(*args, **kwargs)
-        self._restart_clock()
-        return metrics
-
     @property
     def train_seconds(self) -> float:
         """Seconds of training up to the last log, over interruptions, without evaluations."""
-        return next(
-            (entry["train_seconds"] for entry in reversed(self.state.log_history) if "train_seconds" in entry), 0
-        )
-
-    def _check_finite(self, values: dict[str, float]) -> None:
-        if bad := not_finite(values):
-            last = last_checkpoint(self.args.output_dir or ".")
-            raise FloatingPointError(
-                f"{bad} at or before step {self.state.global_step}. Training stopped; the last good checkpoint is "
-                f"{last or 'none yet'}. Try a smaller learning rate, bf16 instead of fp16, or a smaller weight of this "
-                "term."
-            )
-
-    def _check_weights(self) -> None:
-        """Checks what the last step made of the weights: a gradient can overflow although the loss is finite."""
-        finite = {name: p.isfinite().all() for name, p in self.distiller.named_parameters() if p.requires_grad}
-        if not torch.stack(list(finite.values())).all():
-            first = next(name for name, good in finite.items() if not good)
-            self._check_finite({f"weight {first}": math.nan})
+        history = self.state.log_history
+        return next((entry["train_seconds"] for entry in reversed(history) if "train_seconds" in entry), 0)
 
     # ---- Saving --------------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # a checkpoint taken after a step that went wrong must not replace a good one
-        self._check_finite(self.terms.read())
-        if not self.is_fsdp_enabled:  # ranks hold different shards there and could not raise together
-            self._check_weights()
-        super()._save_checkpoint(model, trial)
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or ".")
+            checkpoints.save_student(self.distiller, folder, self.processing_class, with_criterion=self.is_in_train)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoints.load_student(self.distiller, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        logger.info("loading the best model, %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        load = super()._load_optimizer_and_scheduler
+        checkpoints.load_optimizer(lambda: load(checkpoint), self.optimizer, self.lr_scheduler, checkpoint)
+
+    # ---- The Hub -------------------------------------------------------------------------------------------------
+
+    def push_to_hub(  # type: ignore[override] # the base class says CommitInfo, and returns these three too
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Saves the student with its card and pushes both in one commit, from the first rank; None on the others.
+
+        Args:
+            commit_message: first line of the commit.
+            blocking: wait for the end of the upload; otherwise a Future is returned.
+            token: access token; `hub_token` or the stored one by default.
+            revision: branch; `hub_revision` by default.
+            private: visibility of a new repository; `hub_private_repo` by default.
+            kwargs: passed to `create_model_card`.
+
+        Raises:
+            HubError: if the push fails; the student stays in the output folder, and the message says how to go on.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        return self.hub.push(commit_message or "End of training", blocking, token, revision, private)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md for `push_to_hub`, unless the run's report has; the base class knows no teacher."""
-        from ..card.model_card import write_card
+        if not self.has_card and self.is_world_process_zero():
+            write_training_card(self)
 
-        data = getattr(self.train_dataset, "dataset", None)
-        if self.has_card or not self.is_world_process_zero():
-            return
-        if not isinstance(data, DenseDataset | DenseStream):
-            distiller, self.model = self.model, self.student  # the base class describes a model of transformers
-            try:
-                super().create_model_card(*args, **kwargs)
-            finally:
-                self.model = distiller
-            return
-        models = {"student": self.student}
-        if self.teacher is not None:
-            models["teacher"] = self.teacher.adapter.model
-        write_card(Path(self.args.output_dir or "."), self, models, {}, DenseDatasets({"train": cast(Any, data)}), [])
+
+def _settle_evaluation(args: BCDConfig, eval_dataset: Any, best: str) -> None:
+    """Changes arguments in place to what the evaluation data allow.
+
+    Raises:
+        UserError: if these are a stream, which never ends.
+    """
+    if isinstance(eval_dataset, DenseStream):
+        raise UserError(
+            f"eval_dataset is a stream of {eval_dataset.name}, which never ends; load it without streaming."
+        )
+    if eval_dataset is None and args.eval_strategy != "no":
+        logger.warning("no evaluation data, so training goes on without evaluations")
+        args.eval_strategy = IntervalStrategy.NO
+    if isinstance(eval_dataset, Mapping) and eval_dataset and args.metric_for_best_model == best:
+        args.metric_for_best_model = f"{next(iter(eval_dataset))}_{best}"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_bcd.data import DenseDataset, SemanticCollator, TrainTransform, keep_in_memory
+from hf_bcd.data import DenseDataset, TrainTransform, collate, keep_in_memory
 from hf_bcd.data.dataset import Row
 from hf_bcd.data.synthetic.scenes import SyntheticScenes
 
@@ -66,7 +66,7 @@ def example_batches(data: DenseDataset, crop: int) -> Callable[[], None]:
 
 def our_batches(data: DenseDataset, transform: TrainTransform) -> Callable[[], None]:
     """The same with our transforms; images and labels stay uint8, because they are converted on the device."""
-    transformed, collate = data.with_transform(transform), SemanticCollator()
+    transformed, collate = data.with_transform(transform), collate
 
     def run() -> None:
         for start in range(0, len(data), BATCH):

@@ -10,8 +10,9 @@ from hf_bcd.adapters import FrozenTeacher, build_adapter
 from hf_bcd.losses.criterion import DistillationCriterion
 from hf_bcd.losses.recipe import build_criterion
 from hf_bcd.models import TimmSegmentationModel
+from hf_bcd.outputs import LabelMaps
 from hf_bcd.training.distiller import Distiller
-from hf_bcd.training.preparation import lay_out
+from hf_bcd.training.hardware import lay_out
 
 from .measuring import compare, ratio
 
@@ -59,17 +60,17 @@ def step_row(pair: str, device: torch.device, repeats: int, batch: int, side: in
         lay_out(teacher)
     with_bcd = Distiller(student, build_criterion({"bcd": {}}, *specs, num_labels=NUM_LABELS)).to(device).train()
     pixel_values = torch.randint(0, 256, (batch, 3, side, side), device=device, dtype=torch.uint8)
-    labels = torch.randint(0, NUM_LABELS, (batch, side, side), device=device)
+    targets = LabelMaps(torch.randint(0, NUM_LABELS, (batch, side, side), device=device), NUM_LABELS)
 
     def student_step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype is not None):
-            loss = plain(pixel_values, labels)["loss"]
+            loss = plain(pixel_values, targets)["loss"]
         loss.backward()
 
     def bcd_step() -> None:
         output = teacher(pixel_values)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype is not None):
-            loss = with_bcd(pixel_values, labels, output)["loss"]
+            loss = with_bcd(pixel_values, targets, output)["loss"]
         loss.backward()
 
     def floor() -> None:

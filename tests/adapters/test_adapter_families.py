@@ -17,8 +17,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_bcd.adapters import ADAPTERS, build_adapter, describe
-from hf_bcd.outputs import FeatureSpec
+from hf_bcd.adapters import ADAPTERS, build_adapter, describe, image_processor
+from hf_bcd.outputs import FeatureSpec, LabelMaps
 
 
 ANY_SIZES = [(96, 96), (96, 128), (100, 140), (64, 65)]
@@ -164,18 +164,36 @@ def test_dpt_levels_are_the_grids_that_the_neck_takes():
         assert torch.equal(grid, hidden_state[:, 1:])
 
 
-@pytest.mark.parametrize("name", ["timm_segmentation", "upernet-swin"])
-def test_auxiliary_logits_in_training_only(name):
-    adapter = build_adapter(tiny_model(name))
-    assert adapter(images()).auxiliary_logits is None
-    auxiliary_logits = adapter.train()(images()).auxiliary_logits
-    assert auxiliary_logits.shape[:2] == (2, 5)
+@pytest.mark.parametrize(
+    ("name", "auxiliary"), [("timm_segmentation", True), ("upernet-swin", True), ("segformer", False)]
+)
+def test_task_losses_are_weighted_as_the_model_itself_does(name, auxiliary):
+    adapter = build_adapter(tiny_model(name)).train()
+    labels = torch.randint(0, 5, (2, 64, 96))
+    assert adapter(images()).task_losses == {}
+    torch.manual_seed(0)  # dropout
+    losses = adapter(images(), LabelMaps(labels, 5)).task_losses
+    assert losses.keys() == {"loss_task", *(["loss_auxiliary"] if auxiliary else [])}
+    torch.manual_seed(0)
+    expected = adapter.model(pixel_values=adapter.normalize(images()), labels=labels).loss
+    torch.testing.assert_close(sum(losses.values()), expected)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "segformer", "timm_segmentation"])
-def test_labels_are_ignored_by_models_with_per_pixel_classes(name):
-    adapter = build_adapter(tiny_model(name))
-    assert adapter(images(), torch.zeros(2, 64, 96, dtype=torch.long)).task_losses == {}
+@pytest.mark.parametrize("name", ["segformer", "upernet-resnet", "mask2former"])
+def test_predictions_are_those_of_the_image_processor(name):
+    """In full precision whatever autocast says; as `pipeline` does, UperNet's logits are resized twice."""
+    adapter = build_adapter(tiny_model(name)).eval()
+    sizes = [(83, 119), (70, 50)]
+    with torch.no_grad():
+        outputs = adapter.model(pixel_values=adapter.normalize(images()))
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = adapter.predict(images(), sizes)
+    processor = image_processor(adapter, shortest_edge=None)
+    expected = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+    for ours, theirs in zip(predicted, expected, strict=True):
+        assert (ours == theirs).float().mean() > (0.98 if name == "mask2former" else 0.9999)
+    same = adapter.predict(images(), [sizes[0]] * 2)
+    assert torch.equal(same[0], predicted[0]) and same[1].shape == sizes[0]
 
 
 def test_runs_in_the_precision_of_the_parameters():

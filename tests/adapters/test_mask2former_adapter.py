@@ -9,6 +9,7 @@ from transformers import Mask2FormerImageProcessor
 
 from hf_bcd.adapters import build_adapter
 from hf_bcd.adapters.mask2former import query_labels, semantic_logits
+from hf_bcd.outputs import LabelMaps
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_task_loss_is_the_models_own(label_map):
     adapter = build_adapter(tiny_model("mask2former")).train()
     # drop path and the points at which masks are compared are random
     torch.manual_seed(0)
-    loss = adapter(images(), label_map).task_losses["loss_task"]
+    loss = adapter(images(), LabelMaps(label_map, 5)).task_losses["loss_task"]
     masks = [torch.stack([label_map[0] == 0, label_map[0] == 3]), torch.stack([label_map[1] == 0, label_map[1] == 1])]
     torch.manual_seed(0)
     expected = adapter.model(
@@ -90,7 +91,7 @@ def test_no_task_loss_without_labels():
 def test_training_under_bfloat16_autocast(label_map):
     adapter = build_adapter(tiny_model("mask2former")).train()
     with torch.autocast("cpu", torch.bfloat16):
-        output = adapter(images(), label_map)
+        output = adapter(images(), LabelMaps(label_map, 5))
     assert output.logits.dtype == torch.float32
     output.task_losses["loss_task"].backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in adapter.parameters())
@@ -102,7 +103,7 @@ def test_a_few_steps_lower_the_loss(label_map):
     losses = []
     for step in range(12):
         torch.manual_seed(step)
-        loss = adapter(images(), label_map).task_losses["loss_task"]
+        loss = adapter(images(), LabelMaps(label_map, 5)).task_losses["loss_task"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -119,7 +120,7 @@ def test_query_labels_leave_ignored_pixels_out_of_every_mask(label_map):
 
 def test_images_without_any_label():
     adapter = build_adapter(tiny_model("mask2former"))
-    loss = adapter(images(), torch.full((2, 64, 96), 255)).task_losses["loss_task"]
+    loss = adapter(images(), LabelMaps(torch.full((2, 64, 96), 255), 5)).task_losses["loss_task"]
     loss.backward()
     assert loss.isfinite()
 

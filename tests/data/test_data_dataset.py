@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_bcd.data import DenseDataset, DenseDatasets, EvalTransform, SemanticCollator, TrainTransform
+from hf_bcd.data import DenseDataset, DenseDatasets, EvalTransform, TrainTransform, collate
 from hf_bcd.data.dataset import Row, TransformedDataset
 from hf_bcd.data.labels import LabelRule
 
@@ -30,7 +30,7 @@ def dataset():
 
 
 def read(transformed, epochs=3, **options):
-    loader = DataLoader(transformed, batch_size=2, collate_fn=SemanticCollator(), **options)
+    loader = DataLoader(transformed, batch_size=2, collate_fn=collate, **options)
     samples = []
     for epoch in range(epochs):
         transformed.set_epoch(epoch)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_bcd.data import EvalTransform, SemanticCollator, TrainTransform, keep_in_memory, load_dense_dataset
+from hf_bcd.data import EvalTransform, TrainTransform, collate, keep_in_memory, load_dense_dataset
 from hf_bcd.data import cache as cache_module
 from hf_bcd.data.cache import SampleCache
 from hf_bcd.runs.arguments import DataArguments
@@ -75,7 +75,7 @@ def test_what_no_longer_fits_is_decoded_every_time():
 @pytest.mark.slow
 def test_forked_workers_share_the_memory():
     dataset = keep_in_memory(scenes()).with_transform(EvalTransform())
-    loader = DataLoader(dataset, 2, num_workers=2, collate_fn=SemanticCollator(), multiprocessing_context="fork")
+    loader = DataLoader(dataset, 2, num_workers=2, collate_fn=collate, multiprocessing_context="fork")
     batches = list(loader)
     dataset.dataset.cache.samples = None  # nothing can be decoded here any more
     for batch in batches:

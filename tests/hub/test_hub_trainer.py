@@ -28,8 +28,8 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"push": repo_id, "card": (Path(folder) / "README.md").read_text(), **options})
         return "a commit"
 
-    monkeypatch.setattr("hf_bcd.training.hub_trainer.prepare_repository", prepare)
-    monkeypatch.setattr("hf_bcd.training.hub_trainer.push_folder", push)
+    monkeypatch.setattr("hf_bcd.training.hub.prepare_repository", prepare)
+    monkeypatch.setattr("hf_bcd.training.hub.push_folder", push)
     return calls
 
 
@@ -85,7 +85,7 @@ def test_every_strategy_pushes_checkpoints_to_its_place_and_survives_a_failure(
         pushed.append((step, path_in_repo, {path.name for path in checkpoint.iterdir()}))
         raise HubError("the Hub has a problem with secret")
 
-    monkeypatch.setattr("hf_bcd.training.hub_trainer.push_checkpoint", push)
+    monkeypatch.setattr("hf_bcd.training.hub.push_checkpoint", push)
     run = tiny.trainer(
         tmp_path / "x", max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1, push_to_hub=True,
         hub_strategy=strategy, hub_always_push=True, hub_token="secret",

@@ -15,12 +15,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_bcd import BCDTrainer
-from hf_bcd.adapters import build_adapter
-from hf_bcd.adapters.loading import load_segmentation_model
+from hf_bcd.adapters import adapt, build_adapter
+from hf_bcd.adapters.loading import load_adapter
 from hf_bcd.card import usage
 from hf_bcd.card.model_card import METRICS
 from hf_bcd.card.provenance import Origin, describe_schedule
-from hf_bcd.runs import experiment
+from hf_bcd.runs import baseline, experiment
 from hf_bcd.runs import report as reporting
 from hf_bcd.runs.arguments import DataArguments, ModelArguments
 
@@ -36,9 +36,13 @@ def finished_run(folder: Path, teacher: bool = True, **changes):
     )
     run.train()
     run.save_model(str(folder), _internal_call=True)
-    models = {"student": load_segmentation_model(str(folder))}
+    models = {"student": load_adapter(str(folder))}
     if teacher:
-        models = {"teacher": tiny.tiny_timm((8, 16, 16, 32), seed=1), "baseline": tiny.tiny_timm(seed=2), **models}
+        models = {
+            "teacher": adapt(tiny.tiny_timm((8, 16, 16, 32), seed=1)),
+            "baseline": adapt(tiny.tiny_timm(seed=2)),
+            **models,
+        }
     scores = {name: experiment.evaluate_model(model, run.args, data["validation"]) for name, model in models.items()}
     return run, models, scores, data
 
@@ -257,10 +261,10 @@ def test_a_finished_baseline_is_loaded(tmp_path: Path) -> None:
     model = tiny.tiny_timm(seed=3)
     model.save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("---\ntags:\n- hf_bcd\n---\n")
-    loaded = experiment.load_baseline(ModelArguments(teacher="me/t", baseline=str(tmp_path)), tiny.scenes())
+    loaded = baseline.load_baseline(ModelArguments(teacher="me/t", baseline=str(tmp_path)), tiny.scenes())
     assert loaded is not None
     assert all((value == loaded.state_dict()[name]).all() for name, value in model.state_dict().items())
-    assert experiment.load_baseline(ModelArguments(), tiny.scenes()) is None
+    assert baseline.load_baseline(ModelArguments(), tiny.scenes()) is None
 
 
 def test_a_baseline_of_other_classes_is_refused(tmp_path: Path) -> None:
@@ -268,28 +272,28 @@ def test_a_baseline_of_other_classes_is_refused(tmp_path: Path) -> None:
     model.config.id2label = {**tiny.ID2LABEL, 0: "ground", 1: "sky"}
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"predicts 8 classes \(ground, sky, .*synthetic has 8 \(sky, ground"):
-        experiment.load_baseline(ModelArguments(teacher="me/t", baseline=str(tmp_path)), tiny.scenes())
+        baseline.load_baseline(ModelArguments(teacher="me/t", baseline=str(tmp_path)), tiny.scenes())
 
 
 def test_a_baseline_that_was_distilled_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\ntags:\n- knowledge-distillation\n---\n")
     with pytest.raises(ValueError, match="was distilled itself"):
-        experiment.load_baseline(ModelArguments(teacher="me/t", baseline=str(tmp_path)), tiny.scenes())
+        baseline.load_baseline(ModelArguments(teacher="me/t", baseline=str(tmp_path)), tiny.scenes())
 
 
 def test_a_baseline_on_the_hub_that_was_distilled_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "README.md").write_text("---\ntags:\n- knowledge-distillation\n---\n")
-    monkeypatch.setattr(experiment, "cached_file", lambda name, file: str(tmp_path / file) if name == "me/x" else None)
+    monkeypatch.setattr(baseline, "cached_file", lambda name, file: str(tmp_path / file) if name == "me/x" else None)
     with pytest.raises(ValueError, match="--baseline me/x was distilled itself"):
-        experiment.load_baseline(ModelArguments(teacher="me/t", baseline="me/x"), tiny.scenes())
+        baseline.load_baseline(ModelArguments(teacher="me/t", baseline="me/x"), tiny.scenes())
 
 
 @pytest.mark.parametrize("options", [{"baseline": "runs/y"}, {"with_baseline": True}])
 def test_without_a_teacher_there_is_nothing_to_compare(options: dict) -> None:
     with pytest.raises(ValueError, match="name a --teacher too, or leave --baseline out"):
-        experiment.load_baseline(ModelArguments(**options), tiny.scenes())
+        baseline.load_baseline(ModelArguments(**options), tiny.scenes())
 
 
 def test_a_finished_and_a_new_baseline_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="--baseline runs/y and --with_baseline exclude each other"):
-        experiment.load_baseline(ModelArguments(teacher="me/t", baseline="runs/y", with_baseline=True), tiny.scenes())
+        baseline.load_baseline(ModelArguments(teacher="me/t", baseline="runs/y", with_baseline=True), tiny.scenes())

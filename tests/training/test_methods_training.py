@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import Dataset
 
 from hf_bcd import BCDTrainer
-from hf_bcd.data import EvalTransform
 from hf_bcd.losses import LOSSES
 
 
@@ -29,7 +28,7 @@ class FixedScenes(Dataset):
 
     def __init__(self, length: int) -> None:
         data = tiny.scenes(train=2, size=(48, 48))["train"]
-        self.samples = [{"index": index, **EvalTransform()(**sample)} for index, sample in enumerate(data)]
+        self.samples = [{"index": index, **tiny.tensors(sample)} for index, sample in enumerate(data)]
         self.length = length
 
     def __len__(self) -> int:

@@ -12,7 +12,8 @@ from hf_bcd import BCDTrainer
 from hf_bcd.adapters.loading import ModelSpec
 from hf_bcd.data import DenseDatasets
 from hf_bcd.runs.arguments import DataArguments, parse_arguments
-from hf_bcd.runs.experiment import load_data, recipe_of, train_or_reuse
+from hf_bcd.runs.baseline import recipe_of, train_or_reuse
+from hf_bcd.runs.experiment import load_data
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
 
 from hf_bcd import TimmSegmentationModel
 from hf_bcd.runs.arguments import ModelArguments
-from hf_bcd.runs.experiment import prepare_teacher
+from hf_bcd.runs.baseline import prepare_teacher
 
 
 def tiny_mobilenet() -> MobileNetV2ForSemanticSegmentation:

@@ -22,13 +22,15 @@ from transformers import (
 )
 
 from hf_bcd import BCDTrainer, SemanticMetrics
+from hf_bcd.adapters import adapt
 from hf_bcd.adapters.loading import ModelSpec, build_model
 from hf_bcd.commands import distill
 from hf_bcd.losses.bcd import BCDLoss
 from hf_bcd.losses.recipe import LOSSES
-from hf_bcd.runs import report as reporting
 from hf_bcd.runs.arguments import ModelArguments
-from hf_bcd.runs.experiment import evaluate_model, label_map_of, prepare_teacher
+from hf_bcd.runs.baseline import prepare_teacher
+from hf_bcd.runs.experiment import evaluate_model
+from hf_bcd.tasks import semantic_segmentation
 
 
 ORDER = [3, 0, 7, 5, 1, 6, 2, 4]
@@ -140,7 +142,7 @@ def test_classes_that_stand_for_one_are_scored_together(tmp_path: Path) -> None:
 def test_a_model_that_lacks_classes_has_no_score(tmp_path: Path) -> None:
     data, model = tiny.scenes()["validation"], superset(tiny.tiny_segformer())
     rename(model, [*EXTRA, *list(tiny.ID2LABEL.values())[:-2], "pedestrians", "cars"])
-    assert label_map_of(model, data).missing == ["person", "vehicle"]
+    assert adapt(model).match(data.id2label).missing == ["person", "vehicle"]
     with pytest.raises(ValueError, match="predicts 11 classes, but the data set has 8"):
         evaluate_model(model, tiny.config(tmp_path), data)
     evaluate_model(model, tiny.config(tmp_path), data, {"person": ["pedestrians"], "vehicle": ["cars"]})
@@ -170,7 +172,7 @@ def test_losses_of_class_scores_are_refused_where_classes_are_missing(
     teacher = superset(tiny.tiny_segformer())
     rename(teacher, [*EXTRA, *list(tiny.ID2LABEL.values())[:-1], "lorry"])
     losses = {"bcd": {}, "scores": {}}
-    message = r"no class for vehicle, but the losses scores compare.*--label_synonyms.*features alone: .*\bbcd\b"
+    message = r"no class for vehicle, but the losses scores compare.*--label_synonyms.*features only: .*\bbcd\b"
     with pytest.raises(ValueError, match=message):
         tiny.trainer(tmp_path, teacher=teacher, losses=losses)
     teacher.save_pretrained(tmp_path / "teacher")
@@ -209,9 +211,9 @@ def test_a_run_reports_a_teacher_with_other_classes(
     teacher.save_pretrained(tmp_path / "teacher")
     (tmp_path / "synonyms.json").write_text('{"vehicle": ["lorry", "stage"]}')
     pictures: list[Any] = []
-    original = reporting.comparison_figure
+    original = semantic_segmentation.comparison_figure
     monkeypatch.setattr(
-        reporting,
+        semantic_segmentation,
         "comparison_figure",
         lambda samples, *rest, **options: pictures.extend(samples) or original(samples, *rest, **options),
     )

@@ -22,10 +22,11 @@ from transformers import (
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel
 from hf_bcd.adapters.loading import ModelSpec
 from hf_bcd.losses.bcd import BCDLoss
-from hf_bcd.runs import experiment
+from hf_bcd.runs import baseline, experiment
 from hf_bcd.runs.arguments import DataArguments
 from hf_bcd.training.callbacks import InterruptCallback
 from hf_bcd.training.checkpoints import last_checkpoint
+from hf_bcd.utils.files import write_json
 
 
 def state(run: BCDTrainer) -> dict[str, torch.Tensor]:
@@ -480,7 +481,7 @@ def test_pushing_sends_our_card_and_never_replaces_a_finished_one(
 ) -> None:
     cards: list[str] = []
     monkeypatch.setattr(
-        "hf_bcd.training.hub_trainer.push_folder",
+        "hf_bcd.training.hub.push_folder",
         lambda folder, *_, **__: cards.append((Path(folder) / "README.md").read_text()),
     )
     run = tiny.trainer(tmp_path / "student", max_steps=1)
@@ -499,26 +500,26 @@ def test_a_model_trained_on_the_way_is_reused_for_the_same_recipe_alone(tmp_path
         backbone="resnet10t", options={"head_channels": 8, "backbone_kwargs": {"channels": [8] * 4, "stem_width": 8}}
     )
     data, folder = tiny.scenes(), tmp_path / "teacher"
-    first = experiment.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=1), data)
-    again = experiment.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=1), data)
-    assert_equal(first.state_dict(), again.state_dict())
+    first = baseline.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=1), data)
+    again = baseline.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=1), data)
+    assert_equal(first.model.state_dict(), again.model.state_dict())
     with pytest.raises(
         ValueError, match=r"teacher holds a model of another recipe: training\.max_steps is 1 there and 2"
     ):
-        experiment.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=2), data)
+        baseline.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=2), data)
     with pytest.raises(ValueError, match="another recipe: data.first_image"):
-        experiment.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=1), tiny.scenes(size=(64, 64)))
+        baseline.train_or_reuse("teacher", spec, tiny.config(folder, max_steps=1), tiny.scenes(size=(64, 64)))
 
 
 @pytest.mark.parametrize("change", [{"warmup_steps": 1}, {"max_grad_norm": 0.5}, {"bf16": True}])
 def test_a_model_of_another_schedule_is_not_reused(change: dict, tmp_path: Path) -> None:
     spec, data = ModelSpec(backbone="resnet10t"), tiny.scenes()
-    recipe = experiment.recipe_of(spec, tiny.config(tmp_path, max_steps=2), data)
-    experiment.write_json(tmp_path / "recipe.json", recipe)
-    experiment.check_recipe(tmp_path / "recipe.json", recipe)
+    recipe = baseline.recipe_of(spec, tiny.config(tmp_path, max_steps=2), data)
+    write_json(tmp_path / "recipe.json", recipe)
+    baseline.check_recipe(tmp_path / "recipe.json", recipe)
     with pytest.raises(ValueError, match=f"another recipe: training.{next(iter(change))}"):
-        experiment.check_recipe(
-            tmp_path / "recipe.json", experiment.recipe_of(spec, tiny.config(tmp_path, max_steps=2, **change), data)
+        baseline.check_recipe(
+            tmp_path / "recipe.json", baseline.recipe_of(spec, tiny.config(tmp_path, max_steps=2, **change), data)
         )
 
 
@@ -545,7 +546,7 @@ def test_a_run_can_go_on_with_another_learning_rate(tmp_path: Path, caplog: pyte
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optim": "adamw_torch"}, "checkpoint-1 belongs to another optimizer than adamw_torch: it has no step"),
+        ({"optim": "adamw_torch"}, "checkpoint-1 belongs to another optimizer than AdamW: it has no step"),
         ({"model": lambda: tiny.tiny_timm((8, 8, 16, 32))}, "checkpoint-1 holds another student than this run's"),
     ],
 )
@@ -631,12 +632,12 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(tmp_path: Pa
 
 def test_derived_training_arguments_are_converted_and_checked(tmp_path: Path) -> None:
     config = tiny.config(tmp_path, optim_args=None)
-    derived = experiment.derive_config(config, "teacher", {"optim": "adamw_torch", "eval_strategy": False})
+    derived = baseline.derive_config(config, "teacher", {"optim": "adamw_torch", "eval_strategy": False})
     assert Trainer.get_optimizer_cls_and_kwargs(derived)[0] is torch.optim.AdamW
     assert derived.eval_strategy == "no" and derived.output_dir == str(Path(config.output_dir) / "_teacher")
     with pytest.raises(ValueError, match="crop_size is 0"):
-        experiment.derive_config(config, tmp_path, {"crop_size": 0})
-    longer = experiment.derive_config(config, "teacher", {"num_train_epochs": 2, "lr_scheduler_type": "cosine"})
+        baseline.derive_config(config, tmp_path, {"crop_size": 0})
+    longer = baseline.derive_config(config, "teacher", {"num_train_epochs": 2, "lr_scheduler_type": "cosine"})
     assert (longer.max_steps, longer.num_train_epochs, longer.lr_scheduler_kwargs) == (-1, 2, None)
 
 

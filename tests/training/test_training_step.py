@@ -1,4 +1,4 @@
-"""What a training step costs besides its arithmetic: nothing waits, and profiling says where time goes."""
+"""A training step never waits for the device; optimizers are fused, and convolutions are laid out as they compute."""
 
 from pathlib import Path
 
@@ -9,8 +9,7 @@ from host_sync import no_host_synchronisation
 from torch import nn
 
 from hf_bcd import BCDTrainer
-from hf_bcd.training.preparation import is_convolutional
-from hf_bcd.utils import profiling
+from hf_bcd.training.hardware import is_convolutional
 
 
 def prepared_step(folder: Path, model: nn.Module, **changes):
@@ -26,8 +25,8 @@ def prepared_step(folder: Path, model: nn.Module, **changes):
         loss = run.training_step(run.model_wrapped, dict(batch), num_items)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        run.distiller.after_step()
-        run.distiller.begin_step(1, 10)
+        run.distiller.criterion.after_step()
+        run.distiller.criterion.begin_step(1, 10)
         return loss
 
     return run, step
@@ -85,50 +84,6 @@ def test_fused_sgd_gives_the_same_weights_bit_for_bit() -> None:
             optimizer.step()
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_a_profile_logs_every_part_of_the_step(tmp_path: Path) -> None:
-    run = tiny.trainer(tmp_path, profile=True, max_steps=4, logging_steps=2, gradient_accumulation_steps=2)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        run.train()
-    logs = [entry for entry in run.state.log_history if "loss" in entry]
-    parts = {"data", "teacher", "student", "task", "bcd/connectors", "bcd/boundary", "bcd/context", "backward"}
-    parts.add("optimizer")
-    assert len(logs) == 2
-    for entry in logs:
-        assert {key for key in entry if key.endswith("/seconds")} == {f"profile/{name}/seconds" for name in parts}
-        assert all(entry[f"profile/{name}/seconds"] > 0 for name in parts)
-        memory = [entry[key] for key in entry if key.endswith("/MiB")]
-        assert len(memory) in (0, len(parts)) and all(value >= 0 for value in memory)
-    assert parts <= {event.key for event in profiler.key_averages()}
-
-
-def test_the_profile_is_a_mean_over_steps(monkeypatch) -> None:
-    clock = iter([0.0, 1.0, 10.0, 13.0])
-    monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(profiling, "reset_peak", lambda device: 0)
-    peaks = iter([2**20, 3 * 2**20])
-    monkeypatch.setattr(profiling, "peak_since", lambda device, before: next(peaks))
-    profile = profiling.StepProfile(torch.device("cpu"))
-    with profile.running():
-        for _ in range(2):
-            with profiling.part("teacher"):
-                pass
-    assert profile.read(steps=2) == {"profile/teacher/seconds": 2.0, "profile/teacher/MiB": 3.0}
-    profile.reset()
-    assert profile.read(steps=1) == {}
-
-
-def test_without_a_profile_nothing_is_measured(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(profiling.StepProfile, "measure", lambda *_: pytest.fail("measured"))
-    run = tiny.trainer(tmp_path, max_steps=1)
-    run.train()
-    assert not any("profile" in key for entry in run.state.log_history for key in entry)
-
-
-def test_profile_and_compilation_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="torch_compile"):
-        tiny.config(tmp_path, profile=True, torch_compile=True)
 
 
 def test_channels_last_is_for_convolutional_models_and_changes_no_file(tmp_path: Path) -> None:

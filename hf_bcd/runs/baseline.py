@@ -1,0 +1,170 @@
+"""Models that a run compares with or learns from: loaded, or trained on the way and re-used when they are finished."""
+
+import copy
+import dataclasses
+import json
+import logging
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+from transformers import set_seed
+from transformers.utils.hub import cached_file
+
+from ..adapters import DenseAdapter, read_synonyms
+from ..adapters.loading import ModelSpec, build_model, load_adapter
+from ..data import DenseDatasets, DenseStream
+from ..training.config import BCDConfig
+from ..training.teaching import check_losses
+from ..utils.files import write_json
+from ..utils.messages import unknown_key_message
+from ..utils.yaml import parse_mapping
+from .arguments import ModelArguments
+from .experiment import train_model
+
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "recipe.json"
+OUTCOME = (
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
+    "learning_rate", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "bf16", "fp16", "load_best_model_at_end",
+    "metric_for_best_model", "crop_size", "image_size", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
+    "dataloader_drop_last", "train_sampling_strategy",
+)  # fmt: skip
+
+
+def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> DenseAdapter | None:
+    """Loads the teacher, or trains it on the same data if it is a bare timm backbone; re-uses a finished one."""
+    if args.teacher is None:
+        return None
+    spec = ModelSpec.parse(args.teacher, "teacher")
+    if spec.name_or_path is not None:
+        teacher = load_adapter(spec, trust_remote_code=args.trust_remote_code)
+        label_map = teacher.match(data["train"].id2label, read_synonyms(args.label_synonyms))
+        check_losses(teacher, label_map, config)  # fails here rather than after the baseline's training
+        if args.teacher_training:
+            logger.warning("%s is a finished teacher, so teacher_training is not used", spec.name_or_path)
+        return teacher
+    changes = args.teacher_training or {}
+    changes = parse_mapping(changes, "teacher_training") if isinstance(changes, str) else changes
+    return train_or_reuse("teacher", spec, derive_config(config, "teacher", changes), data)
+
+
+def load_baseline(args: ModelArguments, data: DenseDatasets) -> DenseAdapter | None:
+    """Loads the finished undistilled student that `baseline` names.
+
+    Raises:
+        ValueError: if there is no teacher to compare with, one is to be trained as well, it predicts other classes, or
+            it was distilled itself.
+    """
+    if args.teacher is None and (args.baseline is not None or args.with_baseline):
+        raise ValueError(
+            "a baseline is there to compare a distilled student with: name a --teacher too, or leave --baseline out and set "
+            "--with_baseline to false."
+        )
+    if args.baseline is None:
+        return None
+    if args.with_baseline:
+        raise ValueError(
+            f"--baseline {args.baseline} and --with_baseline exclude each other: compare with a finished student, or "
+            "train one."
+        )
+    folder = Path(args.baseline).expanduser()
+    source = str(folder) if folder.is_dir() else args.baseline
+    if is_distilled(source):
+        raise ValueError(f"--baseline {args.baseline} was distilled itself; name a student trained without a teacher.")
+    model = load_adapter(ModelSpec(source), trust_remote_code=args.trust_remote_code)
+    labels, expected = list(model.id2label.values()), list(data["train"].id2label.values())
+    if labels != expected:
+        raise ValueError(
+            f"--baseline {args.baseline} predicts {len(labels)} classes ({', '.join(labels[:5])}, ...), but "
+            f"{data['train'].name} has {len(expected)} ({', '.join(expected[:5])}, ...); name a student of this data set."
+        )
+    return model
+
+
+def is_distilled(source: str) -> bool:
+    """Whether the card beside a model, in a folder or on the Hub, says that it had a teacher."""
+    try:
+        card = cached_file(source, "README.md")
+        metadata = {} if card is None else ModelCard.load(card).data.to_dict()
+        return "knowledge-distillation" in (metadata.get("tags") or [])
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # no card, or none to read; a repository that cannot be read fails when its model is loaded
+
+
+def prepare_baseline(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> DenseAdapter | None:
+    """Trains the student without its teacher, on the same budget; re-uses a finished one."""
+    if not args.with_baseline or args.student is None:
+        return None
+    spec = ModelSpec.parse(args.student, "student")
+    return train_or_reuse("baseline", spec, derive_config(config, "baseline", {}), data)
+
+
+def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> DenseAdapter:
+    """Trains a model alone in its own folder, or takes the one that the same recipe has left there.
+
+    Raises:
+        ValueError: if the folder holds a finished model of another recipe.
+    """
+    folder = Path(config.output_dir or ".")
+    recipe = recipe_of(spec, config, data)
+    if (folder / RECIPE_FILE).is_file():  # written last, so the model beside it is whole
+        logger.warning("re-using the %s in %s", role, folder)
+        check_recipe(folder / RECIPE_FILE, recipe)
+    else:
+        logger.warning("training the %s in %s", role, folder)
+        set_seed(config.seed)
+        train_model(build_model(spec, data["train"].id2label), None, config, data, role)
+        if config.should_save:
+            write_json(folder / RECIPE_FILE, recipe)
+    return load_adapter(ModelSpec(str(folder)))
+
+
+def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:
+    """What decides how a model trained alone comes out."""
+    train = data["train"]
+    first = next(iter(train), None)
+    return {
+        **{f"model.{key}": value for key, value in dataclasses.asdict(spec).items()},
+        **{f"training.{key}": str(getattr(config, key)) for key in OUTCOME},
+        "data.name": train.name,
+        "data.images": None if isinstance(train, DenseStream) else len(train),
+        "data.classes": list(train.id2label.values()),
+        "data.rule": str(train.rule),
+        "data.first_image": None if first is None else zlib.crc32(first["image"].tobytes()),
+    }
+
+
+def check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
+    """Compares the recipe of a finished model with the present one."""
+    found = json.loads(path.read_text())
+    for key, value in json.loads(json.dumps(recipe)).items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"{path.parent} holds a model of another recipe: {key} is {found.get(key)} there and {value} here. "
+                "Choose another --output_dir, or remove that folder to train it again."
+            )
+
+
+def derive_config(config: BCDConfig, role: str, changes: Mapping[str, Any]) -> BCDConfig:
+    """The same training arguments for another model of the run: its own folder, never pushed.
+
+    Raises:
+        ValueError: for a change of an unknown argument.
+    """
+    known = {f.name for f in dataclasses.fields(BCDConfig) if f.init}
+    for key in changes:
+        if key not in known:
+            raise ValueError(unknown_key_message("training argument", key, known))
+    if "num_train_epochs" in changes:  # the run's own number of steps would win over it
+        changes = {"max_steps": -1, **changes}
+    # `Trainer.push_to_hub` leaves names with an underscore out
+    folder = Path(config.output_dir or ".") / f"_{role}"
+    own = {"output_dir": str(folder), "push_to_hub": False, "run_name": None}
+    return dataclasses.replace(copy.deepcopy(config), **{**changes, **own})  # checks and converts every value again

@@ -1,0 +1,148 @@
+"""A kind of dense prediction: how its samples, batches, targets, predictions and scores look."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+from transformers import BaseImageProcessor
+
+from ..outputs import Targets
+
+
+class Score(NamedTuple):
+    """A number that an evaluation gives.
+
+    Attributes:
+        key: its name in `results.json` and in the log, there behind `eval_`.
+        title: its name in tables.
+        percent: whether it is a fraction that tables show in percent.
+        higher_is_better: whether larger values are better.
+        headline: whether tables of models show it.
+        paired: whether studies show its difference to a reference.
+        plotted: whether studies plot it.
+    """
+
+    key: str
+    title: str
+    percent: bool = True
+    higher_is_better: bool = True
+    headline: bool = True
+    paired: bool = False
+    plotted: bool = False
+
+    @property
+    def scale(self) -> int:
+        """Factor between the value and what tables show."""
+        return 100 if self.percent else 1
+
+    @property
+    def label(self) -> str:
+        """Title with its unit."""
+        return f"{self.title} (%)" if self.percent else self.title
+
+    def text(self, value: float) -> str:
+        """The value as tables show it: two decimals."""
+        return f"{self.scale * value:.2f}"
+
+
+class Metric(Protocol):
+    """Streaming scores: only counts are kept, and only counts are exchanged between processes."""
+
+    def update(self, predictions: Any, truth: Any) -> None: ...
+
+    def gather(self) -> None: ...
+
+    def compute(self) -> dict[str, Any]: ...
+
+
+class Task(ABC):
+    """One kind of dense prediction; a data set names its own by `task`.
+
+    Attributes:
+        name: name of the task, as `task` of a data set has it.
+        title: name in a sentence.
+        pipeline_tag: task of `transformers.pipeline` that runs a student.
+        scores: what an evaluation gives; the first decides which checkpoint is best.
+        per_class: key of the scores of each class, a list.
+        metrics: names of the metrics for the Hub.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    pipeline_tag: ClassVar[str]
+    scores: ClassVar[tuple[Score, ...]]
+    per_class: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+
+    @property
+    def headline(self) -> tuple[Score, ...]:
+        """The scores that tables of models show."""
+        return tuple(score for score in self.scores if score.headline)
+
+    @abstractmethod
+    def train_transform(self, args: Any) -> Callable[..., Mapping[str, Any]]:
+        """The random transform of training samples that the training arguments ask for."""
+
+    @abstractmethod
+    def eval_transform(self, processor: BaseImageProcessor) -> Callable[..., Mapping[str, Any]]:
+        """Shows a model its pictures as this image processor, which is saved beside it, will."""
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Makes a batch of transformed samples."""
+
+    @abstractmethod
+    def targets(self, batch: Mapping[str, Any], num_labels: int) -> Targets:
+        """The ground truth of a batch as losses see it, without a copy."""
+
+    @abstractmethod
+    def denominator(self, targets: Targets) -> Tensor:
+        """What this batch adds to the number by which task losses divide, a scalar."""
+
+    @abstractmethod
+    def with_denominator(self, targets: Targets, denominator: Tensor) -> Targets:
+        """The same targets, whose task losses divide by this number."""
+
+    @abstractmethod
+    def metric(self, num_labels: int) -> Metric:
+        """Scores of a data set with so many classes."""
+
+    @abstractmethod
+    def sizes(self, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Height and width at which each picture of a batch is predicted."""
+
+    @abstractmethod
+    def score(self, metric: Metric, predictions: Sequence[Any], batch: Mapping[str, Any]) -> None:
+        """Adds a batch to the metric.
+
+        Args:
+            metric: of `metric`.
+            predictions: what the adapter's `predict` gave, one for each picture.
+            batch: of `collate`, on the device of the predictions.
+        """
+
+    @abstractmethod
+    def comparison(
+        self, samples: Sequence[Mapping[str, Any]], id2label: Mapping[int, str], path: Path, errors: Sequence[str]
+    ) -> None:
+        """Saves a picture of truth and predictions side by side.
+
+        Args:
+            samples: canonical samples with `predictions`: title -> what the adapter's `predict` gave.
+            id2label: names of the classes.
+            path: PNG file to write.
+            errors: titles of the predictions whose errors are marked.
+        """
+
+    @abstractmethod
+    def picture(self, sample: Mapping[str, Any], prediction: Any, num_labels: int) -> np.ndarray:
+        """Input, truth and prediction side by side, uint8 `[H, W, 3]`.
+
+        Args:
+            sample: transformed sample.
+            prediction: what the adapter's `predict` gave for it.
+            num_labels: number of classes.
+        """

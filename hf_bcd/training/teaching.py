@@ -1,0 +1,154 @@
+"""Student, teacher and criterion of a run: class names are matched, losses are built."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from ..adapters import DenseAdapter, FrozenTeacher, LabelMap, adapt, match_labels, read_synonyms
+from ..losses import DistillationCriterion, build_criterion
+from ..losses.recipe import ALWAYS_OFFERED, LOSSES, check_needs, read_losses
+from ..utils.messages import UserError
+from .config import BCDConfig
+
+
+logger = logging.getLogger(__name__)
+
+Synonyms = str | Path | Mapping[str, Sequence[str]] | None
+
+
+class Prepared(NamedTuple):
+    """What a trainer works with; no teacher trains the student alone."""
+
+    student: DenseAdapter
+    teacher: FrozenTeacher | None
+    criterion: DistillationCriterion
+
+
+def prepare(
+    model: PreTrainedModel | DenseAdapter,
+    teacher: PreTrainedModel | DenseAdapter | None,
+    args: BCDConfig,
+    dataset: Any,
+    synonyms: Synonyms = None,
+    *,
+    to_train: bool = True,
+) -> Prepared:
+    """Adapts both models, gives the student the data set's class names and builds the losses between the two.
+
+    Args:
+        model: the student.
+        teacher: None trains the student alone.
+        args: losses, seed and the teacher's precision.
+        dataset: names the classes by `id2label`; None leaves those of the student.
+        synonyms: the teacher's names for these, see `read_synonyms`.
+        to_train: whether the student is trained; otherwise it is scored in the data set's classes, if it has them.
+
+    Raises:
+        UserError: if the model's classes are not the data set's, a loss needs what the teacher lacks, or no loss has a
+            weight above 0.
+    """
+    synonyms, id2label = read_synonyms(synonyms), getattr(dataset, "id2label", None)
+    student = adapt(model)
+    if not to_train and teacher is None and id2label is not None:
+        student.match(id2label, synonyms)
+    if student.label_map is None:
+        adopt_labels(student.model, id2label)
+    student.freeze_unused()
+    set_seed(args.seed)  # connectors start the same whatever ran before in this process
+    if teacher is None:
+        return Prepared(student, None, DistillationCriterion({}, {}, []))
+    frozen = freeze(adapt(teacher), student.id2label, args, synonyms)
+    check_losses(frozen.adapter, frozen.label_map, args)
+    criterion = build_criterion(
+        args.resolved_losses,
+        student.feature_specs,
+        frozen.feature_specs,
+        num_labels=student.num_labels,
+        seed=args.seed,
+        offers=offers_of(frozen.adapter, args),
+        head_levels=frozen.adapter.head_levels,
+    )
+    if not any(criterion.weights.values()):
+        raise UserError(
+            f"losses is {args.resolved_losses}: no term has a weight above 0, so the teacher would teach nothing. "
+            "Leave the teacher out to train the student alone."
+        )
+    criterion.log_gradients = args.log_gradients
+    return Prepared(student, frozen, criterion)
+
+
+def adopt_labels(model: PreTrainedModel, id2label: Mapping[int, str] | None) -> None:
+    """Gives a model with placeholder class names those of the data set.
+
+    Raises:
+        UserError: if the model has another number of classes, or the same names in another order.
+    """
+    if id2label is None:
+        return
+    if model.config.num_labels != len(id2label):
+        raise UserError(
+            f"the model predicts {model.config.num_labels} classes, but the data set has {len(id2label)} "
+            f"({', '.join(list(id2label.values())[:5])}, ...). Load the model with num_labels={len(id2label)}, "
+            "ignore_mismatched_sizes=True."
+        )
+    names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
+    if all(name == f"LABEL_{index}" for index, name in names.items()):
+        model.config.id2label = dict(id2label)
+        model.config.label2id = {name: index for index, name in id2label.items()}
+        return
+    label_map = match_labels(names, id2label)
+    if not label_map.is_complete:
+        logger.warning(
+            "the model names its classes %s, the data set %s; class i of the one is taken for class i of the other. "
+            "Set id2label when loading the model.",
+            list(names.values()),
+            list(id2label.values()),
+        )
+    elif not label_map.is_identity:
+        raise UserError(
+            f"the model has the data set's classes in another order ({names} against {dict(id2label)}); set "
+            "id2label when loading the model, or reorder the data set's."
+        )
+
+
+def freeze(
+    teacher: DenseAdapter, id2label: Mapping[int, str], args: BCDConfig, synonyms: Mapping[str, Sequence[str]] | None
+) -> FrozenTeacher:
+    """A teacher in the precision that the arguments ask for, on their device."""
+    dtypes: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+    automatic = torch.bfloat16 if args.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    dtype = dtypes.get(args.teacher_dtype, automatic)
+    return FrozenTeacher(teacher, dict(id2label), dtype=dtype, label_synonyms=synonyms).to(args.device)
+
+
+def offers_of(teacher: DenseAdapter, args: BCDConfig) -> frozenset[str]:
+    """What losses may need of this teacher and any student: a compiled student hides the graph of its task loss."""
+    offers = ALWAYS_OFFERED | {"head"} if teacher.head_levels else ALWAYS_OFFERED
+    return offers - {"task_loss"} if args.torch_compile else offers
+
+
+def check_losses(teacher: DenseAdapter, label_map: LabelMap, args: BCDConfig) -> None:
+    """Refuses losses that this teacher cannot serve; needs no student, so that it can run before any training.
+
+    Args:
+        teacher: adapted teacher.
+        label_map: from the teacher's classes to the student's. Losses that need `logits` compare them class by class.
+        args: the losses.
+
+    Raises:
+        UserError: if one of them cannot be computed; names those that can.
+    """
+    check_needs(args.resolved_losses, offers_of(teacher, args))
+    losses = read_losses(args.resolved_losses)
+    concerned = [name for name, loss in losses.items() if "logits" in loss.cls.needed(**loss.options)]
+    if concerned and not label_map.is_complete:
+        others = [name for name, loss in LOSSES.items() if "logits" not in loss.needs]
+        raise UserError(
+            f"the teacher has no class for {', '.join(label_map.missing)}, but the losses {', '.join(concerned)} compare "
+            "class scores. Say in a --label_synonyms file which of the teacher's classes stand for these, or distil "
+            f"features only: {', '.join(others)}."
+        )
