@@ -4,12 +4,23 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .config import ModelSpec
 from .hub import explained
 from .losses.criterion import unknown_key_message
 from .models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationModel
+
+
+# fields of a configuration that name code, which `trust_remote_code` runs
+CODE_FIELDS = ("auto_map", "custom_pipelines")
 
 
 def load_segmentation_model(
@@ -43,11 +54,36 @@ def load_segmentation_model(
                 model, loaded = auto_class.from_pretrained(name_or_path, **source, **changes, output_loading_info=True)
                 if new_labels is None:
                     _check_complete(name_or_path, model, loaded["missing_keys"])
+                drop_foreign_code(model)
                 return model
     raise ValueError(
         f"{name_or_path} is a {config.model_type} model, for which transformers has no segmentation class; choose a "
         "model that AutoModelForSemanticSegmentation loads, or a timm backbone."
     )
+
+
+def drop_foreign_code(loaded: Any) -> None:
+    """Removes every mention of code that lies beside the weights, so that saving does not pass it on.
+
+    A class of transformers, or one of ours, was loaded without that code. Ours names its own again when it is saved; a
+    class that came from there, which needs `trust_remote_code`, keeps it.
+
+    Args:
+        loaded: model, configuration or image processor.
+    """
+    if not type(loaded).__module__.startswith("transformers_modules."):
+        _drop_code_fields(loaded.config if isinstance(loaded, PreTrainedModel) else loaded)
+
+
+def _drop_code_fields(value: Any) -> None:
+    if isinstance(value, PreTrainedConfig | BaseImageProcessor):
+        value = vars(value)
+    if isinstance(value, dict):
+        for name in CODE_FIELDS:
+            if isinstance(value.get(name), dict):  # a class may bear that name in `label2id`
+                del value[name]
+        for inner in value.values():
+            _drop_code_fields(inner)
 
 
 def saved_size(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, int]:

@@ -12,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
 
 from .adapters import FrozenTeacher
+from .builders import drop_foreign_code
 from .evaluation import ScoringTrainer
 
 
@@ -46,8 +47,10 @@ class CheckpointTrainer(ScoringTrainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         state = self.distiller.state_dict() if state_dict is None else state_dict
+        drop_foreign_code(self.student)
         self.student.save_pretrained(folder, state_dict=with_prefix(state, STUDENT_PREFIX))
         if self.processing_class is not None:
+            drop_foreign_code(self.processing_class)
             self.processing_class.save_pretrained(folder)
         criterion = with_prefix(state, CRITERION_PREFIX)
         if self.is_in_train and criterion:

@@ -83,7 +83,7 @@ def image_statistics(model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[f
     source = model.name_or_path
     if source:
         try:
-            processor = transformers.AutoImageProcessor.from_pretrained(source)
+            processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             logger.info(f"No image processor beside {source!r}; images are normalised by {mean}, {std} ({error}).")
         else:
