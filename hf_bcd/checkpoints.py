@@ -78,8 +78,11 @@ class CheckpointTrainer(ScoringTrainer):
                 raise ValueError(
                     f"{path} belongs to other losses or another teacher than this run's: {error}"
                 ) from error
-        elif self.teacher is not None:
-            raise ValueError(f"{path} is missing, so {resume_from_checkpoint} is no checkpoint of a distillation run.")
+        elif self.distiller.criterion.state_dict():  # many losses keep nothing
+            raise ValueError(
+                f"{path} is missing, so {resume_from_checkpoint} is no checkpoint of this run: its losses "
+                f"{', '.join(self.distiller.criterion.losses)} keep what they have learnt there."
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restores both, but for the rates that a schedule multiplies by a factor of the step: the present ones hold."""

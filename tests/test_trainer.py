@@ -20,10 +20,16 @@ from transformers import (
 )
 
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel, experiment
+from hf_bcd.arguments import RECIPE_KEYS
 from hf_bcd.callbacks import InterruptCallback
 from hf_bcd.checkpoints import last_checkpoint
 from hf_bcd.config import DataArguments, ModelSpec
+from hf_bcd.losses import LOSSES
 from hf_bcd.losses.bcd import BCDLoss
+from hf_bcd.recipes import read_recipe
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def state(run: BCDTrainer) -> dict[str, torch.Tensor]:
@@ -63,6 +69,22 @@ def test_resuming_at_a_random_step_repeats_the_run_bit_for_bit(build, steps: ran
     assert whole.distiller.criterion.losses["bcd"].context_temperature.value > 1.3
     first, second = (run.optimizer.state_dict()["state"] for run in (whole, resumed))
     assert all(torch.equal(first[k]["momentum_buffer"], second[k]["momentum_buffer"]) for k in first)
+
+
+RECIPES = [read_recipe(path, RECIPE_KEYS) for path in sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))]
+JOINT = {"+".join(losses): losses for recipe in RECIPES if len(losses := recipe.get("losses") or {}) > 1}
+
+
+@pytest.mark.parametrize("losses", [*({name: {}} for name in LOSSES), *JOINT.values()], ids=[*LOSSES, *JOINT])
+def test_every_method_resumes_bit_for_bit(losses: dict, tmp_path: Path) -> None:
+    """Also methods that keep nothing across steps, which have no `distiller.safetensors`."""
+    options = {"losses": losses, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    options |= {"data": {"train": tiny.TensorSamples(4, size=32)}, "calibration_images": 2}
+    whole, resumed = (tiny.trainer(tmp_path, model=tiny.tiny_timm(seed=seed), **options) for seed in (0, 5))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal(state(resumed), state(whole))
+    assert tiny.history(resumed) == tiny.history(whole)
 
 
 def test_stock_loading_would_not_restore_a_segformer(tmp_path: Path) -> None:
@@ -545,13 +567,14 @@ def test_a_run_can_go_on_with_another_learning_rate(tmp_path: Path, caplog: pyte
     [
         ({"optim": "adamw_torch"}, "checkpoint-1 belongs to another optimizer than adamw_torch: it has no step"),
         ({"model": lambda: tiny.tiny_timm((8, 8, 16, 32))}, "checkpoint-1 holds another student than this run's"),
+        ({"teacher": lambda: tiny.tiny_timm(seed=1)}, "distiller.safetensors is missing.*losses bcd keep"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
     options = {"teacher": None, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
     tiny.trainer(tmp_path, **options).train()
     changes = {key: value() if callable(value) else value for key, value in changes.items()}
-    run = tiny.trainer(tmp_path, **options, **changes)
+    run = tiny.trainer(tmp_path, **(options | changes))
     with pytest.raises(ValueError, match=message):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
