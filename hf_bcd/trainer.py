@@ -14,8 +14,9 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import IntervalStrategy
+from transformers import PreTrainedModel, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from .adapters import DenseAdapter, build_adapter, image_processor, image_statistics, read_synonyms
 from .builders import load_segmentation_model
@@ -180,11 +181,15 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Calibrates the teacher's head where a loss needs it, then trains.
 
-        Ctrl-C and SIGTERM finish the current step, save a checkpoint and raise `KeyboardInterrupt`.
+        Ctrl-C and SIGTERM finish the current step, save a checkpoint and raise `KeyboardInterrupt`. A checkpoint of the
+        run's last step is loaded, and nothing is trained.
 
         Args:
             resume_from_checkpoint: folder, or True for the last whole checkpoint of the output folder.
             kwargs: passed to `Trainer.train`.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or it lies beyond the end of this run.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir or ".")
@@ -194,6 +199,8 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
             raise ValueError(f"resume_from_checkpoint is {resume_from_checkpoint!r}, which is no folder.")
         if not resume_from_checkpoint:
             self.calibrate()
+        elif (output := self._load_finished(resume_from_checkpoint)) is not None:
+            return output
         self.terms.reset()
         self._restart_clock()
         # an evaluation before training marks the model as prepared, and then no DDP would be wrapped around it
@@ -207,6 +214,28 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
                 f"stopped at step {self.state.global_step}; its checkpoint is in the output folder"
             )
         return output
+
+    def _load_finished(self, checkpoint: str) -> TrainOutput | None:
+        """Takes student and state from a checkpoint of the last step; None if there are steps left."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        total = self.args.max_steps
+        if total <= 0:  # as the base class counts epochs
+            steps = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+            total = math.ceil(self.args.num_train_epochs * steps)
+        if state.global_step < total:
+            return None
+        if state.max_steps != total:  # neither the end of its own run nor of this one
+            raise ValueError(
+                f"{checkpoint} has taken {state.global_step} steps of a run of {state.max_steps}, but this run has {total}. "
+                f"Set max_steps to {state.max_steps} as there, or to more than {state.global_step} to train on."
+            )
+        logger.warning("%s has all %d steps, so nothing is left to train", checkpoint, total)
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        self.create_optimizer()  # the card names its options
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
 
     def get_train_dataloader(self) -> DataLoader:
         """The loader of the training samples; a stream divides itself among ranks and loader workers."""

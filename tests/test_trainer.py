@@ -25,6 +25,7 @@ from hf_bcd.checkpoints import last_checkpoint
 from hf_bcd.config import DataArguments, ModelSpec
 from hf_bcd.losses import LOSSES
 from hf_bcd.losses.bcd import BCDLoss
+from hf_bcd.provenance import describe_options
 from hf_bcd.recipes import read_recipe
 
 
@@ -83,6 +84,32 @@ def test_every_method_resumes_bit_for_bit(losses: dict, tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_equal(state(resumed), state(whole))
     assert tiny.history(resumed) == tiny.history(whole)
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 1.5}])
+def test_a_run_that_died_after_its_last_step_is_loaded_as_it_ended(
+    length: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = length | {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "fragments", "losses": {"kd": {}}}
+    whole, again = (tiny.trainer(tmp_path, model=tiny.tiny_timm(seed=seed), **options) for seed in (0, 5))
+    whole.train()
+    monkeypatch.setattr(again, "training_step", lambda *_: pytest.fail("trained"))
+    assert again.train(resume_from_checkpoint=True).global_step == again.state.max_steps == 6
+    assert_equal(state(again), state(whole))
+    assert (again.state.best_metric, again.train_seconds) == (whole.state.best_metric, whole.train_seconds)
+    assert describe_options(again) == describe_options(whole) == " (momentum 0.9)"
+
+
+@pytest.mark.parametrize(("step", "changed"), [(6, 4), (3, 3)])
+def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(step: int, changed: int, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3, "losses": {"kd": {}}}
+    tiny.trainer(tmp_path, max_steps=6, **options).train()
+    run = tiny.trainer(tmp_path, max_steps=changed, **options)
+    with pytest.raises(
+        ValueError, match=rf"{step} steps of a run of 6, but this run has {changed}\. Set max_steps to 6"
+    ):
+        run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
 
 
 def test_stock_loading_would_not_restore_a_segformer(tmp_path: Path) -> None:
