@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -12,6 +13,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import CONFIG_NAME, cached_file
 
 from .config import ModelSpec
 from .hub import explained
@@ -44,9 +46,10 @@ def load_segmentation_model(
     """
     from transformers import AutoModelForUniversalSegmentation
 
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     changes = {} if new_labels is None else {"ignore_mismatched_sizes": True, **new_labels}
     with explained("model", name_or_path, revision=revision), _code_refused(name_or_path):
+        commit = commit_of(name_or_path, revision)
+        source: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(name_or_path, **source)
         own_code = getattr(config, "auto_map", None) or {}
         for auto_class in (AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation):
@@ -55,11 +58,20 @@ def load_segmentation_model(
                 if new_labels is None:
                     _check_complete(name_or_path, model, loaded["missing_keys"])
                 drop_foreign_code(model)
+                model.config._commit_hash = commit  # where `image_statistics` and the card look for it; never saved
                 return model
     raise ValueError(
         f"{name_or_path} is a {config.model_type} model, for which transformers has no segmentation class; choose a "
         "model that AutoModelForSemanticSegmentation loads, or a timm backbone."
     )
+
+
+def commit_of(name_or_path: str, revision: str | None = None) -> str | None:
+    """The commit that a revision of a Hub id is now, so that everything is read at the same; None for a folder."""
+    if Path(name_or_path).is_dir():
+        return None
+    file = cached_file(name_or_path, CONFIG_NAME, revision=revision)
+    return None if file is None else Path(file).parent.name  # of the cache's snapshots
 
 
 def drop_foreign_code(loaded: Any) -> None:

@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     adapter = build_adapter(model)
     if config.image_size is None:
-        trust = model_args.trust_remote_code
-        saved = saved_size(spec.name_or_path, revision=spec.revision, trust_remote_code=trust)
+        trust, commit = model_args.trust_remote_code, getattr(model.config, "_commit_hash", None)
+        saved = saved_size(spec.name_or_path, revision=commit, trust_remote_code=trust)
         config.image_size = size_to_show(saved, adapter)
     scores = evaluate_model(model, config, data[split], model_args.label_synonyms)
     if config.should_save:
