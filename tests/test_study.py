@@ -320,7 +320,7 @@ def test_two_processes_do_not_train_one_teacher_at_once(
 
 
 def test_a_lock_that_a_dead_process_left_is_free(tmp_path: Path) -> None:
-    hold = "import os, sys; from huggingface_hub.utils import WeakFileLock\nWeakFileLock(sys.argv[1]).__enter__(); os._exit(1)"
+    hold = "import os, sys; from huggingface_hub.utils import WeakFileLock as L; l = L(sys.argv[1]); l.__enter__(); os._exit(1)"
     subprocess.run([sys.executable, "-c", hold, tmp_path / "lock"], check=False)
     assert (tmp_path / "lock").exists()
     with module.alone_in(tmp_path, tiny.config(tmp_path)):
