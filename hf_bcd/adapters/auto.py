@@ -81,16 +81,23 @@ def adapt(model: PreTrainedModel | DenseAdapter) -> DenseAdapter:
 def image_statistics(model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Channel means and standard deviations that the model's weights expect, in RGB order, for images in 0..1.
 
-    Read from the image processor saved beside the weights, on disk or on the Hub (only in the cache when offline);
-    without one, the family's own. A model built from a configuration alone has nothing beside it.
+    Read from the image processor saved beside the weights, on disk or on the Hub (only in the cache when offline), at
+    the commit that the weights came from if `load_segmentation_model` loaded them, else on the default branch. Without
+    one, the family's own, with a warning. A model built from a configuration alone has nothing beside it.
     """
     mean, std = adapter_class(model).family_statistics(model)
     source = model.name_or_path
     if source:
+        commit = getattr(model.config, "_commit_hash", None)
         try:
-            processor = transformers.AutoImageProcessor.from_pretrained(source)
+            processor = transformers.AutoImageProcessor.from_pretrained(
+                source, revision=commit, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
-            logger.info(f"No image processor beside {source!r}; images are normalised by {mean}, {std} ({error}).")
+            logger.warning(
+                f"No image processor beside {source!r}; images are normalised as is usual for {model.config.model_type}, "
+                f"by {mean}, {std} ({error})."
+            )
         else:
             mean, std = processor.image_mean, processor.image_std
             if not processor.do_normalize:

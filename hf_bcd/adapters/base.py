@@ -124,6 +124,11 @@ class DenseAdapter(nn.Module, ABC):
         """Levels of which the logits are a function, see `run_head`; none where the head reads something else too."""
         return ()
 
+    @property
+    def offers(self) -> frozenset[str]:
+        """What losses may need of this model as a teacher, see `DistillationLoss.needs`."""
+        return frozenset({"features", "logits", *(["head"] if self.head_levels else [])})
+
     def run_head(self, features: dict[str, Tensor]) -> Tensor:
         """Runs the model's head on maps in the place of its levels `head_levels`: logits in the model's own classes.
 

@@ -4,9 +4,18 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import CONFIG_NAME, cached_file
 
 from ..hub.errors import explained
 from ..models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationModel
@@ -68,6 +77,10 @@ class ModelSpec:
         return spec
 
 
+# fields of a configuration that name code, which `trust_remote_code` runs
+CODE_FIELDS = ("auto_map", "custom_pipelines")
+
+
 def load_segmentation_model(
     name_or_path: str,
     *,
@@ -89,9 +102,10 @@ def load_segmentation_model(
     """
     from transformers import AutoModelForUniversalSegmentation
 
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     changes = {} if new_labels is None else {"ignore_mismatched_sizes": True, **new_labels}
     with explained("model", name_or_path, revision=revision), _code_refused(name_or_path):
+        commit = commit_of(name_or_path, revision)
+        source: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(name_or_path, **source)
         own_code = getattr(config, "auto_map", None) or {}
         for auto_class in (AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation):
@@ -99,6 +113,8 @@ def load_segmentation_model(
                 model, loaded = auto_class.from_pretrained(name_or_path, **source, **changes, output_loading_info=True)
                 if new_labels is None:
                     _check_complete(name_or_path, model, loaded["missing_keys"])
+                drop_foreign_code(model)
+                model.config._commit_hash = commit  # where `image_statistics` and the card look for it; never saved
                 return model
     raise ValueError(
         f"{name_or_path} is a {config.model_type} model, for which transformers has no segmentation class; choose a "
@@ -120,6 +136,38 @@ def load_adapter(spec: ModelSpec | str, *, trust_remote_code: bool = False) -> D
     assert spec.name_or_path is not None
     model = load_segmentation_model(spec.name_or_path, revision=spec.revision, trust_remote_code=trust_remote_code)
     return adapt(model)
+
+
+def commit_of(name_or_path: str, revision: str | None = None) -> str | None:
+    """The commit that a revision of a Hub id is now, so that everything is read at the same; None for a folder."""
+    if Path(name_or_path).is_dir():
+        return None
+    file = cached_file(name_or_path, CONFIG_NAME, revision=revision)
+    return None if file is None else Path(file).parent.name  # of the cache's snapshots
+
+
+def drop_foreign_code(loaded: Any) -> None:
+    """Removes every mention of code that lies beside the weights, so that saving does not pass it on.
+
+    A class of transformers, or one of ours, was loaded without that code. Ours names its own again when it is saved; a
+    class that came from there, which needs `trust_remote_code`, keeps it.
+
+    Args:
+        loaded: model, configuration or image processor.
+    """
+    if not type(loaded).__module__.startswith("transformers_modules."):
+        _drop_code_fields(loaded.config if isinstance(loaded, PreTrainedModel) else loaded)
+
+
+def _drop_code_fields(value: Any) -> None:
+    if isinstance(value, PreTrainedConfig | BaseImageProcessor):
+        value = vars(value)
+    if isinstance(value, dict):
+        for name in CODE_FIELDS:
+            if isinstance(value.get(name), dict):  # a class may bear that name in `label2id`
+                del value[name]
+        for inner in value.values():
+            _drop_code_fields(inner)
 
 
 def saved_size(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, int]:

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..data import DenseDataset
+from ..models import MODEL_TYPES
 from ..utils.text import one_line
 
 
@@ -70,7 +71,8 @@ def usage_snippets(folder: Path, repository: str, data: DenseDataset) -> list[st
 
 def fill(template: str, model: str, picture: str, config: dict) -> str:
     """The code for one model and picture."""
-    trust = ", trust_remote_code=True" if "auto_map" in config else ""  # the architecture lies beside the weights
+    # the architecture of our own models lies beside their weights; code of anybody else never runs here
+    trust = ", trust_remote_code=True" if config["model_type"] in MODEL_TYPES else ""
     # by itself the pipeline would ask a universal model for panoptic segments
     subtask = ', subtask="semantic"' if config["model_type"] in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES else ""
     return template.format(model=json.dumps(model), picture=json.dumps(picture), trust=trust, subtask=subtask)

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     adapter = load_adapter(spec, trust_remote_code=model_args.trust_remote_code)
     if config.image_size is None:
         trust = model_args.trust_remote_code
-        saved = saved_size(spec.name_or_path, revision=spec.revision, trust_remote_code=trust)
+        saved = saved_size(spec.name_or_path, revision=adapter.revision, trust_remote_code=trust)
         config.image_size = size_to_show(saved, adapter)
     scores = evaluate_model(adapter, config, data[split], model_args.label_synonyms)
     if config.should_save:

@@ -81,7 +81,7 @@ def export_student(
         raise ValueError(f"export needs {', '.join(missing)}: pip install {' '.join(REQUIREMENTS)}")
     model = load_segmentation_model(source, revision=revision, trust_remote_code=trust_remote_code).float().eval()
     adapter = build_adapter(model, *image_statistics(model))
-    height, width = size or student_size(source, revision, adapter)
+    height, width = size or student_size(source, getattr(model.config, "_commit_hash", None), adapter)
     local = Path(source) if Path(source).is_dir() else None
     folder = Path(output_dir or local or Path("runs", source.rpartition("/")[2]))
     path, report_path = folder / FOLDER / MODEL_FILE, folder / FOLDER / REPORT_FILE

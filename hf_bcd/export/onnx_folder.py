@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..card.escaping import code_block, escape_markdown
+from ..models import MODEL_TYPES
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ def onnx_section(folder: Path, repository: str) -> str:
     if report["fixed_because"]:
         free = f"The batch is free; images must have {height} x {width} pixels, because {report['fixed_because']}."
         resize = f', do_resize=True, size={{"height": {height}, "width": {width}}}'
-    trust = ", trust_remote_code=True" if "auto_map" in (folder / "config.json").read_text() else ""
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    trust = ", trust_remote_code=True" if model_type in MODEL_TYPES else ""
     example = EXAMPLE.format(model=json.dumps(repository), trust=trust, resize=resize)
     return f"""## ONNX
 

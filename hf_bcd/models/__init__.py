@@ -14,7 +14,16 @@ from .modeling_espnet import EspNetForSemanticSegmentation
 from .modeling_timm_segmentation import TimmSegmentationModel
 
 
-__all__ = ["EspNetConfig", "EspNetForSemanticSegmentation", "TimmSegmentationConfig", "TimmSegmentationModel"]
+__all__ = [
+    "MODEL_TYPES",
+    "EspNetConfig",
+    "EspNetForSemanticSegmentation",
+    "TimmSegmentationConfig",
+    "TimmSegmentationModel",
+]
+
+# whose code lies beside their weights, so that readers without this package need `trust_remote_code`
+MODEL_TYPES = (EspNetConfig.model_type, TimmSegmentationConfig.model_type)
 
 for config_class, model_class in (
     (EspNetConfig, EspNetForSemanticSegmentation),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import zlib
@@ -15,8 +16,9 @@ from transformers import set_seed
 from transformers.utils.hub import cached_file
 
 from ..adapters import DenseAdapter, read_synonyms
-from ..adapters.loading import ModelSpec, build_model, load_adapter
-from ..data import DenseDatasets, DenseStream
+from ..adapters.loading import ModelSpec, build_model, commit_of, load_adapter
+from ..data import DenseDataset, DenseDatasets, DenseStream
+from ..hub.errors import explained
 from ..training.config import BCDConfig
 from ..training.teaching import check_losses
 from ..utils.files import write_json
@@ -50,9 +52,29 @@ def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets
         if args.teacher_training:
             logger.warning("%s is a finished teacher, so teacher_training is not used", spec.name_or_path)
         return teacher
+    return train_or_reuse("teacher", spec, teacher_config(args, config), data)
+
+
+def teacher_config(args: ModelArguments, config: BCDConfig) -> BCDConfig:
+    """Training arguments of a teacher that is trained here."""
     changes = args.teacher_training or {}
     changes = parse_mapping(changes, "teacher_training") if isinstance(changes, str) else changes
-    return train_or_reuse("teacher", spec, derive_config(config, "teacher", changes), data)
+    return derive_config(config, "teacher", changes)
+
+
+def teacher_key(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:
+    """What decides which teacher a run has: how it is trained here, or its files or commit if it is finished."""
+    spec = ModelSpec.parse(args.teacher or {}, "teacher")
+    if spec.name_or_path is None:
+        return recipe_of(spec, teacher_config(args, config), data)
+    key = {f"model.{key}": value for key, value in dataclasses.asdict(spec).items()}
+    with explained("model", spec.name_or_path, revision=spec.revision):
+        key["model.commit"] = commit_of(spec.name_or_path, spec.revision)
+    for file in sorted(Path(spec.name_or_path).glob("*")):
+        if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "preprocessor_config.json"):
+            with file.open("rb") as content:
+                key[f"file.{file.name}"] = hashlib.file_digest(content, "sha256").hexdigest()
+    return key
 
 
 def load_baseline(args: ModelArguments, data: DenseDatasets) -> DenseAdapter | None:
@@ -128,16 +150,22 @@ def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDat
 
 def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:
     """What decides how a model trained alone comes out."""
-    train = data["train"]
-    first = next(iter(train), None)
     return {
         **{f"model.{key}": value for key, value in dataclasses.asdict(spec).items()},
         **{f"training.{key}": str(getattr(config, key)) for key in OUTCOME},
-        "data.name": train.name,
-        "data.images": None if isinstance(train, DenseStream) else len(train),
-        "data.classes": list(train.id2label.values()),
-        "data.rule": str(train.rule),
-        "data.first_image": None if first is None else zlib.crc32(first["image"].tobytes()),
+        **{f"data.{key}": value for key, value in data_key(data["train"]).items()},
+    }
+
+
+def data_key(split: DenseDataset | DenseStream) -> dict[str, Any]:
+    """What tells the images of one split from those of another."""
+    first = next(iter(split), None)
+    return {
+        "name": split.name,
+        "images": None if isinstance(split, DenseStream) else len(split),
+        "classes": list(split.id2label.values()),
+        "rule": str(split.rule),
+        "first_image": None if first is None else zlib.crc32(first["image"].tobytes()),
     }
 
 

@@ -2,24 +2,28 @@
 
 import copy
 import gc
+import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
+from huggingface_hub.utils import WeakFileLock
 
 from ..adapters import DenseAdapter, read_synonyms
 from ..adapters.loading import load_adapter
 from ..card.provenance import Origin
-from ..data import DenseDatasets
+from ..data import DenseDataset, DenseDatasets
 from ..losses.recipe import read_losses
 from ..training.config import BCDConfig
 from ..utils.files import write_json
 from .arguments import RECIPE_KEYS, DataArguments, ModelArguments, build_arguments, read_arguments
-from .baseline import prepare_teacher
+from .baseline import data_key, prepare_teacher, teacher_key
 from .experiment import build_student, evaluate_model, final_split, load_data, train_model
 from .recipes import merged, read_recipe
 from .report import write_report
@@ -29,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 STUDY_KEYS = ("seeds", "runs", "reference", "split")
 RESULT_FILE = "study.json"
-TEACHER_FILE = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Shared:
 
     study: Study
     data: dict[str, DenseDatasets] = field(default_factory=dict)
-    teachers: dict[str, tuple[DenseAdapter, dict[str, Any] | None]] = field(default_factory=dict)
+    teachers: dict[str, DenseAdapter] = field(default_factory=dict)
 
     def load_data(self, args: DataArguments) -> DenseDatasets:
         """The data set that the arguments name."""
@@ -162,38 +165,72 @@ class Shared:
     def teacher(
         self, args: ModelArguments, config: BCDConfig, data: DenseDatasets, split: str
     ) -> tuple[DenseAdapter | None, dict[str, Any] | None]:
-        """The teacher of a run and its scores; one that is trained here is trained once, with the default seed."""
+        """The teacher of a run and its scores; one that is trained here is trained once, with the default seed.
+
+        Its folder is named by what decides it, so runs with other teachers, in whatever order or process, have others.
+        """
         if args.teacher is None:
             return None, None
-        key = json.dumps([args.teacher, args.teacher_training], sort_keys=True, default=str)
-        if key not in self.teachers:
-            folder = self.study.folder / "teachers" / str(len(self.teachers) + 1)
-            own = copy.deepcopy(config)
-            own.output_dir, own.seed, own.data_seed = str(folder), BCDConfig.seed, None
-            model = prepare_teacher(args, own, data)
-            assert model is not None
-            self.teachers[key] = model, self._score(model, folder, args, config, data, split)
-        return self.teachers[key]
+        own = copy.deepcopy(config)
+        own.seed, own.data_seed = BCDConfig.seed, None
+        key = teacher_key(args, own, data)
+        name = digest(key)
+        folder = self.study.folder / "teachers" / name
+        own.output_dir = str(folder)
+        with alone_in(folder, config):
+            if name not in self.teachers:
+                model = prepare_teacher(args, own, data)
+                assert model is not None
+                self.teachers[name] = model
+            return self.teachers[name], self._score(self.teachers[name], key, folder, args, config, data[split])
 
     def _score(
         self,
         model: DenseAdapter,
+        teacher: Mapping[str, Any],
         folder: Path,
         args: ModelArguments,
         config: BCDConfig,
-        data: DenseDatasets,
-        split: str,
+        data: DenseDataset,
     ) -> dict[str, Any] | None:
-        path = folder / TEACHER_FILE
-        if path.is_file():
-            return json.loads(path.read_text())
-        if model.match(data[split].id2label, read_synonyms(args.label_synonyms)).missing:
+        synonyms = read_synonyms(args.label_synonyms)
+        if model.match(data.id2label, synonyms).missing:
             return None
-        scores = evaluate_model(model, config, data[split], args.label_synonyms)
+        scored = {"split": data.split, "image_size": config.image_size, "synonyms": synonyms, **data_key(data)}
+        key = {**teacher, **{f"scored.{key}": value for key, value in scored.items()}}
+        path = folder / f"scores-{digest(key)}.json"
+        if path.is_file():
+            found = json.loads(path.read_text())
+            if found["key"] != json.loads(json.dumps(key)):
+                raise ValueError(f"{path} holds the scores of another teacher or split; remove it to score this one.")
+            return found["scores"]
+        scores = evaluate_model(model, config, data, synonyms)
         if config.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, scores)
+            write_json(path, {"key": key, "scores": scores})
         return scores
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    """A short name for what a mapping says, the same in every process."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def alone_in(folder: Path, config: BCDConfig) -> Iterator[None]:
+    """Keeps other processes that share a study out of a folder; the ranks of this one enter together.
+
+    The system itself holds the lock, so that of a process that died is free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if config.process_index == 0:
+            try:
+                stack.enter_context(WeakFileLock(folder / "lock", timeout=1))
+            except TimeoutError:
+                logger.warning("another process is training or scoring the teacher in %s; waiting for it", folder)
+                stack.enter_context(WeakFileLock(folder / "lock"))
+        PartialState().wait_for_everyone()
+        yield
 
 
 def run_study(study: Study, part: tuple[int, int] = (1, 1)) -> list[str]:

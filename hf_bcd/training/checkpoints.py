@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..adapters.loading import drop_foreign_code
 from ..utils.messages import UserError
 from .distiller import Distiller
 
@@ -42,8 +43,9 @@ def save_student(distiller: Distiller, folder: Path, processor: Any, *, with_cri
         with_criterion: whether distillation is to go on from here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    distiller.student.model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    for saved in (distiller.student.model, processor):
+        drop_foreign_code(saved)
+        saved.save_pretrained(folder)
     if with_criterion and (state := criterion_state(distiller)):
         save_file(state, folder / DISTILLER_FILE, metadata={"format": "pt"})
 
@@ -65,7 +67,10 @@ def load_student(distiller: Distiller, folder: Path) -> None:
     path = folder / DISTILLER_FILE
     if not path.is_file():
         if criterion_state(distiller):
-            raise UserError(f"{path} is missing, so {folder} is no checkpoint of a run with these losses.")
+            raise UserError(
+                f"{path} is missing, so {folder} is no checkpoint of this run: its losses "
+                f"{', '.join(distiller.criterion.losses)} keep what they have learnt there."
+            )
         return
     try:
         distiller.criterion.load_state_dict(load_file(path))

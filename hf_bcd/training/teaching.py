@@ -127,8 +127,7 @@ def freeze(
 
 def offers_of(teacher: DenseAdapter, args: BCDConfig) -> frozenset[str]:
     """What losses may need of this teacher and any student: a compiled student hides the graph of its task loss."""
-    offers = ALWAYS_OFFERED | {"head"} if teacher.head_levels else ALWAYS_OFFERED
-    return offers - {"task_loss"} if args.torch_compile else offers
+    return (ALWAYS_OFFERED | teacher.offers) - ({"task_loss"} if args.torch_compile else set())
 
 
 def check_losses(teacher: DenseAdapter, label_map: LabelMap, args: BCDConfig) -> None:

@@ -66,7 +66,7 @@ def example_batches(data: DenseDataset, crop: int) -> Callable[[], None]:
 
 def our_batches(data: DenseDataset, transform: TrainTransform) -> Callable[[], None]:
     """The same with our transforms; images and labels stay uint8, because they are converted on the device."""
-    transformed, collate = data.with_transform(transform), collate
+    transformed = data.with_transform(transform)
 
     def run() -> None:
         for start in range(0, len(data), BATCH):

@@ -1,7 +1,5 @@
 """Input normalisation, and image processors that show a saved student what its adapter saw."""
 
-import logging
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,8 +38,7 @@ def test_statistics_of_timm_weights_come_from_timm():
 def test_statistics_beside_the_weights_win(tmp_path, caplog):
     tiny_model("segformer").save_pretrained(tmp_path)
     reload = type(tiny_model("segformer")).from_pretrained
-    with caplog.at_level(logging.INFO, "hf_bcd"):
-        assert image_statistics(reload(tmp_path)) == IMAGENET
+    assert image_statistics(reload(tmp_path)) == IMAGENET
     assert "No image processor" in caplog.text
     SegformerImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
     assert image_statistics(reload(tmp_path)) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -69,10 +66,26 @@ def test_mobilevit_takes_bgr_without_normalisation(name):
         build_adapter(adapter.model, *HALF)
 
 
-def test_statistics_of_a_hub_model_without_network():
+def test_falling_back_is_a_warning_for_a_named_model_alone(caplog):
     model = tiny_model("mobilenet_v2")
+    assert image_statistics(model) == HALF and not caplog.records
     model.name_or_path = "nobody/has-this-model"
     assert image_statistics(model) == HALF
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and model.name_or_path in caplog.text
+
+
+def test_statistics_are_read_at_the_commit_of_the_weights(monkeypatch):
+    model, asked = tiny_model("segformer"), {}
+    model.name_or_path, model.config._commit_hash = "me/pinned", "0123abc"
+    processor = SegformerImageProcessor(image_mean=[0.1, 0.2, 0.3])
+
+    def read(source, **options):
+        asked[source] = options
+        return processor
+
+    monkeypatch.setattr("transformers.AutoImageProcessor.from_pretrained", read)
+    assert image_statistics(model)[0] == (0.1, 0.2, 0.3)
+    assert asked == {"me/pinned": {"revision": "0123abc", "trust_remote_code": False}}
 
 
 def test_statistics_must_have_three_values():

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from hf_bcd.adapters.loading import load_segmentation_model
 from hf_bcd.data.synthetic.scenes import SyntheticScenes
-from hf_bcd.training.preparation import eval_transform
 
 
 pytestmark = pytest.mark.slow
@@ -191,9 +190,10 @@ def test_round_trip(world: World, elsewhere: Path) -> None:
 
     for name in STUDENTS:
         run = tiny.trainer(world.folder / "again", load_segmentation_model(str(world.folder / "runs" / name)), None)
-        transform = eval_transform(run.distiller.student, None)
+        transform, student = run.task.eval_transform(run.processing_class), run.distiller.student.eval()
         for index, scene in enumerate(scenes):
-            predicted = run.predict_classes(transform(scene["image"], scene["label"])).numpy()
+            pixel_values = transform(scene["image"], scene["label"])["pixel_values"][None]
+            predicted = student.predict(pixel_values, [scene["label"].shape])[0].numpy()
             assert len(np.unique(predicted)) >= 3, "too few classes for the comparison to tell anything"
             np.testing.assert_array_equal(np.load(world.folder / f"{name}-{index}.npy"), predicted)
 

@@ -12,9 +12,9 @@ from hf_bcd.adapters import DenseAdapter, build_adapter
 from hf_bcd.adapters.loading import ModelSpec
 from hf_bcd.data import CATALOG
 from hf_bcd.losses import LOSSES, build_criterion
+from hf_bcd.losses.recipe import ALWAYS_OFFERED
 from hf_bcd.models import TimmSegmentationConfig, TimmSegmentationModel
 from hf_bcd.runs.arguments import parse_arguments
-from hf_bcd.training.preparation import offers_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_its_losses_can_be_built_for_its_models(dataset: str, recipe: Path) -> N
         student.feature_specs,
         teacher.feature_specs,
         num_labels=num_labels,
-        offers=offers_of(teacher),
+        offers=ALWAYS_OFFERED | teacher.offers,
         head_levels=teacher.head_levels,
     )
     assert set(criterion.losses) == set(losses) and set(criterion.weights)

@@ -1,10 +1,17 @@
 """Studies: what a file describes, what is run once and what again, and the arithmetic of the report."""
 
 import csv
+import dataclasses
 import json
 import math
 import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +19,9 @@ import tiny
 import yaml
 
 from hf_bcd.commands import study as command
+from hf_bcd.runs import experiment
+from hf_bcd.runs import study as module
+from hf_bcd.runs.arguments import ModelArguments
 from hf_bcd.runs.study import Run, Study, evaluation_curve, read_study, run_study
 from hf_bcd.runs.study_report import collect, mean_and_deviation, paired_difference, score_table, write_study_report
 
@@ -222,8 +232,6 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(
     path = write_study(
         tmp_path, runs={"first": {"teacher": None}, "second": {"teacher": None, "max_steps": 2}}, seeds=[1]
     )
-    from hf_bcd.runs import study as module
-
     trained = module.train_model
 
     def diverges(*args: Any, **kwargs: Any) -> Any:
@@ -239,3 +247,81 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(
     command.main([str(path)])
     assert list(collect(read_study(path))) == ["first", "second"]
     assert "first" in score_table(collect(read_study(path)))
+
+
+TEACHERS = {
+    name: ModelArguments(teacher={**RECIPE["student"], "head": name}, teacher_training={"max_steps": steps})
+    for name, steps in (("fpn", 1), ("psp", 2))
+}
+
+
+@pytest.fixture
+def teachers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What `Shared.teacher` gives, each time in a study that starts anew; a model is its head, its score too."""
+    config, study, data = tiny.config(tmp_path), Study("grid", tmp_path, None, []), tiny.scenes(4, 1, (32, 32))
+    monkeypatch.setattr(module, "prepare_teacher", lambda args, own, data: args.teacher["head"])
+    monkeypatch.setattr(module, "label_map_of", lambda *_: SimpleNamespace(missing=[]))
+    monkeypatch.setattr(module, "evaluate_model", lambda model, config, data, synonyms: {data.split: model})
+    return lambda head, split="test", **changes: module.Shared(study).teacher(
+        TEACHERS[head], dataclasses.replace(config, **changes), data, split
+    )
+
+
+def test_every_teacher_has_its_own_scores_in_whatever_order(teachers_alone, tmp_path: Path) -> None:
+    for head in ("fpn", "psp", "psp", "fpn"):
+        assert teachers_alone(head) == (head, {"test": head})
+    assert teachers_alone("psp", split="validation") == ("psp", {"validation": "psp"})
+    folders = sorted((tmp_path / "teachers").iterdir())
+    assert len(folders) == 2 and sorted(len(list(folder.glob("scores-*.json"))) for folder in folders) == [1, 2]
+    teachers_alone("fpn", seed=7, output_dir=str(tmp_path / "elsewhere"), losses={"kd": {}})  # a run's own
+    assert sorted((tmp_path / "teachers").iterdir()) == folders
+    teachers_alone("fpn", learning_rate=1.0)  # decides what a teacher that is trained here becomes
+    assert len(list((tmp_path / "teachers").iterdir())) == 3
+
+
+def test_scores_of_another_teacher_are_refused(teachers_alone, tmp_path: Path) -> None:
+    teachers_alone("fpn")
+    (path,) = tmp_path.glob("teachers/*/scores-*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"key": {"model.head": "psp"}}))
+    with pytest.raises(ValueError, match="holds the scores of another teacher or split; remove it"):
+        teachers_alone("fpn")
+
+
+def test_a_finished_teacher_is_known_by_its_files(tmp_path: Path) -> None:
+    args, config, data = (
+        ModelArguments(teacher=str(tmp_path / "t")),
+        tiny.config(tmp_path),
+        tiny.scenes(2, 1, (32, 32)),
+    )
+    keys = []
+    for seed in (0, 0, 1):
+        tiny.tiny_timm(seed=seed).save_pretrained(tmp_path / "t")
+        (tmp_path / "t" / "results.json").write_text(str(len(keys)))
+        keys.append(module.digest(experiment.teacher_key(args, config, data)))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_two_processes_do_not_train_one_teacher_at_once(
+    teachers_alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, most = [], []
+
+    def prepare(args: ModelArguments, own: Any, data: Any) -> str:
+        inside.append(own.output_dir)
+        most.append(len(inside))
+        time.sleep(0.2)
+        inside.remove(own.output_dir)
+        return args.teacher["head"]
+
+    monkeypatch.setattr(module, "prepare_teacher", prepare)
+    with ThreadPoolExecutor(3) as pool:  # each opens the lock file for itself, as processes do
+        assert list(pool.map(teachers_alone, ["fpn"] * 3)) == [("fpn", {"test": "fpn"})] * 3
+    assert most == [1, 1, 1]
+
+
+def test_a_lock_that_a_dead_process_left_is_free(tmp_path: Path) -> None:
+    hold = "import os, sys; from huggingface_hub.utils import WeakFileLock as L; l = L(sys.argv[1]); l.__enter__(); os._exit(1)"
+    subprocess.run([sys.executable, "-c", hold, tmp_path / "lock"], check=False)
+    assert (tmp_path / "lock").exists()
+    with module.alone_in(tmp_path, tiny.config(tmp_path)):
+        pass

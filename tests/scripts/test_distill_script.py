@@ -1,5 +1,7 @@
 """The scripts as a user starts them."""
 
+import importlib
+import itertools
 import json
 import os
 import signal
@@ -13,6 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+
+from hf_bcd.commands import distill
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -121,6 +125,51 @@ def test_a_killed_run_resumes_to_the_same_student(tmp_path: Path) -> None:
     run(DISTILL, "--output_dir", tmp_path / "whole", *options)
     killed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
     assert all((killed[name] == whole[name]).all() for name in whole)
+
+
+def test_a_command_that_died_after_a_last_step_goes_on_to_the_same_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With teacher and baseline before their recipe is written, in the final evaluation and in the report."""
+    recipe = ROOT / "examples" / "recipes" / "synthetic" / "resnet18_to_resnet10.yaml"
+    options = ["--config", str(recipe), *TINY, "--report_to", "none", "--use_cpu", "true", "--losses", "{kd: {}}"]
+    options += [
+        "--max_steps",
+        "3",
+        "--teacher_training.max_steps",
+        "2",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+    ]
+    command = ["--output_dir", str(tmp_path / "died"), *options, "--resume_from_checkpoint", "true"]
+    distill.main(["--output_dir", str(tmp_path / "whole"), *options])
+    deaths = [("experiment.write_json", 1), ("experiment.write_json", 2)]
+    deaths += [("commands.distill.evaluate_model", 2), ("commands.distill.write_report", 1)]
+    for name, call in deaths:
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full"):
+            module, _, function = name.rpartition(".")
+            module = importlib.import_module(f"hf_bcd.{module}")
+            calls, original = itertools.count(1), getattr(module, function)
+
+            def dies(*args, call=call, calls=calls, original=original, **kwargs):
+                if next(calls) == call:
+                    raise OSError("the disk is full")
+                return original(*args, **kwargs)
+
+            patch.setattr(module, function, dies)
+            distill.main(command)
+        assert not (tmp_path / "died" / "results.json").exists()
+    monkeypatch.setattr("hf_bcd.BCDTrainer.training_step", lambda *_: pytest.fail("trained again"))
+    for _ in range(2):  # the second time it is a finished command that is repeated
+        distill.main(command)
+        died, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("died", "whole"))
+        assert all((died[name] == whole[name]).all() for name in whole)
+        died, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("died", "whole"))
+        assert [died[name] for name in ("teacher", "baseline", "student")] == [
+            whole[name] for name in ("teacher", "baseline", "student")
+        ]
 
 
 def test_any_method_is_named_on_the_command_line_over_a_recipe_that_starts_from_another(tmp_path: Path) -> None:

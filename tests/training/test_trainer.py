@@ -2,7 +2,6 @@
 
 import math
 import os
-import random
 import signal
 from pathlib import Path
 
@@ -21,12 +20,18 @@ from transformers import (
 
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel
 from hf_bcd.adapters.loading import ModelSpec
+from hf_bcd.card.provenance import describe_options
+from hf_bcd.losses import LOSSES
 from hf_bcd.losses.bcd import BCDLoss
 from hf_bcd.runs import baseline, experiment
-from hf_bcd.runs.arguments import DataArguments
+from hf_bcd.runs.arguments import RECIPE_KEYS, DataArguments
+from hf_bcd.runs.recipes import read_recipe
 from hf_bcd.training.callbacks import InterruptCallback
 from hf_bcd.training.checkpoints import last_checkpoint
 from hf_bcd.utils.files import write_json
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def state(run: BCDTrainer) -> dict[str, torch.Tensor]:
@@ -39,10 +44,9 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     assert not different
 
 
-@pytest.mark.parametrize("steps", [range(1, 4), range(5, 7)], ids=["first epoch", "second epoch"])
+@pytest.mark.parametrize("stop", [1, 4, 6], ids=["first epoch", "between epochs", "second epoch"])
 @pytest.mark.parametrize("build", [tiny.tiny_timm, tiny.tiny_segformer])
-def test_resuming_at_a_random_step_repeats_the_run_bit_for_bit(build, steps: range, tmp_path: Path) -> None:
-    stop = random.Random(os.getpid()).choice(steps)  # four steps make an epoch
+def test_resuming_repeats_the_run_bit_for_bit(build, stop: int, tmp_path: Path) -> None:
     options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 100, "dataloader_num_workers": 0}
 
     def start(name: str, seed: int = 0) -> BCDTrainer:
@@ -68,6 +72,48 @@ def test_resuming_at_a_random_step_repeats_the_run_bit_for_bit(build, steps: ran
     assert all(torch.equal(first[k]["momentum_buffer"], second[k]["momentum_buffer"]) for k in first)
 
 
+RECIPES = [read_recipe(path, RECIPE_KEYS) for path in sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))]
+JOINT = {"+".join(losses): losses for recipe in RECIPES if len(losses := recipe.get("losses") or {}) > 1}
+
+
+@pytest.mark.parametrize("losses", [*({name: {}} for name in LOSSES), *JOINT.values()], ids=[*LOSSES, *JOINT])
+def test_every_method_resumes_bit_for_bit(losses: dict, tmp_path: Path) -> None:
+    """Also methods that keep nothing across steps, which have no `distiller.safetensors`."""
+    options = {"losses": losses, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    options |= {"data": {"train": tiny.TensorSamples(4, size=32)}, "calibration_images": 2}
+    whole, resumed = (tiny.trainer(tmp_path, model=tiny.tiny_timm(seed=seed), **options) for seed in (0, 5))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal(state(resumed), state(whole))
+    assert tiny.history(resumed) == tiny.history(whole)
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 1.5}])
+def test_a_run_that_died_after_its_last_step_is_loaded_as_it_ended(
+    length: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = length | {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "fragments", "losses": {"kd": {}}}
+    whole, again = (tiny.trainer(tmp_path, model=tiny.tiny_timm(seed=seed), **options) for seed in (0, 5))
+    whole.train()
+    monkeypatch.setattr(again, "training_step", lambda *_: pytest.fail("trained"))
+    assert again.train(resume_from_checkpoint=True).global_step == again.state.max_steps == 6
+    assert_equal(state(again), state(whole))
+    assert (again.state.best_metric, again.train_seconds) == (whole.state.best_metric, whole.train_seconds)
+    assert describe_options(again) == describe_options(whole) == " (momentum 0.9)"
+
+
+@pytest.mark.parametrize(("step", "changed"), [(6, 4), (3, 3)])
+def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(step: int, changed: int, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3, "losses": {"kd": {}}}
+    tiny.trainer(tmp_path, max_steps=6, **options).train()
+    run = tiny.trainer(tmp_path, max_steps=changed, **options)
+    with pytest.raises(
+        ValueError, match=rf"{step} steps of a run of 6, but this run has {changed}\. Set max_steps to 6"
+    ):
+        run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+
+
 def test_stock_loading_would_not_restore_a_segformer(tmp_path: Path) -> None:
     """Silent failure 1: the base class loads with strict=False and key names that do not fit."""
     run = tiny.trainer(tmp_path, model=tiny.tiny_segformer(), max_steps=1, save_strategy="steps", save_steps=1)
@@ -81,9 +127,11 @@ def test_stock_loading_would_not_restore_a_segformer(tmp_path: Path) -> None:
     assert_equal(trained, fresh.student.state_dict())
 
 
-def test_load_best_model_at_end_restores_the_best_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["bcd", "kd"])  # with and without state of its own
+def test_load_best_model_at_end_restores_the_best_weights(loss: str, tmp_path: Path) -> None:
     run = tiny.trainer(
         tmp_path,
+        losses={loss: {}},
         model=tiny.tiny_segformer(),
         max_steps=2,
         eval_strategy="steps",
@@ -548,13 +596,14 @@ def test_a_run_can_go_on_with_another_learning_rate(tmp_path: Path, caplog: pyte
     [
         ({"optim": "adamw_torch"}, "checkpoint-1 belongs to another optimizer than AdamW: it has no step"),
         ({"model": lambda: tiny.tiny_timm((8, 8, 16, 32))}, "checkpoint-1 holds another student than this run's"),
+        ({"teacher": lambda: tiny.tiny_timm(seed=1)}, "distiller.safetensors is missing.*losses bcd keep"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
     options = {"teacher": None, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
     tiny.trainer(tmp_path, **options).train()
     changes = {key: value() if callable(value) else value for key, value in changes.items()}
-    run = tiny.trainer(tmp_path, **options, **changes)
+    run = tiny.trainer(tmp_path, **(options | changes))
     with pytest.raises(ValueError, match=message):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
