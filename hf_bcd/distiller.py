@@ -14,6 +14,9 @@ from .outputs import DenseOutput
 from .profiling import part
 
 
+AUXILIARY_WEIGHT = 0.4  # Zhao et al. 2017, Pyramid Scene Parsing Network
+
+
 class Distiller(nn.Module):
     """Everything trainable, so that data-parallel wrappers and checkpoints see all of it. The teacher stays outside.
 
@@ -51,7 +54,8 @@ class Distiller(nn.Module):
 
         Returns:
             `{"logits"}` without labels (outside autocast, as the exported pipeline computes them), else `{"loss",
-            "terms"}`: the weighted total and every unweighted term, detached.
+            "terms"}`: the weighted total and every term, detached; those of the task are weighted (`loss_auxiliary` by
+            0.4 as in PSPNet), those of distillation are not.
         """
         if labels is None:
             with torch.autocast(pixel_values.device.type, enabled=False):
@@ -72,7 +76,7 @@ class Distiller(nn.Module):
         options = {"ignore_index": self.ignore_index, "num_valid": num_valid}
         losses = {"loss_task": segmentation_loss(output.logits, labels, **options)}
         if output.auxiliary_logits is not None:
-            losses["loss_auxiliary"] = segmentation_loss(output.auxiliary_logits, labels, **options)
+            losses["loss_auxiliary"] = AUXILIARY_WEIGHT * segmentation_loss(output.auxiliary_logits, labels, **options)
         return losses
 
     def begin_step(self, step: int, total: int) -> None:

@@ -29,7 +29,8 @@ class DenseOutput:
             stage; the true stride of a dilated stage stands in its `FeatureSpec`.
         logits: per-pixel class scores `[B, num_labels, h, w]` at any stride.
         auxiliary_logits: scores of a training-only auxiliary head, `[B, num_labels, h, w]`.
-        task_losses: supervised losses that only the model itself can compute (set prediction), by name, unweighted.
+        task_losses: supervised losses that only the model itself can compute (set prediction), by name, weighted as its
+            authors do: their sum is trained.
         head: the model's own head as a function of its levels, `{level: [B, C, h, w]}` -> scores in the classes of
             `logits`, where a frozen teacher offers one: gradients reach the levels alone.
     """

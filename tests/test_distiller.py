@@ -6,7 +6,10 @@ import pytest
 import tiny
 import torch
 
+from hf_bcd.adapters import build_adapter
 from hf_bcd.distiller import Distiller
+from hf_bcd.losses.criterion import DistillationCriterion
+from hf_bcd.losses.task import segmentation_loss
 from hf_bcd.outputs import DenseOutput
 
 
@@ -72,3 +75,13 @@ def test_an_all_void_batch_gives_a_connected_zero(tmp_path: Path) -> None:
     batch["labels"] = torch.full_like(batch["labels"], 255)
     loss, gradient = loss_and_gradient(distiller, batch, teacher)
     assert loss == 0 and (gradient == 0).all() and len(gradient) > 0
+
+
+def test_the_auxiliary_loss_counts_and_is_logged_with_its_weight() -> None:
+    sample = tiny.TensorSamples(1)[0]
+    pixel_values, labels = sample["pixel_values"][None].repeat(2, 1, 1, 1), sample["labels"][None].repeat(2, 1, 1)
+    student = build_adapter(tiny.tiny_timm(auxiliary_head=True, dropout=0.0)).train()
+    outputs = Distiller(student, DistillationCriterion({}, {}, []))(pixel_values, labels)
+    auxiliary = segmentation_loss(student(pixel_values).auxiliary_logits, labels)
+    torch.testing.assert_close(outputs["terms"]["loss_auxiliary"], 0.4 * auxiliary.detach())
+    torch.testing.assert_close(outputs["loss"].detach(), sum(outputs["terms"].values()))

@@ -66,7 +66,6 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "sstkd": SSTKDLoss,
     "tat": TATLoss,
 }
-TASK_WEIGHTS = {"loss_task": 1.0, "loss_auxiliary": 0.4}
 # what a loss may need, see `DistillationLoss.needs`, of any student and teacher
 ALWAYS_OFFERED = frozenset({"features", "labels", "logits", "task_loss"})
 # what `build_criterion` knows and a loss takes by these names
@@ -134,10 +133,11 @@ class DistillationCriterion(nn.Module):
         labels: Tensor,
         share: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted total and unweighted terms.
+        """Weighted total and the terms, those of distillation unweighted.
 
         Args:
-            task_losses: supervised losses by name: `loss_task`, and `loss_auxiliary`, which counts 0.4 as in PSPNet.
+            task_losses: supervised losses by name, such as `loss_task` and `loss_auxiliary`, weighted already as the
+                authors of the student's family do; they are added up and come back as they are.
             student: the student's output.
             teacher: the teacher's output, or None when nothing is distilled.
             labels: `[B, H, W]`.
@@ -149,7 +149,7 @@ class DistillationCriterion(nn.Module):
             measured, and `gradient/<term>` if `log_gradients` asks for them.
         """
         terms = dict(task_losses)
-        total = task_loss = torch.stack([TASK_WEIGHTS[name] * value for name, value in task_losses.items()]).sum()
+        total = task_loss = torch.stack(list(task_losses.values())).sum()
         if teacher is None:
             return total, terms
         weights, factors = self._weights(), {}
