@@ -255,15 +255,16 @@ def run_study(study: Study, part: tuple[int, int] = (1, 1)) -> list[str]:
     """
     shared, failures = Shared(study), []
     for run in study.runs[part[0] - 1 :: part[1]]:
-        if run.result() is not None:
-            logger.warning("finished already: %s, seed %s", run.name, run.seed)
-            continue
-        logger.warning("running %s, seed %s, in %s", run.name, run.seed, run.folder)
         try:
+            if run.result() is not None:
+                logger.warning("finished already: %s, seed %s", run.name, run.seed)
+                continue
+            logger.warning("running %s, seed %s, in %s", run.name, run.seed, run.folder)
             train_run(run, shared)
-        except (FloatingPointError, RuntimeError, OSError) as error:  # it diverged, or memory or disk were full
+        except Exception as error:  # it was refused, it diverged, memory or disk were full: the others go on
             failures.append(f"{run.name}, seed {run.seed}: {error}")
-            logger.error("failed: %s", failures[-1])
+            known = isinstance(error, ValueError | FloatingPointError | RuntimeError | OSError)
+            logger.error("failed: %s", failures[-1], exc_info=not known)
         gc.collect()
     return failures
 

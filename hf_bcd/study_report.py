@@ -1,6 +1,7 @@
 """What a study shows: every number as CSV, means with paired differences as Markdown, and plots."""
 
 import csv
+import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 from .reporting import COLUMNS
 from .study import Study
 
+
+logger = logging.getLogger(__name__)
 
 # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
 T_QUANTILES = (
@@ -35,10 +38,15 @@ Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def collect(study: Study) -> dict[str, dict[int, dict[str, Any]]]:
-    """Results of the finished runs: name -> seed -> what `study.json` holds."""
+    """Results of the finished runs: name -> seed -> what `study.json` holds; those of another recipe are left out."""
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for run in study.runs:
-        if (result := run.result()) is not None:
+        try:
+            result = run.result()
+        except ValueError as error:  # of another recipe
+            logger.warning("left out of the report: %s", error)
+            continue
+        if result is not None:
             results.setdefault(run.name, {})[run.seed] = result
     return results
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from ..study import read_study, run_study
-from ..study_report import write_study_report
+from ..study_report import collect, write_study_report
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{fixed} belongs into the study file, not on its command line.")
     study = read_study(args.study, args.output_dir, rest)
     failures = [] if args.report_only else run_study(study, _part(args.part))
-    print(write_study_report(study))
+    if not failures or collect(study):
+        print(write_study_report(study))
     if failures:
         sys.exit(f"error: {len(failures)} runs failed; the same command tries them again.\n" + "\n".join(failures))
 
