@@ -23,7 +23,7 @@ from .builders import load_segmentation_model
 from .callbacks import DistillationCallback, InterruptCallback, PictureCallback
 from .checkpoints import CheckpointTrainer, last_checkpoint
 from .config import BCDConfig
-from .data import DenseDataset, DenseDatasets, DenseStream, SemanticCollator, TransformedStream
+from .data import DenseDataset, DenseDatasets, DenseStream, SemanticCollator, TransformedStream, check_one_size
 from .distiller import Distiller
 from .hub_trainer import HubTrainer
 from .losses.criterion import DistillationCriterion, build_criterion
@@ -281,7 +281,9 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
         for start in tqdm(
             range(0, len(samples), size), desc="Teacher on calibration images", disable=self.args.disable_tqdm
         ):
-            batch = self._prepare_inputs(self.data_collator(samples[start : start + size]))
+            batch = self.data_collator(samples[start : start + size])
+            check_one_size(batch)
+            batch = self._prepare_inputs(batch)
             batches.append((self._teacher_output(batch["pixel_values"]), batch["labels"]))
         criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=self.args.disable_tqdm))
 
@@ -321,6 +323,8 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
         """Valid pixels of the whole step, over accumulated batches and ranks."""
         if not batch_samples:
             return None
+        for batch in batch_samples:
+            check_one_size(batch)
         counts = [(batch["labels"] != self.distiller.ignore_index).sum() for batch in batch_samples]
         count = torch.stack(counts).sum().to(device)
         self._step_images = sum(len(batch["labels"]) for batch in batch_samples)

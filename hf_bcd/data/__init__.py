@@ -2,7 +2,7 @@
 
 from .cache import keep_in_memory
 from .catalog import CATALOG, DatasetSpec
-from .collators import SemanticCollator
+from .collators import SemanticCollator, check_one_size
 from .dataset import DenseDataset, DenseDatasets
 from .loading import load_dense_dataset
 from .probing import check_all
@@ -21,6 +21,7 @@ __all__ = [
     "TrainTransform",
     "TransformedStream",
     "check_all",
+    "check_one_size",
     "keep_in_memory",
     "load_dense_dataset",
 ]
