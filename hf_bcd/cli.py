@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
+from .utils.messages import UserError
+
 
 COMMANDS = {
     "distill": "distil a student from a teacher, or train it alone",
@@ -35,10 +37,10 @@ def main() -> None:
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command; errors that a user can mend become one line and exit code 1, Ctrl-C exit code 130."""
+    """Runs a command; a user's mistake and diverged training become one line and exit code 1, Ctrl-C exit code 130."""
     try:
         command()
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (UserError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as interrupt:
         print(f"\n{interrupt}. Run the same command with --resume_from_checkpoint true to continue.", file=sys.stderr)

@@ -12,12 +12,5 @@ CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate_configs"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_the_configuration(path: Path) -> None:
     config = load_config_from_file(str(path))
-    expected = {"cpu_x2": 2, "gpu_x1": 1, "gpu_x8": 8, "fsdp": 8, "multi_node": 16}
+    expected = {"cpu_x2": 2, "gpu_x1": 1, "gpu_x8": 8, "multi_node": 16}
     assert config.num_processes == expected[path.stem]
-
-
-def test_sharding_leaves_teacher_and_connectors_as_they_are() -> None:
-    """Efficient loading gives weights to one rank only; FSDP's bf16 would convert the connectors too."""
-    config = load_config_from_file(str(CONFIGS / "fsdp.yaml"))
-    assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
-    assert config.mixed_precision == "no"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import transformers
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..utils.messages import UserError
 from .base import DenseAdapter
 from .espnet import EspNetAdapter
 from .generic import (
@@ -42,13 +43,13 @@ def adapter_class(model: PreTrainedModel) -> type[DenseAdapter]:
     """Class in `ADAPTERS` for the model's type.
 
     Raises:
-        ValueError: if the type has no adapter, or the model is no segmentation model.
+        UserError: if the type has no adapter, or the model is no segmentation model.
     """
     model_type = model.config.model_type
     if model_type not in ADAPTERS:
-        raise ValueError(f"no adapter for models of type {model_type!r}; supported types: {', '.join(ADAPTERS)}")
+        raise UserError(f"no adapter for models of type {model_type!r}; supported types: {', '.join(ADAPTERS)}")
     if "Segmentation" not in type(model).__name__:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} predicts no segmentation; load the weights with AutoModelForSemanticSegmentation"
         )
     return ADAPTERS[model_type]
@@ -68,7 +69,7 @@ def build_adapter(
         image_std: standard deviation of each channel, likewise.
 
     Raises:
-        ValueError: if there is no adapter for the model; the message names the supported model types.
+        UserError: if there is no adapter for the model; the message names the supported model types.
     """
     return adapter_class(model)(model, image_mean, image_std)
 

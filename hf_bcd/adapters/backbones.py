@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..outputs import FeatureSpec
+from ..utils.messages import UserError
 from .base import stage_specs
 
 
@@ -17,7 +18,7 @@ def backbone_feature_specs(backbone: Any) -> dict[str, FeatureSpec]:
         backbone: a `BackboneMixin` of `transformers`, such as `SwinBackbone` or `TimmBackbone`.
 
     Raises:
-        ValueError: if the strides of the backbone's stages are not known, or it hands out its stem.
+        UserError: if the strides of the backbone's stages are not known, or it hands out its stem.
     """
     config = backbone.config
     if config.model_type == "timm_backbone":
@@ -26,12 +27,12 @@ def backbone_feature_specs(backbone: Any) -> dict[str, FeatureSpec]:
         levels = list(specs.items())
         return dict(levels[index] for index in info.out_indices)
     if config.model_type not in PYRAMIDS:
-        raise ValueError(
+        raise UserError(
             f"the strides of backbone {config.model_type!r} are not known; "
             f"supported backbones: {', '.join([*PYRAMIDS, 'timm_backbone'])}"
         )
     if "stem" in backbone.out_features:
-        raise ValueError(f"backbone hands out {backbone.out_features}; leave 'stem' out of its out_features")
+        raise UserError(f"backbone hands out {backbone.out_features}; leave 'stem' out of its out_features")
     first_stride = getattr(config, "patch_size", 4)  # a ResNet has no patches, and stride 4 after its stem
     specs = {}
     for name, channels in zip(backbone.out_features, backbone.channels, strict=True):

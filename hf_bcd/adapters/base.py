@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..losses.ops.functional import resize
 from ..losses.ops.segmentation import segmentation_loss
 from ..outputs import DenseOutput, FeatureSpec, LabelMaps
+from ..utils.messages import UserError
 from .label_matching import LabelMap, match_labels
 
 
@@ -63,7 +64,7 @@ class DenseAdapter(nn.Module, ABC):
         default_mean, default_std = self.family_statistics(model)
         for name, values in (("image_mean", image_mean or default_mean), ("image_std", image_std or default_std)):
             if len(values) != 3:
-                raise ValueError(f"{name} has {len(values)} values {list(values)}; give one for each of R, G and B")
+                raise UserError(f"{name} has {len(values)} values {list(values)}; give one for each of R, G and B")
             # not persistent: the state dict of an adapter holds the model's weights alone
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.feature_specs: dict[str, FeatureSpec] = self.find_feature_specs()
@@ -157,10 +158,10 @@ class DenseAdapter(nn.Module, ABC):
             targets: ground truth; without it the output has no task losses.
 
         Raises:
-            ValueError: if `pixel_values` is not a batch of RGB images, or has a size that the model cannot take.
+            UserError: if `pixel_values` is not a batch of RGB images, or has a size that the model cannot take.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values has shape {list(pixel_values.shape)}; expected RGB images [B, 3, H, W]")
+            raise UserError(f"pixel_values has shape {list(pixel_values.shape)}; expected RGB images [B, 3, H, W]")
         output = self.run(self.normalize(pixel_values).to(self.model.dtype), targets)
         output.logits = self._map_labels(output.logits)
         if targets is not None and "loss_task" not in output.task_losses:
@@ -190,10 +191,10 @@ class DenseAdapter(nn.Module, ABC):
         """Logits of the model's head on other maps `{level: [B, C, h, w]}`, in the classes of `forward`'s logits.
 
         Raises:
-            ValueError: if the logits are no function of the levels alone.
+            UserError: if the logits are no function of the levels alone.
         """
         if not self.head_levels:
-            raise ValueError(f"the head of this {self.model.config.model_type} reads more than the feature levels")
+            raise UserError(f"the head of this {self.model.config.model_type} reads more than the feature levels")
         levels = {name: features[name].to(self.model.dtype) for name in self.head_levels}
         return self._map_labels(self.run_head(levels))
 

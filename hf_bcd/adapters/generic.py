@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..outputs import DenseOutput, FeatureSpec, LabelMaps
+from ..utils.messages import UserError
 from .base import HALF_MEAN, HALF_STD, DenseAdapter, stage_features, stage_specs
 
 
@@ -70,7 +71,7 @@ class MobileViTAdapter(ConvolutionalAdapter):
     ):
         super().__init__(model, image_mean, image_std)
         if self.image_mean.any() or (self.image_std != 1).any():
-            raise ValueError(
+            raise UserError(
                 f"{model.config.model_type} models take images in 0..1 without normalisation, but image_mean is "
                 f"{list(image_mean or ())} and image_std {list(image_std or ())}; leave both out"
             )
@@ -116,7 +117,7 @@ class TokenAdapter(DenseAdapter):
         if (self.takes == "squares" and height != width) or (
             self.takes == "its own size" and (height, width) != self.fixed_size
         ):
-            raise ValueError(
+            raise UserError(
                 f"{self.model.config.model_type} models take {self.takes} only ({self.fixed_size[0]}x"
                 f"{self.fixed_size[1]} best), but pixel_values is {height}x{width}; resize the images, or use the "
                 "model as a teacher, which resizes them itself"

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, cat
 
+from ..utils.messages import UserError
+
 
 # How the well-known lists (ADE20K, Cityscapes, COCO, COCO-Stuff, Pascal VOC, CamVid) spell the same class.
 SPELLINGS = (
@@ -77,10 +79,10 @@ class LabelMap:
         that stand for none are left out, and a softmax over the rest shares out what they had.
 
         Raises:
-            ValueError: if classes are missing.
+            UserError: if classes are missing.
         """
         if not self.is_complete:
-            raise ValueError(f"the teacher has no class for {self.missing}, so its logits cannot be mapped.")
+            raise UserError(f"the teacher has no class for {self.missing}, so its logits cannot be mapped.")
         if self.is_identity:
             return logits
         groups = list(self.sources.values())
@@ -137,7 +139,7 @@ def match_labels(
             for one class together; an empty list says that the teacher has none.
 
     Raises:
-        ValueError: if `synonyms` names a class that its side does not have, or uses one twice.
+        UserError: if `synonyms` names a class that its side does not have, or uses one twice.
     """
     teacher, student = (dict(sorted(id2label.items())) for id2label in (teacher_id2label, student_id2label))
     given = _given_matches(teacher, student, synonyms or {})
@@ -163,7 +165,7 @@ def read_synonyms(source: str | Path | Mapping[str, Sequence[str]] | None) -> di
         source: JSON file `{class of the data set: [names of the teacher's classes]}`, or its content; None is empty.
 
     Raises:
-        ValueError: if the file is missing, no JSON, or of another form.
+        UserError: if the file is missing, no JSON, or of another form.
     """
     if source is None:
         return {}
@@ -174,17 +176,17 @@ def read_synonyms(source: str | Path | Mapping[str, Sequence[str]] | None) -> di
         try:
             content = json.loads(Path(source).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"{where}: cannot be read ({error.strerror}).") from error
+            raise UserError(f"{where}: cannot be read ({error.strerror}).") from error
         except ValueError as error:
-            raise ValueError(f"{where}: is no JSON ({error}).") from error
+            raise UserError(f"{where}: is no JSON ({error}).") from error
     form = 'expected {"class of the data set": ["class of the teacher", ...], ...}'
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where}: holds a {type(content).__name__}; {form}.")
+        raise UserError(f"{where}: holds a {type(content).__name__}; {form}.")
     for label, names in content.items():
         if not isinstance(label, str) or not isinstance(names, list | tuple):
-            raise ValueError(f"{where}: {label!r} has {names!r}; {form}.")
+            raise UserError(f"{where}: {label!r} has {names!r}; {form}.")
         if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{where}: {label!r} has {names!r}; {form}.")
+            raise UserError(f"{where}: {label!r} has {names!r}; {form}.")
     return {label: list(names) for label, names in content.items()}
 
 
@@ -202,11 +204,11 @@ def _given_matches(
     for label, names in synonyms.items():
         index = _find_class(label, student, "the data set")
         if index in matches:
-            raise ValueError(f"label_synonyms: {label!r} is {student[index]!r}, which stands there already.")
+            raise UserError(f"label_synonyms: {label!r} is {student[index]!r}, which stands there already.")
         matches[index] = tuple(dict.fromkeys(_find_class(name, teacher, "the teacher") for name in names))
         for source in matches[index]:
             if source in owners:
-                raise ValueError(
+                raise UserError(
                     f"label_synonyms: the teacher's {teacher[source]!r} is given to {owners[source]!r} and to {label!r}; "
                     "a class of the teacher can stand for one class only."
                 )
@@ -224,11 +226,11 @@ def _find_class(name: str, id2label: dict[int, str], owner: str) -> int:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"label_synonyms: {name!r} could be {[id2label[index] for index in found]} of {owner}.")
+        raise UserError(f"label_synonyms: {name!r} could be {[id2label[index] for index in found]} of {owner}.")
     spellings = {alternative: label for label in id2label.values() for alternative in alternatives(label)}
     close = difflib.get_close_matches(ours[0], spellings, n=1)
     hint = f"Did you mean {spellings[close[0]]!r}?" if close else f"It has: {', '.join(id2label.values())}."
-    raise ValueError(f"label_synonyms: {name!r} is no class of {owner}. {hint}")
+    raise UserError(f"label_synonyms: {name!r} is no class of {owner}. {hint}")
 
 
 def _has_placeholders(id2label: dict[int, str]) -> bool:

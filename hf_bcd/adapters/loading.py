@@ -19,7 +19,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from ..hub.errors import explained
 from ..models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationModel
-from ..utils.messages import unknown_key_message
+from ..utils.messages import UserError, as_user_error, unknown_key_message
 from .auto import adapt
 from .base import DenseAdapter
 
@@ -54,26 +54,26 @@ class ModelSpec:
         """Reads a Hub id or path, or a mapping of fields.
 
         Raises:
-            ValueError: for an unknown field, or when not exactly one of `name_or_path` and `backbone` is given.
+            UserError: for an unknown field, or when not exactly one of `name_or_path` and `backbone` is given.
         """
         if isinstance(given, ModelSpec):
             return given
         if not isinstance(given, str | dict):
-            raise ValueError(
+            raise UserError(
                 f"{role} is {given!r}; give a Hub id, a folder, or a mapping such as {{backbone: resnet18}}."
             )
         fields: dict[str, Any] = {"name_or_path": given} if isinstance(given, str) else dict(given)
         known = [f.name for f in dataclasses.fields(cls)]
         for key in fields:
             if key not in known:
-                raise ValueError(unknown_key_message(f"field of {role}", key, known))
+                raise UserError(unknown_key_message(f"field of {role}", key, known))
         spec = cls(**fields)
         if not isinstance(spec.options, dict):
-            raise ValueError(
+            raise UserError(
                 f"options of {role} is {spec.options!r}; it must be a mapping such as {{head_channels: 64}}."
             )
         if (spec.name_or_path is None) == (spec.backbone is None):
-            raise ValueError(f"{role} needs either name_or_path (a transformers model) or backbone (a timm name).")
+            raise UserError(f"{role} needs either name_or_path (a transformers model) or backbone (a timm name).")
         return spec
 
 
@@ -97,7 +97,7 @@ def load_segmentation_model(
         new_labels: `id2label` and `label2id` of other classes; what the checkpoint lacks for them starts at random.
 
     Raises:
-        ValueError: if the repository cannot be read (`HubError`), needs code of its own that is not trusted, has
+        UserError: if the repository cannot be read (`HubError`), needs code of its own that is not trusted, has
             no weights for a part of the model, or transformers has no segmentation class for the model's type.
     """
     from transformers import AutoModelForUniversalSegmentation
@@ -116,7 +116,7 @@ def load_segmentation_model(
                 drop_foreign_code(model)
                 model.config._commit_hash = commit  # where `image_statistics` and the card look for it; never saved
                 return model
-    raise ValueError(
+    raise UserError(
         f"{name_or_path} is a {config.model_type} model, for which transformers has no segmentation class; choose a "
         "model that AutoModelForSemanticSegmentation loads, or a timm backbone."
     )
@@ -186,7 +186,7 @@ def _check_complete(name_or_path: str, model: PreTrainedModel, missing: Collecti
     """Refuses a bare backbone: its head would score, or teach, from random weights."""
     absent = [name for name, _ in model.named_parameters() if name in missing]
     if absent:
-        raise ValueError(
+        raise UserError(
             f"{name_or_path} is no finished segmentation model: it lacks the weights of {len(absent)} parameters, such as "
             f"{absent[0]}. Name a model that was trained for segmentation."
         )
@@ -199,7 +199,7 @@ def _code_refused(name_or_path: str) -> Iterator[None]:
     except ValueError as error:
         if "trust_remote_code=True" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"model {name_or_path} only runs with the code in its own repository. Read that code first, then add "
             "--trust_remote_code true."
         ) from error
@@ -216,7 +216,7 @@ def build_model(spec: ModelSpec, id2label: Mapping[int, str], *, trust_remote_co
         trust_remote_code: run model code that lies in a Hub repository.
 
     Raises:
-        ValueError: if the model cannot be loaded or built so.
+        UserError: if the model cannot be loaded or built so.
     """
     labels = {"id2label": dict(id2label), "label2id": {name: index for index, name in id2label.items()}}
     if spec.name_or_path is not None:
@@ -229,7 +229,7 @@ def build_model(spec: ModelSpec, id2label: Mapping[int, str], *, trust_remote_co
     if spec.backbone == EspNetConfig.model_type:
         return build_espnet(spec, labels)
     assert spec.backbone is not None  # ModelSpec.parse allows one of the two
-    with explained("model", f"timm/{spec.backbone}"):
+    with explained("model", f"timm/{spec.backbone}"), as_user_error():
         return TimmSegmentationModel.from_backbone(
             spec.backbone,
             pretrained=spec.pretrained,
@@ -249,15 +249,16 @@ def build_espnet(spec: ModelSpec, labels: Mapping[str, Any]) -> EspNetForSemanti
         labels: `id2label` and `label2id`.
 
     Raises:
-        ValueError: for an unknown option, or a field of `spec` that belongs to timm backbones.
+        UserError: for an unknown option, or a field of `spec` that belongs to timm backbones.
     """
     for name in ("head", "output_stride", "pretrained", "weights"):
         if getattr(spec, name) != getattr(ModelSpec, name):
-            raise ValueError(
+            raise UserError(
                 f"{name} is {getattr(spec, name)!r}, but backbone {spec.backbone!r} is a whole network without "
                 f"ImageNet weights; remove {name}, and set fields of EspNetConfig in options."
             )
     for key in spec.options:
         if key not in EspNetConfig.__annotations__:
-            raise ValueError(unknown_key_message(f"option of {spec.backbone!r}", key, EspNetConfig.__annotations__))
-    return EspNetForSemanticSegmentation(EspNetConfig(**spec.options, **labels))
+            raise UserError(unknown_key_message(f"option of {spec.backbone!r}", key, EspNetConfig.__annotations__))
+    with as_user_error():
+        return EspNetForSemanticSegmentation(EspNetConfig(**spec.options, **labels))

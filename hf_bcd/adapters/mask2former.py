@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..outputs import DenseOutput, FeatureSpec, LabelMaps
+from ..utils.messages import UserError
 from .backbones import backbone_feature_specs
 from .base import DenseAdapter, stage_features
 
@@ -90,14 +91,14 @@ def query_labels(labels: Tensor, num_labels: int) -> tuple[list[Tensor], list[Te
         For each image, masks `[N, H, W]` of 0 and 1 in float32, and class ids `[N]`.
 
     Raises:
-        ValueError: if a label is neither a class nor 255.
+        UserError: if a label is neither a class nor 255.
     """
     mask_labels, class_labels = [], []
     for index, label in enumerate(labels):
         classes = label.unique()
         classes = classes[classes != IGNORE_INDEX]
         if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < num_labels:
-            raise ValueError(
+            raise UserError(
                 f"labels[{index}] holds classes {classes.tolist()}, but the model has {num_labels} labels; "
                 f"use 0..{num_labels - 1} and {IGNORE_INDEX} for pixels to ignore"
             )

@@ -19,6 +19,7 @@ from ..runs.report import metrics_table, protocol
 from ..tasks import task_of
 from ..training.hardware import limit_threads
 from ..utils.files import write_json
+from ..utils.messages import UserError
 
 
 logger = logging.getLogger(__name__)
@@ -29,14 +30,14 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, config = parse_arguments(argv, description=__doc__)
     limit_threads()
     if model_args.student is None:
-        raise ValueError("name the model to evaluate with --student (Hub id or folder).")
+        raise UserError("name the model to evaluate with --student (Hub id or folder).")
     spec = ModelSpec.parse(model_args.student, "student")
     if spec.name_or_path is None:
-        raise ValueError("--student must be a trained model: a Hub id or a folder.")
+        raise UserError("--student must be a trained model: a Hub id or a folder.")
     data = load_data(data_args, for_training=False)
     split = final_split(data)
     if split is None:
-        raise ValueError(f"no labelled evaluation split; the data set has {', '.join(data)}.")
+        raise UserError(f"no labelled evaluation split; the data set has {', '.join(data)}.")
     adapter = load_adapter(spec, trust_remote_code=model_args.trust_remote_code)
     if config.image_size is None:
         trust = model_args.trust_remote_code

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from ..runs.study import read_study, run_study
-from ..runs.study_report import write_study_report
+from ..runs.study_report import collect, write_study_report
 from ..training.hardware import limit_threads
+from ..utils.messages import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,10 +32,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for fixed in ("--seed", "--config", "--with_baseline"):
         if any(text.partition("=")[0] == fixed for text in rest):
-            raise ValueError(f"{fixed} belongs into the study file, not on its command line.")
+            raise UserError(f"{fixed} belongs into the study file, not on its command line.")
     study = read_study(args.study, args.output_dir, rest)
     failures = [] if args.report_only else run_study(study, _part(args.part))
-    print(write_study_report(study))
+    if not failures or collect(study):
+        print(write_study_report(study))
     if failures:
         sys.exit(f"error: {len(failures)} runs failed; the same command tries them again.\n" + "\n".join(failures))
 
@@ -42,5 +44,5 @@ def main(argv: list[str] | None = None) -> None:
 def _part(text: str) -> tuple[int, int]:
     first, _, count = text.partition("/")
     if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
-        raise ValueError(f"--part is {text!r}; expected i/n with 1 <= i <= n, such as 2/8.")
+        raise UserError(f"--part is {text!r}; expected i/n with 1 <= i <= n, such as 2/8.")
     return int(first), int(count)

@@ -1,7 +1,7 @@
 """Data sets for dense prediction in one canonical form: `image` RGB, `label` class ids with 255 for void."""
 
 from .cache import keep_in_memory
-from .collate import collate
+from .collate import check_one_size, collate
 from .dataset import DenseDataset, DenseDatasets
 from .loading import load_dense_dataset
 from .probing import check_all
@@ -20,6 +20,7 @@ __all__ = [
     "TrainTransform",
     "TransformedStream",
     "check_all",
+    "check_one_size",
     "collate",
     "keep_in_memory",
     "load_dense_dataset",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..utils.messages import UserError
 from .dataset import DenseDataset, Samples
 
 
@@ -33,7 +34,7 @@ class SampleCache:
         capacity: bytes to reserve; by default enough for all samples, judging by some of them.
 
     Raises:
-        ValueError: if all samples would take more memory than the machine has.
+        UserError: if all samples would take more memory than the machine has.
     """
 
     def __init__(self, samples: Samples, name: str, capacity: int | None = None):
@@ -42,7 +43,7 @@ class SampleCache:
             expected = expected_bytes(samples)
             physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if expected > physical:
-                raise ValueError(
+                raise UserError(
                     f"{name}: {len(samples)} decoded images would take about {expected / 2**30:.1f} GiB, more than this "
                     f"machine's {physical / 2**30:.1f} GiB. Leave --cache_images out."
                 )

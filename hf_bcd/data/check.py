@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from ..utils.messages import UserError
 from .dataset import DenseDataset, DenseDatasets
 from .labels import IGNORE_INDEX
 from .loading import load_dense_dataset
@@ -24,7 +25,7 @@ def check(name_or_path: Any, every_row: bool = False, **options: Any) -> str:
         options: see `load_dense_dataset`.
 
     Raises:
-        ValueError: the data set cannot be loaded.
+        UserError: the data set cannot be loaded.
     """
     data = load_dense_dataset(name_or_path, **options)
     return "\n".join(_lines(data, name_or_path if isinstance(name_or_path, str) else "", every_row))
@@ -66,7 +67,7 @@ def report(argv: list[str] | None = None) -> str:
     """Checks the data set that a command line names; `argv` is the process's own by default.
 
     Raises:
-        ValueError: none is named, or it cannot be loaded.
+        UserError: none is named, or it cannot be loaded.
     """
     parser = argparse.ArgumentParser(description="Shows what a data set holds, as a run would read it.")
     parser.add_argument("name", nargs="?", help=f"folder, Hub id, or one of {', '.join(CATALOG)}")
@@ -84,7 +85,7 @@ def report(argv: list[str] | None = None) -> str:
     name, alias = options.pop("name"), options.pop("dataset_name")
     source = name or alias or options.pop("data_dir")
     if source is None:
-        raise ValueError("no data set: name one of the catalog, a Hub id or a folder.")
+        raise UserError("no data set: name one of the catalog, a Hub id or a folder.")
     return check(source, **options)
 
 

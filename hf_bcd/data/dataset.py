@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
+from ..utils.messages import UserError
 from .images import match_orientation, read_image, to_rgb
 from .labels import IGNORE_INDEX, ColourId, LabelRule, decode_label
 
@@ -31,7 +32,7 @@ class Row(NamedTuple):
         """Decodes the mask to the ids that it stores, `[H, W]`; `colours` are those of a colour-coded mask."""
         mask = self.label if isinstance(self.label, np.ndarray) else read_image(self.label, self.label_name)
         if getattr(mask, "format", None) in ("JPEG", "MPO"):
-            raise ValueError(
+            raise UserError(
                 f"{self.label_name}: a mask stored as JPEG, whose compression changes ids. Store masks as PNG, from the "
                 "annotations themselves: converting this file would keep the wrong ids."
             )
@@ -65,7 +66,7 @@ def read_sample(row: Row, rule: LabelRule, num_labels: int) -> Sample:
     """Decodes a row to its canonical form.
 
     Raises:
-        ValueError: a file cannot be decoded, image and mask differ in size, or the mask holds unknown ids.
+        UserError: a file cannot be decoded, image and mask differ in size, or the mask holds unknown ids.
     """
     label = rule.apply(row.stored_ids(rule.colours), num_labels, row.label_name)
     image = match_orientation(read_image(row.image, row.image_name), label.shape[::-1], row.image_name)
@@ -114,7 +115,7 @@ class DenseDataset(Dataset[Sample]):
         """Decodes a sample.
 
         Raises:
-            ValueError: a file cannot be decoded, image and mask differ in size, or the mask holds unknown ids.
+            UserError: a file cannot be decoded, image and mask differ in size, or the mask holds unknown ids.
         """
         return read_sample(self.rows[range(len(self))[index]], self.rule, self.num_labels)
 
@@ -178,7 +179,7 @@ class TransformedDataset(Dataset[dict[str, Any]]):
         cache: Samples | None = None,
     ):
         if seed < 0:
-            raise ValueError(f"seed is {seed}; it must not be negative.")
+            raise UserError(f"seed is {seed}; it must not be negative.")
         self.dataset = dataset
         self.task: str = getattr(dataset, "task", TASK)
         self.samples = cast(Samples, dataset) if cache is None else cache

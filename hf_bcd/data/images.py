@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from ..utils.messages import UserError
+
 
 def read_image(file: str | Path | bytes | Image.Image, name: str) -> Image.Image:
     """Decodes an image completely, so that a truncated file fails here.
@@ -15,7 +17,7 @@ def read_image(file: str | Path | bytes | Image.Image, name: str) -> Image.Image
         name: the file or row, for error messages.
 
     Raises:
-        ValueError: the file is missing, truncated or not an image.
+        UserError: the file is missing, truncated or not an image.
     """
     if isinstance(file, Image.Image):
         return file
@@ -24,7 +26,7 @@ def read_image(file: str | Path | bytes | Image.Image, name: str) -> Image.Image
         image.load()
         return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: cannot be decoded as an image ({error}). Replace or remove the file.") from error
+        raise UserError(f"{name}: cannot be decoded as an image ({error}). Replace or remove the file.") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -48,14 +50,14 @@ def match_orientation(image: Image.Image, size: tuple[int, int], name: str) -> I
         name: the file or row, for error messages.
 
     Raises:
-        ValueError: neither orientation has the mask's size.
+        UserError: neither orientation has the mask's size.
     """
     stored = image
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         upright = ImageOps.exif_transpose(image)
         image = upright if upright.size == size or stored.size != size else stored
     if image.size != size:
-        raise ValueError(
+        raise UserError(
             f"{name}: the image is {image.size[0]}x{image.size[1]} pixels (width x height) but its mask is "
             f"{size[0]}x{size[1]}. Image and mask must have the same size; check that they belong together."
         )

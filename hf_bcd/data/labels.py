@@ -11,6 +11,8 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from ..utils.messages import UserError
+
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[Co
         Integer array `[H, W]`.
 
     Raises:
-        ValueError: the mask has colours that stand for no id, or holds no integers.
+        UserError: the mask has colours that stand for no id, or holds no integers.
     """
     ids = np.asarray(mask)
     if ids.dtype == bool:
@@ -49,14 +51,14 @@ def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[Co
         if colours and not (equal and np.isin(ids[..., 0], [IGNORE_INDEX, *(index for _, index in colours)]).all()):
             return _ids_of_colours(ids, colours, name)
         if not equal:
-            raise ValueError(
+            raise UserError(
                 f"{name}: a colour-coded mask (its red, green and blue channels differ). Class ids cannot be read from "
                 "colours: store the masks as single-channel images of ids, or as palette images."
             )
         ids = ids[..., 0]
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
         mode = f"mode {mask.mode}, " if isinstance(mask, Image.Image) else ""
-        raise ValueError(
+        raise UserError(
             f"{name}: not a label map ({mode}{ids.dtype} array of shape {ids.shape}). Store the masks as single-channel "
             "8-bit or 16-bit images of class ids."
         )
@@ -67,7 +69,7 @@ def _ids_of_colours(pixels: np.ndarray, colours: Sequence[ColourId], name: str) 
     ids = _colour_table(tuple(colours))[pack_rgb(pixels)]
     if ids.min(initial=0) < 0:
         row, column = np.argwhere(ids < 0)[0]
-        raise ValueError(
+        raise UserError(
             f"{name}: colour {tuple(pixels[row, column].tolist())} at row {row}, column {column} stands for no class. "
             "The mask has been resized with interpolation or stored with loss, or belongs to another data set."
         )
@@ -109,10 +111,10 @@ class LabelRule:
 
     def __post_init__(self) -> None:
         if self.reduce_zero and self.mapping:
-            raise ValueError("reduce_zero and mapping exclude each other: write the reduction into the mapping.")
+            raise UserError("reduce_zero and mapping exclude each other: write the reduction into the mapping.")
         outside = [i for i in (*self.void_ids, *(pair[0] for pair in self.mapping)) if not 0 <= i < _TABLE_SIZE]
         if outside:
-            raise ValueError(f"ids {outside} cannot be stored in a mask, which holds 0..{_TABLE_SIZE - 1}.")
+            raise UserError(f"ids {outside} cannot be stored in a mask, which holds 0..{_TABLE_SIZE - 1}.")
 
     def apply(self, ids: np.ndarray, num_labels: int, name: str) -> np.ndarray:
         """Maps stored ids to class ids.
@@ -126,7 +128,7 @@ class LabelRule:
             uint8 array `[H, W]` of ids in 0..num_labels-1 and 255, a copy.
 
         Raises:
-            ValueError: a stored id is neither a class nor void.
+            UserError: a stored id is neither a class nor void.
         """
         if ids.dtype == np.uint8:  # bytes have look-ups of their own, several times faster than numpy's
             table, known = _byte_table(self, num_labels)
@@ -142,16 +144,16 @@ class LabelRule:
             shown = ", ".join(map(str, found[:10])) + (", ..." if len(found) > 10 else "")
             outside = [index for index in found if not 0 <= index < _TABLE_SIZE]
             if outside:
-                raise ValueError(
+                raise UserError(
                     f"{name}: the mask holds ids [{shown}], which are outside of 0..{_TABLE_SIZE - 1} and no rule can name. "
                     "Store classes as 0..254 and void as 255."
                 )
             if self.mapping:
-                raise ValueError(
+                raise UserError(
                     f"{name}: the mask holds ids [{shown}], which its encoding maps neither to void nor to one of the "
                     f"num_labels={num_labels} classes. It belongs to another data set or has another encoding."
                 )
-            raise ValueError(
+            raise UserError(
                 f"{name}: the mask holds ids [{shown}], which are neither void nor one of the num_labels={num_labels} "
                 "classes. Either num_labels (id2label) is wrong, or these ids are void (ignore_labels, "
                 "`--ignore_labels`), or 0 is void and the classes count from 1 (reduce_labels, `--reduce_labels`)."
@@ -187,7 +189,7 @@ def read_id2label(source: NameSource) -> dict[int, str]:
     """Class names by id, from a mapping, a list of names or a JSON file of either.
 
     Raises:
-        ValueError: the ids are not 0..n-1, a name occurs twice, or there are more than 255 classes.
+        UserError: the ids are not 0..n-1, a name occurs twice, or there are more than 255 classes.
     """
     origin, names = "id2label", cast(Any, source)
     if isinstance(source, str | Path):
@@ -195,22 +197,20 @@ def read_id2label(source: NameSource) -> dict[int, str]:
         try:
             names = json.loads(Path(source).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{origin}: not a readable JSON file of class names ({error}).") from error
+            raise UserError(f"{origin}: not a readable JSON file of class names ({error}).") from error
     try:
         pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
         id2label = dict(sorted((int(index), str(label)) for index, label in pairs))
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{origin}: expected a list of class names or a mapping of ids to names ({error})."
-        ) from error
+        raise UserError(f"{origin}: expected a list of class names or a mapping of ids to names ({error}).") from error
     if list(id2label) != list(range(len(id2label))) or not 1 <= len(id2label) <= MAX_LABELS:
-        raise ValueError(
+        raise UserError(
             f"{origin}: class ids must be 0..n-1 with n at most {MAX_LABELS} (255 marks void pixels), got {len(id2label)} "
             f"ids from {min(id2label, default=None)} to {max(id2label, default=None)}."
         )
     twice = sorted({label for label in id2label.values() if list(id2label.values()).count(label) > 1})
     if twice:
-        raise ValueError(f"{origin}: class names {twice} occur more than once; label2id would lose classes.")
+        raise UserError(f"{origin}: class names {twice} occur more than once; label2id would lose classes.")
     return id2label
 
 
@@ -222,14 +222,14 @@ def infer_id2label(masks: Iterable[tuple[np.ndarray, str]], rule: LabelRule) -> 
         rule: the label rule.
 
     Raises:
-        ValueError: fewer than two classes occur.
+        UserError: fewer than two classes occur.
     """
     counts = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
     for ids, name in masks:
         counts += np.bincount(rule.apply(ids, MAX_LABELS, name).ravel(), minlength=len(counts))
     found = np.flatnonzero(counts[:IGNORE_INDEX]).tolist()
     if not found or found[-1] == 0:
-        raise ValueError(
+        raise UserError(
             f"No class beside {'0' if found else 'void'} occurs in any mask. 255 marks void pixels: if it stands for the "
             "foreground in these masks, store the foreground as 1; if one class is right, pass id2label."
         )

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.messages import UserError
 from .dataset import SPLIT_ALIASES, DenseDataset, DenseDatasets, Row
 from .labels import LabelRule, NameSource, infer_id2label, read_id2label
 from .probing import examine, first_rows
@@ -79,13 +80,13 @@ def load_dense_dataset(
         The splits that exist, usually `train`, `validation` and `test`.
 
     Raises:
-        ValueError: the source does not exist or is incomplete, columns or class names cannot be found, or one of the
+        UserError: the source does not exist or is incomplete, columns or class names cannot be found, or one of the
             first rows cannot be read.
     """
     if scene_options and name_or_path != "synthetic":
-        raise ValueError(f"Arguments {', '.join(scene_options)} are for the data set 'synthetic' only.")
+        raise UserError(f"Arguments {', '.join(scene_options)} are for the data set 'synthetic' only.")
     if shuffle_buffer < 1:
-        raise ValueError(f"shuffle_buffer is {shuffle_buffer}; a stream draws from at least one sample.")
+        raise UserError(f"shuffle_buffer is {shuffle_buffer}; a stream draws from at least one sample.")
     limits = {"shuffle_buffer": shuffle_buffer, "max_eval_samples": max_eval_samples}
     open_tables: Callable[..., Mapping[str, Any]] = partial(open_streams, **limits) if streaming else load_tables
     if isinstance(name_or_path, str) and name_or_path in CATALOG:
@@ -95,7 +96,7 @@ def load_dense_dataset(
             "data_dir": data_dir if name_or_path == "synthetic" else None,
         }  # fmt: skip
         if any(fixed.values()):
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(key for key, value in fixed.items() if value)} cannot be set for {name_or_path!r}, whose "
                 "files and label rule are known. For a copy that differs, give its Hub id or folder instead."
             )
@@ -125,7 +126,7 @@ def load_dense_dataset(
             of_tables = {"config": config, "image_column": image_column, "label_column": label_column}
             useless = [key for key, value in {"revision": revision, **(of_tables if rows else {})}.items() if value]
             if useless:
-                raise ValueError(f"{root}: {', '.join(useless)} cannot be set for this kind of folder. Leave it out.")
+                raise UserError(f"{root}: {', '.join(useless)} cannot be set for this kind of folder. Leave it out.")
             if rows:
                 return _probed(_assemble(rows, name, source, id2label, rule))
             rows = open_tables(str(root), name, image_column, label_column, config=config)
@@ -144,8 +145,8 @@ def load_dense_dataset(
     return _probed(_assemble(rows, name, source, id2label, rule, revision))
 
 
-def _nothing_to_stream(source: object) -> ValueError:
-    return ValueError(
+def _nothing_to_stream(source: object) -> UserError:
+    return UserError(
         f"{source}: these images can be read at random as they are. Leave streaming out (`--streaming`): it is for Hub "
         "ids, and for folders of Parquet files or with metadata.jsonl."
     )
@@ -167,15 +168,15 @@ def _assemble(
     revision: str | None = None,
 ) -> DenseDatasets:
     if len({SPLIT_ALIASES.get(split, split) for split in splits}) < len(splits):
-        raise ValueError(f"{source}: several of the splits {', '.join(splits)} are validation splits; keep one.")
+        raise UserError(f"{source}: several of the splits {', '.join(splits)} are validation splits; keep one.")
     splits = {SPLIT_ALIASES.get(split, split): rows for split, rows in splits.items()}
     for split, rows in splits.items():
         if next(iter(rows), None) is None:
-            raise ValueError(f"{source}: split {split!r} holds no images.")
+            raise UserError(f"{source}: split {split!r} holds no images.")
     if id2label is not None:
         id2label = read_id2label(id2label)
     elif any(isinstance(rows, StreamRows) for rows in splits.values()):
-        raise ValueError(
+        raise UserError(
             f"{source}: a stream without class names; finding them would read all masks. Give id2label (`--id2label`)."
         )
     elif "train" in splits:
@@ -185,7 +186,7 @@ def _assemble(
         id2label = infer_id2label(masks, rule)
         logger.info("%s: %d classes found. Give id2label to name them and to start faster.", source, len(id2label))
     else:
-        raise ValueError(f"{source}: without a split 'train', class names cannot be inferred; give id2label.")
+        raise UserError(f"{source}: without a split 'train', class names cannot be inferred; give id2label.")
     built: dict[str, Any] = {}
     for split, rows in splits.items():
         kind = DenseStream if isinstance(rows, StreamRows) else DenseDataset
@@ -211,7 +212,7 @@ def _load_scenes(num_images: Mapping[str, int] | None = None, **options: Any) ->
 
     unknown = options.keys() - SCENE_OPTIONS
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"synthetic has no option {', '.join(sorted(unknown))} (`--dataset_options`); it has num_images, {', '.join(SCENE_OPTIONS)}."
         )
     counts = SCENE_COUNTS if num_images is None else num_images
@@ -224,7 +225,7 @@ def _checked_hub_id(name: str) -> str:
     if name.count("/") != 1:
         near = difflib.get_close_matches(name, CATALOG, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(
+        raise UserError(
             f"{name!r} is neither a known data set ({', '.join(CATALOG)}), nor a folder, nor a Hub id 'user/name'{hint}"
         )
     return name

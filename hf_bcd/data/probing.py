@@ -8,6 +8,7 @@ from typing import cast
 
 import numpy as np
 
+from ..utils.messages import UserError
 from .dataset import Row, Rows, read_sample
 from .images import read_image
 from .labels import IGNORE_INDEX, LabelRule
@@ -49,7 +50,7 @@ def examine(rows: Iterable[Row], rule: LabelRule, num_labels: int) -> Findings:
     """Decodes rows completely.
 
     Raises:
-        ValueError: a row cannot be read: see `read_sample`.
+        UserError: a row cannot be read: see `read_sample`.
     """
     sizes, modes, stored_ids, pixels = set(), set(), set(), np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
     deep = None
@@ -77,7 +78,7 @@ def check_all(rows: Rows, rule: LabelRule, num_labels: int) -> None:
     """Decodes every row, so that what cannot be scored shows before training and not at the first evaluation.
 
     Raises:
-        ValueError: a row cannot be read: see `read_sample`.
+        UserError: a row cannot be read: see `read_sample`.
     """
     for index in range(len(rows)):
         read_sample(rows[index], rule, num_labels)
@@ -89,7 +90,7 @@ def choose_encoding(rows: Sequence[Row], rules: Mapping[str, LabelRule], num_lab
     It is decided from several masks together, because the ids of a single one may be legal in two encodings.
 
     Raises:
-        ValueError: none fits, or several do.
+        UserError: none fits, or several do.
     """
     if len(rules) == 1:
         return next(iter(rules))
@@ -103,9 +104,9 @@ def choose_encoding(rows: Sequence[Row], rules: Mapping[str, LabelRule], num_lab
     fitting = [encoding for encoding in rules if encoding not in reasons]
     if not fitting:
         why = " ".join(f"Not {encoding}: {reason}" for encoding, reason in reasons.items())
-        raise ValueError(f"{name}: the first {len(rows)} masks are in none of the known encodings. {why}")
+        raise UserError(f"{name}: the first {len(rows)} masks are in none of the known encodings. {why}")
     if len(fitting) > 1:
-        raise ValueError(
+        raise UserError(
             f"{name}: the first {len(rows)} masks could be {' or '.join(fitting)}: their ids occur in both. Use a local "
             "copy (`--data_dir`), whose file names tell."
         )

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..hub.errors import explained
+from ..utils.messages import UserError
 from .dataset import TASK, Row, Sample, read_sample, torch_seed
 from .labels import LabelRule
 from .probing import PROBED_ROWS
@@ -82,7 +83,7 @@ class StreamRows:
 
         Raises:
             HubError: the connection broke off.
-            ValueError: a row has no image or no mask.
+            UserError: a row has no image or no mask.
         """
         shard = self.table.shard(num_shards=self.num_shards, index=part.shard)
         with explained("data set", self.source):
@@ -189,10 +190,10 @@ class DenseStream(IterableDataset[Sample]):
         """The first `count` samples. Every reader reads all of them then, so let them be few.
 
         Raises:
-            ValueError: `count` is not positive.
+            UserError: `count` is not positive.
         """
         if count < 1:
-            raise ValueError(f"{self.source}: cannot train on the first {count} images; take at least one.")
+            raise UserError(f"{self.source}: cannot train on the first {count} images; take at least one.")
         return replace(self, limit=count)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -247,7 +248,7 @@ class TransformedStream(IterableDataset[dict[str, Any]]):
         ranks: int = 1,
     ):
         if seed < 0:
-            raise ValueError(f"seed is {seed}; it must not be negative.")
+            raise UserError(f"seed is {seed}; it must not be negative.")
         self.dataset, self.transform, self.seed, self.rank, self.ranks = dataset, transform, seed, rank, ranks
         self.task = dataset.task
 
@@ -312,7 +313,7 @@ def open_streams(
 
     Raises:
         HubError: the repository cannot be read.
-        ValueError: columns cannot be found.
+        UserError: columns cannot be found.
     """
     import datasets
 
@@ -321,7 +322,7 @@ def open_streams(
         tables = builder.as_streaming_dataset()
         features = builder.info.features
         if features is None:
-            raise ValueError(f"{name}: its files name no columns; store it as Parquet to stream it.")
+            raise UserError(f"{name}: its files name no columns; store it as Parquet to stream it.")
         columns = find_columns(features, image_column, label_column, name)
         if hasattr(builder.config, "columns") and len(features) > len(columns):
             builder.config.columns = list(columns)  # type: ignore[attr-defined] # reads no other bytes

@@ -11,6 +11,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from transformers import BaseImageProcessor
 
+from ..utils.messages import UserError
 from .labels import IGNORE_INDEX
 
 
@@ -49,7 +50,7 @@ class ColourMatrix:
             ("hue", hue, 0.5),
         ):
             if not 0 <= value <= largest:
-                raise ValueError(f"{name} is {value}; it must lie in 0..{largest}.")
+                raise UserError(f"{name} is {value}; it must lie in 0..{largest}.")
         self.centre = torch.tensor([1.0, 1.0, 1.0, 0.0])
         self.spread = torch.tensor([brightness, contrast, saturation, hue])
 
@@ -105,9 +106,9 @@ class TrainTransform:
     ):
         self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
         if min(self.crop_size) < 1 or (image_size is not None and image_size < 1):
-            raise ValueError(f"crop_size {crop_size} and image_size {image_size} must be positive.")
+            raise UserError(f"crop_size {crop_size} and image_size {image_size} must be positive.")
         if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale is {scale}; it must be (smallest, largest), both positive.")
+            raise UserError(f"scale is {scale}; it must be (smallest, largest), both positive.")
         self.image_size = image_size
         self.scale = scale
         self.flip = flip

@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file
 from ..adapters import DenseAdapter, build_adapter, image_statistics
 from ..adapters.loading import load_segmentation_model
 from ..utils.costs import device_name, time_forward
+from ..utils.messages import UserError
 from ..utils.text import shortened
 from .exportable import OPSET, LogitsModel, to_onnx, why_fixed
 from .onnx_folder import FOLDER, MODEL_FILE, REPORT_FILE, mention_in_card, weights_digest
@@ -74,11 +75,11 @@ def export_student(
         Path of the file and contents of `export.json`.
 
     Raises:
-        ValueError: if a package is missing, the model cannot be exported, or the file computes something else; then it
+        UserError: if a package is missing, the model cannot be exported, or the file computes something else; then it
             is kept without a report.
     """
     if missing := [name for name in REQUIREMENTS if find_spec(name) is None]:
-        raise ValueError(f"export needs {', '.join(missing)}: pip install {' '.join(REQUIREMENTS)}")
+        raise UserError(f"export needs {', '.join(missing)}: pip install {' '.join(REQUIREMENTS)}")
     model = load_segmentation_model(source, revision=revision, trust_remote_code=trust_remote_code).float().eval()
     adapter = build_adapter(model, *image_statistics(model))
     height, width = size or student_size(source, getattr(model.config, "_commit_hash", None), adapter)
@@ -147,9 +148,9 @@ def check_runs(model: PreTrainedModel, pixel_values: Tensor) -> None:
         outputs = model(pixel_values=pixel_values)
     except (RuntimeError, ValueError) as error:
         cause = shortened(error)
-        raise ValueError(f"the model takes no images of {size} pixels; choose another --size: {cause}") from error
+        raise UserError(f"the model takes no images of {size} pixels; choose another --size: {cause}") from error
     if getattr(outputs, "logits", None) is None:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} gives no logits for each pixel but {', '.join(outputs)}, which cannot be exported; "
             "distil it into a student that does, such as SegFormer."
         )
@@ -162,7 +163,7 @@ def write_model(path: Path, adapter: DenseAdapter, size: tuple[int, int]) -> tup
         Why height and width are fixed, if they are, and what `compare` found.
 
     Raises:
-        ValueError: if the model cannot be exported, or the file computes something else.
+        UserError: if the model cannot be exported, or the file computes something else.
     """
     model, exportable, (height, width) = adapter.model, LogitsModel(adapter.model), size
     fixed_because = why_fixed(model)
@@ -183,10 +184,10 @@ def write_model(path: Path, adapter: DenseAdapter, size: tuple[int, int]) -> tup
         save(path, exportable, adapter, size, fixed_because)
     except OnnxExporterError as error:
         cause = shortened(error.__cause__ or error)
-        raise ValueError(f"{type(model).__name__} cannot be exported at {height} x {width} pixels: {cause}") from error
+        raise UserError(f"{type(model).__name__} cannot be exported at {height} x {width} pixels: {cause}") from error
     parity = compare(path, model, [images(adapter, number, height, width) for number in (1, 2)])
     if not agrees(parity):
-        raise ValueError(
+        raise UserError(
             f"{path} does not compute what the model computes: {parity}; allowed are a difference of {MAX_DIFFERENCE:g} "
             f"(times the largest logit, if that is above 1) and {MIN_AGREEMENT:.1%} equal classes. The file is kept for "
             "you to look at; do not use it."

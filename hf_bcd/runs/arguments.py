@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from ..training.config import PRESETS, BCDConfig
-from ..utils.messages import unknown_key_message
+from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import parse_mapping, read_yaml
 from .recipes import merged, read_recipe
 
@@ -108,7 +108,7 @@ def build_arguments(recipe: Mapping[str, Any]) -> tuple[ModelArguments, DataArgu
     """Builds the arguments that a recipe describes; what it does not name has its default.
 
     Raises:
-        ValueError: for streaming without max_steps.
+        UserError: for streaming without max_steps.
     """
 
     def build(cls: Any) -> Any:
@@ -116,7 +116,7 @@ def build_arguments(recipe: Mapping[str, Any]) -> tuple[ModelArguments, DataArgu
 
     model_args, data_args, config = build(ModelArguments), build(DataArguments), build(BCDConfig)
     if data_args.streaming and config.max_steps <= 0:
-        raise ValueError(
+        raise UserError(
             f"max_steps is {config.max_steps}, but a stream has no end: set --max_steps, or leave --streaming out."
         )
     return model_args, data_args, config
@@ -144,7 +144,7 @@ def read_arguments(
         All that was said, as one recipe.
 
     Raises:
-        ValueError: for unknown keys, naming the nearest known one.
+        UserError: for unknown keys, naming the nearest known one.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(  # type: ignore[call-arg]
@@ -172,7 +172,7 @@ def read_arguments(
         recipe = read_recipe(Path(config), RECIPE_KEYS) if config is not None else {}
     recipe = {key: _converted(key, value, parser) for key, value in recipe.items()}
     if {"num_train_epochs", "max_steps"} <= set(typed) and namespace.max_steps > 0:
-        raise ValueError("--max_steps and --num_train_epochs exclude each other; give one of them.")
+        raise UserError("--max_steps and --num_train_epochs exclude each other; give one of them.")
     recipe = merged(recipe, {key: getattr(namespace, key) for key in typed})
     values = {key: getattr(namespace, key) for key in RECIPE_KEYS} | recipe
     for key in MAPPINGS:
@@ -202,7 +202,7 @@ def _converted(key: str, value: Any, parser: argparse.ArgumentParser) -> Any:
                 return convert(value) if convert is int else value
     except (ValueError, argparse.ArgumentTypeError):
         pass
-    raise ValueError(f"{key} is {value!r} in the recipe; it must be {KINDS[convert]}.")
+    raise UserError(f"{key} is {value!r} in the recipe; it must be {KINDS[convert]}.")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -245,9 +245,9 @@ def _split_dotted(argv: list[str]) -> tuple[list[str], list[tuple[list[str], str
         path = name.removeprefix("--").split(".")
         if name.startswith("--") and len(path) > 1:
             if path[0] not in MAPPINGS:
-                raise ValueError(unknown_key_message("mapping", path[0], MAPPINGS))
+                raise UserError(unknown_key_message("mapping", path[0], MAPPINGS))
             if not equals and i + 1 >= len(argv):
-                raise ValueError(f"{name} has no value.")
+                raise UserError(f"{name} has no value.")
             dotted.append((path, value if equals else argv[i + 1]))
             i += 1 if equals else 2
         else:
@@ -262,7 +262,7 @@ def _check_flags(argv: list[str], parser: argparse.ArgumentParser) -> None:
         flag = text.partition("=")[0]
         if flag.startswith("--") and flag not in options:
             known = {option.removeprefix("--") for option in options if "-" not in option.removeprefix("--")}
-            raise ValueError(unknown_key_message("argument", flag.removeprefix("--").replace("-", "_"), known))
+            raise UserError(unknown_key_message("argument", flag.removeprefix("--").replace("-", "_"), known))
 
 
 def _is_typed(parser: argparse.ArgumentParser, key: str, argv: list[str]) -> bool:

@@ -22,7 +22,7 @@ from ..hub.errors import explained
 from ..training.config import BCDConfig
 from ..training.teaching import check_losses
 from ..utils.files import write_json
-from ..utils.messages import unknown_key_message
+from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import parse_mapping
 from .arguments import ModelArguments
 from .experiment import train_model
@@ -81,29 +81,29 @@ def load_baseline(args: ModelArguments, data: DenseDatasets) -> DenseAdapter | N
     """Loads the finished undistilled student that `baseline` names.
 
     Raises:
-        ValueError: if there is no teacher to compare with, one is to be trained as well, it predicts other classes, or
+        UserError: if there is no teacher to compare with, one is to be trained as well, it predicts other classes, or
             it was distilled itself.
     """
     if args.teacher is None and (args.baseline is not None or args.with_baseline):
-        raise ValueError(
+        raise UserError(
             "a baseline is there to compare a distilled student with: name a --teacher too, or leave --baseline out and set "
             "--with_baseline to false."
         )
     if args.baseline is None:
         return None
     if args.with_baseline:
-        raise ValueError(
+        raise UserError(
             f"--baseline {args.baseline} and --with_baseline exclude each other: compare with a finished student, or "
             "train one."
         )
     folder = Path(args.baseline).expanduser()
     source = str(folder) if folder.is_dir() else args.baseline
     if is_distilled(source):
-        raise ValueError(f"--baseline {args.baseline} was distilled itself; name a student trained without a teacher.")
+        raise UserError(f"--baseline {args.baseline} was distilled itself; name a student trained without a teacher.")
     model = load_adapter(ModelSpec(source), trust_remote_code=args.trust_remote_code)
     labels, expected = list(model.id2label.values()), list(data["train"].id2label.values())
     if labels != expected:
-        raise ValueError(
+        raise UserError(
             f"--baseline {args.baseline} predicts {len(labels)} classes ({', '.join(labels[:5])}, ...), but "
             f"{data['train'].name} has {len(expected)} ({', '.join(expected[:5])}, ...); name a student of this data set."
         )
@@ -132,7 +132,7 @@ def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDat
     """Trains a model alone in its own folder, or takes the one that the same recipe has left there.
 
     Raises:
-        ValueError: if the folder holds a finished model of another recipe.
+        UserError: if the folder holds a finished model of another recipe.
     """
     folder = Path(config.output_dir or ".")
     recipe = recipe_of(spec, config, data)
@@ -174,7 +174,7 @@ def check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
     found = json.loads(path.read_text())
     for key, value in json.loads(json.dumps(recipe)).items():
         if found.get(key) != value:
-            raise ValueError(
+            raise UserError(
                 f"{path.parent} holds a model of another recipe: {key} is {found.get(key)} there and {value} here. "
                 "Choose another --output_dir, or remove that folder to train it again."
             )
@@ -184,12 +184,12 @@ def derive_config(config: BCDConfig, role: str, changes: Mapping[str, Any]) -> B
     """The same training arguments for another model of the run: its own folder, never pushed.
 
     Raises:
-        ValueError: for a change of an unknown argument.
+        UserError: for a change of an unknown argument.
     """
     known = {f.name for f in dataclasses.fields(BCDConfig) if f.init}
     for key in changes:
         if key not in known:
-            raise ValueError(unknown_key_message("training argument", key, known))
+            raise UserError(unknown_key_message("training argument", key, known))
     if "num_train_epochs" in changes:  # the run's own number of steps would win over it
         changes = {"max_steps": -1, **changes}
     # `Trainer.push_to_hub` leaves names with an underscore out

@@ -33,16 +33,16 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
         for_training: whether there must be a training split.
 
     Raises:
-        ValueError: if neither a data set nor a folder is named, a limit is not positive, or there is no training split.
+        UserError: if neither a data set nor a folder is named, a limit is not positive, or there is no training split.
     """
     source = args.dataset_name or args.data_dir
     if source is None:
-        raise ValueError("no data: give --dataset_name (catalog name, Hub id or folder) or --data_dir.")
+        raise UserError("no data: give --dataset_name (catalog name, Hub id or folder) or --data_dir.")
     for name in ("max_train_samples", "max_eval_samples"):
         if (limit := getattr(args, name)) is not None and limit < 1:
-            raise ValueError(f"--{name} is {limit}; take at least one image, or leave it out for all.")
+            raise UserError(f"--{name} is {limit}; take at least one image, or leave it out for all.")
     if args.cache_images and args.streaming:
-        raise ValueError("streaming is for data that no memory holds: leave --cache_images or --streaming out.")
+        raise UserError("streaming is for data that no memory holds: leave --cache_images or --streaming out.")
     options = args.dataset_options or {}
     data = load_dense_dataset(
         source,
@@ -60,7 +60,7 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
         **(parse_mapping(options, "dataset_options") if isinstance(options, str) else options),
     )
     if for_training and "train" not in data:
-        raise ValueError(f"{source} has no training split, only {', '.join(data)}.")
+        raise UserError(f"{source} has no training split, only {', '.join(data)}.")
 
     def cut(split: Any, limit: int | None) -> Any:
         if isinstance(split, DenseStream):

@@ -13,7 +13,7 @@ from .. import losses
 from ..losses import LOSSES, DistillationCriterion, DistillationLoss, build_criterion
 from ..losses.recipe import ALWAYS_OFFERED, CONTEXT
 from ..outputs import FeatureSpec
-from ..utils.messages import unknown_key_message
+from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import yaml_text
 
 
@@ -188,10 +188,10 @@ def page(name: str, costs: Mapping[str, Any] | None) -> str:
     """Everything about a method: what it computes, its options and weights, how to use and cite it.
 
     Raises:
-        ValueError: for an unknown method, naming the nearest known one.
+        UserError: for an unknown method, naming the nearest known one.
     """
     if name not in LOSSES:
-        raise ValueError(unknown_key_message("method", name, LOSSES))
+        raise UserError(unknown_key_message("method", name, LOSSES))
     cls, row = LOSSES[name], describe(name, costs)
     blocks = [
         f"{name}: {row.transfers}\n{row.source}",

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..utils.messages import unknown_key_message
+from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import read_yaml
 
 
@@ -18,29 +18,29 @@ def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
         known: keys that a recipe may have beside `base`.
 
     Raises:
-        ValueError: if a file is missing or holds no mapping, a key is unknown, or a recipe is its own base.
+        UserError: if a file is missing or holds no mapping, a key is unknown, or a recipe is its own base.
     """
     values: dict[str, Any] = {}
     chain: list[Path] = []
     asked_by = "--config"
     while True:
         if not path.is_file():
-            raise ValueError(f"{asked_by} {path}: no such file.")
+            raise UserError(f"{asked_by} {path}: no such file.")
         if path.resolve() in [earlier.resolve() for earlier in chain]:
-            raise ValueError(f"a recipe is its own base: {' -> '.join(map(str, [*chain, path]))}.")
+            raise UserError(f"a recipe is its own base: {' -> '.join(map(str, [*chain, path]))}.")
         chain.append(path)
         recipe = read_yaml(path.read_text(), str(path)) or {}
         if not isinstance(recipe, dict):
-            raise ValueError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}.")
+            raise UserError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}.")
         base = recipe.pop("base", None)
         for key in recipe:
             if key not in known:
-                raise ValueError(f"{path}: {unknown_key_message('key', str(key), {*known, 'base'})}")
+                raise UserError(f"{path}: {unknown_key_message('key', str(key), {*known, 'base'})}")
         values = merged(recipe, values)
         if base is None:
             return values
         if not isinstance(base, str):
-            raise ValueError(f"{path}: base is {base!r}; it must be the name of another recipe.")
+            raise UserError(f"{path}: base is {base!r}; it must be the name of another recipe.")
         path, asked_by = path.parent / base, f"{path}: base"
 
 

@@ -22,6 +22,7 @@ from ..data import DenseDataset, DenseDatasets
 from ..losses.recipe import read_losses
 from ..training.config import BCDConfig
 from ..utils.files import write_json
+from ..utils.messages import UserError
 from .arguments import RECIPE_KEYS, DataArguments, ModelArguments, build_arguments, read_arguments
 from .baseline import data_key, prepare_teacher, teacher_key
 from .experiment import build_student, evaluate_model, final_split, load_data, train_model
@@ -57,7 +58,7 @@ class Run:
         """What the finished run measured; None if it is not finished.
 
         Raises:
-            ValueError: if the folder holds a run of another recipe.
+            UserError: if the folder holds a run of another recipe.
         """
         path = self.folder / RESULT_FILE
         if not path.is_file():  # written last
@@ -66,7 +67,7 @@ class Run:
         for key in sorted({*self.arguments, *result["arguments"]}):
             found, expected = result["arguments"].get(key), json.loads(json.dumps(self.arguments.get(key)))
             if found != expected:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder} holds a finished run with {key} {found!r}, where the study says {expected!r}. "
                     "Choose another --output_dir, or remove that folder to run it again."
                 )
@@ -105,25 +106,23 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             `teacher: null` remains a baseline.
 
     Raises:
-        ValueError: for an unknown key, no runs, an unknown reference, seeds that are not distinct integers, or losses
+        UserError: for an unknown key, no runs, an unknown reference, seeds that are not distinct integers, or losses
             that `read_losses` refuses.
     """
     recipe = read_recipe(path, {*RECIPE_KEYS, *STUDY_KEYS})
     seeds, variations, reference, split = (recipe.pop(key, None) for key in ("seeds", "runs", "reference", "split"))
     if not isinstance(variations, dict) or not variations:
-        raise ValueError(
-            f"{path}: runs is {variations!r}; expected a mapping such as {{baseline: {{teacher: null}}}}."
-        )
+        raise UserError(f"{path}: runs is {variations!r}; expected a mapping such as {{baseline: {{teacher: null}}}}.")
     seeds = [42] if seeds is None else seeds
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
-        raise ValueError(f"{path}: seeds is {seeds!r}; expected a list of integers.")
+        raise UserError(f"{path}: seeds is {seeds!r}; expected a list of integers.")
     if len(set(seeds)) != len(seeds):
-        raise ValueError(f"{path}: seeds {seeds} are not distinct; equal seeds would be one run counted twice.")
+        raise UserError(f"{path}: seeds {seeds} are not distinct; equal seeds would be one run counted twice.")
     reference = next(iter(variations)) if reference is None else reference
     references = {name: (own or {}).get("reference", reference) for name, own in variations.items()}
     for name in references.values():
         if name not in variations:
-            raise ValueError(f"{path}: reference is {name!r}; choose one of {', '.join(variations)}.")
+            raise UserError(f"{path}: reference is {name!r}; choose one of {', '.join(variations)}.")
     names = sorted(variations, key=lambda name: name not in references.values())  # they run first
     folder = output_dir or Path(recipe.get("output_dir") or f"runs/studies/{path.stem}")
     runs = []
@@ -131,7 +130,7 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
         for name in names:
             own = {key: value for key, value in (variations[name] or {}).items() if key != "reference"}
             if unknown := set(own) - set(RECIPE_KEYS):
-                raise ValueError(f"{path}: run {name!r} has the unknown key {sorted(unknown)[0]!r}.")
+                raise UserError(f"{path}: run {name!r} has the unknown key {sorted(unknown)[0]!r}.")
             given = read_arguments(list(argv), recipe=merged(recipe, own))
             given |= dict.fromkeys(
                 (key for key, value in own.items() if value is None)
@@ -140,7 +139,7 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             try:
                 read_losses(given.get("losses") or {})  # now, not after the runs before it
             except ValueError as error:
-                raise ValueError(f"{path}: run {name!r}: {error}") from None
+                raise UserError(f"{path}: run {name!r}: {error}") from None
             run_folder = folder / str(name) / f"seed_{seed}"
             fixed = {"output_dir": str(run_folder), "seed": seed, "with_baseline": False}
             runs.append(Run(str(name), seed, references[name], run_folder, {**given, **fixed}))
@@ -202,7 +201,7 @@ class Shared:
         if path.is_file():
             found = json.loads(path.read_text())
             if found["key"] != json.loads(json.dumps(key)):
-                raise ValueError(f"{path} holds the scores of another teacher or split; remove it to score this one.")
+                raise UserError(f"{path} holds the scores of another teacher or split; remove it to score this one.")
             return found["scores"]
         scores = evaluate_model(model, config, data, synonyms)
         if config.should_save:
@@ -245,15 +244,16 @@ def run_study(study: Study, part: tuple[int, int] = (1, 1)) -> list[str]:
     """
     shared, failures = Shared(study), []
     for run in study.runs[part[0] - 1 :: part[1]]:
-        if run.result() is not None:
-            logger.warning("finished already: %s, seed %s", run.name, run.seed)
-            continue
-        logger.warning("running %s, seed %s, in %s", run.name, run.seed, run.folder)
         try:
+            if run.result() is not None:
+                logger.warning("finished already: %s, seed %s", run.name, run.seed)
+                continue
+            logger.warning("running %s, seed %s, in %s", run.name, run.seed, run.folder)
             train_run(run, shared)
-        except (FloatingPointError, RuntimeError, OSError) as error:  # it diverged, or memory or disk were full
+        except Exception as error:  # it was refused, it diverged, memory or disk were full: the others go on
             failures.append(f"{run.name}, seed {run.seed}: {error}")
-            logger.error("failed: %s", failures[-1])
+            known = isinstance(error, ValueError | FloatingPointError | RuntimeError | OSError)
+            logger.error("failed: %s", failures[-1], exc_info=not known)
         gc.collect()
     return failures
 
@@ -265,7 +265,7 @@ def train_run(run: Run, shared: Shared) -> None:
     data = shared.load_data(data_args)
     split = shared.study.split or final_split(data)
     if split is None or split not in data:
-        raise ValueError(f"the data set has the splits {', '.join(data)}, but the scores are to come from {split!r}.")
+        raise UserError(f"the data set has the splits {', '.join(data)}, but the scores are to come from {split!r}.")
     student = build_student(model_args, data, config.seed)
     teacher, teacher_scores = shared.teacher(model_args, config, data, split)
     trainer = train_model(student, teacher, config, data, label_synonyms=model_args.label_synonyms)

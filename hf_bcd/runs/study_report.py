@@ -1,6 +1,7 @@
 """What a study shows: every number as CSV, means with paired differences as Markdown, and plots."""
 
 import csv
+import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks import TASKS, Score, Task
+from ..utils.messages import UserError
 from .study import Study
 
+
+logger = logging.getLogger(__name__)
 
 # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
 T_QUANTILES = (
@@ -19,10 +23,15 @@ Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def collect(study: Study) -> dict[str, dict[int, dict[str, Any]]]:
-    """Results of the finished runs: name -> seed -> what `study.json` holds."""
+    """Results of the finished runs: name -> seed -> what `study.json` holds; those of another recipe are left out."""
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for run in study.runs:
-        if (result := run.result()) is not None:
+        try:
+            result = run.result()
+        except ValueError as error:  # of another recipe
+            logger.warning("left out of the report: %s", error)
+            continue
+        if result is not None:
             results.setdefault(run.name, {})[run.seed] = result
     return results
 
@@ -146,11 +155,11 @@ def write_study_report(study: Study) -> str:
         The Markdown tables.
 
     Raises:
-        ValueError: if no run is finished.
+        UserError: if no run is finished.
     """
     results = collect(study)
     if not results:
-        raise ValueError(f"no run of the study in {study.folder} is finished.")
+        raise UserError(f"no run of the study in {study.folder} is finished.")
     write_csv(results, study.folder / "results.csv")
     first = next(iter(next(iter(results.values())).values()))
     task = TASKS[first["task"]]

@@ -96,7 +96,11 @@ class Task(ABC):
 
     @abstractmethod
     def targets(self, batch: Mapping[str, Any], num_labels: int) -> Targets:
-        """The ground truth of a batch as losses see it, without a copy."""
+        """The ground truth of a training batch as losses see it, without a copy.
+
+        Raises:
+            UserError: if images of several sizes could not be stacked.
+        """
 
     @abstractmethod
     def denominator(self, targets: Targets) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from ..data import EvalTransform, TrainTransform, collate
+from ..data import EvalTransform, TrainTransform, check_one_size, collate
 from ..figures.segmentation import comparison_figure, prediction_strip
 from ..metrics import SemanticMetrics
 from ..outputs import LabelMaps
@@ -56,6 +56,7 @@ class SemanticSegmentation(Task):
         return collate(samples)
 
     def targets(self, batch: Mapping[str, Any], num_labels: int) -> LabelMaps:
+        check_one_size(batch)
         return LabelMaps(batch["labels"], num_labels)
 
     def denominator(self, targets: LabelMaps) -> Tensor:  # type: ignore[override]

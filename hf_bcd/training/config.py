@@ -8,7 +8,7 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 
 from ..losses.recipe import read_losses
-from ..utils.messages import unknown_key_message
+from ..utils.messages import UserError, as_user_error, unknown_key_message
 from ..utils.yaml import parse_mapping
 
 
@@ -130,7 +130,8 @@ class BCDConfig(TrainingArguments):
             self.max_steps = MAX_STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0
-        super().__post_init__()
+        with as_user_error():
+            super().__post_init__()
         if self.lr_scheduler_type == SchedulerType.POLYNOMIAL:
             self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or dict(POLYNOMIAL)
         elif self.lr_scheduler_kwargs == POLYNOMIAL:  # of what this was derived from; no other schedule takes them
@@ -138,26 +139,32 @@ class BCDConfig(TrainingArguments):
         self._check_training()
         for name, known in (("preset", PRESETS), ("teacher_dtype", TEACHER_DTYPES)):
             if getattr(self, name) not in known:
-                raise ValueError(unknown_key_message(name, str(getattr(self, name)), known))
+                raise UserError(unknown_key_message(name, str(getattr(self, name)), known))
         if isinstance(self.losses, str):
             self.losses = parse_mapping(self.losses, "losses")
         losses = read_losses(self.resolved_losses)  # a typing error shows now, not after a teacher's training
         if self.torch_compile and (self.log_gradients or any(loss.measured for loss in losses.values())):
-            raise ValueError(
+            raise UserError(
                 "log_gradients and `weight: auto` take the gradient of every term, which torch_compile hides; leave one out."
             )
         for name in ("crop_size", "calibration_images", "scale_min"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0.")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be > 0.")
         if self.scale_min > self.scale_max:
-            raise ValueError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
+            raise UserError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
 
     def _check_training(self) -> None:
         """Refuses what the base class accepts and would fail on, or ignore, in the middle of training."""
+        launched = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"]
+        if self.fsdp or self.deepspeed or launched:
+            raise UserError(
+                "sharding a model over GPUs (FSDP, DeepSpeed) is not supported: a student fits on one device. Launch "
+                "data-parallel processes, as examples/accelerate_configs/gpu_x8.yaml does."
+            )
         if self.max_steps == 0:
-            raise ValueError("max_steps is 0; train for at least one step, or score a model with hf-bcd evaluate.")
+            raise UserError("max_steps is 0; train for at least one step, or score a model with hf-bcd evaluate.")
         if self.max_steps > 0 and (warmup := self.get_warmup_steps(self.max_steps)) >= self.max_steps:
-            raise ValueError(
+            raise UserError(
                 f"warmup_steps {self.warmup_steps} takes {warmup} of {self.max_steps} max_steps; lower it."
             )
         for name, expected in (
@@ -166,7 +173,7 @@ class BCDConfig(TrainingArguments):
             ("remove_unused_columns", False),
         ):
             if getattr(self, name) != expected:
-                raise ValueError(
+                raise UserError(
                     f"{name} is {getattr(self, name)}, which segmentation does not have here; leave it out."
                 )
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from .messages import UserError
+
 
 class _YamlLoader(yaml.SafeLoader):
     """YAML in which 1e-4 is a number and `on` names an option; YAML 1.1 takes them for text and a truth value."""
@@ -30,23 +32,23 @@ def read_yaml(text: str, name: str) -> Any:
         name: file or argument that it comes from, for error messages.
 
     Raises:
-        ValueError: if it is no YAML.
+        UserError: if it is no YAML.
     """
     try:
         return yaml.load(text, Loader=_YamlLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name} is no valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_mapping(text: str, key: str) -> dict[str, Any]:
     """Reads a mapping written as YAML or JSON.
 
     Raises:
-        ValueError: if `text` is something else.
+        UserError: if `text` is something else.
     """
     value = read_yaml(text, key)
     if not isinstance(value, dict):
-        raise ValueError(f"{key} is {text!r}; expected a mapping such as '{{name: value}}'.")
+        raise UserError(f"{key} is {text!r}; expected a mapping such as '{{name: value}}'.")
     return value
 
 

@@ -149,8 +149,15 @@ def test_curves_take_the_seconds_of_the_log_before() -> None:
     ]
 
 
-def finished(folder: Path, name: str, seed: int, scores: dict[str, float], teacher: dict | None = None) -> Run:
-    run = Run(name, seed, "plain", folder / name / f"seed_{seed}", {"seed": seed})
+def finished(
+    folder: Path,
+    name: str,
+    seed: int,
+    scores: dict[str, float],
+    teacher: dict | None = None,
+    arguments: dict | None = None,
+) -> Run:
+    run = Run(name, seed, "plain", folder / name / f"seed_{seed}", arguments or {"seed": seed})
     run.folder.mkdir(parents=True)
     columns = ("overall_accuracy", "boundary_f@3", "boundary_iou", "completeness", "connectivity")
     values = dict.fromkeys(columns, 0.5) | {"fragments": 1.25} | scores
@@ -229,24 +236,53 @@ def test_a_study_trains_each_run_once_and_reports(tmp_path: Path, monkeypatch: p
 def test_a_run_that_fails_stops_no_other_and_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_study(
-        tmp_path, runs={"first": {"teacher": None}, "second": {"teacher": None, "max_steps": 2}}, seeds=[1]
-    )
-    trained = module.train_model
+    first = {"teacher": None, "max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    path = write_study(tmp_path, runs={"first": first, "second": {"teacher": None, "max_steps": 2}}, seeds=[1])
+    written = module.write_report
 
-    def diverges(*args: Any, **kwargs: Any) -> Any:
-        if args[2].max_steps == 4:
-            raise FloatingPointError("loss is nan")
-        return trained(*args, **kwargs)
+    def dies(trainer: Any, *args: Any) -> None:
+        if trainer.args.max_steps == 3:
+            raise OSError("no space left on the disk")
+        written(trainer, *args)
 
-    monkeypatch.setattr(module, "train_model", diverges)
-    with pytest.raises(SystemExit, match=r"1 runs failed.*\nfirst, seed 1: loss is nan"):
+    monkeypatch.setattr(module, "write_report", dies)
+    with pytest.raises(SystemExit, match=r"1 runs failed.*\nfirst, seed 1: no space left on the disk"):
         command.main([str(path)])
     assert "second" in capsys.readouterr().out
-    monkeypatch.setattr(module, "train_model", trained)
+    monkeypatch.setattr(module, "write_report", written)
+    monkeypatch.setattr("hf_bcd.BCDTrainer.training_step", lambda *_: pytest.fail("trained again"))
     command.main([str(path)])
     assert list(collect(read_study(path))) == ["first", "second"]
     assert "first" in score_table(collect(read_study(path)))
+
+
+def test_refused_runs_are_named_and_the_others_go_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    errors = {"refused": ValueError("no such teacher"), "broken": KeyError("lost")}
+    path = write_study(tmp_path, runs=dict.fromkeys((*errors, "foreign", "fine")), reference="fine", seeds=[1])
+
+    def train(run: Run, shared: Any) -> None:
+        if run.name in errors:
+            raise errors[run.name]
+        finished(tmp_path / "out", run.name, run.seed, {"mean_iou": 0.5}, arguments=run.arguments)
+
+    monkeypatch.setattr(module, "train_run", train)
+    finished(tmp_path / "out", "foreign", 1, {"mean_iou": 0.25})
+    with pytest.raises(SystemExit) as end:
+        command.main([str(path)])
+    lines = str(end.value).splitlines()
+    assert "3 runs failed" in lines[0] and [line.split(",")[0] for line in lines[1:]] == [
+        "broken",
+        "foreign",
+        "refused",
+    ]
+    assert "holds a finished run" in lines[2] and "no such teacher" in lines[3]
+    assert "| fine | 1 | 50.00" in capsys.readouterr().out
+    assert caplog.text.count("Traceback") == 1, "that of the error that nobody expected"
 
 
 TEACHERS = {

@@ -629,6 +629,19 @@ def test_a_checkpoint_that_a_killed_process_left_half_written_does_not_count(
     assert_equal(state(resumed), state(whole))
 
 
+@pytest.mark.parametrize("loss", ["kd", "bcd"])  # the latter looks at images before the first step
+@pytest.mark.parametrize(("key", "what"), [("pixel_values", "images"), ("labels", "masks")])
+def test_training_images_of_unequal_sizes_are_named(key: str, what: str, loss: str, tmp_path: Path) -> None:
+    class Unequal(tiny.TensorSamples):
+        def __getitem__(self, index: int) -> dict:
+            sample = super().__getitem__(index)
+            return sample | {key: sample[key][..., : 48 - 8 * index]}
+
+    run = tiny.trainer(tmp_path, data={"train": Unequal(2)}, losses={loss: {}})
+    with pytest.raises(ValueError, match=f"training {what} of 48 x 40 and of 48 x 48 pixels.*Crop or resize them"):
+        run.train()
+
+
 def test_a_set_smaller_than_a_batch_that_is_dropped_is_named(tmp_path: Path) -> None:
     run = tiny.trainer(
         tmp_path, teacher=None, data=tiny.scenes(3), dataloader_drop_last=True, per_device_train_batch_size=4

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...utils.messages import UserError
 from ..dataset import Row, Rows
 from ..images import read_image
 from ..labels import IGNORE_INDEX, pack_rgb
@@ -71,17 +72,17 @@ def panoptic_to_classes(mask: Image.Image, segments: np.ndarray, classes: np.nda
         uint8 array `[H, W]`.
 
     Raises:
-        ValueError: the mask is not RGB or holds a segment that the annotations lack.
+        UserError: the mask is not RGB or holds a segment that the annotations lack.
     """
     if mask.mode != "RGB":
-        raise ValueError(f"{name}: a panoptic mask is an RGB image of segment ids, but this one has mode {mask.mode}.")
+        raise UserError(f"{name}: a panoptic mask is an RGB image of segment ids, but this one has mode {mask.mode}.")
     segments = np.concatenate([[0], segments])
     classes = np.concatenate([[IGNORE_INDEX], classes]).astype(np.uint8)
     ids = pack_rgb(np.asarray(mask))
     places = np.searchsorted(segments, ids).clip(max=len(segments) - 1)
     unknown = ids[segments[places] != ids]
     if unknown.size:
-        raise ValueError(
+        raise UserError(
             f"{name}: the mask holds segment {unknown[0]}, which the json annotations do not list for this image. "
             "Masks and annotations must be of the same release."
         )
@@ -104,7 +105,7 @@ def draw_instances(annotations: list[dict[str, Any]], height: int, width: int, n
         uint8 array `[H, W]`.
 
     Raises:
-        ValueError: pycocotools is not installed, or a segmentation cannot be read.
+        UserError: pycocotools is not installed, or a segmentation cannot be read.
     """
     label = np.zeros((height, width), dtype=np.uint8)
     covered = np.zeros((height, width), dtype=bool)
@@ -112,7 +113,7 @@ def draw_instances(annotations: list[dict[str, Any]], height: int, width: int, n
         try:
             mask = _decode_segmentation(annotation["segmentation"], height, width, name)
         except (TypeError, KeyError) as error:
-            raise ValueError(f"{name}: neither polygons nor run lengths ({error!r}).") from error
+            raise UserError(f"{name}: neither polygons nor run lengths ({error!r}).") from error
         if annotation["iscrowd"]:
             label[mask] = IGNORE_INDEX
             continue
@@ -136,7 +137,7 @@ def _decode_segmentation(segmentation: Any, height: int, width: int, name: str) 
     else:
         runs = segmentation
     if list(runs["size"]) != [height, width]:
-        raise ValueError(
+        raise UserError(
             f"{name}: run lengths of size {runs['size']} (height, width), but the image is {[height, width]}."
         )
     return masks.decode(runs).astype(bool)
@@ -146,13 +147,13 @@ def import_extra(module: str) -> Any:
     """Imports a module that only some data sets need.
 
     Raises:
-        ValueError: it is not installed.
+        UserError: it is not installed.
     """
     try:
         return import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise ValueError(f"this data set needs {package}: pip install 'hf_bcd[coco]'") from error
+        raise UserError(f"this data set needs {package}: pip install 'hf_bcd[coco]'") from error
 
 
 def open_panoptic(root: Path) -> dict[str, Rows]:
@@ -176,11 +177,11 @@ def _open_splits(root: Path, kind: str, read: Callable[[Path, dict[str, Any], Pa
         # The innermost: `train/images` lies in `train`.
         images = next((folder for folder in reversed(folders) if folder.is_dir()), None)
         if images is None:
-            raise ValueError(f"{file} needs a folder with its images; expected {folders[0]}.")
+            raise UserError(f"{file} needs a folder with its images; expected {folders[0]}.")
         try:
             splits[split] = read(file, json.loads(file.read_bytes()), images)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file}: not COCO's {kind} annotations ({error!r}).") from error
+            raise UserError(f"{file}: not COCO's {kind} annotations ({error!r}).") from error
     return splits
 
 
@@ -188,7 +189,7 @@ def _image_paths(file: Path, content: Mapping[str, Any], folder: Path) -> dict[i
     present = {path.name for path in folder.iterdir()}
     missing = [image["file_name"] for image in content["images"] if image["file_name"] not in present]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{file} lists {len(content['images'])} images, of which {len(missing)} are not in {folder}, such as "
             f"{missing[0]}. Complete the folder."
         )
@@ -230,6 +231,6 @@ def _instance_rows(file: Path, content: dict[str, Any], folder: Path) -> Instanc
 def _check_categories(file: Path, categories: Any, known: tuple[int, ...]) -> None:
     unknown = sorted(set(categories) - set(known))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{file}: categories {unknown} are none of COCO's {len(known)}. These are annotations of another set."
         )

@@ -10,6 +10,7 @@ from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ...hub.errors import explained
+from ...utils.messages import UserError
 from .tables import TableRows, read_tables
 
 
@@ -34,7 +35,7 @@ def load_hub(
 
     Raises:
         HubError: the repository cannot be read.
-        ValueError: it holds no data, a loading script, or several configurations of which none is chosen.
+        UserError: it holds no data, a loading script, or several configurations of which none is chosen.
     """
     import datasets
     from datasets.exceptions import DatasetsError
@@ -52,29 +53,29 @@ def load_hub(
             return load(path, name=config, revision=revision, data_dir=data_dir, data_files=files)
     except FileNotFoundError as error:
         where = data_dir or (", ".join(files.values()) if files else "")
-        raise ValueError(
+        raise UserError(
             f"{repo}: no data found{f' in {where}' if where else ''}. Expected folders {{train,val,test}}/{{images,masks}}, "
             "an imagefolder whose metadata.jsonl has file_name and mask_file_name, or parquet files."
         ) from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"{repo}: the data set is a loading script, which datasets no longer runs. The Hub may keep a converted copy: "
             "try revision refs/convert/parquet (`--dataset_revision`) with the configuration's folder as data_dir."
         ) from error
     except DatasetsError as error:
         said = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:300]
-        raise ValueError(
+        raise UserError(
             f"{repo}: its files cannot be read as one table ({said}). If they belong to several configurations, choose one "
             "(`--dataset_config`), or its folder (`--data_dir`)."
         ) from error
     except ValueError as error:
         said = " ".join(str(error).partition("\nExample")[0].split())
         if said.startswith(("Config name is missing", "BuilderConfig")):
-            raise ValueError(f"{repo}: {said}. Choose one with config (`--dataset_config`).") from error
+            raise UserError(f"{repo}: {said}. Choose one with config (`--dataset_config`).") from error
         if said.startswith(("Couldn't find cache", "There are multiple")):
-            raise ValueError(
+            raise UserError(
                 f"{repo}: it cannot be read from the Hub, and the cache holds another configuration of it ({said}). Check "
                 "name, configuration and revision, or run once online."
             ) from error

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...utils.messages import UserError
 from ..dataset import SPLIT_ALIASES
 from ..labels import LabelRule, read_id2label
 from ..probing import choose_encoding, examine, first_rows
@@ -48,24 +49,24 @@ def open_known(
         limit: number of rows after which `read` cuts a split off; None for none.
 
     Raises:
-        ValueError: there is no such copy, or none that fits; the message has a reason for each.
+        UserError: there is no such copy, or none that fits; the message has a reason for each.
     """
     spec = CATALOG[name]
     _notify(name)
     layout = f"It must hold {spec.local.folders}." if spec.local else ""
     if data_dir is not None:
         if spec.local is None:
-            raise ValueError(f"{name} has no folder layout of its own: give its folder as the data set instead.")
+            raise UserError(f"{name} has no folder layout of its own: give its folder as the data set instead.")
         root = Path(data_dir).expanduser()
         if not root.is_dir():
-            raise ValueError(f"{root}: this folder does not exist.")
+            raise UserError(f"{root}: this folder does not exist.")
         splits, encoding = spec.local.open(root)
         if not splits:
-            raise ValueError(f"{root}: not a copy of {name}. {layout}")
+            raise UserError(f"{root}: not a copy of {name}. {layout}")
         return _checked(name, spec, splits, str(root), encoding=encoding)
     download = f"download it from {spec.source} and give its folder as data_dir (`--data_dir`). {layout}"
     if not spec.hub:
-        raise ValueError(f"{name} is not on the Hub: {download}")
+        raise UserError(f"{name} is not on the Hub: {download}")
     reasons = []
     for source in spec.hub:
         try:
@@ -75,7 +76,7 @@ def open_known(
             logger.warning("%s: the copy %s is passed over. %s", name, source.repo, error)
             reasons.append(f"\n- {source.repo}: {error}")
     remedy = f"\nOr {download}" if spec.local else ""
-    raise ValueError(f"{name}: no copy on the Hub can be used.{''.join(reasons)}{remedy}")
+    raise UserError(f"{name}: no copy on the Hub can be used.{''.join(reasons)}{remedy}")
 
 
 @cache
@@ -89,7 +90,7 @@ def _labelled_splits(spec: DatasetSpec, source: HubSource, splits: Mapping[str, 
     named = {SPLIT_ALIASES.get(split, split): rows for split, rows in splits.items()}
     missing = [split for split in spec.images if split not in named]
     if missing:
-        raise ValueError(f"{source.repo} has the splits {', '.join(splits)}, but {', '.join(missing)} is expected.")
+        raise UserError(f"{source.repo} has the splits {', '.join(splits)}, but {', '.join(missing)} is expected.")
     return {split: named[split] for split in spec.images}
 
 
@@ -105,7 +106,7 @@ def _checked(
 ) -> Opened:
     names = spec.id2label or hub_names(source, revision)
     if names is None:
-        raise ValueError(
+        raise UserError(
             f"{source} has no file id2label.json with the names of its classes, or it is not in the cache."
         )
     id2label = read_id2label(names)
@@ -114,7 +115,7 @@ def _checked(
     rule = spec.rules[encoding or choose_encoding(together, spec.rules, len(id2label), source)]
     for split, rows in first.items():
         if not rows:
-            raise ValueError(f"{source}: split {split!r} holds no images.")
+            raise UserError(f"{source}: split {split!r} holds no images.")
         if examine(rows, rule, len(id2label)).void_share == 1:
             logger.warning("%s: the first %d masks of %r are void throughout.", source, len(rows), split)
     for split, expected in spec.images.items():

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...utils.messages import UserError
 from ..dataset import Row, Rows
 from .coco import import_extra, open_instances, open_panoptic
 from .folders import FolderRows, files_by_stem, pair_files, pair_folders, pair_listed
@@ -69,7 +70,7 @@ def _open_cityscapes(root: Path) -> LocalCopy:
                 splits[split] = FolderRows(pairs)
         if splits.keys() == present.keys():
             return LocalCopy(splits, encoding)
-    raise ValueError(
+    raise UserError(
         f"{root / 'gtFine'}: the splits {', '.join(present)} do not all have masks <city>/*_gtFine_labelIds.png. Unpack "
         "gtFine_trainvaltest.zip beside leftImg8bit."
     )
@@ -115,14 +116,14 @@ def read_mat(path: str) -> np.ndarray:
     """The label map `S` `[H, W]` of a MATLAB file.
 
     Raises:
-        ValueError: scipy is not installed, or the file has no such variable.
+        UserError: scipy is not installed, or the file has no such variable.
     """
     io = import_extra("scipy.io")
     try:
         return io.loadmat(path, variable_names=["S"])["S"]
     # NotImplementedError is what scipy raises for version 7.3 of the format
     except (OSError, KeyError, ValueError, NotImplementedError, io.matlab.MatReadError) as error:
-        raise ValueError(f"{path}: not a MATLAB file of COCO-Stuff 10K with a variable S ({error!r}).") from error
+        raise UserError(f"{path}: not a MATLAB file of COCO-Stuff 10K with a variable S ({error!r}).") from error
 
 
 def _open_coco_stuff_10k(root: Path) -> LocalCopy:

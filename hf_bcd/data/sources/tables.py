@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...utils.messages import UserError
 from ..dataset import Row
 
 
@@ -55,7 +56,7 @@ def row_of(record: Mapping[str, Any], image_column: str, label_column: str, name
     """Takes image and mask out of a record of a table; `name` says where the record is.
 
     Raises:
-        ValueError: image or mask is missing.
+        UserError: image or mask is missing.
     """
     image, image_name = _file(record[image_column], f"{name}, column {image_column!r}")
     label, label_name = _file(record[label_column], f"{name}, column {label_column!r}")
@@ -64,7 +65,7 @@ def row_of(record: Mapping[str, Any], image_column: str, label_column: str, name
 
 def _file(value: Any, name: str) -> tuple[Any, str]:
     if value is None:
-        raise ValueError(f"{name}: empty. Remove rows without image or mask.")
+        raise UserError(f"{name}: empty. Remove rows without image or mask.")
     if isinstance(value, dict):
         file = value["path"] if value["bytes"] is None else value["bytes"]
         return file, f"{name} ({value['path']})" if value["path"] else name
@@ -90,15 +91,15 @@ def read_tables(
     """Finds the columns of images and label maps of every split; a single `Dataset` is the split `train`.
 
     Raises:
-        ValueError: `loaded` is neither a `Dataset` nor a `DatasetDict`, for example a stream.
-        ValueError: none or several columns fit.
+        UserError: `loaded` is neither a `Dataset` nor a `DatasetDict`, for example a stream.
+        UserError: none or several columns fit.
     """
     import datasets
 
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
     if not isinstance(loaded, datasets.DatasetDict):
-        raise ValueError(f"{name}: expected a datasets.Dataset or DatasetDict, got {type(loaded).__name__}.")
+        raise UserError(f"{name}: expected a datasets.Dataset or DatasetDict, got {type(loaded).__name__}.")
     rows = {}
     for split, table in loaded.items():
         columns = find_columns(table.features, image_column, label_column, name)
@@ -112,7 +113,7 @@ def find_columns(
     """Finds the columns of images and label maps among the features of a table.
 
     Raises:
-        ValueError: none or several columns fit, or one is to be both.
+        UserError: none or several columns fit, or one is to be both.
     """
     import datasets
 
@@ -121,7 +122,7 @@ def find_columns(
     image = _find_column("image", is_image, image_column, IMAGE_COLUMNS, name)
     label = _find_column("label", is_label, label_column, LABEL_COLUMNS, name)
     if image == label:
-        raise ValueError(
+        raise UserError(
             f"{name}: column {image!r} cannot hold both images and label maps. Set label_column (`--label_column`)."
         )
     return image, label
@@ -134,7 +135,7 @@ def _find_column(
     if len(found) != 1:
         state = f"{requested!r} is none" if requested else f"{' and '.join(found) or 'none'} found by name"
         able = ", ".join(column for column, fit in fits.items() if fit) or "no column"
-        raise ValueError(
+        raise UserError(
             f"{name}: needs one {kind} column, but {state}. Columns are {', '.join(fits)}, of which {able} can hold "
             f"{kind}s. Set {kind}_column (`--{kind}_column`)."
         )

@@ -8,6 +8,7 @@ are both read from this map, so they agree by construction. Classes share their 
 import numpy as np
 from torch.utils.data import Dataset
 
+from ...utils.messages import UserError
 from ..dataset import Sample
 from ..labels import IGNORE_INDEX
 from .objects import (
@@ -54,7 +55,7 @@ class SyntheticScenes(Dataset[Sample]):
         num_classes: 2 to 8. Below 8, related classes are merged, see `TAXONOMIES`.
 
     Raises:
-        ValueError: an argument is outside its range.
+        UserError: an argument is outside its range.
     """
 
     def __init__(
@@ -66,15 +67,15 @@ class SyntheticScenes(Dataset[Sample]):
         num_classes: int = 8,
     ):
         if min(size) < 32:
-            raise ValueError(f"size is {size}; scenes need at least 32 pixels in height and in width.")
+            raise UserError(f"size is {size}; scenes need at least 32 pixels in height and in width.")
         if num_images < 1:
-            raise ValueError(f"num_images is {num_images}; ask for at least one.")
+            raise UserError(f"num_images is {num_images}; ask for at least one.")
         if seed < 0:
-            raise ValueError(f"seed is {seed}; it must not be negative.")
+            raise UserError(f"seed is {seed}; it must not be negative.")
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}.")
+            raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}.")
         if num_classes not in TAXONOMIES:
-            raise ValueError(f"num_classes is {num_classes}; choose {min(TAXONOMIES)} to {max(TAXONOMIES)}.")
+            raise UserError(f"num_classes is {num_classes}; choose {min(TAXONOMIES)} to {max(TAXONOMIES)}.")
         self.size = size
         self.num_images = num_images
         self.seed = seed
