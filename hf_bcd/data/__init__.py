@@ -4,7 +4,7 @@ from .cache import keep_in_memory
 from .collate import check_one_size, collate
 from .dataset import DenseDataset, DenseDatasets
 from .loading import load_dense_dataset
-from .probing import check_all
+from .probing import check_masks
 from .sources.catalog import CATALOG, DatasetSpec
 from .streaming import DenseStream, TransformedStream
 from .transforms import EvalTransform, TrainTransform
@@ -19,7 +19,7 @@ __all__ = [
     "EvalTransform",
     "TrainTransform",
     "TransformedStream",
-    "check_all",
+    "check_masks",
     "check_one_size",
     "collate",
     "keep_in_memory",

@@ -125,9 +125,9 @@ class DenseDataset(Dataset[Sample]):
         return replace(self, rows=rows, cache=None)
 
     def with_transform(
-        self, transform: Callable[[Image.Image, np.ndarray], Mapping[str, Any]], seed: int = 0
+        self, transform: Callable[[Mapping[str, Any]], Mapping[str, Any]], seed: int = 0
     ) -> "TransformedDataset":
-        """Applies `transform(image, label)` to every sample; see `TransformedDataset`."""
+        """Applies `transform(sample)` to every sample; see `TransformedDataset`."""
         return TransformedDataset(self, transform, seed, self.cache)
 
 
@@ -165,7 +165,7 @@ class TransformedDataset(Dataset[dict[str, Any]]):
 
     Args:
         dataset: samples in canonical form.
-        transform: function of image and label to a mapping of tensors; random numbers must come from torch's CPU
+        transform: function of a sample to a mapping of tensors; random numbers must come from torch's CPU
             generator.
         seed: non-negative seed of the transform.
         cache: the same samples, if they are kept decoded; images are arrays there.
@@ -174,7 +174,7 @@ class TransformedDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         dataset: Dataset[Sample],
-        transform: Callable[[Any, np.ndarray], Mapping],
+        transform: Callable[[Mapping[str, Any]], Mapping],
         seed: int = 0,
         cache: Samples | None = None,
     ):
@@ -199,7 +199,7 @@ class TransformedDataset(Dataset[dict[str, Any]]):
         index = range(len(self))[index]
         sample = self.samples[index]
         with torch_seed(self.seed, int(self._epoch), index):
-            return {"index": index, **self.transform(sample["image"], sample["label"])}
+            return {"index": index, **self.transform(sample)}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import cast
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ..utils.messages import UserError
 from .dataset import Row, Rows, read_sample
@@ -74,14 +75,15 @@ def examine(rows: Iterable[Row], rule: LabelRule, num_labels: int) -> Findings:
     return Findings(sorted(sizes), sorted(modes), sorted(stored_ids), pixels)
 
 
-def check_all(rows: Rows, rule: LabelRule, num_labels: int) -> None:
-    """Decodes every row, so that what cannot be scored shows before training and not at the first evaluation.
+def check_masks(rows: Rows, rule: LabelRule, num_labels: int, name: str) -> None:
+    """Decodes every mask, so that ids which cannot be scored show before training and not at the first evaluation.
 
     Raises:
-        UserError: a row cannot be read: see `read_sample`.
+        UserError: a mask cannot be read or holds unknown ids.
     """
-    for index in range(len(rows)):
-        read_sample(rows[index], rule, num_labels)
+    for index in tqdm(range(len(rows)), desc=f"Masks of {name}", leave=False):
+        row = rows[index]
+        rule.apply(row.stored_ids(rule.colours), num_labels, row.label_name)
 
 
 def choose_encoding(rows: Sequence[Row], rules: Mapping[str, LabelRule], num_labels: int, name: str) -> str:

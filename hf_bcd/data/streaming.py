@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import fsspec
 import numpy as np
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..hub.errors import explained
@@ -213,7 +212,7 @@ class DenseStream(IterableDataset[Sample]):
         return shuffled(rows, buffer, np.random.default_rng((seed, epoch, reader)))
 
     def with_transform(
-        self, transform: Callable[[Image.Image, np.ndarray], Mapping[str, Any]], seed: int = 0
+        self, transform: Callable[[Mapping[str, Any]], Mapping[str, Any]], seed: int = 0
     ) -> TransformedStream:
         """Makes an endless stream of samples to train on; see `TransformedStream`."""
         return TransformedStream(self, transform, seed)
@@ -232,7 +231,7 @@ class TransformedStream(IterableDataset[dict[str, Any]]):
 
     Args:
         dataset: samples in canonical form.
-        transform: function of image and label to a mapping of tensors; random numbers must come from torch's CPU
+        transform: function of a sample to a mapping of tensors; random numbers must come from torch's CPU
             generator.
         seed: non-negative seed of order and transforms.
         rank: which rank reads.
@@ -242,7 +241,7 @@ class TransformedStream(IterableDataset[dict[str, Any]]):
     def __init__(
         self,
         dataset: DenseStream,
-        transform: Callable[[Image.Image, np.ndarray], Mapping[str, Any]],
+        transform: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         seed: int = 0,
         rank: int = 0,
         ranks: int = 1,
@@ -285,7 +284,7 @@ class TransformedStream(IterableDataset[dict[str, Any]]):
     def _transformed(self, row: Row, epoch: int, index: int) -> dict[str, Any]:
         sample = self.dataset.decode(row)
         with torch_seed(self.seed, epoch, index):
-            return {"index": index, **self.transform(sample["image"], sample["label"])}
+            return {"index": index, **self.transform(sample)}
 
 
 def open_streams(

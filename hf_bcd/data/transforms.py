@@ -1,12 +1,16 @@
-"""Joint transforms of image and label map. Both stay uint8 until the device, where models normalise images."""
+"""Joint transforms of a picture and its truth, by torchvision's v2: every tv_tensor of a sample comes along.
 
-import math
-from typing import TypedDict
+Pictures stay uint8 until the device, where models normalise them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from transformers import BaseImageProcessor
@@ -15,11 +19,12 @@ from ..utils.messages import UserError
 from .labels import IGNORE_INDEX
 
 
-# ImageNet's mean colour: padding is close to zero once a model has normalised it.
-PADDING_COLOUR = (124, 116, 104)
+# ImageNet's mean colour: padding is close to zero once a model has normalised it
+PADDING = {tv_tensors.Image: [124, 116, 104], tv_tensors.Mask: IGNORE_INDEX}
 LUMA = np.array([0.299, 0.587, 0.114])
-RGB_TO_YIQ = np.array([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 CROP_ATTEMPTS = 10
+
+Overlap = tuple[int, int, int, int]
 
 
 class Transformed(TypedDict):
@@ -29,69 +34,19 @@ class Transformed(TypedDict):
     labels: Tensor
 
 
-class ColourMatrix:
-    """Random brightness, contrast, saturation and hue as one affine map of the RGB values.
+class Augmentation:
+    """Random scale, crop, colours and horizontal flip of all tv_tensors of a sample together.
 
-    One 3x4 matrix replaces four passes over the image. Each factor is drawn as in torchvision's `ColorJitter`; the hue
-    turns in the IQ plane of YIQ, which keeps the luma, instead of HSV. Values are clipped once, at the end.
-
-    Args:
-        brightness: the factor is drawn from [1 - brightness, 1 + brightness].
-        contrast: likewise.
-        saturation: likewise.
-        hue: the turn is drawn from [-hue, hue], in turns of the colour circle.
-    """
-
-    def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0):
-        for name, value, largest in (
-            ("brightness", brightness, 1.0),
-            ("contrast", contrast, 1.0),
-            ("saturation", saturation, 1.0),
-            ("hue", hue, 0.5),
-        ):
-            if not 0 <= value <= largest:
-                raise UserError(f"{name} is {value}; it must lie in 0..{largest}.")
-        self.centre = torch.tensor([1.0, 1.0, 1.0, 0.0])
-        self.spread = torch.tensor([brightness, contrast, saturation, hue])
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Changes the colours of a uint8 image `[3, H, W]`."""
-        return adjust_colours(pixels, *(self.centre + self.spread * (2 * torch.rand(4) - 1)).tolist())
-
-
-def adjust_colours(
-    pixels: Tensor, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0
-) -> Tensor:
-    """Applies brightness, contrast, saturation and hue, in this order, to a uint8 image `[3, H, W]`.
-
-    Contrast pivots on the image's mean luma, saturation blends with the pixel's luma; a hue of 1/3 turns red to green.
-    """
-    values = pixels.reshape(3, -1).float()
-    mean_luma = brightness * float(LUMA @ values.mean(dim=1).numpy())
-    angle = -2 * math.pi * hue
-    turn = np.array([[1, 0, 0], [0, math.cos(angle), -math.sin(angle)], [0, math.sin(angle), math.cos(angle)]])
-    # Both matrices keep grey values, so the contrast's offset passes through them unchanged.
-    saturate = saturation * np.eye(3) + (1 - saturation) * LUMA
-    matrix = brightness * contrast * np.linalg.inv(RGB_TO_YIQ) @ turn @ RGB_TO_YIQ @ saturate
-    half = 0.5  # uint8 conversion truncates
-    offset = torch.full((3, 1), (1 - contrast) * mean_luma + half)
-    values = torch.addmm(offset, torch.from_numpy(matrix).float(), values)
-    return values.clamp_(0, 255).to(torch.uint8).view_as(pixels)
-
-
-class TrainTransform:
-    """Random scale, crop, horizontal flip and colours.
-
-    An image smaller than the crop is padded with the mean colour and void labels. As in mmsegmentation, a crop is drawn
-    again (at most ten times) if one class covers `max_class_share` of its labelled pixels, or all of it is void. The crop
-    is cut out before it is scaled, so that no pixel is scaled in vain.
+    The crop is cut out before it is scaled, so that no pixel is scaled in vain. What is smaller than the crop is padded,
+    with the mean colour and void labels. As in mmsegmentation, a crop is drawn again (at most ten times) if one class
+    covers `max_class_share` of its labelled pixels, or all of it is void. Random numbers come from torch's CPU generator.
 
     Args:
         crop_size: side, or (height, width), of the result in pixels.
-        image_size: length to which the short side is resized before the random scale; None keeps the image's own.
+        image_size: length to which the short side is resized before the random scale; None keeps the picture's own.
         scale: smallest and largest random scale.
         flip: probability of a horizontal flip.
-        jitter: strengths of `ColourMatrix`; None leaves colours alone.
+        jitter: strength of brightness, contrast and saturation; each factor is drawn from [1 - strength, 1 + strength].
         max_class_share: see above; 1 takes the first crop.
     """
 
@@ -101,84 +56,80 @@ class TrainTransform:
         image_size: int | None = None,
         scale: tuple[float, float] = (0.5, 2.0),
         flip: float = 0.5,
-        jitter: tuple[float, float, float, float] | None = (0.4, 0.4, 0.4, 0.1),
+        jitter: float = 0.5,
         max_class_share: float = 0.75,
-    ):
-        self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
+    ) -> None:
+        self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else (crop_size[0], crop_size[1])
         if min(self.crop_size) < 1 or (image_size is not None and image_size < 1):
             raise UserError(f"crop_size {crop_size} and image_size {image_size} must be positive.")
         if not 0 < scale[0] <= scale[1]:
             raise UserError(f"scale is {scale}; it must be (smallest, largest), both positive.")
-        self.image_size = image_size
-        self.scale = scale
-        self.flip = flip
-        self.colours = None if jitter is None else ColourMatrix(*jitter)
+        if not 0 <= jitter <= 1:
+            raise UserError(f"jitter is {jitter}; it must lie in 0..1.")
+        self.image_size, self.scale, self.flip, self.jitter = image_size, scale, flip, jitter
         self.max_class_share = max_class_share
 
-    def __call__(self, image: Image.Image | np.ndarray, label: np.ndarray) -> Transformed:
-        """Transforms an RGB image (or its pixels, uint8 `[H, W, 3]`) and its label map `[H, W]` to the crop size."""
-        label = label.astype(np.uint8, copy=False)
-        scale = _uniform(*self.scale) * (self.image_size / min(label.shape) if self.image_size else 1.0)
-        scaled = tuple(max(1, round(side * scale)) for side in label.shape)
-        (rows, to_rows), (columns, to_columns) = self._draw_crop(label, scaled)
-
-        if isinstance(image, Image.Image):
-            image = np.array(image.crop((columns.start, rows.start, columns.stop, rows.stop)))
-        else:
-            image = np.array(image[rows, columns])
-        size = [to_rows.stop - to_rows.start, to_columns.stop - to_columns.start]
-        pixels = F.resize(_channels_first(image), size, antialias=True).contiguous()
-        # Plain nearest would shift labels by up to half a pixel against the image.
-        labels = torch.from_numpy(np.array(label[rows, columns]))[None]
-        labels = F.resize(labels, size, interpolation=InterpolationMode.NEAREST_EXACT)[0]
-        if self.colours is not None:
-            pixels = self.colours(pixels)
-        if labels.shape != self.crop_size:
-            shown, visible = (pixels, labels), (..., to_rows, to_columns)
-            pixels = torch.tensor(PADDING_COLOUR, dtype=torch.uint8)[:, None, None].repeat(1, *self.crop_size)
-            labels = torch.full(self.crop_size, IGNORE_INDEX, dtype=torch.uint8)
-            pixels[visible], labels[visible] = shown
+    def __call__(self, items: Mapping[str, Any]) -> dict[str, Any]:
+        """Transforms pictures (PIL or tv_tensors), masks and boxes of one size; returns tv_tensors by the same names."""
+        size = F.get_size(next(iter(items.values())))
+        scale = _uniform(*self.scale) * (self.image_size / min(size) if self.image_size else 1.0)
+        scaled = [max(1, round(side * scale)) for side in size]
+        mask = next((item for item in items.values() if isinstance(item, tv_tensors.Mask)), None)
+        (top, height, above, rows), (left, width, before, columns) = self._draw_crop(size, scaled, mask)
+        shown = {
+            name: _scaled(F.crop(item, top, left, height, width), [rows, columns]) for name, item in items.items()
+        }
+        if self.jitter:
+            factors = (1 + self.jitter * (2 * torch.rand(3) - 1)).tolist()
+            shown = {name: _coloured(item, factors) for name, item in shown.items()}
+        padding = [before, above, self.crop_size[1] - columns - before, self.crop_size[0] - rows - above]
+        if any(padding):
+            shown = {name: F.pad(item, padding, fill=PADDING.get(type(item))) for name, item in shown.items()}
         if _uniform(0, 1) < self.flip:
-            pixels, labels = pixels.flip(-1), labels.flip(-1)
-        return {"pixel_values": pixels, "labels": labels}
+            shown = {name: F.horizontal_flip(item) for name, item in shown.items()}
+        return shown
 
-    def _draw_crop(self, label: np.ndarray, scaled: tuple[int, ...]) -> tuple[tuple[slice, slice], ...]:
-        for _ in range(CROP_ATTEMPTS - 1):
-            (rows, _), (columns, _) = crop = self._draw_overlaps(label.shape, scaled)
-            shown = label[rows, columns]
-            if self.max_class_share >= 1 or shown.shape == label.shape:
-                return crop
-            counts = torch.bincount(torch.from_numpy(shown.flatten()), minlength=IGNORE_INDEX)[:IGNORE_INDEX]
+    def _draw_crop(self, size: Sequence[int], scaled: Sequence[int], mask: Tensor | None) -> list[Overlap]:
+        """Draws where the crop lies along both axes."""
+        for attempt in range(CROP_ATTEMPTS):
+            axes = [_overlap(*axis) for axis in zip(size, scaled, self.crop_size, strict=True)]
+            (top, height, *_), (left, width, *_) = axes
+            last = attempt == CROP_ATTEMPTS - 1 or (height, width) == tuple(size)
+            if mask is None or self.max_class_share >= 1 or last:
+                break
+            ids = mask.as_subclass(Tensor)[top : top + height, left : left + width]
+            counts = torch.bincount(ids.flatten(), minlength=IGNORE_INDEX)[:IGNORE_INDEX]
             if counts.max() < self.max_class_share * counts.sum():
-                return crop
-        return self._draw_overlaps(label.shape, scaled)
-
-    def _draw_overlaps(self, size: tuple[int, ...], scaled: tuple[int, ...]) -> tuple[tuple[slice, slice], ...]:
-        return tuple(_overlap(*axis) for axis in zip(size, scaled, self.crop_size, strict=True))
+                break
+        return axes
 
 
-def _channels_first(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+def adjust_colours(pixels: Tensor, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0) -> Tensor:
+    """Applies brightness, contrast and saturation, in this order, to a uint8 picture `[3, H, W]` by one affine map.
 
-
-def _uniform(low: float, high: float) -> float:
-    return low + (high - low) * torch.rand(()).item()
-
-
-def _overlap(length: int, scaled: int, crop: int) -> tuple[slice, slice]:
-    """Places a crop at random along an axis: the part of the image that it shows, and where in the crop that lies.
-
-    Args:
-        length: side of the image.
-        scaled: what the whole side becomes in the crop.
-        crop: side of the crop.
+    Contrast pivots on the picture's mean luma, saturation blends with the pixel's luma. Values are clipped at the end.
     """
-    if scaled <= crop:
-        start = int(torch.randint(crop - scaled + 1, ()))
-        return slice(0, length), slice(start, start + scaled)
-    window = max(1, round(crop * length / scaled))
-    start = int(torch.randint(length - window + 1, ()))
-    return slice(start, start + window), slice(0, crop)
+    values = pixels.reshape(3, -1).float()
+    mean_luma = brightness * float(LUMA @ values.mean(dim=1).numpy())
+    # it keeps grey values, so the contrast's offset passes through it unchanged
+    saturate = saturation * np.eye(3) + (1 - saturation) * LUMA
+    matrix = torch.from_numpy(brightness * contrast * saturate).float()
+    half = 0.5  # uint8 conversion truncates
+    offset = torch.full((3, 1), (1 - contrast) * mean_luma + half)
+    return torch.addmm(offset, matrix, values).clamp_(0, 255).to(torch.uint8).view_as(pixels)
+
+
+class TrainTransform(Augmentation):
+    """The augmentation of a sample `{"image", "label"}`; see `Augmentation`."""
+
+    def __call__(self, sample: Mapping[str, Any]) -> Transformed:
+        """Transforms an RGB picture (or its pixels, uint8 `[H, W, 3]`) and its label map `[H, W]` to the crop size."""
+        image = sample["image"]
+        if not isinstance(image, Image.Image):
+            image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
+        mask = tv_tensors.Mask(torch.from_numpy(np.array(sample["label"], np.uint8)))
+        shown = super().__call__({"image": image, "label": mask})
+        return {"pixel_values": shown["image"].as_subclass(Tensor), "labels": shown["label"].as_subclass(Tensor)}
 
 
 class EvalTransform:
@@ -191,13 +142,53 @@ class EvalTransform:
         processor: image processor that is saved beside the model.
     """
 
-    def __init__(self, processor: BaseImageProcessor):
+    def __init__(self, processor: BaseImageProcessor) -> None:
         self.processor = processor
         steps = ("do_rescale", "do_normalize", "do_flip_channel_order")
         self.left_out = {step: False for step in steps if getattr(processor, step, None) is not None}
 
-    def __call__(self, image: Image.Image | np.ndarray, label: np.ndarray) -> Transformed:
-        """Transforms an RGB image (or its pixels, uint8 `[H, W, 3]`); its label map `[H, W]` is passed on."""
-        pixels = F.pil_to_tensor(image) if isinstance(image, Image.Image) else _channels_first(image)
+    def __call__(self, sample: Mapping[str, Any]) -> Transformed:
+        """Transforms an RGB picture (or its pixels, uint8 `[H, W, 3]`); its label map `[H, W]` is passed on."""
+        pixels = F.to_image(sample["image"]).as_subclass(Tensor)
         shown = self.processor(pixels, return_tensors="pt", input_data_format="channels_first", **self.left_out)
-        return {"pixel_values": shown["pixel_values"][0].contiguous(), "labels": torch.from_numpy(label)}
+        return {
+            "pixel_values": shown["pixel_values"][0].contiguous(),
+            "labels": torch.from_numpy(np.asarray(sample["label"])),
+        }
+
+
+def _scaled(item: Any, size: list[int]) -> Any:
+    if isinstance(item, Image.Image):
+        item = F.to_image(item)
+    if isinstance(item, tv_tensors.Mask):
+        # plain nearest, as v2 resizes masks, would shift labels by up to half a pixel against the picture
+        plain = F.resize(item.as_subclass(Tensor)[None], size, interpolation=InterpolationMode.NEAREST_EXACT)
+        return tv_tensors.wrap(plain[0], like=item)
+    return F.resize(item, size, antialias=True)
+
+
+def _coloured(item: Any, factors: list[float]) -> Any:
+    if not isinstance(item, tv_tensors.Image):
+        return item
+    return tv_tensors.wrap(adjust_colours(item.as_subclass(Tensor), *factors), like=item)
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
+
+
+def _overlap(length: int, scaled: int, crop: int) -> Overlap:
+    """Places a crop at random along an axis.
+
+    Args:
+        length: side of the picture.
+        scaled: length of the whole side at the crop's scale.
+        crop: side of the crop.
+
+    Returns:
+        Start and length of the part of the picture that the crop shows; start and length of that part in the crop.
+    """
+    if scaled <= crop:
+        return 0, length, int(torch.randint(crop - scaled + 1, ())), scaled
+    window = max(1, round(crop * length / scaled))
+    return int(torch.randint(length - window + 1, ())), window, 0, crop

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks import TASKS, Score, Task
+from ..tasks.semantic_segmentation import SemanticSegmentation
 from ..utils.messages import UserError
 from .study import Study
 
@@ -162,7 +163,7 @@ def write_study_report(study: Study) -> str:
         raise UserError(f"no run of the study in {study.folder} is finished.")
     write_csv(results, study.folder / "results.csv")
     first = next(iter(next(iter(results.values())).values()))
-    task = TASKS[first["task"]]
+    task = TASKS[first.get("task", SemanticSegmentation.name)]  # results of earlier versions name none
     references = {run.name: run.reference for run in study.runs}
     tables = [score_table(results, task), difference_table(results, references, task)]
     text = "\n\n".join(filter(None, tables))

@@ -41,13 +41,8 @@ class SemanticSegmentation(Task):
 
     def train_transform(self, args: Any) -> TrainTransform:
         """Random scale, crop, flip and colours."""
-        strength = args.color_jitter
-        return TrainTransform(
-            args.crop_size,
-            image_size=args.image_size,
-            scale=(args.scale_min, args.scale_max),
-            jitter=(strength, strength, strength, 0.0) if strength else None,
-        )
+        scale = (args.scale_min, args.scale_max)
+        return TrainTransform(args.crop_size, image_size=args.image_size, scale=scale, jitter=args.color_jitter)
 
     def eval_transform(self, processor: BaseImageProcessor) -> Callable[..., Mapping[str, Any]]:
         return EvalTransform(processor)

@@ -1,5 +1,7 @@
 """Processes that train together."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +26,11 @@ class _AllReduceSum(torch.autograd.Function):
 def is_distributed() -> bool:
     """Whether more than one rank takes part in this run."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher has started, known before they have met."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def data_rows(repeats: int, size: tuple[int, int] = (512, 683), crop: int = 512)
     """
     data = encoded_scenes(size)
     cached = keep_in_memory(data)
-    plain, full = TrainTransform(crop, scale=(1.0, 1.0), jitter=None, max_class_share=1.0), TrainTransform(crop)
+    plain, full = TrainTransform(crop, scale=(1.0, 1.0), jitter=0, max_class_share=1.0), TrainTransform(crop)
     pipelines = {
         "crop, flip": our_batches(data, plain),
         "crop, flip, cached": our_batches(cached, plain),

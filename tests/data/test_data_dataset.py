@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import SegformerImageProcessor
 
 from hf_bcd.data import DenseDataset, DenseDatasets, EvalTransform, TrainTransform, collate
 from hf_bcd.data.dataset import Row, TransformedDataset
@@ -60,7 +61,7 @@ def test_sample_is_canonical(dataset):
 def test_iteration_ends_and_negative_indices_count_from_the_end(dataset):
     assert len(list(dataset)) == 6
     assert np.array_equal(dataset[-1]["label"], dataset[5]["label"])
-    transformed = dataset.with_transform(EvalTransform())
+    transformed = dataset.with_transform(EvalTransform(SegformerImageProcessor(do_resize=False)))
     assert [sample["index"] for sample in transformed] == list(range(6))
     assert transformed[-1]["index"] == 5
 
@@ -148,4 +149,4 @@ def test_pickled_copy_gives_the_same_samples(transformed):
 
 def test_negative_seed(dataset):
     with pytest.raises(ValueError, match="seed is -1"):
-        TransformedDataset(dataset, EvalTransform(), seed=-1)
+        TransformedDataset(dataset, EvalTransform(SegformerImageProcessor(do_resize=False)), seed=-1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import SegformerImageProcessor
 
 from hf_bcd.data import EvalTransform, TrainTransform, collate, keep_in_memory, load_dense_dataset
 from hf_bcd.data import cache as cache_module
@@ -37,7 +38,10 @@ def scenes():
     return load_dense_dataset("synthetic", size=(40, 56), num_images={"train": 6})["train"]
 
 
-@pytest.mark.parametrize("transform", [TrainTransform(32), TrainTransform(64), EvalTransform(), EvalTransform(24)])
+@pytest.mark.parametrize(
+    "transform",
+    [TrainTransform(32), TrainTransform(64), EvalTransform(SegformerImageProcessor(size={"height": 24, "width": 24}))],
+)
 def test_samples_are_the_same_with_and_without_cache(transform):
     plain, cached = scenes(), keep_in_memory(scenes())
     expected = [plain.with_transform(transform, seed=3)[index] for index in range(6)]
@@ -74,7 +78,7 @@ def test_what_no_longer_fits_is_decoded_every_time():
 
 @pytest.mark.slow
 def test_forked_workers_share_the_memory():
-    dataset = keep_in_memory(scenes()).with_transform(EvalTransform())
+    dataset = keep_in_memory(scenes()).with_transform(EvalTransform(SegformerImageProcessor(do_resize=False)))
     loader = DataLoader(dataset, 2, num_workers=2, collate_fn=collate, multiprocessing_context="fork")
     batches = list(loader)
     dataset.dataset.cache.samples = None  # nothing can be decoded here any more

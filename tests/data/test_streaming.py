@@ -5,6 +5,7 @@ import itertools
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -60,7 +61,8 @@ def stream_of(folder: Path, **options) -> DenseStream:
     return stream
 
 
-def keep(image: Image.Image, label: np.ndarray) -> dict[str, torch.Tensor]:
+def keep(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+    image, label = sample["image"], sample["label"]
     return {
         "pixel_values": torch.from_numpy(np.asarray(image)[0, 0, :1].astype(np.int64)),
         "labels": torch.from_numpy(label[0, :1]),

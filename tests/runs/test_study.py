@@ -19,11 +19,12 @@ import tiny
 import yaml
 
 from hf_bcd.commands import study as command
-from hf_bcd.runs import experiment
+from hf_bcd.runs import baseline
 from hf_bcd.runs import study as module
 from hf_bcd.runs.arguments import ModelArguments
 from hf_bcd.runs.study import Run, Study, evaluation_curve, read_study, run_study
 from hf_bcd.runs.study_report import collect, mean_and_deviation, paired_difference, score_table, write_study_report
+from hf_bcd.tasks import TASKS
 
 
 RECIPE: dict[str, Any] = {
@@ -143,7 +144,7 @@ def test_curves_take_the_seconds_of_the_log_before() -> None:
         {"step": 4, "eval_mean_iou": 0.5},
         {"step": 4, "train_loss": 0.75},
     ]
-    assert evaluation_curve(history) == [
+    assert evaluation_curve(history, "mean_iou") == [
         {"step": 2, "seconds": 5.0, "mean_iou": 0.25},
         {"step": 4, "seconds": 9.0, "mean_iou": 0.5},
     ]
@@ -253,7 +254,7 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(
     monkeypatch.setattr("hf_bcd.BCDTrainer.training_step", lambda *_: pytest.fail("trained again"))
     command.main([str(path)])
     assert list(collect(read_study(path))) == ["first", "second"]
-    assert "first" in score_table(collect(read_study(path)))
+    assert "first" in score_table(collect(read_study(path)), TASKS["semantic-segmentation"])
 
 
 def test_refused_runs_are_named_and_the_others_go_on(
@@ -291,12 +292,18 @@ TEACHERS = {
 }
 
 
+class Named(str):
+    """A teacher that has every class."""
+
+    def match(self, *_: Any) -> SimpleNamespace:
+        return SimpleNamespace(missing=[])
+
+
 @pytest.fixture
 def teachers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What `Shared.teacher` gives, each time in a study that starts anew; a model is its head, its score too."""
     config, study, data = tiny.config(tmp_path), Study("grid", tmp_path, None, []), tiny.scenes(4, 1, (32, 32))
-    monkeypatch.setattr(module, "prepare_teacher", lambda args, own, data: args.teacher["head"])
-    monkeypatch.setattr(module, "label_map_of", lambda *_: SimpleNamespace(missing=[]))
+    monkeypatch.setattr(module, "prepare_teacher", lambda args, own, data: Named(args.teacher["head"]))
     monkeypatch.setattr(module, "evaluate_model", lambda model, config, data, synonyms: {data.split: model})
     return lambda head, split="test", **changes: module.Shared(study).teacher(
         TEACHERS[head], dataclasses.replace(config, **changes), data, split
@@ -333,7 +340,7 @@ def test_a_finished_teacher_is_known_by_its_files(tmp_path: Path) -> None:
     for seed in (0, 0, 1):
         tiny.tiny_timm(seed=seed).save_pretrained(tmp_path / "t")
         (tmp_path / "t" / "results.json").write_text(str(len(keys)))
-        keys.append(module.digest(experiment.teacher_key(args, config, data)))
+        keys.append(module.digest(baseline.teacher_key(args, config, data)))
     assert keys[0] == keys[1] != keys[2]
 
 

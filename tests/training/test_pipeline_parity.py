@@ -62,7 +62,7 @@ def test_saved_student_predicts_what_the_trainer_predicts(
         run = trainer(folder, student(), max_steps=2, image_size=image_size)
         run.train()
         transform = run.task.eval_transform(run.processing_class)
-        samples = [transform(scene["image"], scene["label"]) for scene in scenes]
+        samples = [transform(scene) for scene in scenes]
         balance_classes(run, samples[0]["pixel_values"])
         run.save_model()
         expected[folder] = [
