@@ -213,7 +213,7 @@ def test_boxes_and_masks_come_along():
         torch.manual_seed(seed)
         shown = Augmentation((64, 64), scale=(0.5, 1.5), jitter=0, max_class_share=1)(items)
         left, top, right, bottom = shown["boxes"][0].tolist()
-        rows, columns = torch.where(shown["image"][0] == 255)
+        rows, columns = torch.where(shown["masks"][0] == 1)
         near = (columns.min() - left, rows.min() - top, right - 1 - columns.max(), bottom - 1 - rows.max())
         assert all(abs(float(difference)) <= 1 for difference in near)
         assert shown["masks"].shape == (2, 64, 64)

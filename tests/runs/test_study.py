@@ -354,7 +354,7 @@ def test_two_processes_do_not_train_one_teacher_at_once(
         most.append(len(inside))
         time.sleep(0.2)
         inside.remove(own.output_dir)
-        return args.teacher["head"]
+        return Named(args.teacher["head"])
 
     monkeypatch.setattr(module, "prepare_teacher", prepare)
     with ThreadPoolExecutor(3) as pool:  # each opens the lock file for itself, as processes do

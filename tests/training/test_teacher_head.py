@@ -65,12 +65,13 @@ def test_compilation_sees_through_the_head(tmp_path: Path) -> None:
     model = tiny.freeze_batchnorm(tiny.tiny_segformer())
     run = tiny.trainer(tmp_path, model=model, teacher=decided_teacher(), data=data, losses={"crosskd": {}})
     batch = run.data_collator([run.train_dataset[i] for i in range(2)])
+    targets = run.task.targets(batch, 8)
     distiller, teacher = run.distiller.train(), run.teacher
     assert teacher is not None
-    expected = distiller(batch["pixel_values"], batch["labels"], teacher(batch["pixel_values"]))["loss"]
+    expected = distiller(batch["pixel_values"], targets, teacher(batch["pixel_values"]))["loss"]
     compiled = torch.compile(distiller, backend="aot_eager")
-    loss = compiled(batch["pixel_values"], batch["labels"], teacher(batch["pixel_values"]))["loss"]
+    loss = compiled(batch["pixel_values"], targets, teacher(batch["pixel_values"]))["loss"]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     with torch.compiler.set_stance("fail_on_recompile"):
-        compiled(batch["pixel_values"], batch["labels"], teacher(batch["pixel_values"]))["loss"].backward()
+        compiled(batch["pixel_values"], targets, teacher(batch["pixel_values"]))["loss"].backward()
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
