@@ -1,6 +1,5 @@
 """Where a student comes from: checkpoints, data, losses, schedule, command and machine, in the words of its card."""
 
-import inspect
 import re
 import subprocess
 from collections.abc import Mapping, Sized
@@ -18,6 +17,7 @@ from ..data.labels import IGNORE_INDEX
 from ..data.sources.catalog import CATALOG, DatasetSpec
 from ..losses.base import DistillationLoss
 from ..losses.modules.schedules import Temperature
+from ..losses.recipe import LOSSES, options_of
 from ..runs.arguments import DataArguments, ModelArguments
 from ..training.trainer import BCDTrainer
 from ..utils.costs import device_name
@@ -182,7 +182,7 @@ def describe_recipe(trainer: BCDTrainer) -> list[tuple[str, str]]:
         rows.append(("schedule", f"the terms of {names} are multiplied by r(t) = 1 − (t − 1) / t_max at step t"))
     rows += [(f"method of {name}", paper_link(loss.source)) for name, loss in methods_of(trainer).items()]
     for name, loss in criterion.losses.items():
-        defaults = {key: p.default for key, p in inspect.signature(type(loss)).parameters.items()}
+        defaults = options_of(LOSSES[name])
         given = trainer.args.resolved_losses.get(name) or {}
         changed = {k: v for k, v in given.items() if k not in ("weight", "decay") and v != defaults.get(k)}
         if changed:

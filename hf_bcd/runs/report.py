@@ -18,7 +18,7 @@ from ..data.dataset import Sample
 from ..figures.panels import boundary_figure, comparison_figure, relation_figure
 from ..losses.bcd import BCDLoss
 from ..losses.context import relation_features
-from ..losses.ops.functional import resize
+from ..losses.ops.functional import resize, spatial_size
 from ..training.config import BCDConfig
 from ..training.preparation import adapt_to_score, eval_transform
 from ..training.trainer import BCDTrainer
@@ -184,10 +184,9 @@ def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) ->
     student = trainer.distiller.student
     pixel_values = eval_transform(student, trainer.args.image_size)(**sample)["pixel_values"]
     pixel_values = pixel_values[None].to(trainer.args.device)
-    labels = torch.zeros((1, *pixel_values.shape[-2:]), dtype=torch.int64, device=trainer.args.device)
     trainer.distiller.eval()
     with torch.no_grad():
-        maps = loss.inspect(student(pixel_values), trainer.teacher(pixel_values), labels)
+        maps = loss.inspect(student(pixel_values), trainer.teacher(pixel_values), spatial_size(pixel_values))
     boundaries = {"teacher": maps["teacher_boundary"][0].cpu(), "student": maps["student_boundary"][0].cpu()}
     boundary_figure(sample["image"], boundaries, folder / "boundaries.png")
 

@@ -10,7 +10,7 @@ from ..adapters import DenseAdapter
 from ..losses.criterion import DistillationCriterion
 from ..losses.ops.functional import resize
 from ..losses.ops.segmentation import segmentation_loss
-from ..outputs import DenseOutput
+from ..outputs import DenseOutput, LabelMaps
 from ..utils.profiling import part
 
 
@@ -63,7 +63,8 @@ class Distiller(nn.Module):
             output: DenseOutput = self.student(pixel_values, labels)
         with part("task"):
             task_losses = self._task_losses(output, labels, num_valid)
-        loss, terms = self.criterion(task_losses, output, teacher_output, labels, share)
+        targets = LabelMaps(labels, self.student.num_labels, self.ignore_index)
+        loss, terms = self.criterion(task_losses, output, teacher_output, targets, share)
         return {"loss": loss, "terms": {name: term.detach() for name, term in terms.items()}}
 
     def _task_losses(self, output: DenseOutput, labels: Tensor, num_valid: Tensor | None) -> Mapping[str, Tensor]:
@@ -72,7 +73,8 @@ class Distiller(nn.Module):
         options = {"ignore_index": self.ignore_index, "num_valid": num_valid}
         losses = {"loss_task": segmentation_loss(output.logits, labels, **options)}
         if output.auxiliary_logits is not None:
-            losses["loss_auxiliary"] = segmentation_loss(output.auxiliary_logits, labels, **options)
+            # counts 0.4 as in PSPNet
+            losses["loss_auxiliary"] = 0.4 * segmentation_loss(output.auxiliary_logits, labels, **options)
         return losses
 
     def begin_step(self, step: int, total: int) -> None:

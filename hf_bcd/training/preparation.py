@@ -101,7 +101,7 @@ def check_label_needs(label_map: LabelMap, losses: Mapping[str, Mapping[str, Any
     Raises:
         ValueError: if one of them cannot be computed.
     """
-    concerned = [name for name, loss in read_losses(losses).items() if "logits" in loss.cls.needed(**loss.options)]
+    concerned = [name for name, loss in read_losses(losses).items() if "logits" in loss.needs]
     if concerned and not label_map.is_complete:
         others = [name for name, loss in LOSSES.items() if "logits" not in loss.needs]
         raise ValueError(

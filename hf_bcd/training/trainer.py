@@ -23,7 +23,7 @@ from ..data import DenseDataset, DenseDatasets, DenseStream, SemanticCollator, T
 from ..losses.criterion import DistillationCriterion
 from ..losses.recipe import build_criterion
 from ..metrics import SemanticMetrics
-from ..outputs import DenseOutput
+from ..outputs import DenseOutput, LabelMaps
 from ..utils.profiling import StepProfile, as_part, part
 from .callbacks import DistillationCallback, InterruptCallback, PictureCallback
 from .checkpoints import CheckpointTrainer, last_checkpoint
@@ -254,7 +254,8 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
             range(0, len(samples), size), desc="Teacher on calibration images", disable=self.args.disable_tqdm
         ):
             batch = self._prepare_inputs(self.data_collator(samples[start : start + size]))
-            batches.append((self._teacher_output(batch["pixel_values"]), batch["labels"]))
+            targets = LabelMaps(batch["labels"], self.distiller.student.num_labels, self.distiller.ignore_index)
+            batches.append((self._teacher_output(batch["pixel_values"]), targets))
         criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=self.args.disable_tqdm))
 
     def compute_loss(

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples" / "studies").glob("*.yaml"))
 STUDIES = [path for path in FILES if "\nruns:" in path.read_text()]
 TEACHERS = [path for path in FILES if path not in STUDIES]
+FORMER = {"pca", "gain_4", "centred"}  # options that are gone, as docs/studies.md says
 RESULTS = sorted((ROOT / "examples" / "studies" / "results").iterdir())
 
 
@@ -83,4 +84,4 @@ def test_the_docs_show_the_tables_that_were_measured(folder: Path) -> None:
     shown = dict(re.findall(r"^\| (\w[\w.]*) \| \d+ \| (\d+\.\d+)", tables[0], re.M))
     assert shown == {name: f"{statistics.fmean(values):.2f}" for name, values in scores.items()}
     study = read_study(FILES[0].parent / f"{folder.name}.yaml")
-    assert set(scores) <= {run.name for run in study.runs}
+    assert set(scores) - FORMER <= {run.name for run in study.runs}

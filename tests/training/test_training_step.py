@@ -92,15 +92,14 @@ def test_a_profile_logs_every_part_of_the_step(tmp_path: Path) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         run.train()
     logs = [entry for entry in run.state.log_history if "loss" in entry]
-    parts = {"data", "teacher", "student", "task", "bcd/connectors", "bcd/boundary", "bcd/context", "backward"}
-    parts.add("optimizer")
+    parts = {"data", "teacher", "student", "task", "backward", "optimizer"}
     assert len(logs) == 2
     for entry in logs:
         assert {key for key in entry if key.endswith("/seconds")} == {f"profile/{name}/seconds" for name in parts}
         assert all(entry[f"profile/{name}/seconds"] > 0 for name in parts)
         memory = [entry[key] for key in entry if key.endswith("/MiB")]
         assert len(memory) in (0, len(parts)) and all(value >= 0 for value in memory)
-    assert parts <= {event.key for event in profiler.key_averages()}
+    assert parts | {"bcd/boundary", "bcd/context"} <= {event.key for event in profiler.key_averages()}
 
 
 def test_the_profile_is_a_mean_over_steps(monkeypatch) -> None:
