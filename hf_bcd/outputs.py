@@ -61,7 +61,7 @@ class Targets(Protocol):
         ...
 
     def class_masks(self, size: tuple[int, int]) -> Tensor:
-        """Where each class is on a grid over the images: `[B, K, h, w]`, boolean or in 0..1."""
+        """Where each class is on a grid over the images: `[B, K, h, w]`, boolean or in 0..1, 0 where void or padded."""
         ...
 
 
@@ -93,7 +93,8 @@ class LabelMaps:
     def class_masks(self, size: tuple[int, int]) -> Tensor:
         """One-hot label maps, nearest neighbours: boolean `[B, K, *size]`; no class where void."""
         classes = torch.arange(self.num_labels, device=self.ids.device)
-        return resize_nearest(self.ids, size)[:, None] == classes[:, None, None]
+        ids = resize_nearest(self.ids, size)
+        return (ids[:, None] == classes[:, None, None]) & (ids != self.ignore_index)[:, None]
 
 
 def resize_nearest(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,6 +1,5 @@
 """Where a student comes from: checkpoints, data, losses, schedule, command and machine, in the words of its card."""
 
-import inspect
 import re
 import subprocess
 from collections.abc import Mapping, Sized
@@ -18,6 +17,7 @@ from ..data.labels import IGNORE_INDEX
 from ..data.sources.catalog import CATALOG, DatasetSpec
 from ..losses.base import DistillationLoss
 from ..losses.modules.schedules import Temperature
+from ..losses.recipe import LOSSES, options_of
 from ..utils.costs import device_name
 from ..utils.yaml import yaml_text
 from .escaping import REPO_ID, escape_markdown, hub_link, link, shareable_command, shareable_recipe
@@ -180,9 +180,9 @@ def describe_recipe(trainer: Any) -> list[tuple[str, str]]:
         rows.append(("schedule", f"the terms of {names} are multiplied by r(t) = 1 − (t − 1) / t_max at step t"))
     rows += [(f"method of {name}", paper_link(loss.source)) for name, loss in methods_of(trainer).items()]
     for name, loss in criterion.losses.items():
-        defaults = {key: p.default for key, p in inspect.signature(type(loss)).parameters.items()}
-        given = trainer.args.resolved_losses.get(name) or {}
-        changed = {k: v for k, v in given.items() if k not in ("weight", "decay") and v != defaults.get(k)}
+        defaults = options_of(LOSSES[name])
+        given = trainer.args.loss_options[name].options
+        changed = {k: v for k, v in given.items() if k in defaults and v != defaults[k]}
         if changed:
             listed = ", ".join(f"{key} = {yaml_text(value)}" for key, value in changed.items())
             rows.append((f"options of {name}", escape_markdown(listed)))

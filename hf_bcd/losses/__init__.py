@@ -1,7 +1,7 @@
 """Distillation losses: tensor mathematics that needs torch alone."""
 
 from .at import ATLoss, at_loss
-from .base import DistillationLoss
+from .base import DistillationLoss, Pair
 from .bcd import BCDLoss
 from .bglsseg import BGLSSegLoss, bglsseg_loss
 from .boundary import boundary_distillation_loss, boundary_strength
@@ -60,6 +60,7 @@ __all__ = [
     "KDLoss",
     "MGDLoss",
     "PKDLoss",
+    "Pair",
     "SCKDLoss",
     "SKDLoss",
     "SSTKDLoss",

@@ -1,16 +1,16 @@
 """Attention transfer (Zagoruyko and Komodakis, ICLR 2017, https://arxiv.org/abs/1612.03928)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss
-from .modules.connectors import shared_level
-from .ops.functional import attention_map, on_teacher_grid, spatial_size, unit_maps, valid_positions
+from ..outputs import DenseOutput, Targets
+from .base import DistillationLoss, Pair
+from .ops.functional import attention_map, full_precision, on_teacher_grid, spatial_size, unit_maps
 
 
+@full_precision
 def at_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Activation-based attention transfer: the student is active where the teacher is.
 
@@ -27,9 +27,8 @@ def at_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> 
     Raises:
         ValueError: if batch or the mask's size differ.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher, mask = on_teacher_grid(attention_map(student), attention_map(teacher), mask)
-        return (unit_maps(student, mask) - unit_maps(teacher, mask)).square().sum(dim=2).mean()
+    student, teacher, mask = on_teacher_grid(attention_map(student), attention_map(teacher), mask)
+    return (unit_maps(student, mask) - unit_maps(teacher, mask)).square().sum(dim=2).mean()
 
 
 class ATLoss(DistillationLoss):
@@ -40,10 +39,7 @@ class ATLoss(DistillationLoss):
     64 x 128 positions (512 x 1024 pixels at stride 8).
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
         levels: level names; the coarsest that both models have by default, as in CIRKD.
-        ignore_index: void label.
     """
 
     weights = {"at": 1e4 / (64 * 128)}
@@ -61,22 +57,13 @@ class ATLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        levels: Sequence[str] | None = None,
-        ignore_index: int = 255,
-    ) -> None:
-        super().__init__()
-        self.levels = [shared_level(student_specs, teacher_specs, level) for level in levels or [None]]
-        self.ignore_index = ignore_index
+    def __init__(self, pair: Pair, *, levels: Sequence[str] | None = None) -> None:
+        super().__init__(pair)
+        self.levels = [pair.level(level) for level in levels or [None]]
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         losses = []
         for level in self.levels:
             ours, theirs = student.features[level], teacher.features[level]
-            mask = valid_positions(labels, spatial_size(theirs), self.ignore_index)
-            losses.append(at_loss(ours, theirs, mask=mask))
+            losses.append(at_loss(ours, theirs, mask=targets.valid(spatial_size(theirs))))
         return {"at": torch.stack(losses).sum()}

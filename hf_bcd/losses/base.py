@@ -1,70 +1,113 @@
-"""What every distillation method states about itself and offers to the criterion."""
+"""Distillation losses: their common interface, and the pair of models that they are built for."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput
+from ..outputs import DenseOutput, FeatureSpec, Targets
+from ..utils.messages import UserError
+from .ops.functional import full_precision
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher, as far as a loss knows them before the first forward pass.
+
+    Attributes:
+        student: feature levels of the student, from fine to coarse.
+        teacher: feature levels of the teacher.
+        num_labels: number of the student's classes.
+        head_levels: the teacher's levels that its head reads.
+        seed: seed of whatever a loss draws at random.
+    """
+
+    student: Mapping[str, FeatureSpec]
+    teacher: Mapping[str, FeatureSpec]
+    num_labels: int
+    head_levels: tuple[str, ...]
+    seed: int = 0
+
+    @property
+    def levels(self) -> list[str]:
+        """The levels that both models have."""
+        return [name for name in self.student if name in self.teacher]
+
+    def level(self, name: str | None = None) -> str:
+        """The level at which both models are compared: `name`, or the coarsest that both have.
+
+        Raises:
+            UserError: if the models have no level in common, or one of them lacks `name`.
+        """
+        if name is None and self.levels:
+            return self.levels[-1]
+        if name not in self.levels:
+            raise UserError(
+                f"level is {name!r}; student ({', '.join(self.student)}) and teacher ({', '.join(self.teacher)}) share "
+                f"{', '.join(self.levels) or 'no level'}."
+            )
+        return name
+
+    def channels(self, level: str) -> tuple[int, int]:
+        """Channels of the student and of the teacher at a level."""
+        return self.student[level].channels, self.teacher[level].channels
 
 
 class DistillationLoss(nn.Module, ABC):
     """A distillation method: named terms, unweighted, of two models' outputs.
 
-    A subclass takes what it needs of `student_specs`, `teacher_specs`, `num_labels`, `ignore_index` and `seed` as
-    arguments of these names; its other arguments are the options of a recipe. Each term is a mean over images of one
-    number an image, so that ranks and accumulated batches add up to the whole batch, and 0 with a gradient where no
-    pixel is valid. Maths runs outside autocast, in float32 (float64 for float64 input).
+    A subclass takes the pair and, by keyword, the options of a recipe. Each term is a mean over images of one number an
+    image, so that ranks and accumulated batches add up to the whole batch, and 0 with a gradient where no pixel is
+    valid. Maths runs outside autocast, in float32 (float64 for float64 input).
 
     Attributes:
         weights: term -> weight that belongs to its reduction.
         shares: term -> share of the task's gradient that `weight: auto` aims at; empty where nothing is known of it.
         borrowed: terms of other methods that it goes with; a recipe's single number leaves their weights alone.
         needs: which of `logits` (in the student's classes), `features`, `labels`, `task_loss` and `head` (the teacher's,
-            as a function of its levels) it reads with the default options.
+            as a function of its levels) it reads.
         decays: whether r(t) multiplies it unless a recipe says otherwise.
+        nested: option -> losses that it hosts by default; a recipe names others, and the loss gets their criterion.
         transfers: the knowledge that it transfers, in a few words.
-        keeps: what it has beside connectors: `discriminator`, `memory`, or nothing.
+        keeps: state beside connectors: `discriminator`, `memory`, or nothing.
         source: address of the paper.
         checked: what our version was compared with, and where it is our own reading.
         citation: BibTeX entry.
+
+    The first five are those of the default options; an instance that other options change has its own.
     """
 
-    weights: ClassVar[Mapping[str, float]]
-    shares: ClassVar[Mapping[str, float]] = {}
-    borrowed: ClassVar[frozenset[str]] = frozenset()
-    needs: ClassVar[frozenset[str]]
-    decays: ClassVar[bool] = False
+    weights: Mapping[str, float]
+    shares: Mapping[str, float] = {}
+    borrowed: frozenset[str] = frozenset()
+    needs: frozenset[str]
+    decays: bool = False
+    nested: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     transfers: ClassVar[str]
     keeps: ClassVar[str] = ""
     source: ClassVar[str]
     checked: ClassVar[str]
     citation: ClassVar[str]
 
-    @classmethod
-    def default_weights(cls, **options: Any) -> dict[str, float]:
-        """The weight of every term that the loss has with these options."""
-        return dict(cls.weights)
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
 
-    @classmethod
-    def needed(cls, **options: Any) -> frozenset[str]:
-        """What the loss needs with these options."""
-        return cls.needs
-
-    @classmethod
-    def decays_with(cls, **options: Any) -> bool:
-        """Whether r(t) multiplies the loss unless a recipe says otherwise, with these options."""
-        return cls.decays
+    @full_precision
+    def __call__(
+        self, student: DenseOutput, teacher: DenseOutput, targets: Targets, **needed: Tensor
+    ) -> dict[str, Tensor]:
+        return super().__call__(student, teacher, targets, **needed)
 
     @abstractmethod
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         """Unweighted terms of a batch; a loss that needs `task_loss` takes it by that name too.
 
         Args:
             student: the student's output.
             teacher: the teacher's output on the same images, at any resolution.
-            labels: class ids `[B, H, W]` at input resolution, `ignore_index` where void.
+            targets: ground truth of the images.
 
         Returns:
             Term -> scalar with a graph.
@@ -77,17 +120,17 @@ class DistillationLoss(nn.Module, ABC):
 
     def calibrate(
         self,
-        batches: list[tuple[DenseOutput, Tensor]],
+        batches: Sequence[tuple[DenseOutput, Targets]],
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     ) -> None:
-        """Prepares the loss from the teacher's outputs and the label maps `[B, H, W]` of some training images."""
+        """Prepares the loss from the teacher's outputs on some training images."""
 
     def after_step(self) -> None:
         """Ends an optimizer step, on all ranks at once: what the loss keeps across steps moves on."""
 
 
 def check_positive(**options: float) -> None:
-    """Raises a `ValueError` that names the first option that is not > 0."""
+    """Raises a `UserError` that names the first option that is not > 0."""
     for name, value in options.items():
         if not value > 0:
-            raise ValueError(f"{name} is {value!r}; it must be > 0.")
+            raise UserError(f"{name} is {value!r}; it must be > 0.")

@@ -1,14 +1,15 @@
 """Boundary and context distillation (BCD), https://huggingface.co/papers/2401.13174."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
-from ..outputs import DenseOutput, FeatureSpec
-from ..utils.profiling import part
-from .base import DistillationLoss, check_positive
+from ..outputs import DenseOutput, Targets
+from ..utils.messages import UserError
+from .base import DistillationLoss, Pair, check_positive
 from .boundary import (
     Mode,
     boundary_divergence,
@@ -18,13 +19,13 @@ from .boundary import (
     spatial_divergence,
 )
 from .context import context_relation, literal_relation
-from .modules.aggregate import PrincipalComponents, SelfRelationHead, StudentHead, TeacherHead
+from .modules.aggregate import SelfRelationHead, StudentHead, TeacherHead
 from .modules.schedules import Temperature
-from .ops.functional import at_least_float32, grid_size, moments, resize, valid_positions
+from .ops.functional import at_least_float32, grid_size, resize, spatial_size
 from .ops.path import line_offsets
 
 
-TeacherHeadKind = Literal["calibrated", "orthogonal", "logits", "pca"]
+TeacherHeadKind = Literal["calibrated", "orthogonal", "logits"]
 
 
 def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor:
@@ -59,27 +60,20 @@ class BCDLoss(DistillationLoss):
     million and 9 % for SegFormer-B4 -> SegFormer-B0, where hardly anything costs less than a 3x3 convolution.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
         mode: `stable` (default) or `paper`, the equations as printed.
         teacher_head: `calibrated` fits the boundary readout to the teacher's classes before training; `orthogonal`
-            leaves it random ("only the student is trained"); `logits` takes boundaries from class scores on both sides;
-            `pca` aggregates by principal components and takes boundaries from the first one.
+            leaves it random ("only the student is trained"); `logits` takes boundaries from class scores on both sides.
         radius: radius of the boundary lines, in positions of the stride-8 grid.
         kappa: width of the student's boundary sigmoid.
-        gain: factor of both boundary maps inside their softmaxes, which makes targets sharper and gradients larger.
-        centred: subtract the mean over each image from the aggregated features before they are related.
         temperature: temperature of the relations at the start.
         channels: channels of the aggregated features.
         reduced_channels: channels of each level before they are fused.
         stride: stride of the common grid.
-        ignore_index: void label; void positions count in no term.
-        seed: seed of the teacher's random maps.
     """
 
     weights = {"boundary": 3.0, "context": 1.0}
     shares = {"boundary": 0.3, "context": 0.5}
-    needs = frozenset({"features"})  # of the labels, void positions alone
+    needs = frozenset({"features"})  # of the targets, void positions only
     decays = True
     transfers = "semantic boundaries and pixel-to-pixel relations of all levels"
     source = "https://huggingface.co/papers/2401.13174"
@@ -93,84 +87,52 @@ class BCDLoss(DistillationLoss):
         "}"
     )
 
-    @classmethod
-    def default_weights(cls, mode: Mode = "stable", **options: Any) -> dict[str, float]:
-        """Weights that belong to the reductions of a mode: ours, or the paper's alpha and beta."""
-        return {"boundary": 10.0, "context": 50.0} if mode == "paper" else dict(cls.weights)
-
     def __init__(
         self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
+        pair: Pair,
         *,
         mode: Mode = "stable",
         teacher_head: TeacherHeadKind = "calibrated",
         radius: int = 3,
         kappa: float = 0.5,
-        gain: float = 1.0,
-        centred: bool = False,
         temperature: float = 1.0,
         channels: int = 256,
         reduced_channels: int = 64,
         stride: int = 8,
-        ignore_index: int = 255,
-        seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(pair)
         check_mode(mode)
         if teacher_head not in get_args(TeacherHeadKind):
-            raise ValueError(
-                f"teacher_head is {teacher_head!r}; choose one of {', '.join(get_args(TeacherHeadKind))}."
-            )
+            raise UserError(f"teacher_head is {teacher_head!r}; choose one of {', '.join(get_args(TeacherHeadKind))}.")
         if mode == "paper" and teacher_head == "logits":
-            raise ValueError("teacher_head='logits' has no literal form; use mode='stable' or another teacher_head.")
-        check_positive(
-            kappa=kappa,
-            gain=gain,
-            temperature=temperature,
-            channels=channels,
-            reduced_channels=reduced_channels,
-            stride=stride,
-        )
+            raise UserError("teacher_head='logits' has no literal form; use mode='stable' or another teacher_head.")
+        widths = {"channels": channels, "reduced_channels": reduced_channels}
+        check_positive(kappa=kappa, temperature=temperature, stride=stride, **widths)
         line_offsets(radius)  # fails here, not at the first step
         self.mode: Mode = mode
         self.teacher_head_kind: TeacherHeadKind = teacher_head
-        self.radius, self.kappa, self.stride, self.ignore_index = radius, kappa, stride, ignore_index
-        self.gain, self.centred = gain, centred
-        self.student_head = StudentHead(student_specs, channels, reduced_channels)
+        self.radius, self.kappa, self.stride = radius, kappa, stride
+        self.student_head = StudentHead(pair.student, **widths)
         if teacher_head == "logits":
             self.student_head.readout.requires_grad_(False)  # unused: DDP waits for gradients of all that require them
-        self.teacher_head = TeacherHead(
-            teacher_specs, channels, reduced_channels, seed, components=teacher_head == "pca"
-        )
-        paper = mode == "paper"
-        self.student_relation = SelfRelationHead(channels, predictor=True) if paper else None
-        self.teacher_relation = SelfRelationHead(channels, predictor=False) if paper else None
+        self.teacher_head = TeacherHead(pair.teacher, **widths, seed=pair.seed)
+        self.student_relation = self.teacher_relation = None
+        if mode == "paper":
+            self.weights = {"boundary": 10.0, "context": 50.0}  # alpha and beta belong to its reductions
+            self.student_relation = SelfRelationHead(channels, predictor=True)
+            self.teacher_relation = SelfRelationHead(channels, predictor=False)
         self.boundary_temperature, self.context_temperature = Temperature(), Temperature(temperature)
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        """Unweighted terms of a batch.
-
-        Args:
-            student: the student's output.
-            teacher: the teacher's output on the same images, at any resolution.
-            labels: `[B, H, W]` at input resolution; only their void positions are used.
-
-        Returns:
-            `{"boundary": scalar, "context": scalar}` in float32.
-        """
-        with torch.autocast(labels.device.type, enabled=False):
-            size = grid_size(labels, self.stride)
-            mask = valid_positions(labels, size, self.ignore_index)
-            with part("bcd/connectors"):
-                student_features = self.student_head.aggregate(student.features, size)
-                teacher_features = self.teacher_head(teacher.features, size)
-            with part("bcd/boundary"):
-                boundary = self._boundary(student, teacher, student_features, teacher_features, mask)
-            with part("bcd/context"):
-                student_features, teacher_features = self._centre(student_features, teacher_features, mask)
-                context = self._context(student_features, teacher_features, mask)
-            return {"boundary": boundary, "context": context}
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        size = grid_size(targets.size, self.stride)
+        mask = targets.valid(size)
+        student_features = self.student_head.aggregate(student.features, size)
+        teacher_features = self.teacher_head(teacher.features, size)
+        with record_function("bcd/boundary"):
+            boundary = self._boundary(student, teacher, student_features, teacher_features, mask)
+        with record_function("bcd/context"):
+            context = self._context(student_features, teacher_features, mask)
+        return {"boundary": boundary, "context": context}
 
     def _boundary(
         self,
@@ -180,19 +142,17 @@ class BCDLoss(DistillationLoss):
         teacher_features: Tensor,
         mask: Tensor,
     ) -> Tensor:
-        tau = self.boundary_temperature.value
+        tau = self.boundary_temperature.value.clone()  # autograd keeps it, and `after_step` writes in place
         hard_teacher = self.teacher_boundary(teacher, teacher_features, mask)
         if self.teacher_head_kind == "logits":
-            logits = resize(at_least_float32(student.logits), (mask.shape[-2], mask.shape[-1]))
+            logits = resize(at_least_float32(student.logits), spatial_size(mask))
             soft = class_affinity_boundary(logits, self.radius, mask)
-            divergence = spatial_divergence(soft, hard_teacher, tau=tau / self.gain, mask=mask)
+            divergence = spatial_divergence(soft, hard_teacher, tau=tau, mask=mask)
         else:
             field = self.student_head.boundary_field(student_features, mask)
             strength, theta = boundary_strength(field, self.radius, mask), self.teacher_head.theta
-            divergence = boundary_divergence(
-                strength, hard_teacher, theta, self.kappa, tau / self.gain, mask, self.mode
-            )
-        peak = self._peak(hard_teacher, mask, tau / self.gain)
+            divergence = boundary_divergence(strength, hard_teacher, theta, self.kappa, tau, mask, self.mode)
+        peak = self._peak(hard_teacher, mask, tau)
         self.boundary_temperature.observe(peak, mask.flatten(1).any(dim=1))  # one softmax an image
         return tau**2 * divergence.mean()
 
@@ -218,19 +178,11 @@ class BCDLoss(DistillationLoss):
         self.context_temperature.observe(energy.amax(dim=(1, 2)) / tau, mask.flatten(1).any(dim=1))
         return tau**2 * literal_relation(student_features, teacher_features, tau=tau, mask=mask).mean()
 
-    def _centre(self, student_features: Tensor, teacher_features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.centred:
-            return student_features, teacher_features
-        student, teacher = (
-            moments(x, (2, 3), mask[:, None], over_ranks=False)[0] for x in (student_features, teacher_features)
-        )
-        return student, teacher
-
     @torch.no_grad()
     def teacher_boundary(self, teacher: DenseOutput, teacher_features: Tensor, mask: Tensor) -> Tensor:
         """The teacher's hard boundary map `[B, h, w]`, 0 or 1 as float."""
         if self.teacher_head_kind == "logits":
-            classes = resize(at_least_float32(teacher.logits), (mask.shape[-2], mask.shape[-1])).argmax(dim=1)
+            classes = resize(at_least_float32(teacher.logits), spatial_size(mask)).argmax(dim=1)
             return different_neighbour(classes, self.radius, mask).to(teacher_features.dtype)
         field = self.teacher_head.boundary_field(teacher_features)
         return (boundary_strength(field, self.radius, mask) > self.teacher_head.theta).to(field.dtype)
@@ -243,29 +195,22 @@ class BCDLoss(DistillationLoss):
     @torch.no_grad()
     def calibrate(
         self,
-        batches: Iterable[tuple[DenseOutput, Tensor]],
+        batches: Sequence[tuple[DenseOutput, Targets]],
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
         num_steps: int = 250,
     ) -> None:
         """Fits the teacher's boundary readout and threshold to the teacher's own classes, once, before training.
 
         Args:
-            batches: the teacher's outputs and the label maps `[B, H, W]` of some training images.
+            batches: the teacher's outputs on some training images, and their targets.
             progress: wraps the steps, e.g. in a progress bar.
             num_steps: Adam steps of the fit.
         """
-        grids = []
-        for teacher, labels in batches:
-            size = grid_size(labels, self.stride)
-            grids.append((teacher, size, valid_positions(labels, size, self.ignore_index)))
-        if isinstance(self.teacher_head.aggregate, PrincipalComponents):
-            self.teacher_head.aggregate.fit([(teacher.features, size, mask) for teacher, size, mask in grids])
-            self.teacher_head.readout.weight.zero_()
-            self.teacher_head.readout.weight[0, 0] = 1
         prepared = []
-        for teacher, size, mask in grids:
+        for teacher, targets in batches:
+            size = grid_size(targets.size, self.stride)
             classes = resize(at_least_float32(teacher.logits), size).argmax(dim=1)
-            prepared.append((self.teacher_head(teacher.features, size), classes, mask))
+            prepared.append((self.teacher_head(teacher.features, size), classes, targets.valid(size)))
         self.teacher_head.calibrate(
             prepared,
             radius=self.radius,
@@ -275,30 +220,25 @@ class BCDLoss(DistillationLoss):
         )
 
     def after_step(self) -> None:
-        """Ends an optimizer step: adapts the temperatures."""
         self.boundary_temperature.update()
         self.context_temperature.update()
 
     @torch.no_grad()
-    def inspect(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        """What the loss compares, for pictures: boundary maps `[B, h, w]` and relation features `[B, C, h, w]`."""
-        size = grid_size(labels, self.stride)
-        mask = torch.ones((labels.shape[0], *size), dtype=torch.bool, device=labels.device)
+    def inspect(self, student: DenseOutput, teacher: DenseOutput, image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """Maps that the loss compares, for pictures: boundaries `[B, h, w]` and relation features `[B, C, h, w]`."""
+        size = grid_size(image_size, self.stride)
+        mask = torch.ones((len(teacher.logits), *size), dtype=torch.bool, device=teacher.logits.device)
         student_features = self.student_head.aggregate(student.features, size)
         teacher_features = self.teacher_head(teacher.features, size)
         if self.teacher_head_kind == "logits":
-            student_boundary = class_affinity_boundary(
-                resize(at_least_float32(student.logits), size), self.radius, mask
-            )
+            logits = resize(at_least_float32(student.logits), size)
+            student_boundary = class_affinity_boundary(logits, self.radius, mask)
         else:
             field = self.student_head.boundary_field(student_features, mask, over_ranks=False)
-            student_boundary = torch.sigmoid(
-                (boundary_strength(field, self.radius, mask) - self.teacher_head.theta) / self.kappa
-            )
-        teacher_boundary = self.teacher_boundary(teacher, teacher_features, mask)
-        student_features, teacher_features = self._centre(student_features, teacher_features, mask)
+            strength = boundary_strength(field, self.radius, mask)
+            student_boundary = torch.sigmoid((strength - self.teacher_head.theta) / self.kappa)
         return {
-            "teacher_boundary": teacher_boundary,
+            "teacher_boundary": self.teacher_boundary(teacher, teacher_features, mask),
             "student_boundary": student_boundary,
             "teacher_features": teacher_features,
             "student_features": student_features,

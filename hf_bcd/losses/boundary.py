@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .ops.functional import at_least_float32, divergence
+from ..utils.messages import UserError
+from .ops.functional import at_least_float32, divergence, full_precision
 from .ops.path import line_offsets, path_range
 
 
@@ -14,7 +15,7 @@ Mode = Literal["stable", "paper"]
 
 def check_mode(mode: str) -> None:
     if mode not in ("stable", "paper"):
-        raise ValueError(f"mode is {mode!r}; choose 'stable' (default) or 'paper' (the literal equations).")
+        raise UserError(f"mode is {mode!r}; choose 'stable' (default) or 'paper' (the literal equations).")
 
 
 def boundary_strength(z: Tensor, radius: int = 3, mask: Tensor | None = None) -> Tensor:
@@ -84,6 +85,7 @@ def spatial_divergence(
     return divergence(student.flatten(1), teacher.flatten(1), dim=1, tau=tau, mask=mask, entropy=entropy)
 
 
+@full_precision
 def boundary_distillation_loss(
     student: Tensor,
     teacher: Tensor,
@@ -122,11 +124,10 @@ def boundary_distillation_loss(
     check_mode(mode)
     if student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ; resize one.")
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
-        hard_teacher = (boundary_strength(teacher, radius, mask) > theta).to(teacher.dtype)
-        strength = boundary_strength(student, radius, mask)
-        return tau**2 * boundary_divergence(strength, hard_teacher, theta, kappa, tau, mask, mode).mean()
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    hard_teacher = (boundary_strength(teacher, radius, mask) > theta).to(teacher.dtype)
+    strength = boundary_strength(student, radius, mask)
+    return tau**2 * boundary_divergence(strength, hard_teacher, theta, kappa, tau, mask, mode).mean()
 
 
 def boundary_divergence(

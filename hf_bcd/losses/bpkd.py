@@ -1,23 +1,17 @@
 """BPKD: body and edges distilled apart (Liu et al., WACV 2024, https://arxiv.org/abs/2306.08075)."""
 
-import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput
-from .base import DistillationLoss, check_positive
+from ..outputs import DenseOutput, Targets
+from .base import DistillationLoss, Pair, check_positive
 from .cwd import cwd_loss
 from .ops.borders import check_width, class_border_shares
-from .ops.functional import divergence, on_teacher_grid, spatial_size, valid_positions
+from .ops.functional import divergence, full_precision, on_teacher_grid, spatial_size
 
 
+@full_precision
 def bpkd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 4.0,
-    width: int = 7,
-    ignore_index: int = 255,
+    student: Tensor, teacher: Tensor, edges: Tensor, *, temperature: float = 4.0, mask: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Boundary privileged knowledge distillation.
 
@@ -31,23 +25,19 @@ def bpkd_loss(
     Args:
         student: class scores `[B, K, h, w]`.
         teacher: class scores `[B, K, h', w']`, to whose grid the student's are resized; they receive no gradient.
-        labels: class ids `[B, H, W]`, `ignore_index` where void.
+        edges: M, `[B, K, h', w']` in [0, 1], see `class_border_shares`.
         temperature: T, > 0.
-        width: side in pixels of the window that dilates and erodes the classes, odd.
-        ignore_index: void label.
+        mask: `[B, h', w']`, True where valid.
 
     Returns:
         The two terms, scalars >= 0 in nat, 0 for equal scores; float32 or float64.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        size = spatial_size(teacher)
-        student, teacher, mask = on_teacher_grid(student, teacher, valid_positions(labels, size, ignore_index))
-        edge = class_border_shares(labels, teacher.shape[1], size, width=width, ignore_index=ignore_index)
-        edge = edge.to(student.dtype).masked_fill(~mask[:, None], 0)
-        body = cwd_loss(student * (1 - edge), teacher * (1 - edge), temperature=temperature, mask=mask)
-        divergences = temperature**2 * divergence(student * edge, teacher * edge, dim=1, tau=temperature)
-        of_classes = (divergences[:, None] * edge).sum(dim=(2, 3)) / (edge > 0).sum(dim=(2, 3)).clamp_min(1)
-        return {"body": body, "edge": of_classes.sum(dim=1).mean()}
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    edge = edges.to(student.dtype).masked_fill(~mask[:, None], 0)
+    body = cwd_loss(student * (1 - edge), teacher * (1 - edge), temperature=temperature, mask=mask)
+    divergences = temperature**2 * divergence(student * edge, teacher * edge, dim=1, tau=temperature)
+    of_classes = (divergences[:, None] * edge).sum(dim=(2, 3)) / (edge > 0).sum(dim=(2, 3)).clamp_min(1)
+    return {"body": body, "edge": of_classes.sum(dim=1).mean()}
 
 
 class BPKDLoss(DistillationLoss):
@@ -61,7 +51,6 @@ class BPKDLoss(DistillationLoss):
     Args:
         temperature: T.
         width: side in pixels of the window that dilates and erodes the classes.
-        ignore_index: void label.
     """
 
     weights = {"body": 3.0, "edge": 0.5}
@@ -81,12 +70,18 @@ class BPKDLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(self, *, temperature: float = 4.0, width: int = 7, ignore_index: int = 255) -> None:
-        super().__init__()
+    def __init__(self, pair: Pair, *, temperature: float = 4.0, width: int = 7) -> None:
+        super().__init__(pair)
         check_positive(temperature=temperature)
         check_width(width)
-        self.temperature, self.width, self.ignore_index = temperature, width, ignore_index
+        self.temperature, self.width = temperature, width
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        options = {"temperature": self.temperature, "width": self.width, "ignore_index": self.ignore_index}
-        return bpkd_loss(student.logits, teacher.logits, labels, **options)
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        size, classes, mask = (
+            spatial_size(teacher.logits),
+            targets.class_masks(targets.size),
+            targets.valid(targets.size),
+        )
+        edges = class_border_shares(classes, mask, size, width=self.width)
+        options = {"temperature": self.temperature, "mask": targets.valid(size)}
+        return bpkd_loss(student.logits, teacher.logits, edges, **options)

@@ -1,32 +1,31 @@
 """C2VKD: features and decoupled scores, from CNN to ViT (Zheng et al., 2023, https://arxiv.org/abs/2310.07265)."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec
+from ..outputs import DenseOutput, Targets
 from ..utils.distributed import all_reduce_sum
-from .base import DistillationLoss, check_positive
+from .base import DistillationLoss, Pair, check_positive
 from .modules.connectors import FeaturePair
 from .ops.functional import (
-    class_masks,
     divergence,
+    full_precision,
     image_means,
     mask_fill_value,
     on_teacher_grid,
     spatial_size,
     unit_vectors,
-    valid_positions,
 )
 
 
+@full_precision
 def dkd_loss(
-    student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_index: int = 255
+    student: Tensor, teacher: Tensor, classes: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Decoupled knowledge distillation (Zhao et al., https://arxiv.org/abs/2203.08679) of every pixel.
 
-    With `p = softmax(z / T)` and a pixel's true class y, each a mean over images and valid pixels:
+    With `p = softmax(z / T)` and a pixel's true class y, or all of its classes together where there are several, each a
+    mean over images and valid pixels:
 
     - `target`: `T² · KL` between the teacher's and the student's `[p_y, 1 - p_y]`.
     - `others`: `T² · KL` between their softmaxes over the classes other than y.
@@ -34,27 +33,25 @@ def dkd_loss(
     Args:
         student: class scores `[B, K, h, w]`.
         teacher: class scores `[B, K, h', w']`, to whose grid the student's are resized; they receive no gradient.
-        labels: class ids `[B, H, W]`, `ignore_index` where void.
+        classes: where each class is, `[B, K, h', w']`: boolean, or in 0..1 and there from one half on.
         temperature: T, > 0.
-        ignore_index: void label.
+        mask: `[B, h', w']`, True where valid.
 
     Returns:
         The two terms, scalars >= 0 in nat, 0 for equal scores; float32 or float64.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        size = spatial_size(teacher)
-        student, teacher, mask = on_teacher_grid(student, teacher, valid_positions(labels, size, ignore_index))
-        true = class_masks(labels, teacher.shape[1], size)
-        pairs = []
-        for z in (student / temperature, teacher / temperature):
-            rest = z.masked_fill(true, mask_fill_value(z.dtype)).logsumexp(dim=1)
-            pairs.append(torch.stack([(z * true).sum(dim=1), rest], dim=1))  # its softmax is [p_y, 1 - p_y]
-        target = divergence(*pairs, dim=1)
-        others = divergence(student, teacher, dim=1, tau=temperature, mask=~true)
-        terms = {"target": target, "others": others}
-        return {name: temperature**2 * image_means(term, mask).mean() for name, term in terms.items()}
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    true, pairs = classes >= 0.5, []
+    for z in (student / temperature, teacher / temperature):
+        sides = [z.masked_fill(hidden, mask_fill_value(z.dtype)).logsumexp(dim=1) for hidden in (~true, true)]
+        pairs.append(torch.stack(sides, dim=1))  # its softmax is [p_y, 1 - p_y]
+    target = divergence(*pairs, dim=1)
+    others = divergence(student, teacher, dim=1, tau=temperature, mask=~true)
+    terms = {"target": target, "others": others}
+    return {name: temperature**2 * image_means(term, mask).mean() for name, term in terms.items()}
 
 
+@full_precision
 def c2vkd_feature_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> dict[str, Tensor]:
     """What C2VKD compares of two feature maps.
 
@@ -73,17 +70,16 @@ def c2vkd_feature_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None 
         The two terms, scalars >= 0 but for rounding, 0 for equal features; float32 or float64. The pairs are those of
         the batch of all ranks, which all must call this.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher, mask = on_teacher_grid(student, teacher, mask)
-        channels = teacher.shape[1]
-        features = image_means(divergence(student, teacher, dim=1), mask).mean() / channels
-        s, t = (unit_vectors(x, dim=1) for x in (student, teacher))
-        s, t = ((x - x.mean(dim=1, keepdim=True)).masked_fill(~mask[:, None], 0) for x in (s, t))
-        s, t = (x.transpose(0, 1).flatten(1) for x in (s, t))
-        of_student, of_teacher, of_both = all_reduce_sum(torch.stack([s @ s.mT, t @ t.mT, s @ t.mT])).square()
-        count = all_reduce_sum(mask.sum().to(s.dtype)).clamp_min(1)
-        squares = (of_student + of_teacher - 2 * of_both).sum()
-        return {"features": features, "covariance": squares / (count * max(channels - 1, 1)).square()}
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    channels = teacher.shape[1]
+    features = image_means(divergence(student, teacher, dim=1), mask).mean() / channels
+    s, t = (unit_vectors(x, dim=1) for x in (student, teacher))
+    s, t = ((x - x.mean(dim=1, keepdim=True)).masked_fill(~mask[:, None], 0) for x in (s, t))
+    s, t = (x.transpose(0, 1).flatten(1) for x in (s, t))
+    of_student, of_teacher, of_both = all_reduce_sum(torch.stack([s @ s.mT, t @ t.mT, s @ t.mT])).square()
+    count = all_reduce_sum(mask.sum().to(s.dtype)).clamp_min(1)
+    squares = (of_student + of_teacher - 2 * of_both).sum()
+    return {"features": features, "covariance": squares / (count * max(channels - 1, 1)).square()}
 
 
 class C2VKDLoss(DistillationLoss):
@@ -95,11 +91,8 @@ class C2VKDLoss(DistillationLoss):
     channels too, its covariance over all pairs of a device's batch, as small as here. It adds no cross-entropy.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
         temperature: T of the decoupled loss; 1 as in the script.
         level: level of the features; the coarsest that both models have by default.
-        ignore_index: void label.
     """
 
     weights = {"target": 0.5, "others": 0.5, "features": 0.1, "covariance": 0.1}
@@ -120,24 +113,15 @@ class C2VKDLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        temperature: float = 1.0,
-        level: str | None = None,
-        ignore_index: int = 255,
-    ) -> None:
-        super().__init__()
+    def __init__(self, pair: Pair, *, temperature: float = 1.0, level: str | None = None) -> None:
+        super().__init__(pair)
         check_positive(temperature=temperature)
-        self.temperature, self.ignore_index = temperature, ignore_index
-        self.pair = FeaturePair(student_specs, teacher_specs, level)
+        self.temperature = temperature
+        self.pair = FeaturePair(pair, level)
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(labels.device.type, enabled=False):
-            options = {"temperature": self.temperature, "ignore_index": self.ignore_index}
-            terms = dkd_loss(student.logits, teacher.logits, labels, **options)
-            ours, theirs = self.pair(student.features, teacher.features)
-            mask = valid_positions(labels, spatial_size(theirs), self.ignore_index)
-            return terms | c2vkd_feature_loss(ours, theirs, mask=mask)
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        size = spatial_size(teacher.logits)
+        options = {"temperature": self.temperature, "mask": targets.valid(size)}
+        terms = dkd_loss(student.logits, teacher.logits, targets.class_masks(size), **options)
+        ours, theirs = self.pair(student.features, teacher.features)
+        return terms | c2vkd_feature_loss(ours, theirs, mask=targets.valid(spatial_size(theirs)))

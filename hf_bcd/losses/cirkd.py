@@ -1,36 +1,35 @@
 """Cross-image relational knowledge distillation (Yang et al., CVPR 2022, https://arxiv.org/abs/2204.06986)."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..outputs import DenseOutput, FeatureSpec
+from ..outputs import DenseOutput, Targets
 from ..utils.distributed import all_reduce_sum, is_distributed
-from .base import DistillationLoss, check_positive
+from ..utils.messages import UserError
+from .base import DistillationLoss, Pair, check_positive
 from .kd import kd_loss
-from .modules.connectors import BatchStandardize, shared_level
+from .modules.connectors import BatchStandardize
 from .modules.memory import ClassMemory, spread_positions
 from .modules.noise import SharedNoise
 from .ops.functional import (
     at_least_float32,
-    class_masks,
     class_means,
     divergence,
+    full_precision,
     image_means,
     pool_valid,
     resize,
     spatial_size,
     unit_vectors,
-    valid_positions,
 )
 
 
 BLOCK_BYTES = 32 * 2**20  # of a block of similarities, of which a backward pass holds about eight at a time
 
 
+@full_precision
 def cirkd_loss(
     student: Tensor, teacher: Tensor, *, temperature: float = 0.1, pool: int = 1, mask: Tensor | None = None
 ) -> Tensor:
@@ -57,17 +56,17 @@ def cirkd_loss(
         raise ValueError(
             f"student has {len(student)} images and teacher {len(teacher)}; both must see the same batch."
         )
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
-        if mask is None:
-            mask = torch.ones_like(teacher[:, 0], dtype=torch.bool)
-        (ours, valid), (theirs, _) = (pool_valid(x, mask, pool) for x in (student, teacher.to(student.dtype)))
-        ours, theirs, valid = _unit_rows(ours), _unit_rows(theirs), valid.flatten(1)
-        columns = _of_all_ranks(valid.to(ours.dtype)) > 0
-        rows = _row_divergence(ours, theirs, _of_all_ranks(ours), _of_all_ranks(theirs), columns, temperature)
-        return image_means(rows, valid).mean()
+    student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
+    if mask is None:
+        mask = torch.ones_like(teacher[:, 0], dtype=torch.bool)
+    (ours, valid), (theirs, _) = (pool_valid(x, mask, pool) for x in (student, teacher.to(student.dtype)))
+    ours, theirs, valid = _unit_rows(ours), _unit_rows(theirs), valid.flatten(1)
+    columns = _of_all_ranks(valid.to(ours.dtype)) > 0
+    rows = _row_divergence(ours, theirs, _of_all_ranks(ours), _of_all_ranks(theirs), columns, temperature)
+    return image_means(rows, valid).mean()
 
 
+@full_precision
 def cirkd_memory_loss(
     student: Tensor,
     teacher: Tensor,
@@ -92,14 +91,13 @@ def cirkd_memory_loss(
     Returns:
         Scalar >= 0 in nat, 0 without a valid vector; float32 or float64.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        ours, theirs = _unit_rows(at_least_float32(student)), _unit_rows(at_least_float32(teacher).detach())
-        if mask is None:
-            mask = torch.ones_like(teacher[:, 0], dtype=torch.bool)
-        columns = None if memory_mask is None else memory_mask[None]
-        vectors = memory.detach().to(ours.dtype)[None]
-        rows = _row_divergence(ours, theirs.to(ours.dtype), vectors, vectors, columns, temperature)
-        return image_means(rows, mask.flatten(1)).mean()
+    ours, theirs = _unit_rows(at_least_float32(student)), _unit_rows(at_least_float32(teacher).detach())
+    if mask is None:
+        mask = torch.ones_like(teacher[:, 0], dtype=torch.bool)
+    columns = None if memory_mask is None else memory_mask[None]
+    vectors = memory.detach().to(ours.dtype)[None]
+    rows = _row_divergence(ours, theirs.to(ours.dtype), vectors, vectors, columns, temperature)
+    return image_means(rows, mask.flatten(1)).mean()
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -166,20 +164,15 @@ class CIRKDLoss(DistillationLoss):
     that are accumulated are related within themselves alone.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
-        num_labels: number of classes.
         temperature: T of the similarities; 0.1 as in the official code, where that of the scores is 1.
         memory_mib: upper bound of both memories together, in MiB.
         stride: input pixels along a cell's side when images are related; finer maps are averaged first. Time falls with
             its fourth power: 8 as in the official scripts, which relate only the two images of each GPU, takes 16
             times as long.
         level: level of the features; the coarsest that both models have by default.
-        ignore_index: void label.
-        seed: seed of the places that samples begin at.
 
     Raises:
-        ValueError: if an option is out of range, or `memory_mib` is too small for one region of each class.
+        UserError: if an option is out of range, or `memory_mib` is too small for one region of each class.
     """
 
     weights = {"kd": 1.0, "batch_pixel": 1.0, "memory_pixel": 0.1, "memory_region": 0.1}
@@ -212,28 +205,23 @@ class CIRKDLoss(DistillationLoss):
 
     def __init__(
         self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
+        pair: Pair,
         *,
-        num_labels: int,
         temperature: float = 0.1,
         memory_mib: float = 256,
         stride: float = 16,
         level: str | None = None,
-        ignore_index: int = 255,
-        seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(pair)
         check_positive(temperature=temperature, memory_mib=memory_mib, stride=stride)
-        self.num_labels, self.temperature, self.ignore_index = num_labels, temperature, ignore_index
-        self.level = shared_level(student_specs, teacher_specs, level)
-        channels, own_stride = teacher_specs[self.level]
-        self.pool = max(1, round(stride / own_stride))
-        num_pixels, num_regions = self._entries(channels, memory_mib)
-        self.head = _Head(student_specs[self.level].channels, channels)
-        self.pixels = ClassMemory(num_labels, num_pixels, channels)
-        self.regions = ClassMemory(num_labels, num_regions, channels)
-        self.noise = SharedNoise(seed)
+        self.temperature, self.level, self.num_labels = temperature, pair.level(level), pair.num_labels
+        ours, theirs = pair.channels(self.level)
+        self.pool = max(1, round(stride / pair.teacher[self.level].stride))
+        num_pixels, num_regions = self._entries(theirs, memory_mib)
+        self.head = _Head(ours, theirs)
+        self.pixels = ClassMemory(pair.num_labels, num_pixels, theirs)
+        self.regions = ClassMemory(pair.num_labels, num_regions, theirs)
+        self.noise = SharedNoise(pair.seed)
 
     def _entries(self, channels: int, memory_mib: float) -> tuple[int, int]:
         """How many pixels and regions of each class `memory_mib` holds."""
@@ -241,7 +229,7 @@ class CIRKDLoss(DistillationLoss):
         full = (pixels + regions) * self.num_labels * channels * 4 / 2**20
         share = min(1.0, memory_mib / full)
         if share * regions < 1:
-            raise ValueError(
+            raise UserError(
                 f"memory_mib is {memory_mib}; {self.num_labels} classes of {channels} channels need {full / regions:.3g} "
                 "MiB for one region and ten pixels of each class."
             )
@@ -252,30 +240,25 @@ class CIRKDLoss(DistillationLoss):
         """Bytes of both memories."""
         return self.pixels.num_bytes + self.regions.num_bytes
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(labels.device.type, enabled=False):
-            theirs = at_least_float32(teacher.features[self.level]).detach()
-            size = spatial_size(theirs)
-            ours = resize(at_least_float32(student.features[self.level]), size)
-            mask = valid_positions(labels, size, self.ignore_index)
-            if self.training:
-                self._observe(theirs, class_masks(labels, self.num_labels, size))
-            projected = self.head(ours, mask)
-            options = {"temperature": self.temperature, "mask": mask}
-            terms = {
-                "kd": kd_loss(
-                    student.logits,
-                    teacher.logits,
-                    mask=valid_positions(labels, spatial_size(teacher.logits), self.ignore_index),
-                ),
-                "batch_pixel": cirkd_loss(ours, theirs, pool=self.pool, **options),
-            }
-            for term, memory, samples in zip(
-                ("memory_pixel", "memory_region"), (self.pixels, self.regions), self.samples, strict=True
-            ):
-                vectors, there = memory.sample(samples // self.num_labels + 1, self.noise.draw(1))
-                terms[term] = cirkd_memory_loss(projected, theirs, vectors, memory_mask=there, **options)
-            return terms
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        theirs = at_least_float32(teacher.features[self.level]).detach()
+        size = spatial_size(theirs)
+        ours = resize(at_least_float32(student.features[self.level]), size)
+        mask = targets.valid(size)
+        if self.training:
+            self._observe(theirs, targets.class_masks(size) >= 0.5)
+        projected = self.head(ours, mask)
+        valid = targets.valid(spatial_size(teacher.logits))
+        options = {"temperature": self.temperature, "mask": mask}
+        terms = {
+            "kd": kd_loss(student.logits, teacher.logits, mask=valid),
+            "batch_pixel": cirkd_loss(ours, theirs, pool=self.pool, **options),
+        }
+        memories = {"memory_pixel": self.pixels, "memory_region": self.regions}
+        for (term, memory), samples in zip(memories.items(), self.samples, strict=True):
+            vectors, there = memory.sample(samples // self.num_labels + 1, self.noise.draw(1))
+            terms[term] = cirkd_memory_loss(projected, theirs, vectors, memory_mask=there, **options)
+        return terms
 
     def _observe(self, features: Tensor, classes: Tensor) -> None:
         """Leaves what the memories are to get from a batch."""

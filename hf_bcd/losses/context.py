@@ -1,11 +1,10 @@
 """Context distillation, Eq. 4 and 5 of the BCD paper (https://huggingface.co/papers/2401.13174)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .boundary import Mode, check_mode
-from .ops.functional import at_least_float32
+from .ops.functional import at_least_float32, full_precision
 from .ops.relation import Relation, literal_divergence, relation_divergence
 
 
@@ -31,6 +30,7 @@ def _check_same_grid(student: Tensor, teacher: Tensor) -> None:
         )
 
 
+@full_precision
 def context_relation(
     student: Tensor, teacher: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None
 ) -> Relation:
@@ -49,9 +49,8 @@ def context_relation(
         ValueError: if the two maps differ in batch or spatial size.
     """
     _check_same_grid(student, teacher)
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher = (relation_features(at_least_float32(x)) for x in (student, teacher.detach()))
-        return relation_divergence(student, teacher, tau=tau, mask=None if mask is None else mask.flatten(1))
+    student, teacher = (relation_features(at_least_float32(x)) for x in (student, teacher.detach()))
+    return relation_divergence(student, teacher, tau=tau, mask=None if mask is None else mask.flatten(1))
 
 
 def literal_relation(
@@ -74,6 +73,7 @@ def literal_relation(
     return literal_divergence(student, teacher, tau=tau, mask=None if mask is None else mask.flatten(1))
 
 
+@full_precision
 def context_distillation_loss(
     student: Tensor,
     teacher: Tensor,
@@ -106,6 +106,5 @@ def context_distillation_loss(
     if mode == "stable":
         return tau**2 * context_relation(student, teacher, tau=tau, mask=mask).divergence.mean()
     _check_same_grid(student, teacher)
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
-        return tau**2 * literal_relation(student, teacher, tau=tau, mask=mask).mean()
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    return tau**2 * literal_relation(student, teacher, tau=tau, mask=mask).mean()

@@ -1,11 +1,12 @@
-"""The one place where loss terms get their weights."""
+"""The criterion gives loss terms their weights, and knows no method."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput
+from ..outputs import DenseOutput, Targets
 from .base import DistillationLoss
 from .modules.balance import GradientBalance, squared_gradients
 from .modules.schedules import decay
@@ -47,12 +48,16 @@ class DistillationCriterion(nn.Module):
         # a buffer, so that a compiled step does not recompile when it changes; follows from the step, so not saved
         self.register_buffer("decay", torch.ones(()), persistent=False)
 
+    def by_name(self) -> dict[str, DistillationLoss]:
+        """The losses."""
+        return cast(dict[str, DistillationLoss], dict(self.losses.items()))
+
     def forward(
         self,
         task_losses: Mapping[str, Tensor],
         student: DenseOutput,
         teacher: DenseOutput | None,
-        labels: Tensor,
+        targets: Targets,
         share: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted total and unweighted terms.
@@ -61,7 +66,7 @@ class DistillationCriterion(nn.Module):
             task_losses: supervised losses by name, weighted already.
             student: the student's output.
             teacher: the teacher's output, or None when nothing is distilled.
-            labels: `[B, H, W]`.
+            targets: ground truth of the images.
             share: number of images over the mean number of the batches that are accumulated, which multiplies the terms.
                 They are means over images, so each of a shorter batch would otherwise weigh more.
 
@@ -74,10 +79,10 @@ class DistillationCriterion(nn.Module):
         if teacher is None:
             return total, terms
         weights, factors = self._weights(), {}
-        for name, loss in self.losses.items():
+        for name, loss in self.by_name().items():
             factor = self.decay if name in self.decays else 1.0
-            needed = {"task_loss": task_loss} if "task_loss" in loss.needs else {}  # type: ignore[operator]
-            for term, value in loss(student, teacher, labels, **needed).items():
+            needed = {"task_loss": task_loss} if "task_loss" in loss.needs else {}
+            for term, value in loss(student, teacher, targets, **needed).items():
                 key = f"{name}/{term}"
                 terms[key], factors[key] = share * value, weights[key] * factor
                 total = total + factors[key] * terms[key]
@@ -120,22 +125,22 @@ class DistillationCriterion(nn.Module):
 
     def after_step(self) -> None:
         """Ends an optimizer step in every loss."""
-        for loss in [*self.losses.values(), *([] if self.balance is None else [self.balance])]:
-            loss.after_step()  # type: ignore[operator]
+        for loss in [*self.by_name().values(), *([] if self.balance is None else [self.balance])]:
+            loss.after_step()
 
     @property
     def needs_calibration(self) -> bool:
-        return any(loss.needs_calibration for loss in self.losses.values())
+        return any(loss.needs_calibration for loss in self.by_name().values())
 
     def calibrate(
         self,
-        batches: list[tuple[DenseOutput, Tensor]],
+        batches: Sequence[tuple[DenseOutput, Targets]],
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     ) -> None:
-        """Prepares every loss that needs it from the teacher's outputs on training images."""
-        for loss in self.losses.values():
+        """Prepares every loss that needs it from the teacher's outputs on some training images."""
+        for loss in self.by_name().values():
             if loss.needs_calibration:
-                loss.calibrate(batches, progress)  # type: ignore[operator]
+                loss.calibrate(batches, progress)
 
 
 def _by_key(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -1,21 +1,20 @@
 """Cross-head distillation (Wang et al., CVPR 2024, https://arxiv.org/abs/2306.11369)."""
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss
+from ..outputs import DenseOutput, Targets
+from ..utils.messages import UserError
+from .base import DistillationLoss, Pair
 from .modules.connectors import FeaturePair
 from .ops.functional import (
     divergence,
+    full_precision,
     image_means,
     moments,
     on_teacher_grid,
     spatial_size,
     standardize,
-    valid_positions,
 )
 
 
@@ -34,6 +33,7 @@ def match_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return standardize(student, (0, 2, 3), mask, eps=1e-6) * deviation + mean
 
 
+@full_precision
 def crosskd_loss(cross: Tensor, teacher: Tensor, *, beta: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """Distance of a cross-head prediction to the teacher's own.
 
@@ -49,10 +49,9 @@ def crosskd_loss(cross: Tensor, teacher: Tensor, *, beta: float = 1.0, mask: Ten
     Returns:
         Scalar >= 0 in nat, 0 for equal scores; float32 or float64.
     """
-    with torch.autocast(cross.device.type, enabled=False):
-        cross, teacher, mask = on_teacher_grid(cross, teacher, mask)
-        disagreement = (cross.softmax(1) - teacher.softmax(1)).abs().sum(1) / 2
-        return image_means(disagreement.pow(beta) * divergence(cross, teacher, dim=1), mask).mean()
+    cross, teacher, mask = on_teacher_grid(cross, teacher, mask)
+    disagreement = (cross.softmax(1) - teacher.softmax(1)).abs().sum(1) / 2
+    return image_means(disagreement.pow(beta) * divergence(cross, teacher, dim=1), mask).mean()
 
 
 class CrossKDLoss(DistillationLoss):
@@ -67,11 +66,7 @@ class CrossKDLoss(DistillationLoss):
     stays, as the distance of two distributions over classes, and BCE becomes KL, so that agreement is 0 for any beta.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
-        head_levels: the teacher's levels that its head reads, which the student must have; all of them by default.
         beta: exponent of the weight; 1 as in the official code, 0 for KL alone.
-        ignore_index: void label.
     """
 
     weights = {"crosskd": 1.0}  # official, on a sum over positive anchors divided by their number
@@ -91,30 +86,20 @@ class CrossKDLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        head_levels: Sequence[str] | None = None,
-        beta: float = 1.0,
-        ignore_index: int = 255,
-    ) -> None:
-        super().__init__()
+    def __init__(self, pair: Pair, *, beta: float = 1.0) -> None:
+        super().__init__(pair)
         if not (beta == 0 or beta >= 1):
-            raise ValueError(f"beta is {beta!r}; it must be 0 or >= 1, or the gradient is infinite at agreement.")
-        self.beta, self.ignore_index = beta, ignore_index
-        levels = tuple(teacher_specs) if head_levels is None else head_levels
-        self.pairs = nn.ModuleList(FeaturePair(student_specs, teacher_specs, level, bias=False) for level in levels)
+            raise UserError(f"beta is {beta!r}; it must be 0 or >= 1, or the gradient is infinite at agreement.")
+        self.beta = beta
+        self.pairs = nn.ModuleList(FeaturePair(pair, level, bias=False) for level in pair.head_levels)
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         if teacher.head is None:
             raise ValueError("crosskd needs teacher.head, the teacher's head as a function of its levels.")
-        with torch.autocast(labels.device.type, enabled=False):
-            crossed = {}
-            for pair in self.pairs:
-                ours, theirs = pair(student.features, teacher.features)
-                valid = valid_positions(labels, spatial_size(theirs), self.ignore_index)[:, None]
-                crossed[pair.level] = torch.where(valid, match_moments(ours, theirs, valid), theirs)
-            mask = valid_positions(labels, spatial_size(teacher.logits), self.ignore_index)
-            return {"crosskd": crosskd_loss(teacher.head(crossed), teacher.logits, beta=self.beta, mask=mask)}
+        crossed = {}
+        for pair in self.pairs:
+            ours, theirs = pair(student.features, teacher.features)
+            valid = targets.valid(spatial_size(theirs))[:, None]
+            crossed[pair.level] = torch.where(valid, match_moments(ours, theirs, valid), theirs)
+        mask = targets.valid(spatial_size(teacher.logits))
+        return {"crosskd": crosskd_loss(teacher.head(crossed), teacher.logits, beta=self.beta, mask=mask)}

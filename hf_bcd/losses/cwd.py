@@ -1,20 +1,20 @@
 """Channel-wise distillation (Shu et al., ICCV 2021, https://arxiv.org/abs/2011.13256)."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss, check_positive
+from ..outputs import DenseOutput, Targets
+from ..utils.messages import UserError
+from .base import DistillationLoss, Pair, check_positive
 from .modules.connectors import FeaturePair
-from .ops.functional import divergence, on_teacher_grid, spatial_size, valid_positions
+from .ops.functional import divergence, full_precision, on_teacher_grid, spatial_size
 
 
 Source = Literal["logits", "features"]
 
 
+@full_precision
 def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, mask: Tensor | None = None) -> Tensor:
     """Channel-wise distillation: every channel, read as a distribution over positions, follows the teacher's.
 
@@ -30,22 +30,18 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, mask
     Returns:
         Scalar >= 0 in nat, 0 for channels that differ by a constant; float32 or float64.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher, mask = on_teacher_grid(student, teacher, mask)
-        student, teacher, mask = student.flatten(2), teacher.flatten(2), mask.flatten(1)[:, None]
-        return temperature**2 * divergence(student, teacher, dim=2, tau=temperature, mask=mask).mean()
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    student, teacher, mask = student.flatten(2), teacher.flatten(2), mask.flatten(1)[:, None]
+    return temperature**2 * divergence(student, teacher, dim=2, tau=temperature, mask=mask).mean()
 
 
 class CWDLoss(DistillationLoss):
     """`cwd_loss` between the logits, or one feature level, of two models.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
         on: `logits`, or `features` behind a trained 1x1 convolution on the student's.
         temperature: T; 4 as in the official code.
         level: level of `features`; the coarsest that both models have by default.
-        ignore_index: void label.
     """
 
     weights = {"cwd": 3.0}
@@ -62,31 +58,19 @@ class CWDLoss(DistillationLoss):
         "}"
     )
 
-    @classmethod
-    def needed(cls, on: Source = "logits", **options: Any) -> frozenset[str]:
-        return frozenset({"features" if on == "features" else "logits"})  # the constructor refuses all else
-
     def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        on: Source = "logits",
-        temperature: float = 4.0,
-        level: str | None = None,
-        ignore_index: int = 255,
+        self, pair: Pair, *, on: Source = "logits", temperature: float = 4.0, level: str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(pair)
         if on not in get_args(Source):
-            raise ValueError(f"on is {on!r}; choose one of {', '.join(get_args(Source))}.")
+            raise UserError(f"on is {on!r}; choose one of {', '.join(get_args(Source))}.")
         check_positive(temperature=temperature)
-        self.temperature, self.ignore_index = temperature, ignore_index
-        self.pair = FeaturePair(student_specs, teacher_specs, level, bias=False) if on == "features" else None
+        self.temperature, self.needs = temperature, frozenset({on})
+        self.pair = FeaturePair(pair, level, bias=False) if on == "features" else None
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(labels.device.type, enabled=False):
-            ours, theirs = student.logits, teacher.logits
-            if self.pair is not None:
-                ours, theirs = self.pair(student.features, teacher.features)
-            mask = valid_positions(labels, spatial_size(theirs), self.ignore_index)
-            return {"cwd": cwd_loss(ours, theirs, temperature=self.temperature, mask=mask)}
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        ours, theirs = student.logits, teacher.logits
+        if self.pair is not None:
+            ours, theirs = self.pair(student.features, teacher.features)
+        mask = targets.valid(spatial_size(theirs))
+        return {"cwd": cwd_loss(ours, theirs, temperature=self.temperature, mask=mask)}

@@ -1,16 +1,15 @@
 """Feature distillation via channel-wise transformation (Liu et al., ICCVW 2023, https://arxiv.org/abs/2303.13212)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss
-from .modules.connectors import shared_level
-from .ops.functional import at_least_float32, mean_squared_error, on_teacher_grid, spatial_size, valid_positions
+from ..outputs import DenseOutput, Targets
+from .base import DistillationLoss, Pair
+from .ops.functional import at_least_float32, full_precision, mean_squared_error, on_teacher_grid, spatial_size
 
 
+@full_precision
 def cwt_loss(
     student: Tensor, teacher: Tensor, transform: Callable[[Tensor], Tensor], *, mask: Tensor | None = None
 ) -> Tensor:
@@ -30,9 +29,8 @@ def cwt_loss(
     Raises:
         ValueError: if batch, the teacher's and the transformed channels, or the mask's size differ.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student = transform(at_least_float32(student))
-        return teacher.shape[1] * mean_squared_error(*on_teacher_grid(student, teacher, mask))
+    student = transform(at_least_float32(student))
+    return teacher.shape[1] * mean_squared_error(*on_teacher_grid(student, teacher, mask))
 
 
 class CWTLoss(DistillationLoss):
@@ -43,10 +41,7 @@ class CWTLoss(DistillationLoss):
     start, as that of pixel-wise distillation is at SKD's weight.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
         level: level name; the coarsest that both models have by default.
-        ignore_index: void label.
     """
 
     weights = {"cwt": 0.01}
@@ -63,23 +58,12 @@ class CWTLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        level: str | None = None,
-        ignore_index: int = 255,
-    ) -> None:
-        super().__init__()
-        self.level = shared_level(student_specs, teacher_specs, level)
-        self.ignore_index = ignore_index
-        channels = teacher_specs[self.level].channels
-        self.transform = nn.Sequential(
-            nn.Conv2d(student_specs[self.level].channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, channels, 1)
-        )
+    def __init__(self, pair: Pair, *, level: str | None = None) -> None:
+        super().__init__(pair)
+        self.level = pair.level(level)
+        ours, theirs = pair.channels(self.level)
+        self.transform = nn.Sequential(nn.Conv2d(ours, theirs, 1), nn.ReLU(), nn.Conv2d(theirs, theirs, 1))
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         ours, theirs = student.features[self.level], teacher.features[self.level]
-        mask = valid_positions(labels, spatial_size(theirs), self.ignore_index)
-        return {"cwt": cwt_loss(ours, theirs, self.transform, mask=mask)}
+        return {"cwt": cwt_loss(ours, theirs, self.transform, mask=targets.valid(spatial_size(theirs)))}

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput
+from ..outputs import DenseOutput, Targets
 from .base import DistillationLoss
-from .ops.functional import image_means, on_teacher_grid, spatial_size, valid_positions
+from .ops.functional import full_precision, image_means, on_teacher_grid, spatial_size
 
 
 def pearson(x: Tensor, y: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
@@ -23,6 +23,7 @@ def pearson(x: Tensor, y: Tensor, dim: int, mask: Tensor | None = None) -> Tenso
     return (x * y).sum(dim) / (x.norm(dim=dim) * y.norm(dim=dim) + 1e-8)  # as officially
 
 
+@full_precision
 def dist_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> dict[str, Tensor]:
     """Distances of correlation `d(u, v) = 1 - pearson(u, v)` between the class probabilities p of two models.
 
@@ -39,13 +40,12 @@ def dist_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -
         The two terms, scalars in [0, 2], float32 or float64. Equal scores give 0 but for the 1e-8 in the official
         denominator, which counts once the probability of a class hardly varies.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher, mask = on_teacher_grid(student, teacher, mask)
-        student, teacher = student.softmax(dim=1), teacher.softmax(dim=1)
-        inter = image_means(1 - pearson(student, teacher, dim=1), mask)
-        mask = mask.flatten(1)
-        intra = (1 - pearson(student.flatten(2), teacher.flatten(2), dim=2, mask=mask[:, None])).mean(dim=1)
-        return {"inter": inter.mean(), "intra": intra.masked_fill(mask.sum(dim=1) < 2, 0).mean()}
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    student, teacher = student.softmax(dim=1), teacher.softmax(dim=1)
+    inter = image_means(1 - pearson(student, teacher, dim=1), mask)
+    mask = mask.flatten(1)
+    intra = (1 - pearson(student.flatten(2), teacher.flatten(2), dim=2, mask=mask[:, None])).mean(dim=1)
+    return {"inter": inter.mean(), "intra": intra.masked_fill(mask.sum(dim=1) < 2, 0).mean()}
 
 
 class DISTLoss(DistillationLoss):
@@ -53,9 +53,6 @@ class DISTLoss(DistillationLoss):
 
     The official code correlates a class over the pixels of all images on a device; here over those of one image, so
     that neither the number of devices nor that of accumulated batches changes the loss. It has no temperature.
-
-    Args:
-        ignore_index: void label.
     """
 
     weights = {"inter": 1.0, "intra": 1.0}
@@ -75,10 +72,5 @@ class DISTLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(self, *, ignore_index: int = 255) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
-
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        mask = valid_positions(labels, spatial_size(teacher.logits), self.ignore_index)
-        return dist_loss(student.logits, teacher.logits, mask=mask)
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        return dist_loss(student.logits, teacher.logits, mask=targets.valid(spatial_size(teacher.logits)))

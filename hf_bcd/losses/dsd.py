@@ -1,26 +1,26 @@
 """Double similarity distillation (Feng et al., IEEE TIP 2021, https://arxiv.org/abs/2107.08591)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss, check_positive
-from .modules.connectors import shared_level
+from ..outputs import DenseOutput, Targets, resize_nearest
+from ..utils.messages import UserError
+from .base import DistillationLoss, Pair, check_positive
 from .ops.functional import (
     attention_map,
+    full_precision,
     on_teacher_grid,
     resize,
-    resize_nearest,
     spatial_size,
     unit_maps,
     unit_vectors,
-    valid_positions,
 )
 
 
+@full_precision
 def pixel_similarity_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, mask: Tensor) -> Tensor:
     """From one level to the next, the student's attention changes where the teacher's does.
 
@@ -47,11 +47,11 @@ def pixel_similarity_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], 
             maps.append(unit_maps(resize(attention, size), valid))
         return [unit_vectors(later - earlier, dim=2) for earlier, later in pairwise(maps)]
 
-    with torch.autocast(mask.device.type, enabled=False):
-        pairs = zip(residuals(student), residuals([x.detach() for x in teacher]), strict=True)
-        return torch.stack([(s - t).square().sum(dim=2).mean() for s, t in pairs]).mean()
+    pairs = zip(residuals(student), residuals([x.detach() for x in teacher]), strict=True)
+    return torch.stack([(s - t).square().sum(dim=2).mean() for s, t in pairs]).mean()
 
 
+@full_precision
 def category_similarity_loss(
     student: Tensor, teacher: Tensor, *, temperature: float = 4.0, mask: Tensor | None = None
 ) -> Tensor:
@@ -72,10 +72,9 @@ def category_similarity_loss(
     Raises:
         ValueError: if batch, classes or the mask's size differ.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher, mask = on_teacher_grid(student, teacher, mask)
-        p, q = (unit_maps((scores / temperature).softmax(dim=1), mask) for scores in (student, teacher))
-        return (p @ p.mT - q @ q.mT).square().mean()
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    p, q = (unit_maps((scores / temperature).softmax(dim=1), mask) for scores in (student, teacher))
+    return (p @ p.mT - q @ q.mT).square().mean()
 
 
 class DSDLoss(DistillationLoss):
@@ -88,11 +87,8 @@ class DSDLoss(DistillationLoss):
     term near zero.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
         levels: level names from fine to coarse, two or more; all that both models have by default.
         temperature: T of the class probabilities.
-        ignore_index: void label.
     """
 
     weights = {"pixel": 1e3 / (64 * 128), "category": 10.0}
@@ -111,29 +107,18 @@ class DSDLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        levels: Sequence[str] | None = None,
-        temperature: float = 4.0,
-        ignore_index: int = 255,
-    ) -> None:
-        super().__init__()
+    def __init__(self, pair: Pair, *, levels: Sequence[str] | None = None, temperature: float = 4.0) -> None:
+        super().__init__(pair)
         check_positive(temperature=temperature)
-        wanted = [name for name in student_specs if name in teacher_specs] if levels is None else levels
-        self.levels = [shared_level(student_specs, teacher_specs, level) for level in wanted]
+        self.levels = [pair.level(level) for level in (pair.levels if levels is None else levels)]
         if len(self.levels) < 2:
-            raise ValueError(f"levels are {', '.join(self.levels) or 'none'}; residual attention needs two or more.")
-        self.temperature, self.ignore_index = temperature, ignore_index
+            raise UserError(f"levels are {', '.join(self.levels) or 'none'}; residual attention needs two or more.")
+        self.temperature = temperature
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         ours, theirs = ([output.features[level] for level in self.levels] for output in (student, teacher))
-        mask = valid_positions(labels, spatial_size(teacher.logits), self.ignore_index)
+        options = {"temperature": self.temperature, "mask": targets.valid(spatial_size(teacher.logits))}
         return {
-            "pixel": pixel_similarity_loss(ours, theirs, mask=labels != self.ignore_index),
-            "category": category_similarity_loss(
-                student.logits, teacher.logits, temperature=self.temperature, mask=mask
-            ),
+            "pixel": pixel_similarity_loss(ours, theirs, mask=targets.valid(targets.size)),
+            "category": category_similarity_loss(student.logits, teacher.logits, **options),
         }

@@ -1,14 +1,15 @@
 """Frequency attention (Pham et al., WACV 2024, https://arxiv.org/abs/2403.05894)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss
-from .modules.connectors import BatchStandardize, Projection, shared_level
-from .ops.functional import at_least_float32, mean_squared_error, resize, spatial_size, valid_positions
+from ..outputs import DenseOutput, Targets
+from ..utils.messages import UserError
+from .base import DistillationLoss, Pair
+from .modules.connectors import BatchStandardize, Projection
+from .ops.functional import at_least_float32, full_precision, mean_squared_error, resize, spatial_size
 
 
 def _interpolation(frequencies: Tensor, nodes: int) -> Tensor:
@@ -71,6 +72,7 @@ class FrequencyAttention(nn.Module):
         return self.norm(self.rates[0] * attended + self.rates[1] * self.local(x), mask).relu()
 
 
+@full_precision
 def fam_loss(student: Tensor, teacher: Tensor, attention: FrequencyAttention, *, mask: Tensor) -> Tensor:
     """Frequency attention: `mean over images, valid positions and channels of (attention(s) - t)²`.
 
@@ -83,9 +85,8 @@ def fam_loss(student: Tensor, teacher: Tensor, attention: FrequencyAttention, *,
     Returns:
         Scalar >= 0; float32 or float64.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student = resize(at_least_float32(student), spatial_size(teacher))
-        return mean_squared_error(attention(student, mask), at_least_float32(teacher).detach(), mask)
+    student = resize(at_least_float32(student), spatial_size(teacher))
+    return mean_squared_error(attention(student, mask), at_least_float32(teacher).detach(), mask)
 
 
 class FAMLoss(DistillationLoss):
@@ -96,12 +97,9 @@ class FAMLoss(DistillationLoss):
     the cross-stage attention that the official code takes from ReviewKD.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher, rectified as the output of `FrequencyAttention` is.
         levels: level names; all that both models have by default, as the official code guides all four stages.
         frequencies: spectral weights along each axis; ours, an odd number so that one belongs to frequency 0.
         cutoff: share of low frequencies that the high-pass filter removes; official 0.1.
-        ignore_index: void label.
     """
 
     weights = {"fam": 1.0}
@@ -123,29 +121,19 @@ class FAMLoss(DistillationLoss):
     )
 
     def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        levels: Sequence[str] | None = None,
-        frequencies: int = 17,
-        cutoff: float = 0.1,
-        ignore_index: int = 255,
+        self, pair: Pair, *, levels: Sequence[str] | None = None, frequencies: int = 17, cutoff: float = 0.1
     ) -> None:
-        super().__init__()
+        super().__init__(pair)
         if frequencies < 2 or not 0 < cutoff < 1:
-            raise ValueError(f"frequencies is {frequencies!r} and cutoff {cutoff!r}; they must be > 1 and in (0, 1).")
-        self.ignore_index = ignore_index
-        names = levels or [name for name in student_specs if name in teacher_specs] or [None]
+            raise UserError(f"frequencies is {frequencies!r} and cutoff {cutoff!r}; they must be > 1 and in (0, 1).")
         self.attention = nn.ModuleDict()
-        for level in [shared_level(student_specs, teacher_specs, name) for name in names]:
-            channels = student_specs[level].channels, teacher_specs[level].channels
-            self.attention[level] = FrequencyAttention(*channels, frequencies, cutoff)
+        for level in [pair.level(name) for name in levels or pair.levels or [None]]:
+            self.attention[level] = FrequencyAttention(*pair.channels(level), frequencies, cutoff)
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         losses = []
         for level, attention in self.attention.items():
-            target = teacher.features[level]
-            mask = valid_positions(labels, spatial_size(target), self.ignore_index)
-            losses.append(fam_loss(student.features[level], target, attention, mask=mask))  # type: ignore[arg-type]
+            ours, theirs = student.features[level], teacher.features[level]
+            mask = targets.valid(spatial_size(theirs))
+            losses.append(fam_loss(ours, theirs, attention, mask=mask))  # type: ignore[arg-type]
         return {"fam": torch.stack(losses).sum()}

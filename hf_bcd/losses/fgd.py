@@ -1,23 +1,20 @@
 """Focal and global distillation (Yang et al., CVPR 2022, https://arxiv.org/abs/2111.11837)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss, check_positive
+from ..outputs import DenseOutput, Targets
+from ..utils.messages import UserError
+from .base import DistillationLoss, Pair, check_positive
 from .modules.connectors import FeaturePair
 from .ops.functional import (
-    class_masks,
     class_means,
+    full_precision,
     image_means,
     mask_fill_value,
     mean_squared_error,
     on_teacher_grid,
     spatial_size,
-    valid_positions,
 )
 
 
@@ -41,6 +38,7 @@ def activation_attention(x: Tensor, mask: Tensor, temperature: float) -> tuple[T
     return spatial, channel
 
 
+@full_precision
 def fgd_loss(
     student: Tensor, teacher: Tensor, regions: Tensor, *, temperature: float = 0.5, mask: Tensor | None = None
 ) -> Tensor:
@@ -52,28 +50,27 @@ def fgd_loss(
     Args:
         student: features `[B, C, h, w]`.
         teacher: `[B, C, h', w']`, to whose grid the student's are resized; receives no gradient.
-        regions: boolean `[B, K, h', w']`; an empty one counts 0.
+        regions: `[B, K, h', w']`, boolean or in 0..1; an empty one counts 0.
         temperature: T, > 0.
         mask: `[B, h', w']`, True where the attention may look.
 
     Returns:
         Scalar >= 0, 0 for equal features; float32 or float64.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher, mask = on_teacher_grid(student, teacher, mask)
-        spatial, channel = activation_attention(teacher, mask, temperature)
-        error = spatial * (channel[:, :, None, None] * (teacher - student).square()).mean(dim=1)
-        return class_means(error[:, None], regions).sum(dim=1).mean()
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    spatial, channel = activation_attention(teacher, mask, temperature)
+    error = spatial * (channel[:, :, None, None] * (teacher - student).square()).mean(dim=1)
+    return class_means(error[:, None], regions).sum(dim=1).mean()
 
 
+@full_precision
 def attention_losses(
     student: Tensor, teacher: Tensor, *, temperature: float = 0.5, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean absolute differences between the two models' attention over positions and over channels, as `fgd_loss`."""
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher, mask = on_teacher_grid(student, teacher, mask)
-        ours, theirs = (activation_attention(x, mask, temperature) for x in (student, teacher))
-        return image_means((ours[0] - theirs[0]).abs(), mask).mean(), (ours[1] - theirs[1]).abs().mean()
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    ours, theirs = (activation_attention(x, mask, temperature) for x in (student, teacher))
+    return image_means((ours[0] - theirs[0]).abs(), mask).mean(), (ours[1] - theirs[1]).abs().mean()
 
 
 class GlobalContext(nn.Module):
@@ -116,13 +113,9 @@ class FGDLoss(DistillationLoss):
     large, let the connectors diverge on a backbone's features.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
-        num_labels: number of classes.
         background: class id of the background, 0 in Pascal VOC; None where every class counts as an object.
         temperature: T of the attention; 0.5 as in the official code.
         level: level name; the coarsest that both models have by default.
-        ignore_index: void label.
     """
 
     weights = {
@@ -146,45 +139,33 @@ class FGDLoss(DistillationLoss):
         "}"
     )
 
-    @classmethod
-    def default_weights(cls, background: int | None = None, **options: Any) -> dict[str, float]:
-        return {term: value for term, value in cls.weights.items() if term != "background" or background is not None}
-
     def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        num_labels: int,
-        background: int | None = None,
-        temperature: float = 0.5,
-        level: str | None = None,
-        ignore_index: int = 255,
+        self, pair: Pair, *, background: int | None = None, temperature: float = 0.5, level: str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(pair)
         check_positive(temperature=temperature)
-        if background is not None and not 0 <= background < num_labels:
-            raise ValueError(f"background is {background!r}; it must be a class id below {num_labels}, or none.")
-        self.num_labels, self.background = num_labels, background
-        self.temperature, self.ignore_index = temperature, ignore_index
-        self.pair = FeaturePair(student_specs, teacher_specs, level)
+        if background is None:
+            self.weights = {term: value for term, value in self.weights.items() if term != "background"}
+        elif background < 0:
+            raise UserError(f"background is {background!r}; it must be a class id, or null.")
+        elif background >= pair.num_labels:
+            raise UserError(f"background is {background!r}, but the student has {pair.num_labels} classes.")
+        self.background, self.temperature = background, temperature
+        self.pair = FeaturePair(pair, level)
         self.student_context = GlobalContext(self.pair.channels)
         self.teacher_context = GlobalContext(self.pair.channels)
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(labels.device.type, enabled=False):
-            ours, theirs = self.pair(student.features, teacher.features)
-            size = spatial_size(theirs)
-            mask = valid_positions(labels, size, self.ignore_index)
-            classes = class_masks(labels, self.num_labels, size)
-            options = {"temperature": self.temperature, "mask": mask}
-            terms = {}
-            if self.background is not None:
-                behind = classes[:, self.background, None]
-                terms["background"] = fgd_loss(ours, theirs, behind, **options)
-                classes = classes & ~behind
-            terms["foreground"] = fgd_loss(ours, theirs, classes, **options)
-            terms["spatial"], terms["channel"] = attention_losses(ours, theirs, **options)
-            context = self.student_context(ours, mask), self.teacher_context(theirs, mask)
-            terms["global"] = mean_squared_error(*context, mask)
-            return terms
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        ours, theirs = self.pair(student.features, teacher.features)
+        size = spatial_size(theirs)
+        mask, classes, k = targets.valid(size), targets.class_masks(size), self.background
+        options = {"temperature": self.temperature, "mask": mask}
+        terms = {}
+        if k is not None:
+            terms["background"] = fgd_loss(ours, theirs, classes[:, k, None], **options)
+            classes = torch.cat([classes[:, :k], classes[:, k + 1 :]], dim=1)
+        terms["foreground"] = fgd_loss(ours, theirs, classes, **options)
+        terms["spatial"], terms["channel"] = attention_losses(ours, theirs, **options)
+        context = self.student_context(ours, mask), self.teacher_context(theirs, mask)
+        terms["global"] = mean_squared_error(*context, mask)
+        return terms

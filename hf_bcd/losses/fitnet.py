@@ -1,16 +1,14 @@
 """Feature hints (Romero et al., ICLR 2015, https://arxiv.org/abs/1412.6550)."""
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss
+from ..outputs import DenseOutput, Targets
+from .base import DistillationLoss, Pair
 from .modules.connectors import FeaturePair
-from .ops.functional import mean_squared_error, on_teacher_grid, spatial_size, valid_positions
+from .ops.functional import full_precision, mean_squared_error, on_teacher_grid, spatial_size
 
 
+@full_precision
 def fitnet_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The student's features follow the teacher's.
 
@@ -27,8 +25,7 @@ def fitnet_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None)
     Raises:
         ValueError: if batch, channels or the mask's size differ.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        return mean_squared_error(*on_teacher_grid(student, teacher, mask))
+    return mean_squared_error(*on_teacher_grid(student, teacher, mask))
 
 
 class FitNetLoss(DistillationLoss):
@@ -39,10 +36,7 @@ class FitNetLoss(DistillationLoss):
     over channels, without a weight: it trains on the hint alone first.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
         level: level name; the coarsest that both models have by default.
-        ignore_index: void label.
     """
 
     weights = {"fitnet": 1.0}
@@ -60,20 +54,10 @@ class FitNetLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        level: str | None = None,
-        ignore_index: int = 255,
-    ) -> None:
-        super().__init__()
-        self.pair = FeaturePair(student_specs, teacher_specs, level)
-        self.ignore_index = ignore_index
+    def __init__(self, pair: Pair, *, level: str | None = None) -> None:
+        super().__init__(pair)
+        self.pair = FeaturePair(pair, level)
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(labels.device.type, enabled=False):
-            ours, theirs = self.pair(student.features, teacher.features)
-            mask = valid_positions(labels, spatial_size(theirs), self.ignore_index)
-            return {"fitnet": fitnet_loss(ours, theirs, mask=mask)}
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        ours, theirs = self.pair(student.features, teacher.features)
+        return {"fitnet": fitnet_loss(ours, theirs, mask=targets.valid(spatial_size(theirs)))}

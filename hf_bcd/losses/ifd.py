@@ -1,17 +1,14 @@
 """Distillation through an ensemble of projectors (Chen et al., NeurIPS 2022, https://arxiv.org/abs/2210.15274)."""
 
-from collections.abc import Mapping
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss, check_positive
-from .modules.connectors import shared_level
-from .ops.functional import at_least_float32, image_means, on_teacher_grid, spatial_size, valid_positions
+from ..outputs import DenseOutput, Targets
+from .base import DistillationLoss, Pair, check_positive
+from .ops.functional import at_least_float32, full_precision, image_means, on_teacher_grid, spatial_size
 
 
+@full_precision
 def ifd_loss(projections: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The mean of several projections of the student's features points where the teacher's features do.
 
@@ -28,10 +25,9 @@ def ifd_loss(projections: Tensor, teacher: Tensor, *, mask: Tensor | None = None
     Raises:
         ValueError: if batch, channels or the mask's size differ.
     """
-    with torch.autocast(projections.device.type, enabled=False):
-        ensemble = at_least_float32(projections).relu().mean(dim=1)
-        student, teacher, mask = on_teacher_grid(ensemble, teacher, mask)
-        return image_means(1 - F.cosine_similarity(student, teacher, dim=1), mask).mean()
+    ensemble = at_least_float32(projections).relu().mean(dim=1)
+    student, teacher, mask = on_teacher_grid(ensemble, teacher, mask)
+    return image_means(1 - F.cosine_similarity(student, teacher, dim=1), mask).mean()
 
 
 class IFDLoss(DistillationLoss):
@@ -43,11 +39,8 @@ class IFDLoss(DistillationLoss):
     under which the official weight 25 outweighs the task 18 times (MobileNetV2 on CamVid), hence 5.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
         projectors: size P of the ensemble; 3 as in the official code.
         level: level name; the coarsest that both models have by default.
-        ignore_index: void label.
     """
 
     weights = {"ifd": 5.0}
@@ -67,27 +60,16 @@ class IFDLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        projectors: int = 3,
-        level: str | None = None,
-        ignore_index: int = 255,
-    ) -> None:
-        super().__init__()
+    def __init__(self, pair: Pair, *, projectors: int = 3, level: str | None = None) -> None:
+        super().__init__(pair)
         check_positive(projectors=projectors)
-        self.level = shared_level(student_specs, teacher_specs, level)
-        self.projectors, self.ignore_index = projectors, ignore_index
+        self.level, self.projectors = pair.level(level), projectors
+        ours, theirs = pair.channels(self.level)
         # all projectors in one convolution; each has the initialisation that it would have on its own
-        channels = projectors * teacher_specs[self.level].channels
-        self.projection = nn.Conv2d(student_specs[self.level].channels, channels, 1)
+        self.projection = nn.Conv2d(ours, projectors * theirs, 1)
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(labels.device.type, enabled=False):
-            projections = self.projection(at_least_float32(student.features[self.level]))
-            projections = projections.unflatten(1, (self.projectors, -1))
-            target = teacher.features[self.level]
-            mask = valid_positions(labels, spatial_size(target), self.ignore_index)
-            return {"ifd": ifd_loss(projections, target, mask=mask)}
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        projections = self.projection(at_least_float32(student.features[self.level]))
+        projections = projections.unflatten(1, (self.projectors, -1))
+        target = teacher.features[self.level]
+        return {"ifd": ifd_loss(projections, target, mask=targets.valid(spatial_size(target)))}

@@ -1,34 +1,32 @@
 """Intra-class feature variation distillation (Wang et al., ECCV 2020, https://arxiv.org/abs/2001.03349)."""
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec
+from ..outputs import DenseOutput, Targets
+from .base import Pair
 from .kd import kd_loss
 from .modules.adversarial import AdversarialLoss
-from .modules.connectors import shared_level
 from .ops.functional import (
     at_least_float32,
-    class_masks,
     class_similarity,
-    image_means,
+    full_precision,
     resize,
     spatial_size,
-    valid_positions,
+    weighted_means,
 )
 
 
+@full_precision
 def ifvd_loss(student: Tensor, teacher: Tensor, classes: Tensor) -> Tensor:
     """Intra-class feature variation distillation: positions resemble their class as they do in the teacher.
 
-    `mean over images and labelled positions of (M_s - M_t)²`, `M(p) = cos(f(p), mean of f over the class of p)`.
+    `mean over images and labelled positions of (M_s - M_t)²`, `M(p) = cos(f(p), mean of f over the class of p)`; a
+    position of several classes counts for each.
 
     Args:
         student: features `[B, C, h, w]`, resized to the teacher's grid.
         teacher: features `[B, C', h', w']`; they receive no gradient.
-        classes: one-hot label maps `[B, K, h', w']`, False everywhere where void.
+        classes: where each class is, `[B, K, h', w']`, boolean or in 0..1, 0 where void.
 
     Returns:
         Scalar in [0, 4], 0 for features that differ by a rotation; float32 or float64.
@@ -38,10 +36,9 @@ def ifvd_loss(student: Tensor, teacher: Tensor, classes: Tensor) -> Tensor:
     """
     if classes.shape[0] != teacher.shape[0] or spatial_size(classes) != spatial_size(teacher):
         raise ValueError(f"classes are {tuple(classes.shape)} for a teacher of {tuple(teacher.shape)}.")
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
-        error = (class_similarity(student, classes) - class_similarity(teacher, classes)).square()
-        return image_means(error, classes.any(dim=1)).mean()
+    student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
+    error = (class_similarity(student, classes) - class_similarity(teacher, classes)).square()
+    return weighted_means(error, classes.to(error.dtype)).mean()
 
 
 class IFVDLoss(AdversarialLoss):
@@ -53,13 +50,8 @@ class IFVDLoss(AdversarialLoss):
     `kd_loss` over their number.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
-        num_labels: number of classes.
         level: level of the features; the coarsest that both models have by default.
         discriminator_channels: width of the discriminator; 64 in the official code, 0 leaves the adversarial term out.
-        ignore_index: void label.
-        seed: seed of the discriminator's training.
     """
 
     weights = {"variation": 50.0, "kd": 10.0, "adversarial": 0.001}
@@ -80,26 +72,14 @@ class IFVDLoss(AdversarialLoss):
         "}"
     )
 
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        num_labels: int,
-        *,
-        level: str | None = None,
-        discriminator_channels: int = 64,
-        ignore_index: int = 255,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(num_labels, discriminator_channels, seed)
-        self.level = shared_level(student_specs, teacher_specs, level)
-        self.num_labels, self.ignore_index = num_labels, ignore_index
+    def __init__(self, pair: Pair, *, level: str | None = None, discriminator_channels: int = 64) -> None:
+        super().__init__(pair, discriminator_channels)
+        self.level, self.num_labels = pair.level(level), pair.num_labels
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         ours, theirs = student.features[self.level], teacher.features[self.level]
-        mask = valid_positions(labels, spatial_size(teacher.logits), self.ignore_index)
-        classes = class_masks(labels, self.num_labels, spatial_size(theirs))
+        mask = targets.valid(spatial_size(teacher.logits))
         return {
-            "variation": ifvd_loss(ours, theirs, classes),
+            "variation": ifvd_loss(ours, theirs, targets.class_masks(spatial_size(theirs))),
             "kd": kd_loss(student.logits, teacher.logits, mask=mask) / self.num_labels,
         } | self.adversarial_term(student.logits, teacher.logits, mask)

@@ -1,13 +1,13 @@
 """Knowledge distillation of the class scores of every pixel (Hinton et al., https://arxiv.org/abs/1503.02531)."""
 
-import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput
-from .base import DistillationLoss, check_positive
-from .ops.functional import divergence, image_means, on_teacher_grid, spatial_size, valid_positions
+from ..outputs import DenseOutput, Targets
+from .base import DistillationLoss, Pair, check_positive
+from .ops.functional import divergence, full_precision, image_means, on_teacher_grid, spatial_size
 
 
+@full_precision
 def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """Pixel-wise knowledge distillation.
 
@@ -23,9 +23,8 @@ def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, mask:
     Returns:
         Scalar >= 0 in nat, 0 for equal scores; float32 or float64.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher, mask = on_teacher_grid(student, teacher, mask)
-        return temperature**2 * image_means(divergence(student, teacher, dim=1, tau=temperature), mask).mean()
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    return temperature**2 * image_means(divergence(student, teacher, dim=1, tau=temperature), mask).mean()
 
 
 class KDLoss(DistillationLoss):
@@ -33,7 +32,6 @@ class KDLoss(DistillationLoss):
 
     Args:
         temperature: T; 1 as in CIRKD's comparison, whose reduction and weight are these as well.
-        ignore_index: void label.
     """
 
     weights = {"kd": 1.0}
@@ -50,11 +48,11 @@ class KDLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(self, *, temperature: float = 1.0, ignore_index: int = 255) -> None:
-        super().__init__()
+    def __init__(self, pair: Pair, *, temperature: float = 1.0) -> None:
+        super().__init__(pair)
         check_positive(temperature=temperature)
-        self.temperature, self.ignore_index = temperature, ignore_index
+        self.temperature = temperature
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        mask = valid_positions(labels, spatial_size(teacher.logits), self.ignore_index)
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        mask = targets.valid(spatial_size(teacher.logits))
         return {"kd": kd_loss(student.logits, teacher.logits, temperature=self.temperature, mask=mask)}

@@ -1,17 +1,18 @@
 """Masked generative distillation (Yang et al., ECCV 2022, https://arxiv.org/abs/2205.01529)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss
+from ..outputs import DenseOutput, Targets
+from ..utils.messages import UserError
+from .base import DistillationLoss, Pair
 from .modules.connectors import FeaturePair
 from .modules.noise import SharedNoise
-from .ops.functional import mean_squared_error, on_teacher_grid, spatial_size, valid_positions
+from .ops.functional import full_precision, mean_squared_error, on_teacher_grid, spatial_size
 
 
+@full_precision
 def mgd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -37,10 +38,9 @@ def mgd_loss(
     Raises:
         ValueError: if batch, channels or the mask's size differ.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher, mask = on_teacher_grid(student, teacher, mask)
-        generated = generate(student.masked_fill(~(keep & mask)[:, None], 0))
-        return teacher.shape[1] * mean_squared_error(generated, teacher, mask)
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    generated = generate(student.masked_fill(~(keep & mask)[:, None], 0))
+    return teacher.shape[1] * mean_squared_error(generated, teacher, mask)
 
 
 class MGDLoss(DistillationLoss):
@@ -55,12 +55,8 @@ class MGDLoss(DistillationLoss):
     The generator has 18 C² parameters, C being the teacher's channels: 75 million for 2,048.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
         masked: expected share of positions that the generator does not see, in [0, 1); 0.75 as in the official code.
         level: level name; the coarsest that both models have by default.
-        ignore_index: void label.
-        seed: seed of the masks.
     """
 
     weights = {"mgd": 0.005}
@@ -80,34 +76,23 @@ class MGDLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        masked: float = 0.75,
-        level: str | None = None,
-        ignore_index: int = 255,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
+    def __init__(self, pair: Pair, *, masked: float = 0.75, level: str | None = None) -> None:
+        super().__init__(pair)
         if not 0 <= masked < 1:
-            raise ValueError(f"masked is {masked!r}; it must be in [0, 1).")
-        self.masked, self.ignore_index = masked, ignore_index
-        self.pair = FeaturePair(student_specs, teacher_specs, level)
+            raise UserError(f"masked is {masked!r}; it must be in [0, 1).")
+        self.masked = masked
+        self.pair = FeaturePair(pair, level)
         channels = self.pair.channels
         self.generator = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
         )
-        self.noise = SharedNoise(seed)
+        self.noise = SharedNoise(pair.seed)
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(labels.device.type, enabled=False):
-            ours, theirs = self.pair(student.features, teacher.features)
-            size = spatial_size(theirs)
-            mask = valid_positions(labels, size, self.ignore_index)
-            keep = self.noise.draw(*size) >= self.masked
-            return {"mgd": mgd_loss(ours, theirs, self.generator, keep=keep, mask=mask)}
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        ours, theirs = self.pair(student.features, teacher.features)
+        size = spatial_size(theirs)
+        keep = self.noise.draw(*size) >= self.masked
+        return {"mgd": mgd_loss(ours, theirs, self.generator, keep=keep, mask=targets.valid(size))}
 
     def after_step(self) -> None:
         self.noise.advance()

@@ -1,16 +1,17 @@
 """Distillation by Pearson correlation (Cao et al., NeurIPS 2022, https://arxiv.org/abs/2207.02039)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss
+from ..outputs import DenseOutput, Targets
+from .base import DistillationLoss, Pair
 from .modules.connectors import FeaturePair
-from .ops.functional import mean_squared_error, on_teacher_grid, spatial_size, standardize, valid_positions
+from .ops.functional import full_precision, mean_squared_error, on_teacher_grid, spatial_size, standardize
 
 
+@full_precision
 def pkd_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The student's channels follow the teacher's, whatever their magnitude.
 
@@ -29,10 +30,9 @@ def pkd_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
     Raises:
         ValueError: if batch, channels or the mask's size differ.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher, mask = on_teacher_grid(student, teacher, mask)
-        student, teacher = (standardize(x, (0, 2, 3), mask[:, None], eps=1e-6) for x in (student, teacher))
-        return 0.5 * mean_squared_error(student, teacher, mask)
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    student, teacher = (standardize(x, (0, 2, 3), mask[:, None], eps=1e-6) for x in (student, teacher))
+    return 0.5 * mean_squared_error(student, teacher, mask)
 
 
 class PKDLoss(DistillationLoss):
@@ -42,10 +42,7 @@ class PKDLoss(DistillationLoss):
     the student's channels to the teacher's.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
         levels: level names; the coarsest that both models have by default. Detectors take all four of their pyramid.
-        ignore_index: void label.
     """
 
     weights = {"pkd": 6.0}
@@ -65,25 +62,13 @@ class PKDLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        levels: Sequence[str] | None = None,
-        ignore_index: int = 255,
-    ) -> None:
-        super().__init__()
-        self.pairs = nn.ModuleList(
-            FeaturePair(student_specs, teacher_specs, level, bias=False) for level in levels or [None]
-        )
-        self.ignore_index = ignore_index
+    def __init__(self, pair: Pair, *, levels: Sequence[str] | None = None) -> None:
+        super().__init__(pair)
+        self.pairs = nn.ModuleList(FeaturePair(pair, level, bias=False) for level in levels or [None])
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         losses = []
-        with torch.autocast(labels.device.type, enabled=False):
-            for pair in self.pairs:
-                ours, theirs = pair(student.features, teacher.features)
-                mask = valid_positions(labels, spatial_size(theirs), self.ignore_index)
-                losses.append(pkd_loss(ours, theirs, mask=mask))
+        for pair in self.pairs:
+            ours, theirs = pair(student.features, teacher.features)
+            losses.append(pkd_loss(ours, theirs, mask=targets.valid(spatial_size(theirs))))
         return {"pkd": torch.stack(losses).sum()}

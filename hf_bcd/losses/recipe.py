@@ -3,13 +3,16 @@
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
+
+import torch
 
 from ..outputs import FeatureSpec
-from ..utils.messages import unknown_key_message
+from ..utils.messages import UserError, unknown_key_message
 from .at import ATLoss
-from .base import DistillationLoss
+from .base import DistillationLoss, Pair
 from .bcd import BCDLoss
 from .bglsseg import BGLSSegLoss
 from .bpkd import BPKDLoss
@@ -62,11 +65,9 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "sstkd": SSTKDLoss,
     "tat": TATLoss,
 }
-# what a loss may need, see `DistillationLoss.needs`, of any student and teacher
+# every student and teacher offer these of what a loss may need, see `DistillationLoss.needs`
 ALWAYS_OFFERED = frozenset({"features", "labels", "logits", "task_loss"})
-# what `build_criterion` knows and a loss takes by these names
-CONTEXT = ("student_specs", "teacher_specs", "head_levels", "num_labels", "ignore_index", "seed")
-# how a message calls what an option may be
+# names of what an option may be, for messages
 TYPES = {
     bool: "true or false",
     int: "a whole number",
@@ -75,87 +76,84 @@ TYPES = {
     Sequence: "a list of names",
     NoneType: "null",
 }
+# a loss is built for these once, on the meta device, before anybody knows the models: its options must suit one of them
+_LEVELS = {name: FeatureSpec(1, 8) for name in ("stem", "stride_4", "stride_8", "stride_16", "stride_32")}
+_PROBES = [Pair(_LEVELS, _LEVELS, num_labels, tuple(_LEVELS)) for num_labels in (1, 2**16)]
 
 
-class LossOptions(NamedTuple):
-    """A loss as a recipe asks for it.
+@dataclass(frozen=True)
+class LossOptions:
+    """A loss as a recipe asks for it; all of it is checked.
 
     Attributes:
+        name: its key in `LOSSES`.
         cls: its class.
-        options: arguments of the class beside the context.
-        weights: term -> weight.
+        options: arguments of the class beside the pair; those that hold losses are read as well.
+        needs: see `DistillationLoss.needs`.
+        weights: term -> weight, where `measured` the first one.
         decays: whether r(t) multiplies its terms.
-        measured: whether the weights are only the first ones, until they are measured.
+        measured: whether weights are measured in training.
     """
 
+    name: str
     cls: type[DistillationLoss]
-    options: dict[str, Any]
-    weights: dict[str, float]
+    options: Mapping[str, Any]
+    needs: frozenset[str]
+    weights: Mapping[str, float]
     decays: bool
     measured: bool
 
+    def build(self, pair: Pair) -> DistillationLoss:
+        """The loss between two models."""
+        return _build(self.cls, self.options, pair)
 
-def read_losses(losses: Mapping[str, Mapping[str, Any] | None]) -> dict[str, LossOptions]:
-    """Reads a recipe's `losses` section, see `build_criterion`.
+
+Losses = Mapping[str, Mapping[str, Any] | LossOptions | None]
+
+
+def read_losses(losses: Losses) -> dict[str, LossOptions]:
+    """Reads a recipe's `losses` section, see `build_criterion`; losses that are read already stay as they are.
 
     Raises:
-        ValueError: for an unknown loss, option or term (naming the nearest known one), an option of another type than
-            the loss declares, or a bad weight or decay.
+        UserError: for an unknown loss, option or term (naming the nearest known one), an option of another type than
+            the loss declares or out of its range, a bad weight or decay, or weights that are all 0.
     """
     if not isinstance(losses, Mapping):
-        raise ValueError(
+        raise UserError(
             f"losses is {losses!r}; it must map losses to options, as in {{cwd: {{temperature: 4}}, bcd: {{}}}}."
         )
-    found = {}
-    for name, given in losses.items():
-        if name not in LOSSES:
-            raise ValueError(unknown_key_message("loss", name, LOSSES))
-        if not isinstance(given, Mapping | None):
-            raise ValueError(f"options of loss {name!r} are {given!r}; they must be a mapping, as in {{weight: 2}}.")
-        cls, options = LOSSES[name], dict(given or {})
-        weight, decay = options.pop("weight", {}), options.pop("decay", None)
-        parameters = inspect.signature(cls).parameters
-        known = set(parameters) - set(CONTEXT)
-        for key, value in options.items():
-            if key not in known:
-                raise ValueError(unknown_key_message(f"option of loss {name!r}", key, known | {"weight", "decay"}))
-            _check_type(name, key, value, parameters[key].annotation)
-        decay = cls.decays_with(**options) if decay is None else decay
-        if not isinstance(decay, bool):
-            raise ValueError(f"decay of loss {name!r} is {decay!r}; it must be true or false.")
-        measured = weight == "auto"
-        if measured and not cls.shares:
-            others = ", ".join(other for other, cls in LOSSES.items() if cls.shares)
-            raise ValueError(f"weight of loss {name!r} is 'auto', which only {others} can have; give it a number.")
-        weights = _term_weights(name, cls, {} if measured else weight, options)
-        found[name] = LossOptions(cls, options, weights, decay, measured)
+    found = {name: _read(name, given) for name, given in losses.items()}
+    if found and not any(weight for loss in found.values() for weight in loss.weights.values()):
+        raise UserError(
+            f"losses is {losses}: no term has a weight above 0, so the teacher would teach nothing. Leave the teacher "
+            "out to train the student alone."
+        )
     return found
 
 
-def check_needs(losses: Mapping[str, Mapping[str, Any] | None], offers: frozenset[str]) -> None:
+def check_needs(losses: Losses, offers: frozenset[str]) -> None:
     """Refuses losses that need what student and teacher do not offer.
 
     Raises:
-        ValueError: names the loss, what it needs and what to do.
+        UserError: names the loss, what it needs and what to do.
     """
     for name, loss in read_losses(losses).items():
-        if missing := sorted(loss.cls.needed(**loss.options) - offers):
+        if missing := sorted(loss.needs - offers):
             others = [other for other, cls in LOSSES.items() if cls.needs <= offers]
-            raise ValueError(
-                f"loss {name!r} needs {', '.join(missing)}, but student and teacher offer {', '.join(sorted(offers))} "
-                "alone (`head`: that of the teacher as a function of its feature levels, which SegFormer, UperNet and timm "
-                "models have; `task_loss`: with its graph, which torch_compile hides). Choose another teacher or "
-                f"setting, or another loss: {', '.join(others)}."
+            raise UserError(
+                f"loss {name!r} needs {', '.join(missing)}, but student and teacher only offer "
+                f"{', '.join(sorted(offers))} (`head`: that of the teacher as a function of its feature levels, which "
+                "SegFormer, UperNet and timm models have; `task_loss`: with its graph, which torch_compile hides). Choose "
+                f"another teacher or setting, or another loss: {', '.join(others)}."
             )
 
 
 def build_criterion(
-    losses: Mapping[str, Mapping[str, Any] | None],
+    losses: Losses,
     student_specs: Mapping[str, FeatureSpec],
     teacher_specs: Mapping[str, FeatureSpec],
     *,
     num_labels: int,
-    ignore_index: int = 255,
     seed: int = 0,
     offers: frozenset[str] = ALWAYS_OFFERED,
     head_levels: Sequence[str] | None = None,
@@ -164,59 +162,111 @@ def build_criterion(
 
     Args:
         losses: name -> options of that loss, plus `weight` (a number for its own terms, one for each, or for some losses
-            `auto`) and `decay` (whether r(t) multiplies it), e.g. `{"bcd": {"radius": 5, "weight": {"boundary": 3, "context": 1}}}`.
+            `auto`) and `decay` (whether r(t) multiplies it), e.g. `{"bcd": {"radius": 5, "weight": {"boundary": 3, "context": 1}}}`;
+            or what `read_losses` made of it.
         student_specs: feature levels of the student.
         teacher_specs: feature levels of the teacher.
         num_labels: number of the student's classes.
-        ignore_index: void label.
         seed: seed of whatever a loss draws at random.
         offers: what student and teacher have of what losses may need, see `DistillationLoss.needs`.
         head_levels: the teacher's levels that its head reads; all of them by default.
 
     Raises:
-        ValueError: for an unknown loss, option or term (naming the nearest known one), a weight that is not a finite
-            number >= 0, or a loss that needs something beside `offers`.
+        UserError: as `read_losses` and `check_needs`, or for a level that the models do not have.
     """
-    check_needs(losses, offers)
-    context = {
-        "student_specs": student_specs,
-        "teacher_specs": teacher_specs,
-        "head_levels": head_levels,
-        "num_labels": num_labels,
-        "ignore_index": ignore_index,
-        "seed": seed,
-    }
-    modules, weights, decays, shares = {}, {}, [], {}
-    for name, loss in read_losses(losses).items():
-        parameters = inspect.signature(loss.cls).parameters
-        modules[name] = loss.cls(**{key: context[key] for key in CONTEXT if key in parameters}, **loss.options)
-        weights[name] = loss.weights
-        if loss.decays:
-            decays.append(name)
-        if loss.measured:
-            shares[name] = loss.cls.shares
-    return DistillationCriterion(modules, weights, decays, shares)
+    parsed = read_losses(losses)
+    check_needs(parsed, offers)
+    levels = tuple(teacher_specs if head_levels is None else head_levels)
+    return _criterion(parsed, Pair(student_specs, teacher_specs, num_labels, levels, seed))
+
+
+def options_of(cls: type[DistillationLoss]) -> dict[str, Any]:
+    """The options of a loss in a recipe, and their defaults."""
+    return {key: parameter.default for key, parameter in _parameters(cls).items()} | dict(cls.nested)
+
+
+def _parameters(cls: type[DistillationLoss]) -> dict[str, inspect.Parameter]:
+    return {key: value for key, value in inspect.signature(cls).parameters.items() if key != "pair"}
+
+
+def _criterion(losses: Mapping[str, LossOptions], pair: Pair) -> DistillationCriterion:
+    modules = {name: loss.build(pair) for name, loss in losses.items()}
+    return DistillationCriterion(
+        modules,
+        {name: loss.weights for name, loss in losses.items()},
+        [name for name, loss in losses.items() if loss.decays],
+        {name: modules[name].shares for name, loss in losses.items() if loss.measured},
+    )
+
+
+def _build(cls: type[DistillationLoss], options: Mapping[str, Any], pair: Pair) -> DistillationLoss:
+    hosts = {key: _criterion(options[key], pair) for key in cls.nested}
+    return cls(pair, **{**options, **hosts})
+
+
+def _read(name: str, given: Mapping[str, Any] | LossOptions | None) -> LossOptions:
+    if isinstance(given, LossOptions):
+        return given
+    if name not in LOSSES:
+        raise UserError(unknown_key_message("loss", name, LOSSES))
+    if not isinstance(given, Mapping | None):
+        raise UserError(f"options of loss {name!r} are {given!r}; they must be a mapping, as in {{weight: 2}}.")
+    cls = LOSSES[name]
+    options = dict(cls.nested) | dict(given or {})
+    weight, decay = options.pop("weight", {}), options.pop("decay", None)
+    parameters = _parameters(cls)
+    for key, value in options.items():
+        if key not in parameters:
+            raise UserError(unknown_key_message(f"option of loss {name!r}", key, {*parameters, "weight", "decay"}))
+        if key in cls.nested:
+            if not (isinstance(value, Mapping) and value):
+                raise UserError(f"{key} of loss {name!r} is {value!r}; it must map losses to options: {{ifvd: {{}}}}.")
+            options[key] = {host: _read(host, own) for host, own in value.items()}
+        else:
+            _check_type(name, key, value, parameters[key].annotation)
+    probe = _probe(cls, options)
+    decay = probe.decays if decay is None else decay
+    if not isinstance(decay, bool):
+        raise UserError(f"decay of loss {name!r} is {decay!r}; it must be true or false.")
+    measured = weight == "auto"
+    if measured and not probe.shares:
+        others = ", ".join(other for other, cls in LOSSES.items() if cls.shares)
+        raise UserError(f"weight of loss {name!r} is 'auto', which only {others} can have; give it a number.")
+    weights = _term_weights(name, probe, {} if measured else weight)
+    return LossOptions(name, cls, options, probe.needs, weights, decay, measured)
+
+
+def _probe(cls: type[DistillationLoss], options: Mapping[str, Any]) -> DistillationLoss:
+    """An instance without storage, for what it says of itself."""
+    refusals = []
+    for pair in _PROBES:
+        try:
+            with torch.device("meta"):
+                return _build(cls, options, pair)
+        except UserError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def _check_type(name: str, key: str, value: Any, annotation: Any) -> None:
     kinds = [get_origin(a) or a for a in (get_args(annotation) if isinstance(annotation, UnionType) else [annotation])]
-    if Literal in kinds or Mapping in kinds:  # the loss itself names what there is to choose from
+    if Literal in kinds:  # the loss itself names what there is to choose from
         return
     accepted = tuple(kinds + [int] * (float in kinds))
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, accepted):
         wanted = " or ".join(TYPES[kind] for kind in kinds)
-        raise ValueError(f"{key} of loss {name!r} is {value!r}; it must be {wanted}.")
+        raise UserError(f"{key} of loss {name!r} is {value!r}; it must be {wanted}.")
 
 
-def _term_weights(name: str, cls: type[DistillationLoss], weight: Any, options: Mapping[str, Any]) -> dict[str, float]:
-    weights = cls.default_weights(**options)
-    own = [term for term in weights if term not in cls.borrowed]
+def _term_weights(name: str, loss: DistillationLoss, weight: Any) -> dict[str, float]:
+    weights = dict(loss.weights)
+    own = [term for term in weights if term not in loss.borrowed]
     given: Mapping[str, Any] = weight if isinstance(weight, Mapping) else dict.fromkeys(own, weight)
     for term in given:
         if term not in weights:
-            raise ValueError(unknown_key_message(f"term of loss {name!r}", term, weights))
+            raise UserError(unknown_key_message(f"term of loss {name!r}", term, weights))
     weights.update(given)
     for term, value in weights.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"weight of {name}/{term} is {value!r}; it must be a finite number >= 0.")
+            raise UserError(f"weight of {name}/{term} is {value!r}; it must be a finite number >= 0.")
     return weights

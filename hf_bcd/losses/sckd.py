@@ -1,22 +1,24 @@
 """Student customised distillation (Zhu and Wang, ICCV 2021, https://doi.org/10.1109/ICCV48922.2021.00501)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec
+from ..outputs import DenseOutput, Targets
 from ..utils.distributed import all_reduce_sum
-from .base import DistillationLoss
+from ..utils.messages import UserError
+from .base import DistillationLoss, Pair
 from .ops.functional import at_least_float32
+
+
+if TYPE_CHECKING:
+    from .criterion import DistillationCriterion
 
 
 # of a loss before its gradients are taken: those of means over pixels would be 0 in half precision
 SCALE = 2.0**16
-
-Hosts = Mapping[str, Mapping[str, Any] | None]
-DEFAULT_HOST: Hosts = {"kd": {}}
 
 
 def sckd_gate(task: Tensor, term: Tensor, *, threshold: float = 0.0) -> Tensor:
@@ -39,20 +41,6 @@ def sckd_gate(task: Tensor, term: Tensor, *, threshold: float = 0.0) -> Tensor:
     return (cosine > threshold).to(cosine.dtype)
 
 
-def _read_hosts(host: Hosts) -> dict[str, Any]:
-    from .recipe import read_losses  # whose table of losses this one is in
-
-    if not (isinstance(host, Mapping) and host):
-        raise ValueError(f"host of loss 'sckd' is {host!r}; it must map losses to options, as in {{ifvd: {{}}}}.")
-    hosts = read_losses(host)
-    for name, loss in hosts.items():
-        if "task_loss" in loss.cls.needs:
-            raise ValueError(f"sckd cannot host {name!r}, which looks at the task's loss itself; host what it hosts.")
-        if loss.measured:
-            raise ValueError(f"sckd opens and closes the terms of {name!r}, so `weight: auto` cannot measure them.")
-    return hosts
-
-
 class SCKDLoss(DistillationLoss):
     """Other losses, each term of which counts in a step only where it agrees with the task, see `sckd_gate`.
 
@@ -66,18 +54,13 @@ class SCKDLoss(DistillationLoss):
     its logits depend on its features, so that is a `ValueError`.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
-        num_labels: number of the student's classes.
-        host: the gated losses, as in a recipe's `losses`: name -> options with `weight` and `decay`; `kd` by default.
+        host: the gated losses, in a recipe as its `losses`: name -> options with `weight` and `decay`.
         threshold: φ; 0 as in the paper, in [-1, 1).
-        head_levels: the teacher's levels that its head reads.
-        ignore_index: void label.
-        seed: seed of what the hosts draw at random.
     """
 
     weights = {"kd/kd": 1.0}
     needs = frozenset({"logits", "task_loss"})
+    nested = {"host": {"kd": {}}}
     transfers = "what its host does, where that agrees with the task"
     source = "https://doi.org/10.1109/ICCV48922.2021.00501"
     checked = "no official code: the paper's gate and threshold; where gradients are compared is our reading"
@@ -90,61 +73,33 @@ class SCKDLoss(DistillationLoss):
         "}"
     )
 
-    @classmethod
-    def default_weights(cls, host: Hosts = DEFAULT_HOST, **options: Any) -> dict[str, float]:
-        hosts = _read_hosts(host)
-        return {f"{name}/{term}": value for name, loss in hosts.items() for term, value in loss.weights.items()}
-
-    @classmethod
-    def needed(cls, host: Hosts = DEFAULT_HOST, **options: Any) -> frozenset[str]:
-        return frozenset({"task_loss"}).union(
-            *(loss.cls.needed(**loss.options) for loss in _read_hosts(host).values())
-        )
-
-    @classmethod
-    def decays_with(cls, host: Hosts = DEFAULT_HOST, **options: Any) -> bool:
-        decays = {name: loss.decays for name, loss in _read_hosts(host).items()}
-        if len(set(decays.values())) > 1:
-            raise ValueError(f"r(t) multiplies all hosts of sckd or none, but decay is {decays}; give all the same.")
-        return any(decays.values())
-
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        num_labels: int,
-        host: Hosts = DEFAULT_HOST,
-        threshold: float = 0.0,
-        head_levels: Sequence[str] | None = None,
-        ignore_index: int = 255,
-        seed: int = 0,
-    ) -> None:
-        from .recipe import build_criterion
-
-        super().__init__()
+    def __init__(self, pair: Pair, *, host: "DistillationCriterion", threshold: float = 0.0) -> None:
+        super().__init__(pair)
         if not -1 <= threshold < 1:
-            raise ValueError(f"threshold is {threshold!r}; a cosine can exceed it only if it is in [-1, 1).")
+            raise UserError(f"threshold is {threshold!r}; a cosine can exceed it only if it is in [-1, 1).")
+        hosts = host.by_name()
+        decays = {name: name in host.decays for name in hosts}
+        if len(set(decays.values())) > 1:
+            raise UserError(f"r(t) multiplies all hosts of sckd or none, but decay is {decays}; give all the same.")
+        if host.balance is not None:
+            raise UserError("sckd opens and closes the terms of its hosts, so `weight: auto` cannot measure them.")
+        for name, loss in hosts.items():
+            if "task_loss" in loss.needs:
+                raise UserError(
+                    f"sckd cannot host {name!r}, which looks at the task's loss itself; host what it hosts."
+                )
         self.threshold = threshold
-        # never called itself: the criterion around this loss weights the hosts' terms
-        self.hosts = build_criterion(
-            host,
-            student_specs,
-            teacher_specs,
-            num_labels=num_labels,
-            ignore_index=ignore_index,
-            seed=seed,
-            offers=self.needed(host),
-            head_levels=head_levels,
-        )
+        self.hosts = host  # never called itself: the criterion around this loss weights the hosts' terms
+        self.weights, self.decays = host.weights, any(decays.values())
+        self.needs = frozenset({"task_loss"}).union(*(loss.needs for loss in hosts.values()))
 
     def forward(
-        self, student: DenseOutput, teacher: DenseOutput, labels: Tensor, *, task_loss: Tensor | None = None
+        self, student: DenseOutput, teacher: DenseOutput, targets: Targets, *, task_loss: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Terms of the hosts, 0 where the gate is closed; `task_loss` is the task's weighted loss, with its graph."""
         if task_loss is None:
             raise ValueError("sckd compares gradients with those of the task; pass its loss as task_loss.")
-        terms = {name: host(student, teacher, labels) for name, host in self.hosts.losses.items()}
+        terms = {name: host(student, teacher, targets) for name, host in self.hosts.by_name().items()}
         deepest = list(student.features.values())[-1]
         if deepest.grad_fn is not None and deepest.grad_fn is student.logits.grad_fn:
             raise ValueError("sckd cannot see into a compiled student; set torch_compile to false.")
@@ -176,7 +131,7 @@ class SCKDLoss(DistillationLoss):
 
     def calibrate(
         self,
-        batches: list[tuple[DenseOutput, Tensor]],
+        batches: Sequence[tuple[DenseOutput, Targets]],
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     ) -> None:
         self.hosts.calibrate(batches, progress)

@@ -1,28 +1,25 @@
 """Structured knowledge distillation (Liu et al., TPAMI 2023, https://arxiv.org/abs/1903.04197)."""
 
-from collections.abc import Mapping
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import check_positive
+from ..outputs import DenseOutput, Targets
+from .base import Pair, check_positive
 from .kd import kd_loss
 from .modules.adversarial import AdversarialLoss
-from .modules.connectors import shared_level
 from .ops.functional import (
     at_least_float32,
+    full_precision,
     image_means,
     mask_fill_value,
     on_teacher_grid,
     resize,
     spatial_size,
     unit_vectors,
-    valid_positions,
 )
 
 
+@full_precision
 def skd_loss(student: Tensor, teacher: Tensor, *, nodes: int = 2, mask: Tensor | None = None) -> Tensor:
     """Pair-wise structured distillation: regions resemble each other as in the teacher.
 
@@ -41,22 +38,21 @@ def skd_loss(student: Tensor, teacher: Tensor, *, nodes: int = 2, mask: Tensor |
     Raises:
         ValueError: if the mask's size differs.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
-        *_, mask = on_teacher_grid(student[:, :1], teacher[:, :1], mask)  # the numbers of channels may differ
-        window = [-(-length // nodes) for length in spatial_size(teacher)]
+    student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
+    *_, mask = on_teacher_grid(student[:, :1], teacher[:, :1], mask)  # the numbers of channels may differ
+    window = [-(-length // nodes) for length in spatial_size(teacher)]
 
-        def pool(x: Tensor) -> Tensor:
-            return F.max_pool2d(x, window, ceil_mode=True).flatten(2)
+    def pool(x: Tensor) -> Tensor:
+        return F.max_pool2d(x, window, ceil_mode=True).flatten(2)
 
-        def cosines(x: Tensor) -> Tensor:
-            pooled = pool(x.masked_fill(~mask[:, None], mask_fill_value(x.dtype)))
-            unit = unit_vectors(pooled.masked_fill(~node[:, None], 0), dim=1)
-            return unit.mT @ unit
+    def cosines(x: Tensor) -> Tensor:
+        pooled = pool(x.masked_fill(~mask[:, None], mask_fill_value(x.dtype)))
+        unit = unit_vectors(pooled.masked_fill(~node[:, None], 0), dim=1)
+        return unit.mT @ unit
 
-        node = pool(mask[:, None].to(teacher.dtype))[:, 0] > 0
-        error = (cosines(student) - cosines(teacher)).square()
-        return image_means(error, node[:, :, None] & node[:, None, :]).mean()
+    node = pool(mask[:, None].to(teacher.dtype))[:, 0] > 0
+    error = (cosines(student) - cosines(teacher)).square()
+    return image_means(error, node[:, :, None] & node[:, None, :]).mean()
 
 
 class SKDLoss(AdversarialLoss):
@@ -72,14 +68,9 @@ class SKDLoss(AdversarialLoss):
     this one it drowns the task.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
-        num_labels: number of classes.
         level: level of the pair-wise term; the coarsest that both models have by default.
         nodes: its pooling windows along each axis; the official pool_scale of 0.5 makes 2.
         discriminator_channels: width of the discriminator; 64 in the official code, 0 leaves the holistic term out.
-        ignore_index: void label.
-        seed: seed of the discriminator's training.
     """
 
     weights = {"pixel": 10.0, "pair": 0.5, "holistic": 0.001}
@@ -101,27 +92,16 @@ class SKDLoss(AdversarialLoss):
     )
 
     def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        num_labels: int,
-        *,
-        level: str | None = None,
-        nodes: int = 2,
-        discriminator_channels: int = 64,
-        ignore_index: int = 255,
-        seed: int = 0,
+        self, pair: Pair, *, level: str | None = None, nodes: int = 2, discriminator_channels: int = 64
     ) -> None:
-        super().__init__(num_labels, discriminator_channels, seed)
+        super().__init__(pair, discriminator_channels)
         check_positive(nodes=nodes)
-        self.level = shared_level(student_specs, teacher_specs, level)
-        self.nodes, self.ignore_index = nodes, ignore_index
+        self.level, self.nodes = pair.level(level), nodes
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         ours, theirs = student.features[self.level], teacher.features[self.level]
-        mask = valid_positions(labels, spatial_size(teacher.logits), self.ignore_index)
-        on_features = valid_positions(labels, spatial_size(theirs), self.ignore_index)
+        mask = targets.valid(spatial_size(teacher.logits))
         return {
             "pixel": kd_loss(student.logits, teacher.logits, mask=mask),
-            "pair": skd_loss(ours, theirs, nodes=self.nodes, mask=on_features),
+            "pair": skd_loss(ours, theirs, nodes=self.nodes, mask=targets.valid(spatial_size(theirs))),
         } | self.adversarial_term(student.logits, teacher.logits, mask)

@@ -1,32 +1,30 @@
 """SlimSeg: distillation with supervision near borders (Xue et al., ACM MM 2022, https://arxiv.org/abs/2207.06242)."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..outputs import DenseOutput
-from .base import DistillationLoss, check_positive
+from ..outputs import DenseOutput, Targets
+from .base import DistillationLoss, Pair, check_positive
 from .kd import kd_loss
 from .ops.borders import check_width, class_borders
-from .ops.functional import at_least_float32, image_means, resize, spatial_size, valid_positions
+from .ops.functional import at_least_float32, full_precision, resize, spatial_size, weighted_means
 
 
-def slimseg_loss(logits: Tensor, labels: Tensor, *, width: int = 7, ignore_index: int = 255) -> Tensor:
+@full_precision
+def slimseg_loss(logits: Tensor, classes: Tensor, *, mask: Tensor, width: int = 7) -> Tensor:
     """Boundary-guided supervision: mean over images and border pixels of the cross-entropy with the ground truth.
 
     Args:
-        logits: class scores `[B, K, h, w]` at any stride; up-sampled to the labels.
-        labels: class ids `[B, H, W]`, `ignore_index` where void.
+        logits: class scores `[B, K, h, w]` at any stride; up-sampled to the classes.
+        classes: where each class is, `[B, K, H, W]`, boolean or in 0..1; a pixel counts by its classes together.
+        mask: `[B, H, W]`, True where valid.
         width: side in pixels of the window that must hold two classes for its centre to count, odd.
-        ignore_index: void label.
 
     Returns:
         Scalar >= 0 in nat, float32 or float64; an image without a border counts 0.
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        logits = resize(at_least_float32(logits), spatial_size(labels))
-        entropies = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
-        return image_means(entropies, class_borders(labels, width=width, ignore_index=ignore_index)).mean()
+    log_p = resize(at_least_float32(logits), spatial_size(mask)).log_softmax(dim=1)
+    weight = class_borders(classes, mask, width=width).to(log_p.dtype)[:, None] * classes
+    return weighted_means(-log_p, weight).mean()
 
 
 class SlimSegLoss(DistillationLoss):
@@ -39,7 +37,6 @@ class SlimSegLoss(DistillationLoss):
     Args:
         temperature: T of the distillation.
         width: side in pixels of the window around a border.
-        ignore_index: void label.
     """
 
     weights = {"kd": 1.0, "boundary": 1.0}
@@ -59,15 +56,16 @@ class SlimSegLoss(DistillationLoss):
         "}"
     )
 
-    def __init__(self, *, temperature: float = 1.0, width: int = 7, ignore_index: int = 255) -> None:
-        super().__init__()
+    def __init__(self, pair: Pair, *, temperature: float = 1.0, width: int = 7) -> None:
+        super().__init__(pair)
         check_positive(temperature=temperature)
         check_width(width)
-        self.temperature, self.width, self.ignore_index = temperature, width, ignore_index
+        self.temperature, self.width = temperature, width
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        mask = valid_positions(labels, spatial_size(teacher.logits), self.ignore_index)
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        valid = targets.valid(spatial_size(teacher.logits))
+        classes, mask = targets.class_masks(targets.size), targets.valid(targets.size)
         return {
-            "kd": kd_loss(student.logits, teacher.logits, temperature=self.temperature, mask=mask),
-            "boundary": slimseg_loss(student.logits, labels, width=self.width, ignore_index=self.ignore_index),
+            "kd": kd_loss(student.logits, teacher.logits, temperature=self.temperature, mask=valid),
+            "boundary": slimseg_loss(student.logits, classes, mask=mask, width=self.width),
         }

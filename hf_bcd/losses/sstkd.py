@@ -1,25 +1,24 @@
 """Structural and statistical texture distillation (Ji et al., CVPR 2022, https://arxiv.org/abs/2305.03944)."""
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import check_positive
+from ..outputs import DenseOutput, Targets, resize_nearest
+from ..utils.messages import UserError
+from .base import Pair, check_positive
 from .kd import kd_loss
 from .modules.adversarial import AdversarialLoss
 from .modules.connectors import FeaturePair
 from .ops.functional import (
     class_similarity,
+    full_precision,
     image_means,
     on_teacher_grid,
     resize,
-    resize_nearest,
     spatial_size,
-    valid_positions,
 )
 
 
@@ -98,6 +97,7 @@ class Texture(NamedTuple):
     statistics: Tensor
 
 
+@full_precision
 def sstkd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -123,16 +123,15 @@ def sstkd_loss(
     Returns:
         Two scalars >= 0, 0 for equal features; float32 or float64.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher, mask = on_teacher_grid(student, teacher, mask)
-        # the decomposition is linear: once, of the difference
-        difference = (student - teacher).masked_fill(~mask[:, None], 0)
-        structure = [
-            image_means(bands.square().sum(dim=0).mean(dim=1), resize_nearest(mask, spatial_size(bands))).mean()
-            for bands in contourlet(difference, levels=pyramid_levels, directions=directions)
-        ]
-        ours, theirs = (equalized_intensity(x, mask, levels=intensity_levels) for x in (student, teacher))
-        return Texture(torch.stack(structure).mean(), image_means((ours - theirs).square(), mask).mean())
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    # the decomposition is linear: once, of the difference
+    difference = (student - teacher).masked_fill(~mask[:, None], 0)
+    structure = [
+        image_means(bands.square().sum(dim=0).mean(dim=1), resize_nearest(mask, spatial_size(bands))).mean()
+        for bands in contourlet(difference, levels=pyramid_levels, directions=directions)
+    ]
+    ours, theirs = (equalized_intensity(x, mask, levels=intensity_levels) for x in (student, teacher))
+    return Texture(torch.stack(structure).mean(), image_means((ours - theirs).square(), mask).mean())
 
 
 class SSTKDLoss(AdversarialLoss):
@@ -147,16 +146,11 @@ class SSTKDLoss(AdversarialLoss):
     know.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
-        num_labels: number of classes.
         level: level of the texture; the finest that both models have by default.
         pyramid_levels: levels of the Laplacian pyramid; our choice.
         directions: directional bands of a level; our choice.
         intensity_levels: levels of intensity.
         discriminator_channels: width of the discriminator; 64 as in SKD, 0 leaves the adversarial term out.
-        ignore_index: void label.
-        seed: seed of the discriminator's training.
     """
 
     weights = {"structure": 0.9, "statistics": 1.15, "response": 10.0, "adversarial": 0.001}
@@ -181,36 +175,28 @@ class SSTKDLoss(AdversarialLoss):
 
     def __init__(
         self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        num_labels: int,
+        pair: Pair,
         *,
         level: str | None = None,
         pyramid_levels: int = 2,
         directions: int = 4,
         intensity_levels: int = 128,
         discriminator_channels: int = 64,
-        ignore_index: int = 255,
-        seed: int = 0,
     ) -> None:
-        super().__init__(num_labels, discriminator_channels, seed)
+        super().__init__(pair, discriminator_channels)
         check_positive(pyramid_levels=pyramid_levels, directions=directions)
         if intensity_levels < 2:
-            raise ValueError(f"intensity_levels is {intensity_levels!r}; it must be >= 2.")
-        finest = next((name for name in student_specs if name in teacher_specs), None)
-        self.pair = FeaturePair(student_specs, teacher_specs, level or finest)
+            raise UserError(f"intensity_levels is {intensity_levels!r}; it must be >= 2.")
+        self.pair = FeaturePair(pair, level or next(iter(pair.levels), None))
         self.options = {
             "pyramid_levels": pyramid_levels,
             "directions": directions,
             "intensity_levels": intensity_levels,
         }
-        self.ignore_index = ignore_index
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(labels.device.type, enabled=False):
-            ours, theirs = self.pair(student.features, teacher.features)
-        mask = valid_positions(labels, spatial_size(teacher.logits), self.ignore_index)
-        on_features = valid_positions(labels, spatial_size(theirs), self.ignore_index)
-        texture = sstkd_loss(ours, theirs, mask=on_features, **self.options)
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        ours, theirs = self.pair(student.features, teacher.features)
+        mask = targets.valid(spatial_size(teacher.logits))
+        texture = sstkd_loss(ours, theirs, mask=targets.valid(spatial_size(theirs)), **self.options)
         response = {"response": kd_loss(student.logits, teacher.logits, mask=mask)}
         return texture._asdict() | response | self.adversarial_term(student.logits, teacher.logits, mask)

@@ -1,16 +1,15 @@
 """Target-aware transformer (Lin et al., CVPR 2022, https://arxiv.org/abs/2205.10793)."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, FeatureSpec
-from .base import DistillationLoss, check_positive
-from .modules.connectors import Projection, shared_level
+from ..outputs import DenseOutput, Targets
+from .base import DistillationLoss, Pair, check_positive
+from .modules.connectors import Projection
 from .ops.functional import (
     at_least_float32,
+    full_precision,
     image_means,
     mask_fill_value,
     on_teacher_grid,
@@ -18,7 +17,6 @@ from .ops.functional import (
     resize,
     spatial_size,
     standardize,
-    valid_positions,
 )
 
 
@@ -30,6 +28,7 @@ def _patch_groups(x: Tensor, patches: int, group: int) -> Tensor:
     return x.permute(0, 2, 4, 5, 3, 6, 1).flatten(4, 5).flatten(1, 2)
 
 
+@full_precision
 def tat_loss(
     query: Tensor,
     key: Tensor,
@@ -67,16 +66,15 @@ def tat_loss(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} and target "
             f"{tuple(target.shape)} must share one grid, query and key their channels."
         )
-    with torch.autocast(target.device.type, enabled=False):
-        value, target, mask = on_teacher_grid(value, target, mask)
-        void = ~mask[:, None]
-        maps = (at_least_float32(x).masked_fill(void, 0) for x in (query, key, value, target))
-        query, key, value, target = (_patch_groups(x, patches, group) for x in maps)
-        valid = _patch_groups(mask[:, None], patches, group)
-        scores = torch.einsum("bgpic,bgpjc->bgij", query, key)[:, :, None]
-        attention = scores.masked_fill(~valid.mT, mask_fill_value(scores.dtype)).softmax(dim=-1)
-        error = (attention @ value - target).square().mean(dim=-1)
-        return image_means(error, valid[..., 0]).mean()
+    value, target, mask = on_teacher_grid(value, target, mask)
+    void = ~mask[:, None]
+    maps = (at_least_float32(x).masked_fill(void, 0) for x in (query, key, value, target))
+    query, key, value, target = (_patch_groups(x, patches, group) for x in maps)
+    valid = _patch_groups(mask[:, None], patches, group)
+    scores = torch.einsum("bgpic,bgpjc->bgij", query, key)[:, :, None]
+    attention = scores.masked_fill(~valid.mT, mask_fill_value(scores.dtype)).softmax(dim=-1)
+    error = (attention @ value - target).square().mean(dim=-1)
+    return image_means(error, valid[..., 0]).mean()
 
 
 class Embedding(nn.Module):
@@ -111,13 +109,10 @@ class TATLoss(DistillationLoss):
     this one. Its script for COCO-Stuff 10K has 0.6 for both, `patches` 32 and `group` 2.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
         patches: number of patches along each axis, at most, so that each has two positions or more; official 16.
         group: number of patches that share an attention; 4, official 64 heads for 256 patches.
         anchors: number of anchors along each axis, at most; official 32.
         level: level name; the coarsest that both models have by default, the official code takes the decoder's.
-        ignore_index: void label.
     """
 
     weights = {"patch_group": 0.1, "anchor": 0.04}
@@ -138,34 +133,25 @@ class TATLoss(DistillationLoss):
     )
 
     def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        *,
-        patches: int = 16,
-        group: int = 4,
-        anchors: int = 32,
-        level: str | None = None,
-        ignore_index: int = 255,
+        self, pair: Pair, *, patches: int = 16, group: int = 4, anchors: int = 32, level: str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(pair)
         check_positive(patches=patches, group=group, anchors=anchors)
-        self.patches, self.group, self.anchors, self.ignore_index = patches, group, anchors, ignore_index
-        self.level = shared_level(student_specs, teacher_specs, level)
-        ours, theirs = student_specs[self.level].channels, teacher_specs[self.level].channels
+        self.patches, self.group, self.anchors = patches, group, anchors
+        self.level = pair.level(level)
+        ours, theirs = pair.channels(self.level)
         self.query, self.key, self.value = Embedding(ours, theirs), Embedding(theirs, theirs), Embedding(ours, theirs)
         self.key.bias.requires_grad_(False)  # softmax would cancel it
 
-    def forward(self, student: DenseOutput, teacher: DenseOutput, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(labels.device.type, enabled=False):
-            target = at_least_float32(teacher.features[self.level]).detach()
-            size = spatial_size(target)
-            ours = resize(at_least_float32(student.features[self.level]), size)
-            mask = valid_positions(labels, size, self.ignore_index)
-            maps = (self.query(ours, mask), self.key(target, mask), self.value(ours, mask), target)
-            cell = (-(-size[0] // self.anchors), -(-size[1] // self.anchors))
-            pooled = [pool_valid(x, mask, cell) for x in maps]
-            return {
-                "patch_group": tat_loss(*maps, patches=self.patches, group=self.group, mask=mask),
-                "anchor": tat_loss(*(means for means, _ in pooled), mask=pooled[0][1]),
-            }
+    def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        target = at_least_float32(teacher.features[self.level]).detach()
+        size = spatial_size(target)
+        ours = resize(at_least_float32(student.features[self.level]), size)
+        mask = targets.valid(size)
+        maps = (self.query(ours, mask), self.key(target, mask), self.value(ours, mask), target)
+        cell = (-(-size[0] // self.anchors), -(-size[1] // self.anchors))
+        pooled = [pool_valid(x, mask, cell) for x in maps]
+        return {
+            "patch_group": tat_loss(*maps, patches=self.patches, group=self.group, mask=mask),
+            "anchor": tat_loss(*(means for means, _ in pooled), mask=pooled[0][1]),
+        }

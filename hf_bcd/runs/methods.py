@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import losses
 from ..losses import LOSSES, DistillationCriterion, DistillationLoss, build_criterion
-from ..losses.recipe import ALWAYS_OFFERED, CONTEXT
+from ..losses.recipe import ALWAYS_OFFERED, options_of, read_losses
 from ..outputs import FeatureSpec
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import yaml_text
@@ -84,7 +84,7 @@ def describe(name: str, costs: Mapping[str, Any] | None) -> Method:
     return Method(
         name,
         cls.transfers,
-        ", ".join([*sorted(cls.needed()), *([f"keeps a {cls.keeps}"] if cls.keeps else [])]),
+        ", ".join([*sorted(cls.needs), *([f"keeps a {cls.keeps}"] if cls.keeps else [])]),
         millions if trained + others >= 5_000 else "none",
         ("", "") if measured is None else (_short(measured["ms"]), _short(measured["mib"])),
         cls.source,
@@ -199,7 +199,7 @@ def page(name: str, costs: Mapping[str, Any] | None) -> str:
         *(f"{function.__name__}\n{indent(description(function), '  ')}" for function in functions_of(cls)),
         f"needs: {row.needs}\nextra parameters (M): {row.parameters}"
         + (f"\ncost: {row.cost[0]} ms, {row.cost[1]} MiB; {setting(costs)}" if costs and any(row.cost) else ""),
-        "options and their defaults:\n" + "\n".join(option_lines(cls)),
+        "options and their defaults:\n" + "\n".join(option_lines(name)),
         fill(f"checked: {row.checked}", WIDTH),
         f"in a recipe:\n  losses: {yaml_text({name: {}})}\nor with its defaults written out:\n  {recipe_line(name)}",
         cls.citation,
@@ -207,25 +207,21 @@ def page(name: str, costs: Mapping[str, Any] | None) -> str:
     return "\n\n".join(blocks)
 
 
-def option_lines(cls: type[DistillationLoss]) -> list[str]:
+def option_lines(name: str) -> list[str]:
     """Each option of a recipe with its default and what it means."""
+    cls = LOSSES[name]
     texts = argument_help(cls)
     lines = [f"{key} = {yaml_text(default)}: {texts.get(key, '')}" for key, default in options_of(cls).items()]
-    lines.append(f"weight = {yaml_text(cls.default_weights())}: a number for each term, or one for all of its own")
-    lines.append(f"decay = {yaml_text(cls.decays_with())}: whether r(t) multiplies it")
+    default = read_losses({name: {}})[name]
+    lines.append(f"weight = {yaml_text(dict(default.weights))}: a number for each term, or one for all of its own")
+    lines.append(f"decay = {yaml_text(default.decays)}: whether r(t) multiplies it")
     return [fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in lines]
 
 
 def recipe_line(name: str) -> str:
     """The line of a recipe that spells out the defaults of a method."""
-    cls = LOSSES[name]
-    options = {key: value for key, value in options_of(cls).items() if value is not None}
-    return f"losses: {yaml_text({name: {**options, 'weight': cls.default_weights()}})}"
-
-
-def options_of(cls: type[DistillationLoss]) -> dict[str, Any]:
-    """Options of a recipe and their defaults."""
-    return {key: p.default for key, p in inspect.signature(cls).parameters.items() if key not in CONTEXT}
+    options = {key: value for key, value in options_of(LOSSES[name]).items() if value is not None}
+    return f"losses: {yaml_text({name: {**options, 'weight': dict(read_losses({name: {}})[name].weights)}})}"
 
 
 def functions_of(cls: type[DistillationLoss]) -> list[Callable]:

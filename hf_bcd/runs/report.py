@@ -14,7 +14,6 @@ from ..data import DenseDataset, DenseDatasets
 from ..figures.bcd import boundary_figure, relation_figure
 from ..losses.bcd import BCDLoss
 from ..losses.context import relation_features
-from ..outputs import LabelMaps
 from ..tasks import Task, task_of
 from ..training.config import BCDConfig
 from ..training.evaluation import predict_batch, with_transform
@@ -160,9 +159,8 @@ def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) ->
     student, image = trainer.distiller.student.eval(), data[0]["image"]
     pixel_values = shown_to(student, data, trainer.args)[0]["pixel_values"][None].to(trainer.args.device)
     with torch.no_grad():
-        nothing_void = torch.zeros((1, *pixel_values.shape[-2:]), dtype=torch.uint8, device=pixel_values.device)
-        targets = LabelMaps(nothing_void, student.num_labels)
-        maps = loss.inspect(student(pixel_values), trainer.teacher(pixel_values), targets.ids)
+        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        maps = loss.inspect(student(pixel_values), trainer.teacher(pixel_values), size)
     boundaries = {"teacher": maps["teacher_boundary"][0].cpu(), "student": maps["student_boundary"][0].cpu()}
     boundary_figure(image, boundaries, folder / "boundaries.png")
 

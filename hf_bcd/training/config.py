@@ -142,8 +142,9 @@ class BCDConfig(TrainingArguments):
                 raise UserError(unknown_key_message(name, str(getattr(self, name)), known))
         if isinstance(self.losses, str):
             self.losses = parse_mapping(self.losses, "losses")
-        losses = read_losses(self.resolved_losses)  # a typing error shows now, not after a teacher's training
-        if self.torch_compile and (self.log_gradients or any(loss.measured for loss in losses.values())):
+        # read here and nowhere else: a typing error shows now, not after a teacher's training
+        self.loss_options = read_losses(PRESETS[self.preset] if self.losses is None else self.losses)
+        if self.torch_compile and (self.log_gradients or any(loss.measured for loss in self.loss_options.values())):
             raise UserError(
                 "log_gradients and `weight: auto` take the gradient of every term, which torch_compile hides; leave one out."
             )
@@ -176,8 +177,3 @@ class BCDConfig(TrainingArguments):
                 raise UserError(
                     f"{name} is {getattr(self, name)}, which segmentation does not have here; leave it out."
                 )
-
-    @property
-    def resolved_losses(self) -> dict[str, Any]:
-        """The `losses` in force: the given ones, or the preset's."""
-        return PRESETS[self.preset] if self.losses is None else self.losses  # type: ignore[return-value]

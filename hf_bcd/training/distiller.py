@@ -44,7 +44,7 @@ class Distiller(nn.Module):
             `loss`, the weighted total, and `terms`, every unweighted term, detached.
         """
         output = self.student(pixel_values, targets)
-        loss, terms = self.criterion(output.task_losses, output, teacher_output, targets.ids.long(), share)
+        loss, terms = self.criterion(output.task_losses, output, teacher_output, targets, share)
         return {"loss": loss, "terms": {name: term.detach() for name, term in terms.items()}}
 
     def activation_checkpointing_enable(self, **options: Any) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..adapters import DenseAdapter, FrozenTeacher, LabelMap, adapt, match_labels, read_synonyms
 from ..losses import DistillationCriterion, build_criterion
-from ..losses.recipe import ALWAYS_OFFERED, LOSSES, check_needs, read_losses
+from ..losses.recipe import ALWAYS_OFFERED, LOSSES, check_needs
 from ..utils.messages import UserError
 from .config import BCDConfig
 
@@ -48,8 +48,7 @@ def prepare(
         to_train: whether the student is trained; otherwise it is scored in the data set's classes, if it has them.
 
     Raises:
-        UserError: if the model's classes are not the data set's, a loss needs what the teacher lacks, or no loss has a
-            weight above 0.
+        UserError: if the model's classes are not the data set's, or a loss needs what the teacher lacks.
     """
     synonyms, id2label = read_synonyms(synonyms), getattr(dataset, "id2label", None)
     student = adapt(model)
@@ -64,7 +63,7 @@ def prepare(
     frozen = freeze(adapt(teacher), student.id2label, args, synonyms)
     check_losses(frozen.adapter, frozen.label_map, args)
     criterion = build_criterion(
-        args.resolved_losses,
+        args.loss_options,
         student.feature_specs,
         frozen.feature_specs,
         num_labels=student.num_labels,
@@ -72,11 +71,6 @@ def prepare(
         offers=offers_of(frozen.adapter, args),
         head_levels=frozen.adapter.head_levels,
     )
-    if not any(criterion.weights.values()):
-        raise UserError(
-            f"losses is {args.resolved_losses}: no term has a weight above 0, so the teacher would teach nothing. "
-            "Leave the teacher out to train the student alone."
-        )
     criterion.log_gradients = args.log_gradients
     return Prepared(student, frozen, criterion)
 
@@ -141,9 +135,8 @@ def check_losses(teacher: DenseAdapter, label_map: LabelMap, args: BCDConfig) ->
     Raises:
         UserError: if one of them cannot be computed; names those that can.
     """
-    check_needs(args.resolved_losses, offers_of(teacher, args))
-    losses = read_losses(args.resolved_losses)
-    concerned = [name for name, loss in losses.items() if "logits" in loss.cls.needed(**loss.options)]
+    check_needs(args.loss_options, offers_of(teacher, args))
+    concerned = [name for name, loss in args.loss_options.items() if "logits" in loss.needs]
     if concerned and not label_map.is_complete:
         others = [name for name, loss in LOSSES.items() if "logits" not in loss.needs]
         raise UserError(

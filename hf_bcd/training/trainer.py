@@ -245,7 +245,7 @@ class BCDTrainer(Trainer):
         for start in tqdm(range(0, len(samples), size), desc="Teacher on calibration images", disable=quiet):
             batch = self._prepare_inputs(self.data_collator(samples[start : start + size]))
             targets = self.task.targets(batch, self.distiller.student.num_labels)
-            batches.append((self._teacher_output(batch["pixel_values"]), targets.ids))
+            batches.append((self._teacher_output(batch["pixel_values"]), targets))
         criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=quiet))
 
     def compute_loss(

@@ -8,7 +8,7 @@ import torch
 from hf_bcd.losses import LOSSES, DistillationCriterion
 from hf_bcd.models import TimmSegmentationConfig
 from hf_bcd.models.heads import PSPHead
-from hf_bcd.outputs import DenseOutput, FeatureSpec
+from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
 from hf_bcd.runs.methods import HEAD_LEVELS, NUM_LABELS, STUDENT, TEACHER, reference_criterion
 from hf_bcd.utils.messages import unknown_key_message
 
@@ -40,16 +40,16 @@ def reference_head(device: torch.device, dtype: torch.dtype) -> Callable[[dict[s
     return lambda levels: head({32: levels[level].to(dtype)}).float()
 
 
-def label_maps(batch: int, side: int, device: torch.device) -> torch.Tensor:
+def label_maps(batch: int, side: int, device: torch.device) -> LabelMaps:
     """Regions of 32 x 32 pixels, 5 % of them void, as many as VOC's borders."""
     generator = torch.Generator().manual_seed(0)
     cells = torch.randint(0, NUM_LABELS, (batch, -(-side // 32), -(-side // 32)), generator=generator)
     cells[torch.rand(cells.shape, generator=generator) < 0.05] = 255
-    return cells.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, :side, :side].to(device)
+    return LabelMaps(cells.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, :side, :side].to(device), NUM_LABELS)
 
 
 def step_of(
-    criterion: DistillationCriterion, student: DenseOutput, teacher: DenseOutput, labels: torch.Tensor
+    criterion: DistillationCriterion, student: DenseOutput, teacher: DenseOutput, targets: LabelMaps
 ) -> Callable[[], None]:
     """A call that does what a training step does for a criterion, and nothing for the models."""
     leaves = [student.logits, *student.features.values()]
@@ -58,7 +58,7 @@ def step_of(
         for tensor in (*leaves, *criterion.parameters()):
             tensor.grad = None
         task = {"loss_task": student.logits.float().square().mean()}  # nearly free, and has a gradient
-        criterion(task, student, teacher, labels)[0].backward()
+        criterion(task, student, teacher, targets)[0].backward()
         criterion.after_step()
 
     return call
@@ -89,11 +89,11 @@ def method_row(
     for tensor in (teacher.logits, *teacher.features.values()):
         tensor.requires_grad_(False)
     teacher.head = reference_head(device, dtype)
-    labels = label_maps(batch, side, device)
+    targets = label_maps(batch, side, device)
     row: dict[str, Any] = {"batch": batch, "side": side}
     for name in names:  # one after the other: the memory of one must not crowd another's
         criterion = reference_criterion({name: {}}).to(device)
-        call = step_of(criterion, student, teacher, labels)
+        call = step_of(criterion, student, teacher, targets)
         row[name] = compare({name: call}, device, repeats)[name].as_dict()
     return row
 

@@ -1,6 +1,8 @@
 """Plain-loop NumPy references of the losses, written from the formulas without a helper of the package."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -8,7 +10,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_bcd.outputs import DenseOutput, FeatureSpec
+from hf_bcd.losses.base import Pair
+from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps, resize_nearest
+
+
+Specs = Mapping[str, FeatureSpec]
+
+
+def pair_of(student: Specs, teacher: Specs | None = None, num_labels: int = 3, seed: int = 0) -> Pair:
+    """Two models whose head reads all of the teacher's levels; the same levels for both by default."""
+    teacher = student if teacher is None else teacher
+    return Pair(student, teacher, num_labels, tuple(teacher), seed)
+
+
+def outputs_of(
+    student: Specs,
+    teacher: Specs | None = None,
+    *,
+    size: int = 32,
+    num_labels: int = 3,
+    images: int = 2,
+    seed: int = 0,
+) -> tuple[DenseOutput, DenseOutput, LabelMaps]:
+    """Outputs of both models, float32, and targets without void."""
+    teacher = student if teacher is None else teacher
+    outputs = (dense_output(s, images, size, num_labels, n) for s, n in ((student, seed), (teacher, seed + 100)))
+    labels = random_labels(images, size, size, num_labels=num_labels, seed=seed)
+    return *outputs, LabelMaps(labels, num_labels)
+
+
+def masks_of(labels: Tensor, num_labels: int = 3, void: int = 255) -> tuple[Tensor, Tensor]:
+    """Class masks `[B, K, H, W]` and valid pixels `[B, H, W]` of label maps."""
+    targets = LabelMaps(labels, num_labels, void)
+    return targets.class_masks(targets.size), targets.valid(targets.size)
+
+
+@dataclass
+class Regions:
+    """Targets whose classes overlap and have soft edges, as boxes on a coarse grid do; not all of the image has a class."""
+
+    masks: Tensor
+    mask: Tensor
+
+    @property
+    def num_labels(self) -> int:
+        return self.masks.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.mask.shape[-2], self.mask.shape[-1]
+
+    def valid(self, size: tuple[int, int]) -> Tensor:
+        return resize_nearest(self.mask, size)
+
+    def class_masks(self, size: tuple[int, int]) -> Tensor:
+        return F.adaptive_avg_pool2d(self.masks, size) * self.valid(size)[:, None]
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -23,7 +79,7 @@ def random_labels(*shape: int, num_labels: int, seed: int = 0) -> Tensor:
     return torch.randint(0, num_labels, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def dense_output(specs: dict[str, FeatureSpec], batch: int, size: int, num_labels: int, seed: int) -> DenseOutput:
+def dense_output(specs: Specs, batch: int, size: int, num_labels: int, seed: int) -> DenseOutput:
     """Smooth random features and logits of a model on `size`-pixel images."""
 
     def smooth(channels: int, cells: int, side: int, seed: int) -> Tensor:

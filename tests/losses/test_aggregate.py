@@ -8,7 +8,6 @@ from loss_references import randn, random_mask
 from hf_bcd.losses import boundary_strength
 from hf_bcd.losses.modules.aggregate import (
     FeatureAggregator,
-    PrincipalComponents,
     SelfRelationHead,
     StudentHead,
     TeacherHead,
@@ -254,30 +253,3 @@ def test_calibration_on_void_alone_is_an_error():
     features, classes, mask = class_scene(10)
     with pytest.raises(ValueError, match="no valid position.*label rule"):
         teacher_head().calibrate([(features, classes, torch.zeros_like(mask))], radius=3, fit_readout=True)
-
-
-# --- principal components ---------------------------------------------------------------------------------------------
-
-
-def test_principal_components_are_those_of_a_plain_decomposition():
-    size = (8, 12)
-    pca = PrincipalComponents(SPECS, channels=5)
-    mask = random_mask(2, *size)
-    pca.fit([(FEATURES, size, mask)])
-    levels = [F.interpolate(FEATURES[name], size, mode="bilinear", align_corners=False) for name in SPECS]
-    positions = torch.cat(levels, dim=1).movedim(1, -1).numpy()
-    valid = positions[mask.numpy()].astype(np.float64)
-    _, _, rows = np.linalg.svd(valid - valid.mean(axis=0), full_matrices=False)
-    expected = (positions - valid.mean(axis=0)) @ rows[:5].T
-    found = pca(FEATURES, size).movedim(1, -1).numpy()
-    sign = np.sign((expected * found).sum(axis=(0, 1, 2)))
-    np.testing.assert_allclose(found, expected * sign, atol=1e-4)
-
-
-def test_fewer_channels_than_components_leave_zeros():
-    specs = {"stride_8": FeatureSpec(3, 8)}
-    pca = PrincipalComponents(specs, channels=8)
-    features = {"stride_8": randn(1, 3, 4, 4, dtype=torch.float32)}
-    pca.fit([(features, (4, 4), torch.ones(1, 4, 4, dtype=torch.bool))])
-    assert pca(features, (4, 4)).shape == (1, 8, 4, 4)
-    assert (pca(features, (4, 4))[:, 3:] == 0).all()

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from loss_references import dense_output, halved, randn, random_labels, random_mask
+from loss_references import halved, randn, random_mask
 
 from hf_bcd.losses import ATLoss, at_loss
-from hf_bcd.outputs import FeatureSpec
 
 
 def test_golden_value():
@@ -39,17 +38,3 @@ def test_magnitude_does_not_matter():
     student, teacher = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
     value = at_loss(student, teacher).item()
     assert value > 0 and at_loss(3 * student, 0.1 * teacher).item() == pytest.approx(value, rel=1e-12)
-
-
-def test_levels_add_up():
-    specs = {"stride_4": FeatureSpec(3, 4), "stride_8": FeatureSpec(5, 8)}
-    student, teacher = (dense_output(specs, 2, 16, 3, seed=i) for i in range(2))
-    labels = random_labels(2, 16, 16, num_labels=3)
-
-    def value(levels: list[str] | None) -> float:
-        return ATLoss(specs, specs, levels=levels)(student, teacher, labels)["at"].item()
-
-    assert value(None) == value(["stride_8"]) != value(["stride_4"])
-    assert value(["stride_4", "stride_8"]) == pytest.approx(value(["stride_4"]) + value(["stride_8"]))
-    with pytest.raises(ValueError, match="level is 'stride_32'"):
-        ATLoss(specs, specs, levels=["stride_4", "stride_32"])

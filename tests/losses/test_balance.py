@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from loss_references import dense_output, random_labels
+from loss_references import outputs_of
 from torch import Tensor
 
 from hf_bcd.losses.criterion import DistillationCriterion
 from hf_bcd.losses.modules.balance import GradientBalance, squared_gradients
 from hf_bcd.losses.modules.schedules import Temperature
-from hf_bcd.losses.recipe import build_criterion, read_losses
-from hf_bcd.outputs import DenseOutput, FeatureSpec
+from hf_bcd.losses.recipe import build_criterion
+from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
 from hf_bcd.training.config import BCDConfig
 
 
@@ -87,11 +87,11 @@ def test_a_restored_balance_goes_on() -> None:
 # --- in the criterion -------------------------------------------------------------------------------------------------
 
 
-def batch() -> tuple[DenseOutput, DenseOutput, Tensor]:
-    student, teacher = dense_output(STUDENT, 2, 64, 4, seed=0), dense_output(TEACHER, 2, 64, 4, seed=1)
+def batch() -> tuple[DenseOutput, DenseOutput, LabelMaps]:
+    student, teacher, targets = outputs_of(STUDENT, TEACHER, size=64, num_labels=4)
     for leaf in student.features.values():
         leaf.requires_grad_()
-    return student, teacher, random_labels(2, 64, 64, num_labels=4, seed=0)
+    return student, teacher, targets
 
 
 def criterion(**options) -> DistillationCriterion:
@@ -143,12 +143,6 @@ def test_gradients_are_logged_as_they_are_weighted() -> None:
         assert not any("gradient" in key for key in loud({"loss_task": task}, student, teacher, labels)[1])
 
 
-def test_only_losses_with_known_shares_are_measured() -> None:
-    assert read_losses({"bcd": {"weight": "auto"}})["bcd"].measured
-    with pytest.raises(ValueError, match="weight of loss 'kd' is 'auto', which only bcd can have"):
-        read_losses({"kd": {"weight": "auto"}})
-
-
 @pytest.mark.parametrize("options", [{"log_gradients": True}, {"losses": {"bcd": {"weight": "auto"}}}])
 def test_a_compiled_step_hides_the_gradients_of_terms(options: dict) -> None:
     with pytest.raises(ValueError, match="which torch_compile hides"):
@@ -159,7 +153,7 @@ def test_a_compiled_step_hides_the_gradients_of_terms(options: dict) -> None:
 
 
 def measure(rows: slice) -> Tensor:
-    """Weights after some steps on part of a batch, whose loss is a mean over that part."""
+    """Weights, and a temperature, after some steps on part of a batch, whose loss is a mean over that part."""
     one = GradientBalance({"a": 1.0}, {"a": 0.5})
     for step in range(1, 9):
         one.begin_step(step, 8)
@@ -167,7 +161,10 @@ def measure(rows: slice) -> Tensor:
         if one.measuring:
             one.observe(squared_gradients({"task": x.square().mean(), "a": x.pow(3).mean()}, x))
         one.after_step()
-    return one.weights
+    temperature = Temperature()
+    temperature.observe(torch.tensor([0.9, 0.8, 0.3, 0.1])[rows])  # 0.525 together, 0.85 and 0.2 apart
+    temperature.update()
+    return torch.stack([*one.weights, temperature.value])
 
 
 def work(rank: int, folder: str) -> None:
@@ -182,4 +179,6 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert torch.equal(*ranks)
     torch.testing.assert_close(ranks[0], measure(slice(None)))
-    assert not torch.isclose(ranks[0], measure(slice(2)), rtol=0.05)  # half of the batch alone would say another
+    assert ranks[0][1] == pytest.approx(1.05)
+    # half of the batch would say another
+    assert not torch.isclose(ranks[0][0], measure(slice(2))[0], rtol=0.05) and measure(slice(2, 4))[1] == 1

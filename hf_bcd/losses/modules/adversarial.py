@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...utils.distributed import all_reduce_sum
-from ..base import DistillationLoss
-from ..ops.functional import on_teacher_grid, resize, standardize
+from ...utils.messages import UserError
+from ..base import DistillationLoss, Pair
+from ..ops.functional import full_precision, on_teacher_grid, resize, standardize
 from .noise import SharedNoise
 
 
@@ -138,6 +139,7 @@ class Adversary(nn.Module):
         self.register_buffer("square", torch.zeros(size))
         self._learnt: Tensor | None = None  # sum over this step's batches of (gradient, 1)
 
+    @full_precision
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """How far the discriminator can tell the student's scores from the teacher's.
 
@@ -149,12 +151,11 @@ class Adversary(nn.Module):
         Returns:
             Scalar, 0 for equal scores; float32 or float64.
         """
-        with torch.autocast(student.device.type, enabled=False):
-            student, teacher, mask = on_teacher_grid(student, teacher, mask)
-            student, teacher = (scores.masked_fill(~mask[:, None], 0) for scores in (student, teacher))
-            if torch.is_grad_enabled():
-                self._learn(student.detach(), teacher, mask)  # type: ignore[call-arg]
-            return (self.discriminator(teacher, mask) - self.discriminator(student, mask)).mean()
+        student, teacher, mask = on_teacher_grid(student, teacher, mask)
+        student, teacher = (scores.masked_fill(~mask[:, None], 0) for scores in (student, teacher))
+        if torch.is_grad_enabled():
+            self._learn(student.detach(), teacher, mask)  # type: ignore[call-arg]
+        return (self.discriminator(teacher, mask) - self.discriminator(student, mask)).mean()
 
     # torch.compile cannot differentiate twice
     @torch.compiler.disable
@@ -204,15 +205,15 @@ class AdversarialLoss(DistillationLoss):
     adversarial: ClassVar[str] = "adversarial"
     keeps = "discriminator"
 
-    def __init__(self, num_labels: int, discriminator_channels: int, seed: int) -> None:
-        super().__init__()
+    def __init__(self, pair: Pair, discriminator_channels: int) -> None:
+        super().__init__(pair)
         if discriminator_channels < 0:
-            raise ValueError(f"discriminator_channels is {discriminator_channels!r}; it must be >= 0.")
-        self.adversary = Adversary(num_labels, discriminator_channels, seed) if discriminator_channels else None
-
-    @classmethod
-    def default_weights(cls, discriminator_channels: int = 64, **options: Any) -> dict[str, float]:
-        return {term: w for term, w in cls.weights.items() if discriminator_channels or term != cls.adversarial}
+            raise UserError(f"discriminator_channels is {discriminator_channels!r}; it must be >= 0.")
+        self.adversary = None
+        if discriminator_channels:
+            self.adversary = Adversary(pair.num_labels, discriminator_channels, pair.seed)
+        else:
+            self.weights = {term: weight for term, weight in self.weights.items() if term != self.adversarial}
 
     def adversarial_term(self, student: Tensor, teacher: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """The term of the scores of both models, or none without a discriminator."""

@@ -43,52 +43,6 @@ class FeatureAggregator(nn.Module):
         return self.fuse(torch.cat(reduced, dim=1))
 
 
-class PrincipalComponents(nn.Module):
-    """Aggregates levels by projecting them, resized to one grid and concatenated, on their principal components.
-
-    A closed-form alternative to the random maps of a `FeatureAggregator`, for the teacher only: it is fitted once.
-
-    Args:
-        specs: the levels to fuse.
-        channels: number of components; at most the levels' channels together.
-    """
-
-    mean: Tensor
-    basis: Tensor
-    max_positions = 20_000  # of the fit; enough for a few hundred components
-
-    def __init__(self, specs: Mapping[str, FeatureSpec], channels: int = 256) -> None:
-        super().__init__()
-        self.levels = list(specs)
-        total = sum(spec.channels for spec in specs.values())
-        self.register_buffer("mean", torch.zeros(total))
-        # fewer channels than components leave the rest of the components zero
-        self.register_buffer("basis", torch.zeros(channels, total))
-
-    def _concatenate(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
-        return torch.cat([resize(at_least_float32(features[name]), size) for name in self.levels], dim=1)
-
-    def forward(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
-        """Projects `[B, C_k, h_k, w_k]` levels to `[B, channels, *size]`."""
-        centred = self._concatenate(features, size) - self.mean[:, None, None]
-        return F.conv2d(centred, self.basis[:, :, None, None])
-
-    def fit(self, batches: list[tuple[Mapping[str, Tensor], tuple[int, int], Tensor]]) -> None:
-        """Finds the components of the valid positions of features, grid size and mask `[B, h, w]`, strongest first."""
-        rows = [self._concatenate(features, size).movedim(1, -1)[mask] for features, size, mask in batches]
-        positions = torch.cat(rows)
-        positions = positions[:: max(1, len(positions) // self.max_positions)].double()
-        self.mean.copy_(positions.mean(dim=0))
-        centred = positions - positions.mean(dim=0)
-        _, vectors = torch.linalg.eigh(centred.mT @ centred)  # ascending
-        vectors = vectors.flip(1)[:, : len(self.basis)]
-        # the sign of a component is arbitrary: the largest entry is made positive, so that a fit repeats itself
-        largest = vectors.abs().argmax(dim=0, keepdim=True)
-        vectors = vectors * vectors.gather(0, largest).sign()
-        self.basis.zero_()
-        self.basis[: vectors.shape[1]] = vectors.mT.to(self.basis.dtype)
-
-
 class StudentHead(nn.Module):
     """The student's aggregated features and boundary scalar; trained with the student, dropped at export."""
 
@@ -115,7 +69,6 @@ class TeacherHead(nn.Module):
         channels: as in `FeatureAggregator`.
         reduced_channels: as in `FeatureAggregator`.
         seed: seed of the random maps.
-        components: principal components instead of random maps; the boundary scalar is then the first one.
     """
 
     z_mean: Tensor
@@ -124,19 +77,10 @@ class TeacherHead(nn.Module):
     calibrated: Tensor
 
     def __init__(
-        self,
-        specs: Mapping[str, FeatureSpec],
-        channels: int = 256,
-        reduced_channels: int = 64,
-        seed: int = 0,
-        components: bool = False,
+        self, specs: Mapping[str, FeatureSpec], channels: int = 256, reduced_channels: int = 64, seed: int = 0
     ) -> None:
         super().__init__()
-        self.aggregate = (
-            PrincipalComponents(specs, channels)
-            if components
-            else FeatureAggregator(specs, channels, reduced_channels)
-        )
+        self.aggregate = FeatureAggregator(specs, channels, reduced_channels)
         self.readout = nn.Conv2d(channels, 1, 1)
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():

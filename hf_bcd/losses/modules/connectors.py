@@ -1,31 +1,12 @@
-"""What brings a student's features beside its teacher's: a shared level, a projection, a common grid."""
+"""Modules that bring a student's features beside its teacher's: a projection, a common grid, a normalisation."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ...outputs import FeatureSpec
+from ..base import Pair
 from ..ops.functional import at_least_float32, resize, spatial_size, standardize
-
-
-def shared_level(
-    student_specs: Mapping[str, FeatureSpec], teacher_specs: Mapping[str, FeatureSpec], level: str | None = None
-) -> str:
-    """The level at which two models are compared: `level`, or the coarsest that both have.
-
-    Raises:
-        ValueError: if the models share no level, or one of them lacks `level`.
-    """
-    shared = [name for name in student_specs if name in teacher_specs]
-    if level is None and shared:
-        return shared[-1]
-    if level not in shared:
-        raise ValueError(
-            f"level is {level!r}; student ({', '.join(student_specs)}) and teacher ({', '.join(teacher_specs)}) share "
-            f"{', '.join(shared) or 'no level'}."
-        )
-    return level
 
 
 class Projection(nn.Conv2d):
@@ -53,23 +34,16 @@ class FeaturePair(nn.Module):
     """One level of both models: the student's projected to the teacher's channels and resized to the teacher's grid.
 
     Args:
-        student_specs: feature levels of the student.
-        teacher_specs: feature levels of the teacher.
+        pair: the models.
         level: level name; the coarsest that both have by default.
         bias: whether the projection has one; without where a loss removes it, whose gradient would be rounding errors.
     """
 
-    def __init__(
-        self,
-        student_specs: Mapping[str, FeatureSpec],
-        teacher_specs: Mapping[str, FeatureSpec],
-        level: str | None = None,
-        bias: bool = True,
-    ) -> None:
+    def __init__(self, pair: Pair, level: str | None = None, bias: bool = True) -> None:
         super().__init__()
-        self.level = shared_level(student_specs, teacher_specs, level)
-        self.channels = teacher_specs[self.level].channels
-        self.projection = Projection(student_specs[self.level].channels, self.channels, bias)
+        self.level = pair.level(level)
+        ours, self.channels = pair.channels(self.level)
+        self.projection = Projection(ours, self.channels, bias)
 
     def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Student and teacher features, both `[B, channels, h, w]`; the teacher's are constant."""
@@ -78,7 +52,7 @@ class FeaturePair(nn.Module):
 
 
 class BatchStandardize(nn.Module):
-    """Batch normalisation with the statistics of the whole batch over all ranks, and of valid positions alone.
+    """Batch normalisation with the statistics of the whole batch over all ranks, and of valid positions only.
 
     Unlike `nn.BatchNorm2d` it keeps no running statistics: connectors never run in evaluation.
 

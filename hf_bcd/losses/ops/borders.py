@@ -1,63 +1,62 @@
-"""Where the classes of a label map meet. Void is no class: nothing borders on it."""
+"""Borders of classes. Void is no class: nothing borders on it."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import class_masks, spatial_size
+from ...utils.messages import UserError
 
 
 def check_width(width: int) -> None:
-    """Raises a `ValueError` for a window that has no centre or no neighbour."""
+    """Raises a `UserError` for a window that has no centre or no neighbour."""
     if width < 3 or width % 2 == 0:
-        raise ValueError(f"width is {width!r}; it must be an odd number of pixels >= 3.")
+        raise UserError(f"width is {width!r}; it must be an odd number of pixels >= 3.")
 
 
 def _dilate(x: Tensor, width: int) -> Tensor:
     """Largest value in the window around each pixel, of what lies inside the image."""
-    check_width(width)
-    return F.max_pool2d(x, width, stride=1, padding=width // 2)
+    x = F.max_pool2d(
+        x, (width, 1), stride=1, padding=(width // 2, 0)
+    )  # along one axis and then the other: fewer reads
+    return F.max_pool2d(x, (1, width), stride=1, padding=(0, width // 2))
 
 
-def class_borders(labels: Tensor, *, width: int = 7, ignore_index: int = 255) -> Tensor:
-    """Pixels whose window holds more than one class.
+def _borders(classes: Tensor, mask: Tensor, width: int) -> Tensor:
+    """The dilation of each class `[B, K, H, W]` without its erosion, where valid: in 0..1, float32."""
+    classes, void = classes.float(), ~mask[:, None]
+    highest, lowest = _dilate(classes.masked_fill(void, 0), width), -_dilate((-classes).masked_fill(void, -1), width)
+    return (highest - lowest).masked_fill(void, 0)
+
+
+def class_borders(classes: Tensor, mask: Tensor, *, width: int = 7) -> Tensor:
+    """How much every pixel lies on a border: on that of a class, if its window holds this class and valid pixels beside.
 
     Args:
-        labels: class ids `[B, H, W]`, `ignore_index` where void.
+        classes: where each class is, `[B, K, H, W]`, boolean or in 0..1.
+        mask: `[B, H, W]`, True where valid.
         width: side of the window in pixels, odd; the band reaches `width // 2` pixels to both sides of a border.
-        ignore_index: void label.
 
     Returns:
-        Boolean `[B, H, W]`, False where void.
+        `[B, H, W]` in [0, 1], float32, 0 where void: 0 or 1 for boolean classes.
     """
-    void = labels == ignore_index
-    ids = labels.float()
-    highest = _dilate(ids.masked_fill(void, -torch.inf), width)
-    lowest = -_dilate((-ids).masked_fill(void, -torch.inf), width)
-    return (highest != lowest) & ~void
+    check_width(width)
+    # image by image: maps of a whole batch in float32 would take gigabytes
+    images = zip(classes.split(1), mask.split(1), strict=True)
+    return torch.cat([_borders(one, valid, width).amax(dim=1) for one, valid in images])
 
 
-def class_border_shares(
-    labels: Tensor, num_labels: int, size: tuple[int, int], *, width: int = 7, ignore_index: int = 255
-) -> Tensor:
-    """How much of every grid cell lies on the border of each class.
-
-    The border of a class is its dilation without its erosion: the pixels whose window holds this class and another.
+def class_border_shares(classes: Tensor, mask: Tensor, size: tuple[int, int], *, width: int = 7) -> Tensor:
+    """How much of every grid cell lies on the border of each class, see `class_borders`.
 
     Args:
-        labels: class ids `[B, H, W]`, `ignore_index` where void.
-        num_labels: number of classes K.
+        classes: as in `class_borders`.
+        mask: as in `class_borders`.
         size: size (h, w) of the grid.
         width: as in `class_borders`.
-        ignore_index: void label.
 
     Returns:
-        Shares `[B, K, h, w]` in [0, 1], float32: of a cell's pixels.
+        Shares `[B, K, h, w]` of a cell's pixels in [0, 1], float32.
     """
-    borders = class_borders(labels, width=width, ignore_index=ignore_index)
-    shares = []
-    # image by image: one-hot maps of a whole batch at full resolution would take gigabytes
-    for image, border in zip(labels.split(1), borders.split(1), strict=True):
-        classes = class_masks(image, num_labels, spatial_size(image)) & (image != ignore_index)[:, None]
-        shares.append(F.adaptive_avg_pool2d(_dilate(classes.float(), width) * border[:, None], size))
-    return torch.cat(shares)
+    check_width(width)
+    images = zip(classes.split(1), mask.split(1), strict=True)
+    return torch.cat([F.adaptive_avg_pool2d(_borders(one, valid, width), size) for one, valid in images])

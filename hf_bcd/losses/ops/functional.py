@@ -1,11 +1,42 @@
-"""Tensor mathematics that several losses share."""
+"""Tensor mathematics that several losses need."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...outputs import resize_nearest
+from ...outputs import DenseOutput
 from ...utils.distributed import all_reduce_sum
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: the function runs outside autocast on the device of its first tensor."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = _first_tensor([*args, *kwargs.values()])
+        assert first is not None, f"{function.__name__} was given no tensor"
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _first_tensor(x: Any) -> Tensor | None:
+    if isinstance(x, Tensor):
+        return x
+    items = [*x.features.values(), x.logits] if isinstance(x, DenseOutput) else x
+    for item in items if isinstance(items, list | tuple) else ():
+        if (found := _first_tensor(item)) is not None:
+            return found
+    return None
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -54,21 +85,21 @@ def on_teacher_grid(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tu
     return resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach(), mask
 
 
-def valid_positions(labels: Tensor, size: tuple[int, int], ignore_index: int) -> Tensor:
-    """Which positions of a grid over label maps `[B, H, W]` count: boolean `[B, *size]`, False where void."""
-    return resize_nearest(labels != ignore_index, size)
-
-
-def grid_size(labels: Tensor, stride: int) -> tuple[int, int]:
-    """Size (h, w) of the stride-`stride` grid over label maps `[B, H, W]`, rounded up as convolutions do."""
-    height, width = labels.shape[-2:]
-    return -(-height // stride), -(-width // stride)
+def grid_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Size (h, w) of the stride-`stride` grid over images of `size`, rounded up as convolutions do."""
+    return -(-size[0] // stride), -(-size[1] // stride)
 
 
 def image_means(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of each image `[B, ...]` over its positions where `mask` (of the same shape) is True: `[B]`, 0 without any."""
     kept = x.masked_fill(~mask, 0).flatten(1).sum(dim=1)
     return kept / mask.flatten(1).sum(dim=1).clamp_min(1)
+
+
+def weighted_means(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean of each image `[B, ...]`, weighted by `weight` (of the same shape, >= 0): `[B]`, 0 without any."""
+    kept = (x.masked_fill(weight == 0, 0) * weight).flatten(1).sum(dim=1)
+    return kept / weight.flatten(1).sum(dim=1).clamp_min(1e-6)
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -139,40 +170,33 @@ def divergence(
     return (terms if mask is None else terms.masked_fill(~mask, 0)).sum(dim)
 
 
-def class_masks(labels: Tensor, num_labels: int, size: tuple[int, int]) -> Tensor:
-    """One-hot label maps on a grid, nearest neighbours: boolean `[B, num_labels, *size]`; no class where void."""
-    classes = torch.arange(num_labels, device=labels.device)
-    return resize_nearest(labels, size)[:, None] == classes[:, None, None]
-
-
 def class_means(features: Tensor, classes: Tensor) -> Tensor:
     """Mean feature of every class in every image.
 
     Args:
         features: `[B, C, h, w]`.
-        classes: one-hot maps `[B, K, h, w]`, see `class_masks`.
+        classes: where each class is, `[B, K, h, w]`, boolean or in 0..1; see `Targets.class_masks`.
 
     Returns:
         `[B, K, C]`, 0 for a class that an image lacks.
     """
     weight = classes.flatten(2).to(features.dtype)
-    return weight @ features.flatten(2).mT / weight.sum(dim=2, keepdim=True).clamp_min(1)
+    return weight @ features.flatten(2).mT / weight.sum(dim=2, keepdim=True).clamp_min(1e-6)
 
 
 def class_similarity(features: Tensor, classes: Tensor) -> Tensor:
-    """Cosine between each position's feature and the mean feature of its class in its image.
+    """Cosine between each position's feature and the mean feature of every class in its image.
 
     Args:
         features: `[B, C, h, w]`.
-        classes: one-hot maps `[B, K, h, w]`, see `class_masks`.
+        classes: as in `class_means`.
 
     Returns:
-        `[B, h, w]` in [-1, 1], 0 for a position without a class.
+        `[B, K, h, w]` in [-1, 1], 0 for a class that an image lacks.
     """
     means = unit_vectors(class_means(features, classes), dim=2)
-    # with all K means: K numbers a position instead of a map of means with its C
-    cosines = means @ unit_vectors(features.flatten(2), dim=1)
-    return cosines.unflatten(2, spatial_size(features)).masked_fill(~classes, 0).sum(dim=1)
+    # K numbers a position instead of a map of means with its C
+    return (means @ unit_vectors(features.flatten(2), dim=1)).unflatten(2, spatial_size(features))
 
 
 def moments(

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...utils.messages import UserError
+
 
 Directions = Literal["disc", "half"]
 Shape = frozenset[tuple[int, int]]  # grid points (y, x) from the upper left corner of their box on
@@ -22,7 +24,7 @@ Step = tuple[int, int, tuple[tuple[int, int, int], ...]]  # height and width of 
 def line_offsets(radius: int, directions: Directions = "disc") -> tuple[tuple[int, int], ...]:
     """The offsets of `path_offsets` as plain numbers, for loops over them."""
     if radius < 2:
-        raise ValueError(f"radius is {radius}, but a line needs radius >= 2 (neighbouring positions).")
+        raise UserError(f"radius is {radius}, but a line needs radius >= 2 (neighbouring positions).")
     if directions not in ("disc", "half"):
         raise ValueError(f"directions is {directions!r}; choose 'disc' or 'half'.")
     half = [(0, x) for x in range(1, radius)]

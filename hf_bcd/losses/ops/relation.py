@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .functional import at_least_float32, mask_fill_value, row_weights
+from .functional import at_least_float32, full_precision, mask_fill_value, row_weights
 
 
 logger = logging.getLogger(__name__)
 
+PROOF_POSITIONS, PROOF_TOLERANCE = 300, 0.05  # more than two tiles of rows; products may be in bfloat16 or TF32
 BLOCK_BYTES = 16 * 2**20  # of the four blocks of rows that a pass works in, together: what stays in a cache is fastest
 
 
@@ -89,22 +90,24 @@ def _apply(
 
 # an operator, so that torch.compile sees one node instead of an unrolled loop
 @torch.library.custom_op("hf_bcd::relation", mutates_args=())
+@full_precision
 def _relation(
     student: Tensor, teacher: Tensor, tau: Tensor, mask: Tensor | None, literal: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value `[B]`, teacher's peak `[B]` and, if asked for, the gradient of every image's value `[B, n, C]`."""
-    with torch.autocast(student.device.type, enabled=False):
-        if not literal and _has_kernel(student):
-            try:
-                return _run_kernel(student, teacher, tau, mask, with_gradient)
-            except (torch.OutOfMemoryError, torch.AcceleratorError):  # PyTorch would only meet the same
-                raise
-            except Exception as error:  # a compiler, a driver and a cache folder can fail in as many ways
-                _give_up_kernels(error)
-        return stream_relation(student, teacher, tau, mask, literal, with_gradient)
+    if not literal and _has_kernel(student):
+        try:
+            if not _kernels_proven:
+                _prove_kernels(student, teacher, tau, mask)
+            return _run_kernel(student, teacher, tau, mask, with_gradient)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # PyTorch would only meet the same
+            raise
+        except Exception as error:  # a compiler, a driver and a cache folder can fail in as many ways
+            _give_up_kernels(error)
+    return stream_relation(student, teacher, tau, mask, literal, with_gradient)
 
 
-_kernels_work = True
+_kernels_work, _kernels_proven = True, False
 
 
 def _has_kernel(features: Tensor) -> bool:
@@ -123,13 +126,35 @@ def _run_kernel(
         return stream_relation_triton(student, teacher, tau, mask, with_gradient)
 
 
+def _prove_kernels(student: Tensor, teacher: Tensor, tau: Tensor, mask: Tensor | None) -> None:
+    """Compares the kernels with PyTorch at some positions of the first image, with the mask and without.
+
+    Once in a process, because it waits for the device; again if there was no gradient to compare.
+
+    Raises:
+        ArithmeticError: if value, peak or gradient differ by more than rounding to bfloat16 explains.
+    """
+    global _kernels_proven
+    student, teacher = (x[:1, :PROOF_POSITIONS].contiguous() for x in (student, teacher))
+    floors = {"value": 1e-4, "peak": 1e-4, "gradient": 1e-4 * student.float().norm() / student.shape[1]}
+    for valid in (None,) if mask is None else (None, mask[:1, :PROOF_POSITIONS].contiguous()):
+        ours = _run_kernel(student, teacher, tau, valid, True)
+        expected = stream_relation(student, teacher, tau, valid, False, True)
+        for (name, floor), a, b in zip(floors.items(), ours, expected, strict=True):
+            a, b = a.double().nan_to_num(), b.double().nan_to_num()
+            error, size = (a - b).norm(), b.norm()
+            if error > PROOF_TOLERANCE * size + floor:
+                raise ArithmeticError(f"its {name} differs from PyTorch's by {error.item():.2g} of {size.item():.2g}")
+        _kernels_proven = _kernels_proven or bool(expected[2].isfinite().all() & expected[2].any())
+
+
 def _give_up_kernels(error: Exception) -> None:
     """Triton builds its launcher with a C compiler, which slim containers lack; and a driver may be too old for it."""
     global _kernels_work
     _kernels_work = False
     logger.warning(
-        "Triton cannot run here (%s: %s); the context loss takes PyTorch's kernels instead, with equal results but more "
-        "slowly. Triton needs a C compiler (`apt install gcc`) and a driver that fits the installed PyTorch.",
+        "Triton is of no use here (%s: %s); the context loss takes PyTorch's kernels instead, more slowly. Triton needs a "
+        "C compiler (`apt install gcc`) and a driver that fits the installed PyTorch.",
         type(error).__name__,
         (str(error).splitlines() or ["no message"])[0],
     )

@@ -1,12 +1,12 @@
 """The supervised loss of semantic segmentation."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import at_least_float32, resize
+from .functional import at_least_float32, full_precision, resize
 
 
+@full_precision
 def segmentation_loss(
     logits: Tensor, labels: Tensor, *, ignore_index: int = 255, num_valid: Tensor | None = None
 ) -> Tensor:
@@ -22,9 +22,8 @@ def segmentation_loss(
     Returns:
         Scalar >= 0, float32; a connected 0 if no pixel is valid.
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        logits = resize(at_least_float32(logits), (labels.shape[-2], labels.shape[-1]))
-        total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-        if num_valid is None:
-            num_valid = (labels != ignore_index).sum()
-        return total / num_valid.clamp_min(1)
+    logits = resize(at_least_float32(logits), (labels.shape[-2], labels.shape[-1]))
+    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    if num_valid is None:
+        num_valid = (labels != ignore_index).sum()
+    return total / num_valid.clamp_min(1)
