@@ -52,9 +52,7 @@ class ATLoss(DistillationLoss):
         "  title={Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks via\n"
         "         Attention Transfer},\n"
         "  author={Zagoruyko, Sergey and Komodakis, Nikos},\n"
-        "  booktitle={ICLR},\n"
-        "  year={2017}\n"
-        "}"
+        "  booktitle={ICLR},\n  year={2017}\n}"
     )
 
     def __init__(self, pair: Pair, *, levels: Sequence[str] | None = None) -> None:

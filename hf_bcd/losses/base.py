@@ -119,9 +119,7 @@ class DistillationLoss(nn.Module, ABC):
         return False
 
     def calibrate(
-        self,
-        batches: Sequence[tuple[DenseOutput, Targets]],
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+        self, batches: Sequence[tuple[DenseOutput, Targets]], progress: Callable[[Iterable[int]], Iterable[int]] = iter
     ) -> None:
         """Prepares the loss from the teacher's outputs on some training images."""
 

@@ -10,14 +10,7 @@ from torch.profiler import record_function
 from ..outputs import DenseOutput, Targets
 from ..utils.messages import UserError
 from .base import DistillationLoss, Pair, check_positive
-from .boundary import (
-    Mode,
-    boundary_divergence,
-    boundary_strength,
-    check_mode,
-    different_neighbour,
-    spatial_divergence,
-)
+from .boundary import Mode, boundary_divergence, boundary_strength, check_mode, different_neighbour, spatial_divergence
 from .context import context_relation, literal_relation
 from .modules.aggregate import SelfRelationHead, StudentHead, TeacherHead
 from .modules.schedules import Temperature
@@ -82,9 +75,7 @@ class BCDLoss(DistillationLoss):
         "@article{zhang2024bcd,\n"
         "  title={Towards Complementary Knowledge Distillation for Efficient Dense Image Prediction},\n"
         "  author={Zhang, Dong and Dong, Pingcheng and Hu, Xinting and Chen, Long and Cheng, Kwang-Ting},\n"
-        "  journal={arXiv preprint arXiv:2401.13174},\n"
-        "  year={2024}\n"
-        "}"
+        "  journal={arXiv preprint arXiv:2401.13174},\n  year={2024}\n}"
     )
 
     def __init__(

@@ -53,10 +53,7 @@ class BGLSSegLoss(DistillationLoss):
         "@article{zhou2024boundary,\n"
         "  title={Boundary-Guided Lightweight Semantic Segmentation With Multi-Scale Semantic Context},\n"
         "  author={Zhou, Quan and Wang, Linjie and Gao, Guangwei and Kang, Bin and Ou, Weihua and Lu, Huimin},\n"
-        "  journal={IEEE Transactions on Multimedia},\n"
-        "  year={2024},\n"
-        "  doi={10.1109/TMM.2024.3372835}\n"
-        "}"
+        "  journal={IEEE Transactions on Multimedia},\n  year={2024},\n  doi={10.1109/TMM.2024.3372835}\n}"
     )
 
     def __init__(self, pair: Pair, *, temperature: float = 1.0, width: int = 7, level: str | None = None) -> None:

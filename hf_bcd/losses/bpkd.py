@@ -65,9 +65,7 @@ class BPKDLoss(DistillationLoss):
         "@inproceedings{liu2024bpkd,\n"
         "  title={BPKD: Boundary Privileged Knowledge Distillation for Semantic Segmentation},\n"
         "  author={Liu, Liyang and Wang, Zihan and Phan, Minh Hieu and Zhang, Bowen and Ge, Jinchao and Liu, Yifan},\n"
-        "  booktitle={WACV},\n"
-        "  year={2024}\n"
-        "}"
+        "  booktitle={WACV},\n  year={2024}\n}"
     )
 
     def __init__(self, pair: Pair, *, temperature: float = 4.0, width: int = 7) -> None:

@@ -108,9 +108,7 @@ class C2VKDLoss(DistillationLoss):
         "@article{zheng2023distilling,\n"
         "  title={Distilling Efficient Vision Transformers from CNNs for Semantic Segmentation},\n"
         "  author={Zheng, Xu and Luo, Yunhao and Zhou, Pengyuan and Wang, Lin},\n"
-        "  journal={arXiv preprint arXiv:2310.07265},\n"
-        "  year={2023}\n"
-        "}"
+        "  journal={arXiv preprint arXiv:2310.07265},\n  year={2023}\n}"
     )
 
     def __init__(self, pair: Pair, *, temperature: float = 1.0, level: str | None = None) -> None:

@@ -191,9 +191,7 @@ class CIRKDLoss(DistillationLoss):
         "@inproceedings{yang2022cross,\n"
         "  title={Cross-Image Relational Knowledge Distillation for Semantic Segmentation},\n"
         "  author={Yang, Chuanguang and Zhou, Helong and An, Zhulin and Jiang, Xue and Xu, Yongjun and Zhang, Qian},\n"
-        "  booktitle={CVPR},\n"
-        "  year={2022}\n"
-        "}"
+        "  booktitle={CVPR},\n  year={2022}\n}"
     )
 
     max_entries = (20_000, 2_000)

@@ -75,12 +75,7 @@ def literal_relation(
 
 @full_precision
 def context_distillation_loss(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    tau: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    mode: Mode = "stable",
+    student: Tensor, teacher: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None, mode: Mode = "stable"
 ) -> Tensor:
     """Context distillation loss L_CD: the student's pixel-to-pixel relations follow the teacher's.
 

@@ -133,9 +133,7 @@ class DistillationCriterion(nn.Module):
         return any(loss.needs_calibration for loss in self.by_name().values())
 
     def calibrate(
-        self,
-        batches: Sequence[tuple[DenseOutput, Targets]],
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+        self, batches: Sequence[tuple[DenseOutput, Targets]], progress: Callable[[Iterable[int]], Iterable[int]] = iter
     ) -> None:
         """Prepares every loss that needs it from the teacher's outputs on some training images."""
         for loss in self.by_name().values():

@@ -81,9 +81,7 @@ class CrossKDLoss(DistillationLoss):
         "@inproceedings{wang2024crosskd,\n"
         "  title={CrossKD: Cross-Head Knowledge Distillation for Object Detection},\n"
         "  author={Wang, Jiabao and Chen, Yuming and Zheng, Zhaohui and Li, Xiang and Cheng, Ming-Ming and Hou, Qibin},\n"
-        "  booktitle={CVPR},\n"
-        "  year={2024}\n"
-        "}"
+        "  booktitle={CVPR},\n  year={2024}\n}"
     )
 
     def __init__(self, pair: Pair, *, beta: float = 1.0) -> None:

@@ -53,9 +53,7 @@ class CWDLoss(DistillationLoss):
         "@inproceedings{shu2021channel,\n"
         "  title={Channel-wise Knowledge Distillation for Dense Prediction},\n"
         "  author={Shu, Changyong and Liu, Yifan and Gao, Jianfei and Yan, Zheng and Shen, Chunhua},\n"
-        "  booktitle={ICCV},\n"
-        "  year={2021}\n"
-        "}"
+        "  booktitle={ICCV},\n  year={2021}\n}"
     )
 
     def __init__(

@@ -53,9 +53,7 @@ class CWTLoss(DistillationLoss):
         "@inproceedings{liu2023simple,\n"
         "  title={A Simple and Generic Framework for Feature Distillation via Channel-wise Transformation},\n"
         "  author={Liu, Ziwei and Wang, Yongtao and Chu, Xiaojie},\n"
-        "  booktitle={ICCV Workshops},\n"
-        "  year={2023}\n"
-        "}"
+        "  booktitle={ICCV Workshops},\n  year={2023}\n}"
     )
 
     def __init__(self, pair: Pair, *, level: str | None = None) -> None:

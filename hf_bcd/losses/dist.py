@@ -67,9 +67,7 @@ class DISTLoss(DistillationLoss):
         "@inproceedings{huang2022knowledge,\n"
         "  title={Knowledge Distillation from A Stronger Teacher},\n"
         "  author={Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang},\n"
-        "  booktitle={NeurIPS},\n"
-        "  year={2022}\n"
-        "}"
+        "  booktitle={NeurIPS},\n  year={2022}\n}"
     )
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:

@@ -100,10 +100,7 @@ class DSDLoss(DistillationLoss):
         "@article{feng2021double,\n"
         "  title={Double Similarity Distillation for Semantic Image Segmentation},\n"
         "  author={Feng, Yingchao and Sun, Xian and Diao, Wenhui and Li, Jihao and Gao, Xin},\n"
-        "  journal={IEEE Transactions on Image Processing},\n"
-        "  volume={30},\n"
-        "  pages={5363--5376},\n"
-        "  year={2021}\n"
+        "  journal={IEEE Transactions on Image Processing},\n  volume={30},\n  pages={5363--5376},\n  year={2021}\n"
         "}"
     )
 

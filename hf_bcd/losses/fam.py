@@ -115,9 +115,7 @@ class FAMLoss(DistillationLoss):
         "  title={Frequency Attention for Knowledge Distillation},\n"
         "  author={Pham, Cuong and Nguyen, Van-Anh and Le, Trung and Phung, Dinh and Carneiro, Gustavo and "
         "Do, Thanh-Toan},\n"
-        "  booktitle={WACV},\n"
-        "  year={2024}\n"
-        "}"
+        "  booktitle={WACV},\n  year={2024}\n}"
     )
 
     def __init__(

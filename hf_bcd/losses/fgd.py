@@ -134,9 +134,7 @@ class FGDLoss(DistillationLoss):
         "  title={Focal and Global Knowledge Distillation for Detectors},\n"
         "  author={Yang, Zhendong and Li, Zhe and Jiang, Xiaohu and Gong, Yuan and Yuan, Zehuan and Zhao, Danpei and "
         "Yuan, Chun},\n"
-        "  booktitle={CVPR},\n"
-        "  year={2022}\n"
-        "}"
+        "  booktitle={CVPR},\n  year={2022}\n}"
     )
 
     def __init__(

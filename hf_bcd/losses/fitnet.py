@@ -49,9 +49,7 @@ class FitNetLoss(DistillationLoss):
         "  title={FitNets: Hints for Thin Deep Nets},\n"
         "  author={Romero, Adriana and Ballas, Nicolas and Kahou, Samira Ebrahimi and Chassang, Antoine and\n"
         "          Gatta, Carlo and Bengio, Yoshua},\n"
-        "  booktitle={ICLR},\n"
-        "  year={2015}\n"
-        "}"
+        "  booktitle={ICLR},\n  year={2015}\n}"
     )
 
     def __init__(self, pair: Pair, *, level: str | None = None) -> None:

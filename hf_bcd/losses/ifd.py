@@ -55,9 +55,7 @@ class IFDLoss(DistillationLoss):
         "@inproceedings{chen2022improved,\n"
         "  title={Improved Feature Distillation via Projector Ensemble},\n"
         "  author={Chen, Yudong and Wang, Sen and Liu, Jiajun and Xu, Xuwei and de Hoog, Frank and Huang, Zi},\n"
-        "  booktitle={NeurIPS},\n"
-        "  year={2022}\n"
-        "}"
+        "  booktitle={NeurIPS},\n  year={2022}\n}"
     )
 
     def __init__(self, pair: Pair, *, projectors: int = 3, level: str | None = None) -> None:

@@ -43,9 +43,7 @@ class KDLoss(DistillationLoss):
         "@article{hinton2015distilling,\n"
         "  title={Distilling the Knowledge in a Neural Network},\n"
         "  author={Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},\n"
-        "  journal={arXiv preprint arXiv:1503.02531},\n"
-        "  year={2015}\n"
-        "}"
+        "  journal={arXiv preprint arXiv:1503.02531},\n  year={2015}\n}"
     )
 
     def __init__(self, pair: Pair, *, temperature: float = 1.0) -> None:

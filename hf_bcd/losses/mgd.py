@@ -14,12 +14,7 @@ from .ops.functional import full_precision, mean_squared_error, on_teacher_grid,
 
 @full_precision
 def mgd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    generate: Callable[[Tensor], Tensor],
-    *,
-    keep: Tensor,
-    mask: Tensor | None = None,
+    student: Tensor, teacher: Tensor, generate: Callable[[Tensor], Tensor], *, keep: Tensor, mask: Tensor | None = None
 ) -> Tensor:
     """The teacher's full features are generated from some positions of the student's.
 
@@ -71,9 +66,7 @@ class MGDLoss(DistillationLoss):
         "@inproceedings{yang2022masked,\n"
         "  title={Masked Generative Distillation},\n"
         "  author={Yang, Zhendong and Li, Zhe and Shao, Mingqi and Shi, Dachuan and Yuan, Zehuan and Yuan, Chun},\n"
-        "  booktitle={ECCV},\n"
-        "  year={2022}\n"
-        "}"
+        "  booktitle={ECCV},\n  year={2022}\n}"
     )
 
     def __init__(self, pair: Pair, *, masked: float = 0.75, level: str | None = None) -> None:

@@ -57,9 +57,7 @@ class PKDLoss(DistillationLoss):
         "@inproceedings{cao2022pkd,\n"
         "  title={PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient},\n"
         "  author={Cao, Weihan and Zhang, Yifan and Gao, Jianfei and Cheng, Anda and Cheng, Ke and Cheng, Jian},\n"
-        "  booktitle={NeurIPS},\n"
-        "  year={2022}\n"
-        "}"
+        "  booktitle={NeurIPS},\n  year={2022}\n}"
     )
 
     def __init__(self, pair: Pair, *, levels: Sequence[str] | None = None) -> None:

@@ -68,9 +68,7 @@ class SCKDLoss(DistillationLoss):
         "@inproceedings{zhu2021student,\n"
         "  title={Student Customized Knowledge Distillation: Bridging the Gap Between Student and Teacher},\n"
         "  author={Zhu, Yichen and Wang, Yi},\n"
-        "  booktitle={ICCV},\n"
-        "  year={2021}\n"
-        "}"
+        "  booktitle={ICCV},\n  year={2021}\n}"
     )
 
     def __init__(self, pair: Pair, *, host: "DistillationCriterion", threshold: float = 0.0) -> None:
@@ -130,9 +128,7 @@ class SCKDLoss(DistillationLoss):
         return self.hosts.needs_calibration
 
     def calibrate(
-        self,
-        batches: Sequence[tuple[DenseOutput, Targets]],
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+        self, batches: Sequence[tuple[DenseOutput, Targets]], progress: Callable[[Iterable[int]], Iterable[int]] = iter
     ) -> None:
         self.hosts.calibrate(batches, progress)
 

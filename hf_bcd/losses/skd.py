@@ -86,9 +86,7 @@ class SKDLoss(AdversarialLoss):
         "@article{liu2023structured,\n"
         "  title={Structured Knowledge Distillation for Dense Prediction},\n"
         "  author={Liu, Yifan and Shu, Changyong and Wang, Jingdong and Shen, Chunhua},\n"
-        "  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},\n"
-        "  year={2023}\n"
-        "}"
+        "  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},\n  year={2023}\n}"
     )
 
     def __init__(

@@ -50,10 +50,7 @@ class SlimSegLoss(DistillationLoss):
         "  title={SlimSeg: Slimmable Semantic Segmentation with Boundary Supervision},\n"
         "  author={Xue, Danna and Yang, Fei and Wang, Pei and Herranz, Luis and Sun, Jinqiu and Zhu, Yu and Zhang, "
         "Yanning},\n"
-        "  booktitle={ACM International Conference on Multimedia},\n"
-        "  pages={6539--6548},\n"
-        "  year={2022}\n"
-        "}"
+        "  booktitle={ACM International Conference on Multimedia},\n  pages={6539--6548},\n  year={2022}\n}"
     )
 
     def __init__(self, pair: Pair, *, temperature: float = 1.0, width: int = 7) -> None:

@@ -12,14 +12,7 @@ from .base import Pair, check_positive
 from .kd import kd_loss
 from .modules.adversarial import AdversarialLoss
 from .modules.connectors import FeaturePair
-from .ops.functional import (
-    class_similarity,
-    full_precision,
-    image_means,
-    on_teacher_grid,
-    resize,
-    spatial_size,
-)
+from .ops.functional import class_similarity, full_precision, image_means, on_teacher_grid, resize, spatial_size
 
 
 def directional_bands(x: Tensor, directions: int) -> Tensor:
@@ -168,9 +161,7 @@ class SSTKDLoss(AdversarialLoss):
         "@inproceedings{ji2022structural,\n"
         "  title={Structural and Statistical Texture Knowledge Distillation for Semantic Segmentation},\n"
         "  author={Ji, Deyi and Wang, Haoran and Tao, Mingyuan and Huang, Jianqiang and Hua, Xian-Sheng and Lu, Hongtao},\n"
-        "  booktitle={CVPR},\n"
-        "  year={2022}\n"
-        "}"
+        "  booktitle={CVPR},\n  year={2022}\n}"
     )
 
     def __init__(

@@ -127,9 +127,7 @@ class TATLoss(DistillationLoss):
         "  title={Knowledge Distillation via the Target-aware Transformer},\n"
         "  author={Lin, Sihao and Xie, Hongwei and Wang, Bing and Yu, Kaicheng and Chang, Xiaojun and Liang, Xiaodan "
         "and Wang, Gang},\n"
-        "  booktitle={CVPR},\n"
-        "  year={2022}\n"
-        "}"
+        "  booktitle={CVPR},\n  year={2022}\n}"
     )
 
     def __init__(

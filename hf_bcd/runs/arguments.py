@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -206,8 +206,11 @@ def _typed(argv: list[str], description: str | None) -> tuple[dict[str, Any], li
 
 def _converted(key: str, value: Any) -> Any:
     """A recipe's value in the type of its argument: numbers may stand in quotes, and 1e3 is a whole one."""
-    kinds = [kind for kind in get_args(TYPES[key]) or (TYPES[key],) if kind is not NoneType]
-    if value is None or isinstance(value, list) or len(kinds) > 1 or kinds[0] not in KINDS:
+    hint = TYPES[key]
+    kinds = [
+        kind for kind in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]) if kind is not NoneType
+    ]
+    if value is None or len(kinds) > 1 or kinds[0] not in KINDS:
         return value
     convert: Any = string_to_bool if kinds[0] is bool else kinds[0]
     try:

@@ -6,12 +6,7 @@ import torch.nn.functional as F
 from loss_references import randn, random_mask
 
 from hf_bcd.losses import boundary_strength
-from hf_bcd.losses.modules.aggregate import (
-    FeatureAggregator,
-    SelfRelationHead,
-    StudentHead,
-    TeacherHead,
-)
+from hf_bcd.losses.modules.aggregate import FeatureAggregator, SelfRelationHead, StudentHead, TeacherHead
 from hf_bcd.outputs import FeatureSpec
 
 

@@ -11,7 +11,7 @@ from hf_bcd.losses.criterion import DistillationCriterion
 from hf_bcd.losses.modules.balance import GradientBalance, squared_gradients
 from hf_bcd.losses.modules.schedules import Temperature
 from hf_bcd.losses.recipe import build_criterion
-from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
+from hf_bcd.outputs import DenseOutput, FeatureSpec
 from hf_bcd.training.config import BCDConfig
 
 
@@ -87,13 +87,6 @@ def test_a_restored_balance_goes_on() -> None:
 # --- in the criterion -------------------------------------------------------------------------------------------------
 
 
-def batch() -> tuple[DenseOutput, DenseOutput, LabelMaps]:
-    student, teacher, targets = outputs_of(STUDENT, TEACHER, size=64, num_labels=4)
-    for leaf in student.features.values():
-        leaf.requires_grad_()
-    return student, teacher, targets
-
-
 def criterion(**options) -> DistillationCriterion:
     torch.manual_seed(0)
     found = build_criterion({"bcd": options}, STUDENT, TEACHER, num_labels=4)
@@ -111,7 +104,7 @@ def last_gradient(value: Tensor, student: DenseOutput) -> Tensor:
 
 def test_measured_weights_give_terms_their_share_of_the_tasks_gradient(monkeypatch) -> None:
     monkeypatch.setattr(Temperature, "threshold", float("inf"))  # so that all steps are alike
-    auto, (student, teacher, labels) = criterion(weight="auto"), batch()
+    auto, (student, teacher, labels) = criterion(weight="auto"), outputs_of(STUDENT, TEACHER, size=64, num_labels=4)
     plain_total, _ = criterion()({"loss_task": task_loss(student)}, student, teacher, labels)
     assert auto.weights == {"bcd/boundary": 3, "bcd/context": 1}
     for step in range(1, 9):
@@ -130,7 +123,10 @@ def test_measured_weights_give_terms_their_share_of_the_tasks_gradient(monkeypat
 
 
 def test_gradients_are_logged_as_they_are_weighted() -> None:
-    loud, (student, teacher, labels) = criterion(weight={"context": 7}), batch()
+    loud, (student, teacher, labels) = (
+        criterion(weight={"context": 7}),
+        outputs_of(STUDENT, TEACHER, size=64, num_labels=4),
+    )
     loud.log_gradients = True
     loud.begin_step(3, 4)  # r = 0.5
     task = task_loss(student)

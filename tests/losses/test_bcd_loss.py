@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_references import dense_output, pair_of, randn, random_labels
+from loss_references import dense_output, outputs_of, pair_of, randn, random_labels
 
 from hf_bcd.losses import BCDLoss, context_distillation_loss
 from hf_bcd.losses.bcd import class_affinity_boundary
@@ -51,8 +51,8 @@ def make_loss(mode: Any = "stable", teacher_head: Any = "calibrated", seed: int 
 def make_batch(size: int = 64, seed: int = 0) -> tuple[DenseOutput, DenseOutput, LabelMaps]:
     labels = random_labels(2, size, size, num_labels=NUM_LABELS, seed=seed)
     labels[:, : size // 2, : size // 4] = 255
-    student = dense_output(STUDENT, 2, size, NUM_LABELS, seed=seed)
-    return student, dense_output(TEACHER, 2, size, NUM_LABELS, seed=seed + 500), LabelMaps(labels, NUM_LABELS)
+    student, teacher, _ = outputs_of(STUDENT, TEACHER, size=size, num_labels=NUM_LABELS, seed=seed)
+    return student, teacher, LabelMaps(labels, NUM_LABELS)
 
 
 def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -88,6 +88,7 @@ def norm_relu(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 @KINDS
+@torch.no_grad()
 def test_terms_equal_plain_loops(mode, teacher_head):
     loss, (student, teacher, targets) = make_loss(mode, teacher_head), make_batch()
     loss.boundary_temperature.value.fill_(1.5)

@@ -132,14 +132,7 @@ def test_loss_equals_plain_loops(mode, masked, radius, theta, kappa, tau):
         mode=mode,
     )
     expected = reference.boundary_loss(
-        student.numpy(),
-        teacher.numpy(),
-        mask.numpy(),
-        radius=radius,
-        theta=theta,
-        kappa=kappa,
-        tau=tau,
-        mode=mode,
+        student.numpy(), teacher.numpy(), mask.numpy(), radius=radius, theta=theta, kappa=kappa, tau=tau, mode=mode
     )
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(expected, rel=1e-9)

@@ -30,11 +30,7 @@ def test_three_positions_by_hand():
 
     p = 1 / (1 + math.exp(-2 * math.sqrt(2)))
     entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
-    rows = [
-        math.log(2) - entropy,
-        (2 * p - 1) * 2 * math.sqrt(2),
-        -math.log(2) - math.log(p * (1 - p)) / 2,
-    ]
+    rows = [math.log(2) - entropy, (2 * p - 1) * 2 * math.sqrt(2), -math.log(2) - math.log(p * (1 - p)) / 2]
     student, teacher = features(1, -1, -1), features(1, 1, -1)
     assert context_distillation_loss(student, teacher).item() == pytest.approx(sum(rows) / 3, rel=1e-9)
     peak = context_relation(student, teacher).peak

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_references import dense_output, halved, pair_of, randn, random_labels, random_mask
+from loss_references import halved, outputs_of, pair_of, randn, random_mask
 
 from hf_bcd.losses import FitNetLoss, fitnet_loss
-from hf_bcd.outputs import FeatureSpec, LabelMaps
+from hf_bcd.outputs import FeatureSpec
 
 
 def test_golden_value():
@@ -28,9 +28,8 @@ def test_agrees_with_plain_loops():
 
 def test_a_level_is_projected_to_the_teachers_channels():
     specs = {"stride_4": FeatureSpec(3, 4), "stride_8": FeatureSpec(5, 8)}, {"stride_4": FeatureSpec(4, 4)}
-    student, teacher = (dense_output(s, 2, 16, 3, seed=i) for i, s in enumerate(specs))
+    student, teacher, targets = outputs_of(*specs)
     loss = FitNetLoss(pair_of(*specs), level="stride_4")
     projected = F.conv2d(student.features["stride_4"], loss.pair.projection.weight, loss.pair.projection.bias)
-    targets = LabelMaps(random_labels(2, 16, 16, num_labels=3), 3)
     expected = (projected - teacher.features["stride_4"]).square().mean()
     assert loss(student, teacher, targets)["fitnet"].item() == pytest.approx(expected.item(), rel=1e-5)

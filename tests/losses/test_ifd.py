@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_references import dense_output, halved, pair_of, randn, random_labels, random_mask
+from loss_references import halved, outputs_of, pair_of, randn, random_mask
 
 from hf_bcd.losses import IFDLoss, ifd_loss
-from hf_bcd.outputs import FeatureSpec, LabelMaps
+from hf_bcd.outputs import FeatureSpec
 
 
 def test_golden_value():
@@ -29,12 +29,12 @@ def test_agrees_with_plain_loops():
 
 def test_projectors_differ_and_each_sees_the_students_channels():
     student_specs, teacher_specs = {"stride_8": FeatureSpec(5, 8)}, {"stride_8": FeatureSpec(4, 8)}
-    student, teacher = (dense_output(s, 2, 16, 3, seed=i) for i, s in enumerate((student_specs, teacher_specs)))
+    student, teacher, targets = outputs_of(student_specs, teacher_specs)
     loss = IFDLoss(pair_of(student_specs, teacher_specs), projectors=2)
     (first, first_bias), (second, second_bias) = zip(*(x.split(4) for x in loss.projection.parameters()), strict=True)
     assert not torch.equal(first, second)
     x = student.features["stride_8"]
     projections = torch.stack([F.conv2d(x, first, first_bias), F.conv2d(x, second, second_bias)], dim=1)
     expected = ifd_loss(projections, teacher.features["stride_8"]).item()
-    value = loss(student, teacher, LabelMaps(random_labels(2, 16, 16, num_labels=3), 3))["ifd"].item()
+    value = loss(student, teacher, targets)["ifd"].item()
     assert value == pytest.approx(expected, rel=1e-5)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_references import dense_output, masks_of, pair_of, randn, random_labels, random_mask
+from loss_references import masks_of, outputs_of, pair_of, randn, random_labels, random_mask
 
 from hf_bcd.losses import IFVDLoss, ifvd_loss
-from hf_bcd.outputs import FeatureSpec, LabelMaps
+from hf_bcd.outputs import FeatureSpec
 
 
 SPECS = {"stride_4": FeatureSpec(4, 4), "stride_8": FeatureSpec(6, 8)}
@@ -56,8 +56,7 @@ def test_its_three_terms() -> None:
     """The official KL divergence is PyTorch's mean over images, classes and positions."""
     torch.manual_seed(0)
     loss = IFVDLoss(pair_of(SPECS), discriminator_channels=2)
-    student, teacher = (dense_output(SPECS, 2, 32, 3, seed) for seed in (0, 100))
-    targets = LabelMaps(random_labels(2, 32, 32, num_labels=3), 3)
+    student, teacher, targets = outputs_of(SPECS)
     terms = loss(student, teacher, targets)
     official = F.kl_div(student.logits.log_softmax(1), teacher.logits.softmax(1), reduction="none").mean()
     assert terms["kd"].item() == pytest.approx(official.item(), rel=1e-5)

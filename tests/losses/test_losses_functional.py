@@ -5,13 +5,7 @@ import pytest
 import torch
 from loss_references import randn, random_mask
 
-from hf_bcd.losses.ops.functional import (
-    at_least_float32,
-    grid_size,
-    mask_fill_value,
-    resize,
-    standardize,
-)
+from hf_bcd.losses.ops.functional import at_least_float32, grid_size, mask_fill_value, resize, standardize
 from hf_bcd.outputs import resize_nearest
 from hf_bcd.utils.distributed import all_reduce_sum, is_distributed
 

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_references import dense_output, halved, pair_of, randn, random_labels, random_mask
+from loss_references import halved, outputs_of, pair_of, randn, random_mask
 from torch import Tensor
 
 from hf_bcd.losses import MGDLoss, mgd_loss
-from hf_bcd.outputs import FeatureSpec, LabelMaps
+from hf_bcd.outputs import FeatureSpec
 
 
 SPECS = {"stride_4": FeatureSpec(3, 4), "stride_8": FeatureSpec(2, 8)}
@@ -52,8 +52,7 @@ def test_the_generator_sees_a_quarter_of_the_positions_and_others_at_each_step()
     loss = MGDLoss(pair_of(SPECS, seed=1), level="stride_4")
     seen = []
     loss.generator.register_forward_hook(lambda module, given, output: seen.append(given[0].abs().sum(1) > 0))
-    student, teacher = (dense_output(SPECS, 2, 128, 3, seed=i) for i in range(2))
-    targets = LabelMaps(random_labels(2, 128, 128, num_labels=3), 3)
+    student, teacher, targets = outputs_of(SPECS, size=128)
     for _ in range(2):
         loss(student, teacher, targets)
         loss.after_step()
@@ -64,7 +63,7 @@ def test_the_generator_sees_a_quarter_of_the_positions_and_others_at_each_step()
 
 def test_nothing_masked_is_the_plain_generator():
     loss = MGDLoss(pair_of(SPECS), masked=0)
-    student, teacher = (dense_output(SPECS, 2, 32, 3, seed=i) for i in range(2))
+    student, teacher, targets = outputs_of(SPECS)
     expected = (loss.generator(student.features["stride_8"]) - teacher.features["stride_8"]).square().sum(1).mean()
-    value = loss(student, teacher, LabelMaps(random_labels(2, 32, 32, num_labels=3), 3))["mgd"]
+    value = loss(student, teacher, targets)["mgd"]
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)

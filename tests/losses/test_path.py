@@ -1,8 +1,7 @@
 import loss_references as reference
 import pytest
 import torch
-from loss_references import randn, random_mask
-from torch.utils._python_dispatch import TorchDispatchMode
+from loss_references import Operators, randn, random_mask
 
 from hf_bcd.losses import path_offsets, path_range
 from hf_bcd.losses.ops.path import _line_shape, _search_plan
@@ -53,16 +52,9 @@ def test_lines_are_unions_of_shorter_ones(radius):
 
 def test_every_line_costs_one_maximum_and_one_minimum():
     """At radius 3: 1x2, 2x1, 2x2, 1x3, 3x1, 2x3, 3x2 boxes and two diagonals of 3x3."""
-    names = []
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func._schema.name)
-            return func(*args, **(kwargs or {}))
-
-    with Count():
+    with Operators() as seen:
         path_range(randn(1, 4, 4), 3)
-    assert names.count("aten::maximum") == names.count("aten::minimum") == 9
+    assert seen.names.count("maximum") == seen.names.count("minimum") == 9
 
 
 @pytest.mark.parametrize("directions", ["disc", "half"])

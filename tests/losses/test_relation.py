@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from host_sync import no_host_synchronisation
-from loss_references import randn, random_mask
-from torch.utils._python_dispatch import TorchDispatchMode
+from loss_references import Operators, randn, random_mask
 from torch.utils.checkpoint import checkpoint
 
 from hf_bcd.losses import relation_divergence
@@ -171,31 +170,14 @@ def test_gradcheck_over_several_blocks(monkeypatch, literal):
     )
 
 
-class _Operators(TorchDispatchMode):
-    """Records the operators that run and the largest tensor that one of them returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.names.append(func._schema.name.removeprefix("aten::"))
-        for x in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.numel())
-        return result
-
-
 @pytest.mark.parametrize("literal", [False, True])
 def test_nothing_of_n_by_n_exists(literal):
     n, channels = 3000, 2
     student, teacher = (randn(1, n, channels, seed=seed, dtype=torch.float32) for seed in (1, 2))
-    with _Operators() as seen, torch.no_grad():
+    with Operators() as seen, torch.no_grad():
         stream_relation(student, teacher, torch.tensor(1.0), random_mask(1, n), literal, True)
     assert seen.largest <= relation.BLOCK_BYTES // 4 < n * n
-    with _Operators() as seen:  # the guard notices
+    with Operators() as seen:  # the guard notices
         relation_divergence_reference(student, teacher)
     assert seen.largest == n * n
 
@@ -203,7 +185,7 @@ def test_nothing_of_n_by_n_exists(literal):
 def test_four_products_with_a_gradient_and_two_without():
     counts = []
     for with_gradient in (True, False):
-        with _Operators() as seen, torch.no_grad():
+        with Operators() as seen, torch.no_grad():
             stream_relation(*inputs(), torch.tensor(1.0), None, False, with_gradient)
         counts.append(sum(name in ("bmm", "baddbmm_") for name in seen.names))
     assert counts == [4, 2]

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from loss_references import dense_output, pair_of, randn, random_labels, random_mask
+from loss_references import outputs_of, pair_of, randn, random_mask
 
 from hf_bcd.losses import SKDLoss, kd_loss, skd_loss
-from hf_bcd.outputs import FeatureSpec, LabelMaps
+from hf_bcd.outputs import FeatureSpec
 
 
 SPECS = {"stride_4": FeatureSpec(4, 4), "stride_8": FeatureSpec(6, 8)}
@@ -58,11 +58,10 @@ def test_agrees_with_loops(nodes: int) -> None:
 def test_its_three_terms() -> None:
     torch.manual_seed(0)
     loss = SKDLoss(pair_of(SPECS), discriminator_channels=2, nodes=4)
-    student, teacher = (dense_output(SPECS, 2, 32, 3, seed) for seed in (0, 100))
-    labels = random_labels(2, 32, 32, num_labels=3)
-    labels[:, :16] = 255
-    terms = loss(student, teacher, LabelMaps(labels, 3))
-    coarse, fine = (labels[:, step // 2 :: step, step // 2 :: step] != 255 for step in (8, 4))
+    student, teacher, targets = outputs_of(SPECS)
+    targets.ids[:, :16] = 255
+    terms = loss(student, teacher, targets)
+    coarse, fine = (targets.ids[:, step // 2 :: step, step // 2 :: step] != 255 for step in (8, 4))
     assert torch.equal(terms["pixel"], kd_loss(student.logits, teacher.logits, mask=fine))
     expected = skd_loss(student.features["stride_8"], teacher.features["stride_8"], nodes=4, mask=coarse)
     assert torch.equal(terms["pair"], expected)

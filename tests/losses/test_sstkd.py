@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_references import dense_output, pair_of, randn, random_labels, random_mask
+from loss_references import outputs_of, pair_of, randn, random_mask
 from torch import Tensor
 
 from hf_bcd.losses import SSTKDLoss, kd_loss, sstkd_loss
 from hf_bcd.losses.sstkd import contourlet, directional_bands, equalized_intensity
-from hf_bcd.outputs import FeatureSpec, LabelMaps
+from hf_bcd.outputs import FeatureSpec
 
 
 SPECS = {"stride_4": FeatureSpec(4, 4), "stride_8": FeatureSpec(6, 8)}
@@ -164,8 +164,8 @@ def test_levels_have_the_sizes_of_a_pyramid() -> None:
 def test_its_four_terms() -> None:
     torch.manual_seed(0)
     loss = SSTKDLoss(pair_of(SPECS), discriminator_channels=2)
-    student, teacher = (dense_output(SPECS, 2, 32, 3, seed) for seed in (0, 100))
-    terms = loss(student, teacher, LabelMaps(random_labels(2, 32, 32, num_labels=3), 3))
+    student, teacher, targets = outputs_of(SPECS)
+    terms = loss(student, teacher, targets)
     texture = sstkd_loss(student.features["stride_4"], teacher.features["stride_4"])
     assert torch.equal(terms["structure"], texture.structure) and torch.equal(terms["statistics"], texture.statistics)
     assert torch.equal(terms["response"], kd_loss(student.logits, teacher.logits))

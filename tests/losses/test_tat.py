@@ -3,9 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from loss_references import pair_of, randn, random_mask, softmax
+from loss_references import Operators, pair_of, randn, random_mask, softmax
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bcd.losses.tat import Embedding, TATLoss, tat_loss
 from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
@@ -114,26 +113,13 @@ def test_a_small_grid_has_fewer_patches():
     assert torch.equal(many, tat_loss(query, key, value, target, patches=2))
 
 
-class Largest(TorchDispatchMode):
-    """Number of elements of the largest tensor that comes up."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self.count = max(self.count, tensor.numel())
-        return result
-
-
 def test_memory_is_bounded():
     loss, x = module(2), randn(1, 2, 96, 96)
     output = DenseOutput({"stride_8": x}, x)
-    with Largest() as largest:
+    with Operators() as seen:
         loss(output, output, LabelMaps(torch.zeros(1, 96, 96), 3))
     # at most 32 x 32 anchors, each with an attention to each; patches have 6 x 6 positions
-    assert max(96 * 96 * 36, 1024**2) == largest.count
+    assert max(96 * 96 * 36, 1024**2) == seen.largest
 
 
 def test_the_key_cannot_collapse_the_loss():
