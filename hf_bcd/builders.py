@@ -13,7 +13,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from .config import ModelSpec
 from .hub import explained
