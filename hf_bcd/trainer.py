@@ -231,10 +231,20 @@ class BCDTrainer(CheckpointTrainer, HubTrainer):
             )
         logger.warning("%s has all %d steps, so nothing is left to train", checkpoint, total)
         self._load_from_checkpoint(checkpoint)
+        # the first rank wrote it
+        state.is_local_process_zero, state.is_world_process_zero = (
+            self.is_local_process_zero(),
+            self.is_world_process_zero(),
+        )
         self.state = state
         self.create_optimizer()  # the card names its options
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best_model()
+            best = Path(checkpoint).with_name(Path(state.best_model_checkpoint).name)  # the folder may have moved
+            state.best_model_checkpoint = str(best)
+            if best.is_dir():
+                self._load_best_model()
+            else:
+                logger.warning("the best model %s is gone, so the last one stays", best)
         return TrainOutput(state.global_step, 0.0, {})
 
     def get_train_dataloader(self) -> DataLoader:
