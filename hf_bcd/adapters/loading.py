@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from ..hub.errors import explained
 from ..models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationModel

@@ -16,8 +16,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
 
 from ..adapters import DenseAdapter, image_processor
@@ -181,24 +180,22 @@ class BCDTrainer(Trainer):
 
     def _load_finished(self, checkpoint: str) -> TrainOutput | None:
         """Takes student and state from a checkpoint of the last step; None if there are steps left."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         total = self.args.max_steps
         if total <= 0:  # as the base class counts epochs
             steps = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
             total = math.ceil(self.args.num_train_epochs * steps)
-        if state.global_step < total:
+        state = checkpoints.finished_state(checkpoint, total)
+        if state is None:
             return None
-        if state.max_steps != total:  # neither the end of its own run nor of this one
-            raise UserError(
-                f"{checkpoint} has taken {state.global_step} steps of a run of {state.max_steps}, but this run has {total}. "
-                f"Set max_steps to {state.max_steps} as there, or to more than {state.global_step} to train on."
-            )
-        logger.warning("%s has all %d steps, so nothing is left to train", checkpoint, total)
-        self._load_from_checkpoint(checkpoint)
+        # the first rank wrote it
+        state.is_local_process_zero, state.is_world_process_zero = (
+            self.is_local_process_zero(),
+            self.is_world_process_zero(),
+        )
         self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or checkpoint)
         self.create_optimizer()  # the card names its options
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best_model()
         return TrainOutput(state.global_step, 0.0, {})
 
     def get_train_dataloader(self) -> DataLoader:
