@@ -1,4 +1,4 @@
-"""Distillation losses: tensor mathematics that needs torch alone."""
+"""Distillation losses: tensor mathematics that needs nothing but torch."""
 
 from .at import ATLoss, at_loss
 from .base import DistillationLoss, Pair

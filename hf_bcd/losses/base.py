@@ -65,7 +65,7 @@ class DistillationLoss(nn.Module, ABC):
     Attributes:
         weights: term -> weight that belongs to its reduction.
         shares: term -> share of the task's gradient that `weight: auto` aims at; empty where nothing is known of it.
-        borrowed: terms of other methods that it goes with; a recipe's single number leaves their weights alone.
+        borrowed: terms of other methods that it goes with; a recipe's single number does not change their weights.
         needs: which of `logits` (in the student's classes), `features`, `labels`, `task_loss` and `head` (the teacher's,
             as a function of its levels) it reads.
         decays: whether r(t) multiplies it unless a recipe says otherwise.
@@ -76,7 +76,7 @@ class DistillationLoss(nn.Module, ABC):
         checked: what our version was compared with, and where it is our own reading.
         citation: BibTeX entry.
 
-    The first five are those of the default options; an instance that other options change has its own.
+    A class states the first five for its default options; an instance whose options change them has its own.
     """
 
     weights: Mapping[str, float]

@@ -53,7 +53,7 @@ def dkd_loss(
 
 @full_precision
 def c2vkd_feature_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """What C2VKD compares of two feature maps.
+    """The two feature terms of C2VKD.
 
     - `features`: mean over images and valid positions of `1/C · KL(softmax(t) ‖ softmax(s))` over channels.
     - `covariance`: mean over all pairs of valid positions of the batch of `(cov_t - cov_s)²`, where `cov` is the product
@@ -67,8 +67,8 @@ def c2vkd_feature_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None 
         mask: `[B, h', w']`, True where valid.
 
     Returns:
-        The two terms, scalars >= 0 but for rounding, 0 for equal features; float32 or float64. The pairs are those of
-        the batch of all ranks, which all must call this.
+        The two terms, scalars >= 0 but for rounding, 0 for equal features; float32 or float64. Pairs run
+        over the batch of all ranks, which all must call this.
     """
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     channels = teacher.shape[1]

@@ -107,7 +107,7 @@ class DistillationCriterion(nn.Module):
         factors: Mapping[str, float | Tensor],
         student: DenseOutput,
     ) -> dict[str, Tensor]:
-        """Measures the gradients of this forward pass for the balance; returns those for the log."""
+        """Measures the gradients of this forward pass for the balance; returns the ones for the log."""
         last_stage = list(student.features.values())[-1]
         values = {"loss_task": task_loss} | {key: terms[key] for key in factors}
         squares = dict(zip(values, squared_gradients(values, last_stage).unbind(), strict=True))

@@ -66,7 +66,7 @@ class CrossKDLoss(DistillationLoss):
     stays, as the distance of two distributions over classes, and BCE becomes KL, so that agreement is 0 for any beta.
 
     Args:
-        beta: exponent of the weight; 1 as in the official code, 0 for KL alone.
+        beta: exponent of the weight; 1 as in the official code, 0 for KL only.
     """
 
     weights = {"crosskd": 1.0}  # official, on a sum over positive anchors divided by their number

@@ -51,7 +51,7 @@ def dist_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -
 class DISTLoss(DistillationLoss):
     """`dist_loss` between the logits of two models.
 
-    The official code correlates a class over the pixels of all images on a device; here over those of one image, so
+    The official code correlates a class over the pixels of all images on a device; here over the pixels of one image, so
     that neither the number of devices nor that of accumulated batches changes the loss. It has no temperature.
     """
 

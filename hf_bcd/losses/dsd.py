@@ -81,7 +81,7 @@ class DSDLoss(DistillationLoss):
     """`pixel_similarity_loss` between feature levels and `category_similarity_loss` of the logits.
 
     Defined here from the paper, because its code is not public: residuals of neighbouring levels, on one grid since
-    stages differ in stride, and cosines of the maps of softened class probabilities. Weights and temperature are those of
+    stages differ in stride, and cosines of the maps of softened class probabilities. Weights and temperature are from
     CIRKD's re-implementation; its 1e3 on a mean over 64 x 128 positions is divided by their number, as this is a sum. That
     re-implementation takes all pairs of levels, and softmaxes over space without normalising, which leaves its category
     term near zero.

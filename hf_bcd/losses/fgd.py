@@ -19,7 +19,7 @@ from .ops.functional import (
 
 
 def activation_attention(x: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Where and in which channels a map is active.
+    """Positions and channels in which a map is active.
 
     Args:
         x: features `[B, C, h, w]`.

@@ -33,7 +33,7 @@ class FitNetLoss(DistillationLoss):
 
     The mean over channels is that of CIRKD's comparison for segmentation, whose weight is 10, on the features of a head.
     Those of a backbone are larger, and the gradient grows with their square: here 1. The paper itself has half the sum
-    over channels, without a weight: it trains on the hint alone first.
+    over channels, without a weight: it first trains only on the hint.
 
     Args:
         level: level name; the coarsest that both models have by default.

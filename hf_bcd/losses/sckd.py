@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .criterion import DistillationCriterion
 
 
-# of a loss before its gradients are taken: those of means over pixels would be 0 in half precision
+# of a loss before its gradients are taken: a mean over pixels would have gradients of 0 in half precision
 SCALE = 2.0**16
 
 
@@ -45,7 +45,7 @@ class SCKDLoss(DistillationLoss):
     """Other losses, each term of which counts in a step only where it agrees with the task, see `sckd_gate`.
 
     Defined here with gradients with respect to the student's deepest feature level or, where the term or the task does
-    not depend on that, its logits, because those with respect to its parameters, which the paper compares, would take
+    not depend on that, its logits, because gradients with respect to its parameters, which the paper compares, would take
     for each term one more backward pass through the student and, between ranks, one more exchange of all gradients. A
     term that depends on neither, such as a discriminator's own, always counts. Each forward pass decides for itself, so
     accumulated batches decide one by one; without gradients, everything counts.
@@ -96,7 +96,7 @@ class SCKDLoss(DistillationLoss):
     ) -> dict[str, Tensor]:
         """Terms of the hosts, 0 where the gate is closed; `task_loss` is the task's weighted loss, with its graph."""
         if task_loss is None:
-            raise ValueError("sckd compares gradients with those of the task; pass its loss as task_loss.")
+            raise ValueError("sckd compares gradients with the task's; pass its loss as task_loss.")
         terms = {name: host(student, teacher, targets) for name, host in self.hosts.by_name().items()}
         deepest = list(student.features.values())[-1]
         if deepest.grad_fn is not None and deepest.grad_fn is student.logits.grad_fn:

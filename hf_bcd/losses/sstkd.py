@@ -56,7 +56,7 @@ def contourlet(x: Tensor, *, levels: int = 2, directions: int = 4) -> list[Tenso
 
 
 def equalized_intensity(features: Tensor, mask: Tensor, *, levels: int = 128) -> Tensor:
-    """Quantised and equalised texture intensity: which share of the image is less intense.
+    """Quantised and equalised texture intensity: how much of the image is less intense.
 
     A position's intensity is the cosine between its feature and the image's mean feature. `levels` levels lie evenly
     between the smallest and the largest; a position belongs to the two around it, by how near they are. A level's
@@ -135,7 +135,7 @@ class SSTKDLoss(AdversarialLoss):
     intensity equalisation: intensities and levels of STLNet's quantise-and-count (its official code has 128 levels);
     its cut, which counts a position fully or not at all, is a linear weight, so that noise moves a count a little; and
     plain histogram equalisation stands for its learned reasoning between levels, so this term has no parameters.
-    The weights have not been verified: 10 and 0.001 are those of `SKDLoss`, 0.9 and 1.15 follow the paper as far as we
+    The weights have not been verified: 10 and 0.001 are `SKDLoss`'s, 0.9 and 1.15 follow the paper as far as we
     know.
 
     Args:

@@ -43,7 +43,7 @@ def tat_loss(
 
     `mean over images, valid positions i and channels of (sum_j softmax_j(q_i · k_j) v_j - t_i)²`. The grid is cut into
     patches of `max(2, ceil(side / patches))` positions along each axis, the last of them padded, so that a small grid
-    has fewer patches; `group` neighbours along a row share the sums `q_i · k_j`. The attention is not scaled, as in the
+    has fewer patches; `group` neighbours along a row have one attention, of the sum of their `q_i · k_j`. The attention is not scaled, as in the
     official code. It holds `h · w · N` numbers an image, N positions in a patch.
 
     Args:
@@ -52,7 +52,7 @@ def tat_loss(
         value: student `[B, C, h, w]`.
         target: teacher `[B, C, h, w]`; receives no gradient.
         patches: number of patches along each axis, at most; 1 for attention over the whole map.
-        group: number of patches that share an attention.
+        group: number of patches with one attention.
         mask: `[B, h, w]`, True where valid: void positions are neither rebuilt nor looked at.
 
     Returns:
@@ -64,7 +64,7 @@ def tat_loss(
     if query.shape != key.shape or not query.shape[-2:] == value.shape[-2:] == target.shape[-2:]:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} and target "
-            f"{tuple(target.shape)} must share one grid, query and key their channels."
+            f"{tuple(target.shape)} must have one grid, query and key the same channels."
         )
     value, target, mask = on_teacher_grid(value, target, mask)
     void = ~mask[:, None]
@@ -110,7 +110,7 @@ class TATLoss(DistillationLoss):
 
     Args:
         patches: number of patches along each axis, at most, so that each has two positions or more; official 16.
-        group: number of patches that share an attention; 4, official 64 heads for 256 patches.
+        group: number of patches with one attention; 4, official 64 heads for 256 patches.
         anchors: number of anchors along each axis, at most; official 32.
         level: level name; the coarsest that both models have by default, the official code takes the decoder's.
     """

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_references import randn, softmax
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_bcd.losses import Adversary
@@ -183,25 +182,6 @@ def test_void_pixels_teach_it_nothing() -> None:
     assert half.item() == pytest.approx(2 * found[0][0].item(), rel=1e-9)
     alone.after_step()
     torch.testing.assert_close(alone.mean, 2 * found[0][1].mean)
-
-
-def test_a_saved_one_goes_on_as_if_never_stopped(tmp_path) -> None:
-    def train(ours: Adversary, steps: range) -> list[float]:
-        found = []
-        for step in steps:
-            student, teacher = (x.float() for x in scores(seed=2 * step))
-            found.append(ours(student, teacher).item())
-            ours.after_step()
-        return found
-
-    torch.manual_seed(0)
-    whole = Adversary(3, channels=2)
-    train(whole, range(3))
-    save_file(whole.state_dict(), tmp_path / "distiller.safetensors")
-    restored = Adversary(3, channels=2)
-    restored.load_state_dict(load_file(tmp_path / "distiller.safetensors"))
-    assert train(whole, range(3, 6)) == train(restored, range(3, 6))
-    assert_same(whole.state_dict(), restored.state_dict())
 
 
 def test_the_share_of_the_interpolation_changes_from_step_to_step() -> None:

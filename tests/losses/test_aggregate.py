@@ -69,14 +69,6 @@ def test_default_sizes_are_the_papers():
     assert sum(p.numel() for p in aggregator.fuse.parameters()) == pytest.approx(0.74e6, rel=0.01)
 
 
-def test_levels_in_half_precision_are_aggregated_in_float32():
-    aggregator = FeatureAggregator(SPECS, channels=16, reduced_channels=8)
-    half = aggregator({name: x.bfloat16() for name, x in FEATURES.items()}, (8, 12))
-    rounded = aggregator({name: x.bfloat16().float() for name, x in FEATURES.items()}, (8, 12))
-    assert half.dtype == torch.float32
-    assert torch.equal(half, rounded)
-
-
 def test_no_level_is_an_error():
     with pytest.raises(ValueError, match="no feature levels"):
         FeatureAggregator({})

@@ -64,14 +64,6 @@ def test_decoupled_terms_make_up_plain_distillation():
     assert total.item() == pytest.approx(kd_loss(student, teacher).item(), rel=1e-9)
 
 
-def test_certain_models_have_finite_terms():
-    student = torch.tensor([[60.0, -60.0, 0.0], [-60.0, 60.0, 0.0]]).view(1, 3, 1, 2).requires_grad_()
-    terms = dkd_loss(student, -student.detach(), masks_of(torch.tensor([[[0, 1]]]))[0])
-    sum(terms.values()).backward()  # type: ignore[union-attr]
-    assert all(term.isfinite() for term in terms.values())
-    assert student.grad is not None and student.grad.isfinite().all()
-
-
 def test_feature_terms_match_loops():
     student, teacher, mask = randn(3, 5, 2, 3), randn(3, 5, 2, 3, seed=1), random_mask(3, 2, 3)
     mask[1] = False

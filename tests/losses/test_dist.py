@@ -54,11 +54,3 @@ def test_what_the_teacher_ranks_alike_costs_nothing():
     flatter = 0.4 * p + 0.2
     terms = dist_loss(flatter.log().view(1, 3, 1, 1), p.log().view(1, 3, 1, 1))
     assert terms["inter"].item() == pytest.approx(0, abs=1e-6)
-
-
-def test_certain_models_have_a_finite_gradient():
-    student = 1e4 * torch.eye(3).view(1, 3, 1, 3).repeat(2, 1, 1, 1)
-    student[1] = student[1, :, :, :1]  # every class constant
-    student.requires_grad_()
-    sum(dist_loss(student, randn(2, 3, 1, 3).float()).values()).backward()  # type: ignore[union-attr]
-    assert student.grad is not None and student.grad.isfinite().all()

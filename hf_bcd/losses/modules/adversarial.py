@@ -117,7 +117,7 @@ class Adversary(nn.Module):
     Wasserstein distance. The discriminator learns on every batch that is seen with gradients, by
     `D(student) - D(teacher) + 10 · gradient_penalty`, and moves in `after_step`, by Adam with the official rates (4e-4;
     0.9, 0.99), which stay constant. Its weights are no trainable parameters, so the run's optimizer and data parallelism
-    leave them alone; they and Adam's moments are saved with the loss.
+    do not touch them; they and Adam's moments are saved with the loss.
 
     Args:
         num_labels: number of classes.

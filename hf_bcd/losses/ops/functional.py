@@ -202,7 +202,7 @@ def class_similarity(features: Tensor, classes: Tensor) -> Tensor:
 def moments(
     x: Tensor, dims: tuple[int, ...], mask: Tensor | None = None, over_ranks: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of the whole batch, over all ranks, differentiably; arguments as those of `standardize`.
+    """Moments of the whole batch, over all ranks, differentiably; arguments as of `standardize`.
 
     Returns:
         `x - mean` in the shape of `x`, the mean and the standard deviation, which is at least 1e-6; without a value that
@@ -238,7 +238,7 @@ def standardize(
 
 
 def row_weights(features: Tensor, mask: Tensor | None, mean: bool) -> Tensor:
-    """Weight of every row `[B, n]`: those of an image's valid rows add up to one, or are one each."""
+    """Weight of every row `[B, n]`: 1 / n for each of an image's n valid rows (none below two), or 1."""
     batch, positions, _ = features.shape
     if mask is None:
         mask = torch.ones(batch, positions, dtype=torch.bool, device=features.device)
