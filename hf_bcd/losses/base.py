@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -55,6 +57,18 @@ class Pair:
         return self.student[level].channels, self.teacher[level].channels
 
 
+@cache
+def references() -> dict[str, str]:
+    """BibTeX entries of the methods, by key."""
+    entries = (files("hf_bcd.losses") / "references.bib").read_text(encoding="utf-8").strip().split("\n\n")
+    return {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
+
+
+class _Citation:
+    def __get__(self, instance: Any, owner: Any) -> str:
+        return references()[owner.reference]
+
+
 class DistillationLoss(nn.Module, ABC):
     """A distillation method: named terms, unweighted, of two models' outputs.
 
@@ -74,7 +88,8 @@ class DistillationLoss(nn.Module, ABC):
         keeps: state beside connectors: `discriminator`, `memory`, or nothing.
         source: address of the paper.
         checked: what our version was compared with, and where it is our own reading.
-        citation: BibTeX entry.
+        reference: key of its BibTeX entry in references.bib.
+        citation: that entry; a method from elsewhere states its own.
 
     A class states the first five for its default options; an instance whose options change them has its own.
     """
@@ -89,7 +104,8 @@ class DistillationLoss(nn.Module, ABC):
     keeps: ClassVar[str] = ""
     source: ClassVar[str]
     checked: ClassVar[str]
-    citation: ClassVar[str]
+    reference: ClassVar[str]
+    citation: ClassVar[Any] = _Citation()
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()

@@ -71,12 +71,7 @@ class BCDLoss(DistillationLoss):
     transfers = "semantic boundaries and pixel-to-pixel relations of all levels"
     source = "https://huggingface.co/papers/2401.13174"
     checked = "the paper's equations (no official code); `stable` mode is our reading of them"
-    citation = (
-        "@article{zhang2024bcd,\n"
-        "  title={Towards Complementary Knowledge Distillation for Efficient Dense Image Prediction},\n"
-        "  author={Zhang, Dong and Dong, Pingcheng and Hu, Xinting and Chen, Long and Cheng, Kwang-Ting},\n"
-        "  journal={arXiv preprint arXiv:2401.13174},\n  year={2024}\n}"
-    )
+    reference = "zhang2024bcd"
 
     def __init__(
         self,

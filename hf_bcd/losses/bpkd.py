@@ -61,12 +61,7 @@ class BPKDLoss(DistillationLoss):
         "no official training code; formula compared with two third-party implementations, which differ in n_c: we count "
         "positions; weights are ours, as the paper's 20 and 100 belong to a reduction that is not public; void has no border"
     )
-    citation = (
-        "@inproceedings{liu2024bpkd,\n"
-        "  title={BPKD: Boundary Privileged Knowledge Distillation for Semantic Segmentation},\n"
-        "  author={Liu, Liyang and Wang, Zihan and Phan, Minh Hieu and Zhang, Bowen and Ge, Jinchao and Liu, Yifan},\n"
-        "  booktitle={WACV},\n  year={2024}\n}"
-    )
+    reference = "liu2024bpkd"
 
     def __init__(self, pair: Pair, *, temperature: float = 4.0, width: int = 7) -> None:
         super().__init__(pair)

@@ -104,12 +104,7 @@ class C2VKDLoss(DistillationLoss):
         "whose file C2VKD did not release; with its weights the feature and covariance terms are next to nothing (1e-3 and 1e-7 "
         "of the task's gradient); no linguistic term, void pixels left out, beside the task's cross-entropy"
     )
-    citation = (
-        "@article{zheng2023distilling,\n"
-        "  title={Distilling Efficient Vision Transformers from CNNs for Semantic Segmentation},\n"
-        "  author={Zheng, Xu and Luo, Yunhao and Zhou, Pengyuan and Wang, Lin},\n"
-        "  journal={arXiv preprint arXiv:2310.07265},\n  year={2023}\n}"
-    )
+    reference = "zheng2023distilling"
 
     def __init__(self, pair: Pair, *, temperature: float = 1.0, level: str | None = None) -> None:
         super().__init__(pair)

@@ -187,12 +187,7 @@ class CIRKDLoss(DistillationLoss):
         "class (there: whatever fills the image's first rows), memories filled after the step and empty at first (there: "
         "before the loss, and random)"
     )
-    citation = (
-        "@inproceedings{yang2022cross,\n"
-        "  title={Cross-Image Relational Knowledge Distillation for Semantic Segmentation},\n"
-        "  author={Yang, Chuanguang and Zhou, Helong and An, Zhulin and Jiang, Xue and Xu, Yongjun and Zhang, Qian},\n"
-        "  booktitle={CVPR},\n  year={2022}\n}"
-    )
+    reference = "yang2022cross"
 
     max_entries = (20_000, 2_000)
     """Pixels and regions that are remembered of a class at most."""

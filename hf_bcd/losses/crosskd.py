@@ -77,12 +77,7 @@ class CrossKDLoss(DistillationLoss):
         "official code (detectors): same rescaling of each channel, weight and beta; softmax and KL for sigmoid and BCE, "
         "and the place where the student's features enter, are ours"
     )
-    citation = (
-        "@inproceedings{wang2024crosskd,\n"
-        "  title={CrossKD: Cross-Head Knowledge Distillation for Object Detection},\n"
-        "  author={Wang, Jiabao and Chen, Yuming and Zheng, Zhaohui and Li, Xiang and Cheng, Ming-Ming and Hou, Qibin},\n"
-        "  booktitle={CVPR},\n  year={2024}\n}"
-    )
+    reference = "wang2024crosskd"
 
     def __init__(self, pair: Pair, *, beta: float = 1.0) -> None:
         super().__init__(pair)

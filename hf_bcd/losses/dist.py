@@ -63,12 +63,7 @@ class DISTLoss(DistillationLoss):
         "official segmentation code (DIST_KD): same formula and weights; intra-class within an image instead of a "
         "device's batch, void pixels left out, no term on auxiliary heads"
     )
-    citation = (
-        "@inproceedings{huang2022knowledge,\n"
-        "  title={Knowledge Distillation from A Stronger Teacher},\n"
-        "  author={Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang},\n"
-        "  booktitle={NeurIPS},\n  year={2022}\n}"
-    )
+    reference = "huang2022knowledge"
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         return dist_loss(student.logits, teacher.logits, mask=targets.valid(spatial_size(teacher.logits)))

@@ -96,13 +96,7 @@ class DSDLoss(DistillationLoss):
     transfers = "how attention changes between levels, and which classes go together"
     source = "https://arxiv.org/abs/2107.08591"
     checked = "CIRKD's re-implementation: residual attention; the category term follows the paper's text; our reading"
-    citation = (
-        "@article{feng2021double,\n"
-        "  title={Double Similarity Distillation for Semantic Image Segmentation},\n"
-        "  author={Feng, Yingchao and Sun, Xian and Diao, Wenhui and Li, Jihao and Gao, Xin},\n"
-        "  journal={IEEE Transactions on Image Processing},\n  volume={30},\n  pages={5363--5376},\n  year={2021}\n"
-        "}"
-    )
+    reference = "feng2021double"
 
     def __init__(self, pair: Pair, *, levels: Sequence[str] | None = None, temperature: float = 4.0) -> None:
         super().__init__(pair)

@@ -110,13 +110,7 @@ class FAMLoss(DistillationLoss):
         "official code, for classification: same filter, branches, reduction and ImageNet weight; factorised spectral "
         "weights and void pixels ours, no cross-stage attention, no warm-up"
     )
-    citation = (
-        "@inproceedings{pham2024frequency,\n"
-        "  title={Frequency Attention for Knowledge Distillation},\n"
-        "  author={Pham, Cuong and Nguyen, Van-Anh and Le, Trung and Phung, Dinh and Carneiro, Gustavo and "
-        "Do, Thanh-Toan},\n"
-        "  booktitle={WACV},\n  year={2024}\n}"
-    )
+    reference = "pham2024frequency"
 
     def __init__(
         self, pair: Pair, *, levels: Sequence[str] | None = None, frequencies: int = 17, cutoff: float = 0.1

@@ -129,13 +129,7 @@ class FGDLoss(DistillationLoss):
     transfers = "features of objects and background where the teacher is active, its attention, global context"
     source = "https://arxiv.org/abs/2111.11837"
     checked = "official code, defined for detection; class masks instead of boxes and means instead of sums are ours"
-    citation = (
-        "@inproceedings{yang2022focal,\n"
-        "  title={Focal and Global Knowledge Distillation for Detectors},\n"
-        "  author={Yang, Zhendong and Li, Zhe and Jiang, Xiaohu and Gong, Yuan and Yuan, Zehuan and Zhao, Danpei and "
-        "Yuan, Chun},\n"
-        "  booktitle={CVPR},\n  year={2022}\n}"
-    )
+    reference = "yang2022focal"
 
     def __init__(
         self, pair: Pair, *, background: int | None = None, temperature: float = 0.5, level: str | None = None

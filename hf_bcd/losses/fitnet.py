@@ -44,13 +44,7 @@ class FitNetLoss(DistillationLoss):
     transfers = "features of each position"
     source = "https://arxiv.org/abs/1412.6550"
     checked = "CIRKD's official code: same reduction, weight 1 for its 10; official FitNets sum over channels; void pixels left out"
-    citation = (
-        "@inproceedings{romero2015fitnets,\n"
-        "  title={FitNets: Hints for Thin Deep Nets},\n"
-        "  author={Romero, Adriana and Ballas, Nicolas and Kahou, Samira Ebrahimi and Chassang, Antoine and\n"
-        "          Gatta, Carlo and Bengio, Yoshua},\n"
-        "  booktitle={ICLR},\n  year={2015}\n}"
-    )
+    reference = "romero2015fitnets"
 
     def __init__(self, pair: Pair, *, level: str | None = None) -> None:
         super().__init__(pair)

@@ -62,12 +62,7 @@ class MGDLoss(DistillationLoss):
         "official code for segmentation: same mask ratio, generator and reduction, weight 0.005 for the official 0.082; one "
         "mask for all images, a trained 1x1 also where channels agree; void pixels left out"
     )
-    citation = (
-        "@inproceedings{yang2022masked,\n"
-        "  title={Masked Generative Distillation},\n"
-        "  author={Yang, Zhendong and Li, Zhe and Shao, Mingqi and Shi, Dachuan and Yuan, Zehuan and Yuan, Chun},\n"
-        "  booktitle={ECCV},\n  year={2022}\n}"
-    )
+    reference = "yang2022masked"
 
     def __init__(self, pair: Pair, *, masked: float = 0.75, level: str | None = None) -> None:
         super().__init__(pair)

@@ -53,12 +53,7 @@ class PKDLoss(DistillationLoss):
         "official code (MMRazor): same formula, weight of its two-stage detectors for each level; deviations are biased "
         "and statistics run over all ranks; void pixels left out"
     )
-    citation = (
-        "@inproceedings{cao2022pkd,\n"
-        "  title={PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient},\n"
-        "  author={Cao, Weihan and Zhang, Yifan and Gao, Jianfei and Cheng, Anda and Cheng, Ke and Cheng, Jian},\n"
-        "  booktitle={NeurIPS},\n  year={2022}\n}"
-    )
+    reference = "cao2022pkd"
 
     def __init__(self, pair: Pair, *, levels: Sequence[str] | None = None) -> None:
         super().__init__(pair)

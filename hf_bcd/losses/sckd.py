@@ -64,12 +64,7 @@ class SCKDLoss(DistillationLoss):
     transfers = "what its host does, where that agrees with the task"
     source = "https://doi.org/10.1109/ICCV48922.2021.00501"
     checked = "no official code: the paper's gate and threshold; where gradients are compared is our reading"
-    citation = (
-        "@inproceedings{zhu2021student,\n"
-        "  title={Student Customized Knowledge Distillation: Bridging the Gap Between Student and Teacher},\n"
-        "  author={Zhu, Yichen and Wang, Yi},\n"
-        "  booktitle={ICCV},\n  year={2021}\n}"
-    )
+    reference = "zhu2021student"
 
     def __init__(self, pair: Pair, *, host: "DistillationCriterion", threshold: float = 0.0) -> None:
         super().__init__(pair)

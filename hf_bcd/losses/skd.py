@@ -82,12 +82,7 @@ class SKDLoss(AdversarialLoss):
         "official code: same pair term and discriminator layers; pixel term as in the paper; Adam and, with it, the "
         "holistic weight as in IFVD's code; void pixels left out"
     )
-    citation = (
-        "@article{liu2023structured,\n"
-        "  title={Structured Knowledge Distillation for Dense Prediction},\n"
-        "  author={Liu, Yifan and Shu, Changyong and Wang, Jingdong and Shen, Chunhua},\n"
-        "  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},\n  year={2023}\n}"
-    )
+    reference = "liu2023structured"
 
     def __init__(
         self, pair: Pair, *, level: str | None = None, nodes: int = 2, discriminator_channels: int = 64

@@ -157,12 +157,7 @@ class SSTKDLoss(AdversarialLoss):
         "no official code: our reading of contourlet decomposition and, after STLNet's code, of intensity equalisation "
         "(without learned layers); weights unverified"
     )
-    citation = (
-        "@inproceedings{ji2022structural,\n"
-        "  title={Structural and Statistical Texture Knowledge Distillation for Semantic Segmentation},\n"
-        "  author={Ji, Deyi and Wang, Haoran and Tao, Mingyuan and Huang, Jianqiang and Hua, Xian-Sheng and Lu, Hongtao},\n"
-        "  booktitle={CVPR},\n  year={2022}\n}"
-    )
+    reference = "ji2022structural"
 
     def __init__(
         self,

@@ -122,13 +122,7 @@ class TATLoss(DistillationLoss):
     checked = (
         "official code (TaT-seg): same attention, normalisation, reduction and weights; padded, not cropped; voids"
     )
-    citation = (
-        "@inproceedings{lin2022knowledge,\n"
-        "  title={Knowledge Distillation via the Target-aware Transformer},\n"
-        "  author={Lin, Sihao and Xie, Hongwei and Wang, Bing and Yu, Kaicheng and Chang, Xiaojun and Liang, Xiaodan "
-        "and Wang, Gang},\n"
-        "  booktitle={CVPR},\n  year={2022}\n}"
-    )
+    reference = "lin2022knowledge"
 
     def __init__(
         self, pair: Pair, *, patches: int = 16, group: int = 4, anchors: int = 32, level: str | None = None
