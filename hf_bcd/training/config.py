@@ -21,6 +21,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 TEACHER_DTYPES = ("auto", "float32", "bfloat16")
 MAX_STEPS = 40_000
 POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
+# stands for the first score of the task, which the data decide
+FIRST_SCORE = "first_score"
 
 
 @dataclass
@@ -123,7 +125,9 @@ class BCDConfig(TrainingArguments):
                 setattr(self, name, "no")
         plateau = self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
         if (plateau or self.load_best_model_at_end) and self.metric_for_best_model is None:
-            self.metric_for_best_model = "mean_iou"  # the base class would look for a loss, which evaluations have not
+            self.metric_for_best_model = (
+                FIRST_SCORE  # the base class would look for a loss, which evaluations have not
+            )
             if plateau:
                 self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or {"mode": "max"}
         if self.max_steps is None:

@@ -23,11 +23,11 @@ from ..adapters import DenseAdapter, image_processor
 from ..adapters.loading import load_adapter
 from ..data import DenseStream, TransformedStream
 from ..outputs import DenseOutput
-from ..tasks import task_of
+from ..tasks import Score, task_of
 from ..utils.messages import UserError
 from . import checkpoints
 from .callbacks import DistillationCallback, FiniteCallback, InterruptCallback, PictureCallback, check_finite
-from .config import BCDConfig
+from .config import FIRST_SCORE, BCDConfig
 from .distiller import Distiller
 from .evaluation import evaluate, moved, predict_batch, with_transform
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
@@ -92,7 +92,7 @@ class BCDTrainer(Trainer):
         first = next(iter(eval_dataset.values()), None) if isinstance(eval_dataset, Mapping) else eval_dataset
         reference = train_dataset if first is None else first
         self.task = task_of(reference)
-        _settle_evaluation(args, eval_dataset, self.task.scores[0].key)
+        _settle_evaluation(args, eval_dataset, self.task.scores[0])
         if isinstance(teacher_model, str):
             teacher_model = load_adapter(teacher_model)
         student, self.teacher, criterion = prepare(
@@ -399,7 +399,7 @@ class BCDTrainer(Trainer):
             write_training_card(self)
 
 
-def _settle_evaluation(args: BCDConfig, eval_dataset: Any, best: str) -> None:
+def _settle_evaluation(args: BCDConfig, eval_dataset: Any, first: Score) -> None:
     """Changes arguments in place to what the evaluation data allow.
 
     Raises:
@@ -412,5 +412,6 @@ def _settle_evaluation(args: BCDConfig, eval_dataset: Any, best: str) -> None:
     if eval_dataset is None and args.eval_strategy != "no":
         logger.warning("no evaluation data, so training goes on without evaluations")
         args.eval_strategy = IntervalStrategy.NO
-    if isinstance(eval_dataset, Mapping) and eval_dataset and args.metric_for_best_model == best:
-        args.metric_for_best_model = f"{next(iter(eval_dataset))}_{best}"
+    if args.metric_for_best_model == FIRST_SCORE:
+        of = f"{next(iter(eval_dataset))}_" if isinstance(eval_dataset, Mapping) else ""
+        args.metric_for_best_model, args.greater_is_better = f"{of}{first.key}", first.higher_is_better
