@@ -30,7 +30,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Teacher, given like the student. A timm backbone is first trained on the same data. "
-            "None trains the student alone."
+            "None trains the student without one."
         },
     )
     teacher_training: dict[str, Any] | str | None = field(
@@ -108,7 +108,7 @@ def parse_arguments(
 
 
 def build_arguments(recipe: Mapping[str, Any]) -> tuple[ModelArguments, DataArguments, BCDConfig]:
-    """Builds the arguments that a recipe describes; those that it does not name have their defaults.
+    """Builds the arguments that a recipe describes; the others have their defaults.
 
     Raises:
         UserError: for streaming without max_steps.
@@ -138,7 +138,7 @@ def read_arguments(
     set one by one: `--losses.bcd.radius 5` changes the losses of the recipe or preset.
 
     Args:
-        argv: arguments; those of the process by default.
+        argv: arguments; the process's own by default.
         recipe: content of a recipe, instead of `--config`.
         default_config: recipe in force when neither `--config`, a data set nor a student is given.
         description: first lines of `--help`.

@@ -139,5 +139,5 @@ def load_optimizer(load: Callable[[], None], optimizer: Any, scheduler: Any, che
 
 
 def criterion_state(distiller: Distiller) -> dict[str, Tensor]:
-    """What losses keep across steps; empty for those that keep nothing."""
+    """State that losses keep across steps; empty where they keep nothing."""
     return {name: tensor.contiguous() for name, tensor in distiller.criterion.state_dict().items()}

@@ -1,4 +1,4 @@
-"""What a run can be told: models, data and training arguments."""
+"""BCDConfig: the training arguments of `BCDTrainer`."""
 
 import os
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ FIRST_SCORE = "first_score"
 
 @dataclass
 class BCDConfig(TrainingArguments):
-    """Training arguments of `BCDTrainer`: those of transformers, with the paper's schedule as defaults, and ours.
+    """Training arguments of `BCDTrainer`: transformers' own, with the paper's schedule as defaults, and ours.
 
     Paper (Sec. V-B): SGD, learning rate 0.01, momentum 0.9, poly 0.9, batch 8, 40,000 iterations, 512x512 crops, random
     flip, brightness jitter and scale 0.5-2.

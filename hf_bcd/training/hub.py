@@ -93,7 +93,7 @@ class HubCallback(TrainerCallback):
             wait([self._last_upload])
 
     def in_background(self, call: Callable[[], Any]) -> Future:
-        """Runs a call after those before it, while training goes on."""
+        """Runs a call after the earlier ones, while training goes on."""
         self._last_upload = self._uploads.submit(call)
         return self._last_upload
 

@@ -45,13 +45,13 @@ NUM_PICTURES = 4
 
 
 class BCDTrainer(Trainer):
-    """Distils a frozen teacher into a student, or trains a model alone when there is no teacher.
+    """Distils a frozen teacher into a student, or trains a model without one.
 
     The data decide the task. The arguments are copied; the trainer changes its copy only.
 
     Args:
         model: model of transformers, or one of ours, to train and save; or its adapter.
-        teacher_model: larger model or its adapter, its Hub id or folder; None trains `model` alone.
+        teacher_model: larger model or its adapter, its Hub id or folder; None trains `model` without one.
         args: training arguments.
         train_dataset: canonical samples (`DenseDataset`, `DenseStream`), to which the augmentation of `args` is added,
             or any dataset of `{"index", "pixel_values", "labels"}`.
@@ -59,7 +59,7 @@ class BCDTrainer(Trainer):
         processing_class: image processor to save with the student, which evaluation obeys; built from the student by
             default.
         label_synonyms: JSON file `{class of the data set: [names the teacher uses]}`, or its content. Without teacher
-            and training data, the names are those of `model`, which is then scored in the data set's classes.
+            and training data, the names belong to `model`, which is then scored in the data set's classes.
         kwargs: further arguments of `Trainer`.
 
     Raises:
@@ -273,7 +273,7 @@ class BCDTrainer(Trainer):
             return self.teacher(pixel_values)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """What the task losses of the whole step divide by, over accumulated batches and ranks."""
+        """The divisor of the task losses of the whole step, over accumulated batches and ranks."""
         if not batch_samples:
             return None
         num_labels = self.distiller.student.num_labels

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds, latency and the size of its weights."""
+"""The cost of a model: parameters, multiply-adds, latency and the size of its weights."""
 
 import ctypes
 import os
@@ -109,7 +109,7 @@ def synchronize(device: torch.device) -> None:
 def reset_peak(device: torch.device) -> int | None:
     """Bytes in use now, after which `peak_since` looks for the worst moment.
 
-    On a GPU those of PyTorch's allocator. On the CPU the kernel's own mark of the process, which Linux can reset; None
+    On a GPU PyTorch's allocator counts them. On the CPU it is the kernel's own mark of the process, which Linux can reset; None
     where that cannot be done.
     """
     if device.type == "cuda":
@@ -136,7 +136,7 @@ def _resident(key: str) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What a device calls itself."""
+    """The name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
