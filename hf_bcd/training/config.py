@@ -116,6 +116,12 @@ class BCDConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        launched = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"]
+        if self.fsdp or self.deepspeed or launched:
+            raise UserError(
+                "sharding a model over GPUs (FSDP, DeepSpeed) is not supported: a student fits on one device. Launch "
+                "data-parallel processes, as examples/accelerate_configs/gpu_x8.yaml does."
+            )
         # an accelerate configuration with use_cpu reaches one process through the environment, several not at all: each
         # would take itself for the only one; and without use_cpu the base class refuses bf16 on a CPU
         by_launcher = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
@@ -160,12 +166,6 @@ class BCDConfig(TrainingArguments):
 
     def _check_training(self) -> None:
         """Refuses what the base class accepts and would fail on, or ignore, in the middle of training."""
-        launched = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"]
-        if self.fsdp or self.deepspeed or launched:
-            raise UserError(
-                "sharding a model over GPUs (FSDP, DeepSpeed) is not supported: a student fits on one device. Launch "
-                "data-parallel processes, as examples/accelerate_configs/gpu_x8.yaml does."
-            )
         if self.max_steps == 0:
             raise UserError("max_steps is 0; train for at least one step, or score a model with hf-bcd evaluate.")
         if self.max_steps > 0 and (warmup := self.get_warmup_steps(self.max_steps)) >= self.max_steps:

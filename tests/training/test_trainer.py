@@ -711,3 +711,22 @@ def test_scoring_needs_no_training_split(tmp_path: Path) -> None:
     assert list(experiment.load_data(arguments, for_training=False)) == ["test"]
     with pytest.raises(ValueError, match="no training split, only test"):
         experiment.load_data(arguments)
+
+
+def test_building_a_trainer_changes_nothing_of_the_callers(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, eval_strategy="steps", push_to_hub=False, dataloader_num_workers=1)
+    before, threads = {**vars(config)}, torch.get_num_threads()
+    model = tiny.tiny_timm()
+    kinds = [type(module) for module in model.modules()]
+    run = BCDTrainer(model=model, args=config, train_dataset=tiny.scenes()["train"])
+    assert run.args.eval_strategy == "no"  # for want of data
+    assert vars(config) == before and torch.get_num_threads() == threads
+    run.train()
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("launched", ["FSDP", "DEEPSPEED"])
+def test_sharding_is_refused_with_its_reason(launched: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{launched}", "true")
+    with pytest.raises(ValueError, match=r"not supported: a student fits on one device"):
+        tiny.config(tmp_path)
