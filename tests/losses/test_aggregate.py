@@ -2,11 +2,10 @@ import loss_references as reference
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from loss_references import randn, random_mask
+from loss_references import randn
 
 from hf_bcd.losses import boundary_strength
-from hf_bcd.losses.modules.aggregate import FeatureAggregator, SelfRelationHead, StudentHead, TeacherHead
+from hf_bcd.losses.modules.aggregate import FeatureAggregator, TeacherHead
 from hf_bcd.outputs import FeatureSpec
 
 
@@ -15,14 +14,6 @@ FEATURES = {
     name: randn(2, spec.channels, 64 // spec.stride, 96 // spec.stride, seed=i, dtype=torch.float32)
     for i, (name, spec) in enumerate(SPECS.items())
 }
-
-
-def effective_rank(features: torch.Tensor) -> float:
-    """exp of the entropy of the normalised singular values of the centred features `[B, C, h, w]`."""
-    x = features.movedim(1, -1).flatten(0, -2)
-    s = torch.linalg.svdvals(x - x.mean(dim=0))
-    p = s / s.sum()
-    return float((-(p * p.clamp_min(1e-12).log()).sum()).exp())
 
 
 def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -49,20 +40,6 @@ def teacher_head(seed: int = 0) -> TeacherHead:
 # --- aggregation ------------------------------------------------------------------------------------------------------
 
 
-def test_aggregated_features_equal_the_formula():
-    """Conv1x1, then bilinear to the grid, then concat, then Conv3x3, in this order, without norm or activation."""
-    aggregator = FeatureAggregator(SPECS, channels=16, reduced_channels=8)
-    levels = []
-    for name, feature in FEATURES.items():
-        convolution = aggregator.reduce[name]
-        reduced = F.conv2d(feature, convolution.weight, convolution.bias)  # type: ignore[arg-type]
-        levels.append(F.interpolate(reduced, size=(8, 12), mode="bilinear", align_corners=False))
-    expected = F.conv2d(torch.cat(levels, dim=1), aggregator.fuse.weight, aggregator.fuse.bias, padding=1)
-    actual = aggregator(FEATURES, (8, 12))
-    assert actual.shape == (2, 16, 8, 12)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
 def test_default_sizes_are_the_papers():
     aggregator = FeatureAggregator({f"level_{k}": FeatureSpec(32, 4) for k in range(5)})
     assert aggregator.fuse.weight.shape == (256, 5 * 64, 3, 3)
@@ -72,35 +49,6 @@ def test_default_sizes_are_the_papers():
 def test_no_level_is_an_error():
     with pytest.raises(ValueError, match="no feature levels"):
         FeatureAggregator({})
-
-
-def test_student_field_is_standardised_over_valid_positions():
-    head, mask = StudentHead(SPECS, channels=16, reduced_channels=8), random_mask(2, 8, 12)
-    aggregated = randn(2, 16, 8, 12, dtype=torch.float32)
-    field = head.boundary_field(aggregated, mask)
-    values = field[mask]
-    assert values.mean().item() == pytest.approx(0, abs=1e-5)
-    assert values.std(correction=0).item() == pytest.approx(1, abs=1e-3)
-    z = F.conv2d(aggregated, head.readout.weight, head.readout.bias)[:, 0]
-    assert np.corrcoef(z[mask].detach().numpy(), values.detach().numpy())[0, 1] == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.parametrize("predictor", [False, True])
-def test_self_relation_head_is_norm_relu_and_optionally_conv_norm_relu(predictor):
-    head, x, mask = SelfRelationHead(6, predictor), randn(2, 6, 3, 4, dtype=torch.float32), random_mask(2, 3, 4)
-
-    def norm_relu(x: torch.Tensor) -> torch.Tensor:
-        values = x.movedim(1, -1)[mask]
-        return F.relu(
-            (x - values.mean(dim=0)[:, None, None]) / (values.std(dim=0, correction=0) + 1e-5)[:, None, None]
-        )
-
-    expected = norm_relu(x)
-    if predictor:
-        assert head.predictor is not None
-        expected = norm_relu(F.conv2d(expected, head.predictor.weight))
-    torch.testing.assert_close(head(x, mask), expected, rtol=1e-4, atol=1e-5)
-    assert bool(list(head.parameters())) == predictor  # the teacher's side has nothing to train
 
 
 # --- the teacher's head -----------------------------------------------------------------------------------------------
@@ -205,7 +153,6 @@ def test_calibration_keeps_the_teachers_relations():
     head.calibrate([class_scene(10)], radius=3, fit_readout=True, num_steps=20)
     after = head(FEATURES, (8, 12))
     assert torch.equal(before, after)
-    assert effective_rank(after) > 0.5 * min(32, 3 * 8)
 
 
 def test_calibration_shows_its_steps_and_survives_a_checkpoint():

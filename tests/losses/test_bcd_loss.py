@@ -1,4 +1,3 @@
-import math
 from typing import Any
 
 import loss_references as reference
@@ -61,10 +60,6 @@ def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def values(terms: dict[str, torch.Tensor]) -> dict[str, float]:
     return {term: value.item() for term, value in terms.items()}
-
-
-def requires_grad(output: DenseOutput) -> list[torch.Tensor]:
-    return [x.requires_grad_() for x in (*output.features.values(), output.logits)]
 
 
 def aggregate(
@@ -168,26 +163,8 @@ def test_the_teachers_output_may_have_any_resolution_and_a_size_that_no_stride_d
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-@KINDS
-def test_training_never_moves_the_teachers_head(mode, teacher_head):
-    """Were it trained, it would collapse to a constant, the target that is matched most easily."""
-    loss = make_loss(mode, teacher_head)
-    before = {name: x.clone() for name, x in loss.teacher_head.state_dict().items()}
-    connectors = {name: x.detach().clone() for name, x in loss.student_head.named_parameters()}
-    optimizer = torch.optim.AdamW(loss.parameters(), lr=0.1, weight_decay=0.1)
-    for step in range(3):
-        optimizer.zero_grad()
-        total(loss(*make_batch(seed=step))).backward()
-        optimizer.step()
-        loss.after_step()
-    assert all(torch.equal(x, before[name]) for name, x in loss.teacher_head.state_dict().items())
-    moved = [not torch.equal(x, connectors[name]) for name, x in loss.student_head.named_parameters()]
-    assert sum(moved) == sum(x.requires_grad for x in loss.student_head.parameters())
-
-
 def test_a_teacher_run_under_inference_mode_is_accepted():
     loss, (student, _, targets) = make_loss(), make_batch()
-    requires_grad(student)
     with torch.inference_mode():
         teacher = dense_output(TEACHER, 2, 64, NUM_LABELS, seed=500)
     loss.calibrate([(teacher, targets)], num_steps=2)
@@ -309,11 +286,3 @@ def test_inspect_shows_what_is_compared(mode, teacher_head):
     assert set(shown["teacher_boundary"].unique().tolist()) <= {0.0, 1.0}
     assert 0 <= shown["student_boundary"].min() and shown["student_boundary"].max() <= 1
     assert not any(x.requires_grad for x in shown.values())
-
-
-def test_literal_sums_have_the_papers_magnitude():
-    """Cross-entropies over n positions: about log n an image, and n log n over the rows."""
-    loss, (student, teacher, targets) = make_loss("paper"), make_batch()
-    terms = loss(student, teacher, LabelMaps(targets.ids.clamp_max(0), NUM_LABELS))
-    assert terms["boundary"].item() == pytest.approx(math.log(64), rel=0.1)
-    assert terms["context"].item() == pytest.approx(64 * math.log(64), rel=0.1)

@@ -6,7 +6,7 @@ import torch
 from loss_references import Operators, pair_of, randn, random_mask, softmax
 from torch import Tensor
 
-from hf_bcd.losses.tat import Embedding, TATLoss, tat_loss
+from hf_bcd.losses.tat import TATLoss, tat_loss
 from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
 
 
@@ -139,15 +139,6 @@ def test_the_key_cannot_collapse_the_loss():
         optimizer.step()
     assert terms["patch_group"].item() >= floor
     assert terms["patch_group"].item() == pytest.approx(floor, rel=0.05)
-
-
-def test_each_image_is_normalised_by_itself():
-    connector, x = Embedding(3, 4).double(), randn(2, 3, 5, 5)
-    x[1] *= 100
-    mask = random_mask(2, 5, 5)
-    both = connector(x, mask)
-    for image in range(2):
-        torch.testing.assert_close(both[image, None], connector(x[image, None], mask[image, None]))
 
 
 def test_maps_of_different_grids_are_refused():
