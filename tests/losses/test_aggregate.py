@@ -45,9 +45,6 @@ def test_default_sizes_are_the_papers():
         FeatureAggregator({})
 
 
-# --- the teacher's head -----------------------------------------------------------------------------------------------
-
-
 def test_teachers_maps_are_orthogonal_without_bias():
     head = teacher_head()
     convolutions = [m for m in head.modules() if isinstance(m, torch.nn.Conv2d)]

@@ -71,9 +71,6 @@ def norm_relu(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return F.relu((x - seen.mean(dim=0)[:, None, None]) / (seen.std(dim=0, correction=0) + 1e-5)[:, None, None])
 
 
-# --- the whole of it against plain loops ------------------------------------------------------------------------------
-
-
 @KINDS
 @torch.no_grad()
 def test_terms_equal_plain_loops(mode, teacher_head):
@@ -152,9 +149,6 @@ def test_the_teachers_output_may_have_any_resolution_and_a_size_that_no_stride_d
     assert all(torch.isfinite(x) for x in terms.values())
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------
-
-
 def test_a_teacher_run_under_inference_mode_is_accepted():
     loss, (student, _, targets) = make_loss(), make_batch()
     with torch.inference_mode():
@@ -162,9 +156,6 @@ def test_a_teacher_run_under_inference_mode_is_accepted():
     loss.calibrate([(teacher, targets)], num_steps=2)
     loss(student, teacher, targets)["boundary"].backward()
     assert student.features["stride_4"].grad is not None
-
-
-# --- void, precision --------------------------------------------------------------------------------------------------
 
 
 def test_targets_count_by_their_void_only():

@@ -79,14 +79,6 @@ def test_equal_features_give_zero_with_zero_gradient():
     assert gradient(loss, student).abs().max() < 1e-12
 
 
-def test_invariant_to_a_scale_of_every_position():
-    student, teacher = randn(2, 16, 3, 3, seed=1) * 30, randn(2, 16, 3, 3, seed=2) * 30
-    scale = 0.5 + random_mask(2, 1, 3, 3).double() * 7
-    expected = context_distillation_loss(student, teacher)
-    torch.testing.assert_close(context_distillation_loss(student * scale, teacher), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(context_distillation_loss(student, teacher * scale), expected, rtol=1e-5, atol=0)
-
-
 def test_invariant_to_an_orthogonal_rotation_of_the_channels():
     """A layer norm singles out the mean over the channels: rotations that keep it change nothing."""
     student, teacher = randn(2, 16, 3, 3, seed=1), randn(2, 16, 3, 3, seed=2)

@@ -159,9 +159,6 @@ def test_only_the_gradient_is_kept():
     assert not kept
 
 
-# --- precision --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("distance", [0.03, 0.3, 2.0])
 def test_precision(distance):
     """Against float64, from almost equal relations (0.007 nat) to unrelated ones."""
@@ -181,9 +178,6 @@ def test_precision(distance):
     of_rounded = compute(torch.float64, rounded=torch.bfloat16)
     assert relative_error(half[0], of_rounded[0]) < 1e-5
     assert relative_error(half[1], of_rounded[1]) < 4e-3  # the gradient's own rounding
-
-
-# --- how training uses it ---------------------------------------------------------------------------------------------
 
 
 def test_second_derivatives_are_an_error():
