@@ -99,10 +99,12 @@ def test_its_steps_are_those_of_adam_on_the_formula() -> None:
     ours = adversary()
     theirs = copy.deepcopy(ours.discriminator).requires_grad_()
     optimizer = torch.optim.Adam(theirs.parameters(), lr=4e-4, betas=(0.9, 0.99))
-    mask = torch.ones(2, 16, 16, dtype=torch.bool)
+    mask, shares = torch.ones(2, 16, 16, dtype=torch.bool), set()
     for step in range(3):
         optimizer.zero_grad()
         share = ours.noise.draw(1)
+        shares.add(share.item())
+        assert len(shares) == step + 1 and 0 <= share < 1
         for batch in range(2):
             student, teacher = scores(seed=10 * step + batch)
             distance = ours(student, teacher)
@@ -121,32 +123,6 @@ def test_its_steps_are_those_of_adam_on_the_formula() -> None:
         for name, found in ours.discriminator.state_dict().items():
             expected = expected_state[name]
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
-
-
-def test_it_learns_to_tell_them_apart() -> None:
-    """Also on images that it has not seen."""
-    ours = adversary()
-    ours.learning_rate = 4e-3  # ten times the usual, so that few steps do
-    with torch.no_grad():
-        before = ours(*scores(seed=1000, batch=8)).item()
-    for step in range(25):
-        ours(*scores(seed=2 * step))
-        ours.after_step()
-    with torch.no_grad():
-        after = ours(*scores(seed=1000, batch=8)).item()
-    assert after > 0 and after > 10 * abs(before), (before, after)
-
-
-def test_the_students_gradient_lets_it_pass_for_the_teacher() -> None:
-    ours = adversary()
-    student, teacher = scores(seed=0)
-    student.requires_grad_()
-    distance = ours(student, teacher)
-    distance.backward()
-    assert student.grad is not None
-    closer = ours(student.detach() - 0.1 * student.grad / student.grad.norm(), teacher)
-    assert closer < distance
-    assert not any(weight.requires_grad or weight.grad is not None for weight in ours.parameters())
 
 
 def test_it_learns_nothing_without_gradients_or_valid_pixels() -> None:
@@ -182,14 +158,6 @@ def test_void_pixels_teach_it_nothing() -> None:
     assert half.item() == pytest.approx(2 * found[0][0].item(), rel=1e-9)
     alone.after_step()
     torch.testing.assert_close(alone.mean, 2 * found[0][1].mean)
-
-
-def test_the_share_of_the_interpolation_changes_from_step_to_step() -> None:
-    ours, shares = adversary(), []
-    for _ in range(4):
-        shares.append(ours.noise.draw(1).item())
-        ours.after_step()
-    assert len(set(shares)) == 4 and all(0 <= share < 1 for share in shares)
 
 
 def test_scores_that_overflowed_leave_it_as_it_was():

@@ -6,7 +6,7 @@ import torch
 from loss_references import randn, random_mask
 
 from hf_bcd.losses import context_distillation_loss
-from hf_bcd.losses.context import context_relation, literal_relation, relation_features
+from hf_bcd.losses.context import context_relation, literal_relation
 
 
 MODES = pytest.mark.parametrize("mode", ["stable", "paper"])
@@ -35,12 +35,6 @@ def test_three_positions_by_hand():
     assert context_distillation_loss(student, teacher).item() == pytest.approx(sum(rows) / 3, rel=1e-9)
     peak = context_relation(student, teacher).peak
     assert peak.item() == pytest.approx((p + p + 0.5) / 3, rel=1e-9)
-
-
-def test_relation_features_equal_plain_loops():
-    x = randn(2, 8, 3, 2) * 3 + 1
-    expected = [torch.from_numpy(reference.layer_norm(image.numpy())) for image in x]
-    torch.testing.assert_close(relation_features(x), torch.stack(expected))
 
 
 @MODES
@@ -85,14 +79,6 @@ def test_equal_features_give_zero_with_zero_gradient():
     assert gradient(loss, student).abs().max() < 1e-12
 
 
-def test_invariant_to_a_scale_of_every_position():
-    student, teacher = randn(2, 16, 3, 3, seed=1) * 30, randn(2, 16, 3, 3, seed=2) * 30
-    scale = 0.5 + random_mask(2, 1, 3, 3).double() * 7
-    expected = context_distillation_loss(student, teacher)
-    torch.testing.assert_close(context_distillation_loss(student * scale, teacher), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(context_distillation_loss(student, teacher * scale), expected, rtol=1e-5, atol=0)
-
-
 def test_invariant_to_an_orthogonal_rotation_of_the_channels():
     """A layer norm singles out the mean over the channels: rotations that keep it change nothing."""
     student, teacher = randn(2, 16, 3, 3, seed=1), randn(2, 16, 3, 3, seed=2)
@@ -106,22 +92,6 @@ def test_invariant_to_an_orthogonal_rotation_of_the_channels():
     assert not torch.allclose(rotated, student)
     torch.testing.assert_close(
         context_distillation_loss(rotated, teacher), context_distillation_loss(student, teacher), rtol=1e-9, atol=0
-    )
-
-
-def test_literal_form_is_invariant_to_any_rotation():
-    student, teacher = randn(2, 16, 3, 3, seed=1), randn(2, 16, 3, 3, seed=2)
-    rotated = torch.einsum("dc,bchw->bdhw", torch.linalg.qr(randn(16, 16, seed=3)).Q, student)
-    torch.testing.assert_close(literal_relation(rotated, teacher), literal_relation(student, teacher))
-
-
-@MODES
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck(mode, masked):
-    student, teacher = randn(2, 4, 2, 2, seed=1).requires_grad_(), randn(2, 3, 2, 2, seed=2)
-    mask = torch.tensor([[[True, False], [True, True]], [[False, False], [False, True]]]) if masked else None
-    assert torch.autograd.gradcheck(
-        lambda s: context_distillation_loss(s, teacher, tau=1.3, mask=mask, mode=mode), student
     )
 
 

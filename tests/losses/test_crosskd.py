@@ -93,19 +93,6 @@ def test_agrees_with_plain_loops(beta: float) -> None:
     assert loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_scale_and_offset_of_the_students_channels_do_not_matter() -> None:
-    torch.manual_seed(0)
-    loss = CrossKDLoss(pair_of(TEACHER)).double()  # projections that are the identity
-    student, teacher = batch(TEACHER)
-    labels = torch.zeros(2, 32, 32, dtype=torch.long)
-    value = loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item()
-    student.features = {name: 3 * x + torch.arange(x.shape[1])[:, None, None] for name, x in student.features.items()}
-    assert (
-        loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item() == pytest.approx(value, rel=1e-4)
-        and value > 1e-3
-    )
-
-
 def test_the_head_sees_the_teachers_own_features_where_void() -> None:
     """Also a head that mixes positions: what the student has there changes nothing, and agreement remains 0."""
     torch.manual_seed(0)

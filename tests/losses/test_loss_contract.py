@@ -1,4 +1,4 @@
-"""What holds for every distillation loss, whatever it computes. Values are tested in a file for each."""
+"""What holds for every distillation loss, whatever it computes. Values are tested beside it."""
 
 import copy
 from pathlib import Path

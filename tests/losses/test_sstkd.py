@@ -141,13 +141,6 @@ def test_statistics_agree_with_loops() -> None:
     assert found == pytest.approx(total / 2, rel=1e-9)
 
 
-def test_intensity_is_equalised() -> None:
-    """Many levels make it the rank of a position, whatever the cosines are."""
-    found = equalized_intensity(randn(1, 3, 16, 16), torch.ones(1, 16, 16, dtype=torch.bool), levels=128)
-    quantiles = found.flatten().sort().values
-    torch.testing.assert_close(quantiles, (torch.arange(256).double() + 0.5) / 256, atol=0.02, rtol=0)
-
-
 def test_levels_have_the_sizes_of_a_pyramid() -> None:
     bands: list[Tensor] = contourlet(randn(2, 3, 7, 5), levels=4, directions=8)
     assert [x.shape for x in bands] == [(8, 2, 3, *size) for size in ((7, 5), (4, 3), (2, 2), (1, 1))]
