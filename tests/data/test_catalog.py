@@ -9,8 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 from hf_bcd.data import CATALOG, load_dense_dataset
-from hf_bcd.data.sources.encodings import CITYSCAPES_COLOURS, CITYSCAPES_IDS
-from hf_bcd.data.sources.known import _notify
+from hf_bcd.data.sources.catalog import CITYSCAPES_COLOURS, CITYSCAPES_IDS, _notify
 
 
 HEIGHT, WIDTH = 2, 6

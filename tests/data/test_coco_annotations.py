@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from hf_bcd.data import CATALOG, load_dense_dataset
-from hf_bcd.data.sources.coco import draw_instances, panoptic_to_classes
-from hf_bcd.data.sources.encodings import COCO_PANOPTIC, COCO_THINGS
+from hf_bcd.data.sources.coco import COCO_PANOPTIC, COCO_THINGS, draw_instances, panoptic_to_classes
 
 
 # pycocotools 2.0.11 has not followed numpy 2

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hf_bcd.commands.check import main
-from hf_bcd.data.check import check, report
+from hf_bcd.data.check import check
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ def test_every_row_is_read_on_demand(folder):
     Image.fromarray(np.full((2, 4), 7, np.uint8)).save(folder / "train/masks/5.png")
     assert "of the first 4" in check(folder)
     with pytest.raises(ValueError, match=r"masks/5\.png.*7"):
-        report([str(folder), "--every_row"])
+        check(folder, every_row=True)
     (folder / "train/masks/5.png").unlink()
     (folder / "train/images/5.png").unlink()
-    assert "train: 5 images\n  of all 5\n" in report([str(folder), "--every_row"])
+    assert "train: 5 images\n  of all 5\n" in check(folder, every_row=True)
 
 
 def test_a_row_of_the_catalog(shared_data):
@@ -81,14 +81,14 @@ def test_arguments(folder, tmp_path, capsys):
         text = capsys.readouterr().out
         assert text.endswith("\n") and "class   1:  25.0%  b" in text and "void: 37.5%" in text
     with pytest.raises(ValueError, match="no data set: name one of the catalog"):
-        report([])
+        main([])
     with pytest.raises(ValueError, match=r"ids \[2\]"):
-        report([str(folder), *arguments[:2]])
+        main([str(folder), *arguments[:2]])
 
 
 @pytest.mark.slow
-def test_as_a_module(folder):
-    command = [sys.executable, "-m", "hf_bcd.data.check"]
+def test_as_a_command(folder):
+    command = [sys.executable, "-m", "hf_bcd", "check"]
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=True)
     assert REPORT in done.stdout and "Traceback" not in done.stderr and "Warning" not in done.stderr
     failed = subprocess.run([*command, "camvit"], capture_output=True, text=True)

@@ -7,13 +7,8 @@ import pytest
 from PIL import Image
 
 from hf_bcd.data import load_dense_dataset
-from hf_bcd.data.sources.encodings import (
-    CITYSCAPES_COLOURS,
-    CITYSCAPES_IDS,
-    COCO_STUFF_10K_IDS,
-    COCO_THINGS,
-    VOC_COLOURS,
-)
+from hf_bcd.data.sources.catalog import CITYSCAPES_COLOURS, CITYSCAPES_IDS, VOC_COLOURS
+from hf_bcd.data.sources.coco import COCO_STUFF_10K_IDS, COCO_THINGS
 
 
 HEIGHT, WIDTH = 6, 8
