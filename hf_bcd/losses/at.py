@@ -23,9 +23,6 @@ def at_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> 
 
     Returns:
         Scalar in [0, 2], 0 for maps that differ by a factor; float32 or float64.
-
-    Raises:
-        ValueError: if batch or the mask's size differ.
     """
     student, teacher, mask = on_teacher_grid(attention_map(student), attention_map(teacher), mask)
     return (unit_maps(student, mask) - unit_maps(teacher, mask)).square().sum(dim=2).mean()

@@ -47,10 +47,10 @@ def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor
 class BCDLoss(DistillationLoss):
     """Boundary and context distillation between two feature hierarchies.
 
-    Owns the student's connectors (trained, dropped at export) and the teacher's frozen head. Terms `boundary` and
-    `context` come back unweighted. What connectors and head cost at the default widths: 0.8 + 1.0 million parameters and
-    3 % of a step's multiply-adds (teacher forward, student forward and backward) for PSPNet-101 -> PSPNet-18, 0.6 + 0.7
-    million and 9 % for SegFormer-B4 -> SegFormer-B0, where hardly anything costs less than a 3x3 convolution.
+    Owns the student's connectors (trained, dropped at export) and the teacher's frozen head. At the default widths these
+    cost 0.8 + 1.0 million parameters and 3 % of a step's multiply-adds (teacher forward, student forward and backward)
+    for PSPNet-101 -> PSPNet-18, 0.6 + 0.7 million and 9 % for SegFormer-B4 -> SegFormer-B0, where hardly anything costs
+    less than a 3x3 convolution.
 
     Args:
         mode: `stable` (default) or `paper`, the equations as printed.

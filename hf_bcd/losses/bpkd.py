@@ -15,7 +15,7 @@ def bpkd_loss(
 ) -> dict[str, Tensor]:
     """Boundary privileged knowledge distillation.
 
-    `M[c, i]` is the share of position i that lies on the border of class c, `Z` are class scores, `n_c` counts the
+    `M[c, i]` is the fraction of position i that lies on the border of class c, `Z` are class scores, `n_c` counts the
     positions with `M[c, i] > 0`:
 
     - `body`: `cwd_loss` of `Z · (1 - M)`: every class as a distribution over positions, mean over classes and images.

@@ -25,9 +25,6 @@ def cwt_loss(
 
     Returns:
         Scalar >= 0; float32 or float64.
-
-    Raises:
-        ValueError: if batch, the teacher's and the transformed channels, or the mask's size differ.
     """
     student = transform(at_least_float32(student))
     return teacher.shape[1] * mean_squared_error(*on_teacher_grid(student, teacher, mask))

@@ -68,9 +68,6 @@ def category_similarity_loss(
 
     Returns:
         Scalar in [0, 1]; float32 or float64.
-
-    Raises:
-        ValueError: if batch, classes or the mask's size differ.
     """
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     p, q = (unit_maps((scores / temperature).softmax(dim=1), mask) for scores in (student, teacher))

@@ -74,11 +74,7 @@ def attention_losses(
 
 
 class GlobalContext(nn.Module):
-    """Adds to every position a vector that a small network makes of an attention-weighted mean; nothing at first.
-
-    Args:
-        channels: number of channels.
-    """
+    """Adds to every position a vector that a small network makes of an attention-weighted mean; nothing at first."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -21,9 +21,6 @@ def fitnet_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None)
 
     Returns:
         Scalar >= 0, 0 for equal features; float32 or float64.
-
-    Raises:
-        ValueError: if batch, channels or the mask's size differ.
     """
     return mean_squared_error(*on_teacher_grid(student, teacher, mask))
 

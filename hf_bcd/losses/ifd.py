@@ -21,9 +21,6 @@ def ifd_loss(projections: Tensor, teacher: Tensor, *, mask: Tensor | None = None
 
     Returns:
         Scalar in [0, 2]; float32 or float64.
-
-    Raises:
-        ValueError: if batch, channels or the mask's size differ.
     """
     ensemble = at_least_float32(projections).relu().mean(dim=1)
     student, teacher, mask = on_teacher_grid(ensemble, teacher, mask)

@@ -29,9 +29,6 @@ def mgd_loss(
 
     Returns:
         Scalar >= 0; float32 or float64.
-
-    Raises:
-        ValueError: if batch, channels or the mask's size differ.
     """
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     generated = generate(student.masked_fill(~(keep & mask)[:, None], 0))
@@ -50,7 +47,7 @@ class MGDLoss(DistillationLoss):
     The generator has 18 C² parameters, C being the teacher's channels: 75 million for 2,048.
 
     Args:
-        masked: expected share of positions that the generator does not see, in [0, 1); 0.75 as in the official code.
+        masked: expected fraction of positions that the generator does not see, in [0, 1); 0.75 as in the official code.
         level: level name; the coarsest that both models have by default.
     """
 

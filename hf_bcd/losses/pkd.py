@@ -26,9 +26,6 @@ def pkd_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
 
     Returns:
         Scalar >= 0, 0 for channels that differ by a positive factor and a constant; float32 or float64.
-
-    Raises:
-        ValueError: if batch, channels or the mask's size differ.
     """
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     student, teacher = (standardize(x, (0, 2, 3), mask[:, None], eps=1e-6) for x in (student, teacher))

@@ -50,8 +50,8 @@ class SCKDLoss(DistillationLoss):
     term that depends on neither, such as a discriminator's own, always counts. Each forward pass decides for itself, so
     accumulated batches decide one by one; without gradients, everything counts.
 
-    The terms are those of the hosts, named `host/term`, and so are the weights. A student under `torch.compile` hides how
-    its logits depend on its features, so that is a `ValueError`.
+    Terms and weights are the hosts', named `host/term`. A student under `torch.compile` hides how its logits depend on
+    its features: a `ValueError`.
 
     Args:
         host: the gated losses, in a recipe as its `losses`: name -> options with `weight` and `decay`.

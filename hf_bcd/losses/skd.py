@@ -34,9 +34,6 @@ def skd_loss(student: Tensor, teacher: Tensor, *, nodes: int = 2, mask: Tensor |
 
     Returns:
         Scalar in [0, 4], 0 for features that differ by a rotation; float32 or float64.
-
-    Raises:
-        ValueError: if the mask's size differs.
     """
     student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
     *_, mask = on_teacher_grid(student[:, :1], teacher[:, :1], mask)  # the numbers of channels may differ

@@ -43,8 +43,8 @@ def tat_loss(
 
     `mean over images, valid positions i and channels of (sum_j softmax_j(q_i · k_j) v_j - t_i)²`. The grid is cut into
     patches of `max(2, ceil(side / patches))` positions along each axis, the last of them padded, so that a small grid
-    has fewer patches; `group` neighbours along a row have one attention, of the sum of their `q_i · k_j`. The attention is not scaled, as in the
-    official code. It holds `h · w · N` numbers an image, N positions in a patch.
+    has fewer patches; `group` neighbours along a row have one attention, of the sum of their `q_i · k_j`. It is not
+    scaled, as in the official code, and holds `h · w · N` numbers an image, N positions in a patch.
 
     Args:
         query: student `[B, D, h, w]`.
@@ -81,10 +81,6 @@ class Embedding(nn.Module):
     """1x1 convolution, standardised over the valid positions of each image, with a trained scale and shift.
 
     The official code normalises image by image as well: it feeds its batch normalisation one image at a time.
-
-    Args:
-        in_channels: channels of its input.
-        out_channels: the teacher's channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:

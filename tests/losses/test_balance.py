@@ -119,10 +119,8 @@ def test_measured_weights_give_terms_their_share_of_the_tasks_gradient(monkeypat
 
 
 def test_gradients_are_logged_as_they_are_weighted() -> None:
-    loud, (student, teacher, labels) = (
-        criterion(weight={"context": 7}),
-        outputs_of(STUDENT, TEACHER, size=64, num_labels=4),
-    )
+    loud = criterion(weight={"context": 7})
+    student, teacher, labels = outputs_of(STUDENT, TEACHER, size=64, num_labels=4)
     loud.log_gradients = True
     loud.begin_step(3, 4)  # r = 0.5
     task = task_loss(student)

@@ -14,18 +14,9 @@ from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
 
 NUM_LABELS = 4
 # four levels with a dilated last stage against five that go down to stride 32
-STUDENT = {
-    "stride_4": FeatureSpec(4, 4),
-    "stride_8": FeatureSpec(6, 8),
-    "stride_16": FeatureSpec(8, 16),
-    "stride_32": FeatureSpec(10, 16),
-}
-TEACHER = {
-    "stem": FeatureSpec(5, 4),
-    "stride_4": FeatureSpec(8, 4),
-    "stride_8": FeatureSpec(16, 8),
-    "stride_16": FeatureSpec(24, 16),
-    "stride_32": FeatureSpec(32, 32),
+STUDENT = {f"stride_{s}": FeatureSpec(c, min(s, 16)) for s, c in ((4, 4), (8, 6), (16, 8), (32, 10))}
+TEACHER = {"stem": FeatureSpec(5, 4)} | {
+    f"stride_{s}": FeatureSpec(c, s) for s, c in ((4, 8), (8, 16), (16, 24), (32, 32))
 }
 KINDS = pytest.mark.parametrize(
     ("mode", "teacher_head"),
@@ -35,14 +26,8 @@ KINDS = pytest.mark.parametrize(
 
 def make_loss(mode: Any = "stable", teacher_head: Any = "calibrated", seed: int = 0, **options: Any) -> BCDLoss:
     torch.manual_seed(0)
-    loss = BCDLoss(
-        pair_of(STUDENT, TEACHER, NUM_LABELS, seed=seed),
-        mode=mode,
-        teacher_head=teacher_head,
-        channels=16,
-        reduced_channels=8,
-        **options,
-    )
+    pair = pair_of(STUDENT, TEACHER, NUM_LABELS, seed=seed)
+    loss = BCDLoss(pair, mode=mode, teacher_head=teacher_head, channels=16, reduced_channels=8, **options)
     loss.teacher_head.theta.fill_(1.5)
     return loss
 

@@ -53,7 +53,7 @@ class Temperature(nn.Module):
 
         Args:
             statistic: means over rows, one an image `[B]`.
-            rows: of how many rows each is the mean `[B]`, one by default. What is the mean of none does not count.
+            rows: of how many rows each is the mean `[B]`, one by default. A mean of none does not count.
         """
         statistic = statistic.detach().float()
         rows = torch.ones_like(statistic) if rows is None else rows.to(statistic)

@@ -134,9 +134,9 @@ def pool_valid(x: Tensor, mask: Tensor, size: int | tuple[int, int]) -> tuple[Te
     Returns:
         Means `[B, C, ⌈h / size⌉, ⌈w / size⌉]`, 0 where a cell has no valid position, and which cells have any.
     """
-    share = F.avg_pool2d(mask[:, None].to(x.dtype), size, ceil_mode=True)
+    fraction = F.avg_pool2d(mask[:, None].to(x.dtype), size, ceil_mode=True)
     pooled = F.avg_pool2d(x.masked_fill(~mask[:, None], 0), size, ceil_mode=True)
-    return pooled / (share + (share == 0)), share[:, 0] > 0
+    return pooled / (fraction + (fraction == 0)), fraction[:, 0] > 0
 
 
 def divergence(
@@ -185,11 +185,7 @@ def class_means(features: Tensor, classes: Tensor) -> Tensor:
 
 
 def class_similarity(features: Tensor, classes: Tensor) -> Tensor:
-    """Cosine between each position's feature and the mean feature of every class in its image.
-
-    Args:
-        features: `[B, C, h, w]`.
-        classes: as in `class_means`.
+    """Cosine between each position's feature and the mean feature of every class in its image, see `class_means`.
 
     Returns:
         `[B, K, h, w]` in [-1, 1], 0 for a class that an image lacks.

@@ -2,8 +2,8 @@
 
 The relation of n positions is an n x n matrix, but a row of its softmax needs only that row. So blocks of rows pass by:
 each yields its part of the loss and, because the gradient with respect to the Gram matrix is known in closed form
-(`q - p` for a Kullback-Leibler divergence), of the student's gradient too. What is kept for the backward pass is this
-gradient, as large as the features; nothing n x n ever exists. The products are the ones that autograd would do: a Gram
+(`q - p` for a Kullback-Leibler divergence), of the student's gradient too. The backward pass keeps only this
+gradient, as large as the features; nothing n x n ever exists. The products are autograd's: a Gram
 matrix each for student and teacher, and the student's features once as rows and once as columns of its own.
 """
 
