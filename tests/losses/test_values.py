@@ -11,7 +11,6 @@ from loss_references import (
     Operators,
     divergence,
     halved,
-    masks_of,
     outputs_of,
     pair_of,
     randn,
@@ -239,15 +238,6 @@ def test_dkd_agrees_with_plain_loops(tau):
     )
 
 
-def test_dkd_makes_up_plain_distillation():
-    # KL = target + (1 - p_y) · others; p_y of the teacher is 1/4 in every pixel
-    student, teacher = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
-    teacher[:, 0] = teacher[:, 1:].logsumexp(dim=1) - LOG3
-    terms = losses.dkd_loss(student, teacher, masks_of(torch.zeros(2, 4, 4))[0])
-    total = terms["target"] + 0.75 * terms["others"]
-    assert total.item() == pytest.approx(losses.kd_loss(student, teacher).item(), rel=1e-9)
-
-
 def test_c2vkd_compares_pairs_of_positions_across_images_without_their_memory():
     student, teacher, mask = randn(3, 5, 2, 3), randn(3, 5, 2, 3, seed=1), random_mask(3, 2, 3)
     mask[1] = False
@@ -262,14 +252,6 @@ def test_c2vkd_compares_pairs_of_positions_across_images_without_their_memory():
     with Operators() as seen:
         losses.c2vkd_feature_loss(student, teacher)["covariance"].backward()
     assert seen.largest == student.numel()  # not (2 · 32 · 32)²
-
-
-@pytest.mark.parametrize("name", ["at", "pkd"])
-def test_magnitude_does_not_matter(name):
-    loss = {"at": losses.at_loss, "pkd": losses.pkd_loss}[name]
-    student, teacher = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
-    value = loss(student, teacher).item()
-    assert value > 0.1 and loss(3 * student, 0.1 * teacher).item() == pytest.approx(value, rel=1e-4)
 
 
 def test_weighted_values_are_the_official_ones_at_their_size():
