@@ -70,11 +70,8 @@ class BPKDLoss(DistillationLoss):
         self.temperature, self.width = temperature, width
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
-        size, classes, mask = (
-            spatial_size(teacher.logits),
-            targets.class_masks(targets.size),
-            targets.valid(targets.size),
-        )
+        size = spatial_size(teacher.logits)
+        classes, mask = targets.class_masks(targets.size), targets.valid(targets.size)
         edges = class_border_shares(classes, mask, size, width=self.width)
         options = {"temperature": self.temperature, "mask": targets.valid(size)}
         return bpkd_loss(student.logits, teacher.logits, edges, **options)

@@ -157,8 +157,7 @@ class CIRKDLoss(DistillationLoss):
     each class, or, in this proportion, as many as `memory_mib` allows: `(pixels + regions) · classes · channels · 4`
     bytes (`memory_bytes`) on every rank and in each checkpoint. About 4,096 pixels and 1,024 regions are compared at a
     step, as many of each class, from a place in its memory that changes from step to step. All these numbers are the
-    official ones. Until the end of a step, what goes into the memories waits: 17 · classes · channels · 4 bytes an
-    image.
+    official ones. New vectors wait until the end of a step: 17 · classes · channels · 4 bytes an image.
 
     The images of one forward pass on all ranks are related, whose batches must have one size; accumulated batches are
     not related to each other.

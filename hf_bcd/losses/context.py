@@ -66,7 +66,7 @@ def context_distillation_loss(
 
     - `stable`: O is a per-position layer norm, the diagonal (a constant) is left out and every row gets one softmax;
       `tau² · mean over images and rows of KL(P_teacher ‖ P_student)`. Invariant to a scale of the features per position
-      and to an orthogonal rotation of the channels.
+      and to a rotation of the channels that keeps their mean.
     - `paper`: Eq. 4 and 5 as printed, on features that O has been applied to already (`SelfRelationHead`).
 
     Args:

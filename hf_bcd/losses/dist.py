@@ -9,13 +9,9 @@ from .ops.functional import full_precision, image_means, on_teacher_grid, spatia
 
 
 def pearson(x: Tensor, y: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
-    """Pearson correlation of two tensors along `dim`: their shape without it, in [-1, 1], 0 for a constant.
+    """Pearson correlation of two tensors of one shape along `dim`: the shape without it, in [-1, 1], 0 for a constant.
 
-    Args:
-        x: any shape.
-        y: the same shape.
-        dim: the dimension that is correlated.
-        mask: broadcastable, True where an entry counts; None for everywhere.
+    `mask` is broadcastable and True where an entry counts.
     """
     weight = torch.ones_like(x) if mask is None else mask.to(x.dtype).expand_as(x)
     count = weight.sum(dim, keepdim=True).clamp_min(1)

@@ -97,17 +97,6 @@ def test_the_loss_equals_the_loops():
     assert fam_loss(student, teacher, attention, mask=mask).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_weights_belong_to_frequencies_not_to_a_grid():
-    # a wave of a quarter cycle a position passes with the same weight on both grids; fast waves along either axis do
-    spectrum = randn(2, 1, 5, 5)
-    gains = []
-    for side in (8, 16):
-        wave = torch.cos(0.5 * math.pi * torch.arange(side).double()).expand(1, 1, side, side)
-        gains.append([spectral_filter(x, spectrum, 0.1)[0, 0, 0, 0].item() for x in (wave, wave.mT)])
-    assert gains[0] == pytest.approx(gains[1])
-    assert gains[0][0] != pytest.approx(gains[0][1])
-
-
 def test_the_filter_removes_what_varies_slowly_and_keeps_the_rest_at_first():
     attention = FrequencyAttention(1, 1, 17, 0.1).double()
     places = torch.arange(64).double()

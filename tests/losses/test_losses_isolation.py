@@ -13,21 +13,12 @@ from hf_bcd.losses import LOSSES
 @pytest.mark.parametrize(
     "synchronise",
     [
-        lambda x: x.sum().item(),
-        lambda x: bool(x.any()),
-        lambda x: float(x.sum()),
-        lambda x: x[x > 0],
-        lambda x: x.nonzero(),
-        lambda x: torch.where(x > 0),
-        lambda x: x.masked_select(x > 0),
-        lambda x: x.unique(),
-        lambda x: torch.equal(x, x),
-        lambda x: x.cpu(),
-        lambda x: x.tolist(),
-        lambda x: x.numpy(),
+        lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: float(x.sum()), lambda x: x[x > 0],
+        lambda x: x.nonzero(), lambda x: torch.where(x > 0), lambda x: x.masked_select(x > 0), lambda x: x.unique(),
+        lambda x: torch.equal(x, x), lambda x: x.cpu(), lambda x: x.tolist(), lambda x: x.numpy(),
         lambda x: "grew" if x.sum() > 1 else "stayed",
     ],
-)
+)  # fmt: skip
 def test_the_guard_notices(synchronise):
     x = torch.ones(3)
     with pytest.raises(RuntimeError, match="waits for the device"), no_host_synchronisation():

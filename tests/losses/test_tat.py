@@ -110,12 +110,6 @@ def test_terms_are_those_of_embedded_maps():
     assert terms["anchor"].item() == pytest.approx(reference(every, mask, (3, 3), 1, (3, 4)), rel=1e-9)
 
 
-def test_a_small_grid_has_fewer_patches():
-    query, key, value, target = maps(1, 2, 4, 4)
-    many = tat_loss(query, key, value, target, patches=100)
-    assert torch.equal(many, tat_loss(query, key, value, target, patches=2))
-
-
 def test_memory_is_bounded():
     loss, x = module(2), randn(1, 2, 96, 96)
     with Operators() as seen:
