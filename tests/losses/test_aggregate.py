@@ -2,10 +2,11 @@ import loss_references as reference
 import numpy as np
 import pytest
 import torch
-from loss_references import randn
+import torch.nn.functional as F
+from loss_references import randn, random_mask
 
 from hf_bcd.losses import boundary_strength
-from hf_bcd.losses.modules.aggregate import FeatureAggregator, TeacherHead
+from hf_bcd.losses.modules.aggregate import FeatureAggregator, SelfRelationHead, TeacherHead
 from hf_bcd.outputs import FeatureSpec
 
 
@@ -43,6 +44,22 @@ def test_default_sizes_are_the_papers():
     assert sum(p.numel() for p in aggregator.fuse.parameters()) == pytest.approx(0.74e6, rel=0.01)
     with pytest.raises(ValueError, match="no feature levels"):
         FeatureAggregator({})
+
+
+@pytest.mark.parametrize("predictor", [False, True])
+def test_self_relation_head_is_norm_relu_and_optionally_conv_norm_relu(predictor):
+    head, x, mask = SelfRelationHead(6, predictor), randn(2, 6, 3, 4, dtype=torch.float32), random_mask(2, 3, 4)
+
+    def norm_relu(x: torch.Tensor) -> torch.Tensor:
+        seen = x.movedim(1, -1)[mask]
+        return F.relu((x - seen.mean(dim=0)[:, None, None]) / (seen.std(dim=0, correction=0) + 1e-5)[:, None, None])
+
+    expected = norm_relu(x)
+    if predictor:
+        assert head.predictor is not None
+        expected = norm_relu(F.conv2d(expected, head.predictor.weight))
+    torch.testing.assert_close(head(x, mask), expected, rtol=1e-4, atol=1e-5)
+    assert bool(list(head.parameters())) == predictor  # the teacher's side has nothing to train
 
 
 def test_teachers_maps_are_orthogonal_without_bias():

@@ -1,4 +1,4 @@
-"""What holds for every distillation loss, whatever it computes. Values are tested beside it."""
+"""Promises of every distillation loss, whatever it computes. Values are tested beside it."""
 
 import copy
 from pathlib import Path
@@ -51,10 +51,10 @@ FLOORS = {
     ("bcd", "boundary"): "the teacher's boundary map is hard, the student's soft",
     ("bcd", "context"): "student and teacher have connectors of their own",
     ("bglsseg", "boundary"): "cross-entropy with the ground truth, of a head that starts at random",
-    ("cirkd", "memory_pixel"): "a head that is no identity stands behind the student alone",
-    ("cirkd", "memory_region"): "a head that is no identity stands behind the student alone",
+    ("cirkd", "memory_pixel"): "a head that is no identity stands behind the student only",
+    ("cirkd", "memory_region"): "a head that is no identity stands behind the student only",
     ("cwt", "cwt"): "its MLP starts at random",
-    ("fam", "fam"): "a spectral filter and a normalisation stand behind the student alone",
+    ("fam", "fam"): "a spectral filter and a normalisation stand behind the student only",
     ("ifd", "ifd"): "its projectors start at random, or they would remain equal",
     ("mgd", "mgd"): "its generator starts at random and sees a quarter of the positions",
     ("slimseg", "boundary"): "cross-entropy with the ground truth",
@@ -130,7 +130,7 @@ def regions() -> Regions:
 def step(
     criterion: DistillationCriterion, student: DenseOutput, teacher: DenseOutput, targets: Targets
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Total of the distillation terms alone, and the terms."""
+    """Total of the distillation terms, and the terms."""
     task = {"loss_task": segmentation_loss(student.logits, label_maps().ids[: len(student.logits)])}
     total, terms = criterion(task, student, teacher, targets)
     distilled = {term: value for term, value in terms.items() if term != "loss_task"}
@@ -141,7 +141,7 @@ each_kind_of_targets = pytest.mark.parametrize("targets_of", [label_maps, region
 
 
 def ready(name: str, options: dict[str, Any], student=STUDENT, teacher=TEACHER) -> DistillationCriterion:
-    """What `build` builds, with something in its memory."""
+    """As `build`, with something in its memory."""
     criterion = build(name, options, student, teacher)
     if EVERY[name].keeps == "memory":
         step(criterion, *outputs(student=student, teacher=teacher), label_maps())
