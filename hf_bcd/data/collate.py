@@ -10,16 +10,10 @@ from ..utils.messages import UserError
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stacks B samples of a `TransformedDataset`.
+    """Stacks B samples: `index` int64 `[B]`, `pixel_values` uint8 `[B, 3, H, W]` and `labels` uint8 `[B, H, W]`.
 
-    Nothing is ever padded: a model would see the padding, and predictions would differ from those of single images.
-
-    Args:
-        samples: mappings with `index`, `pixel_values` and `labels`.
-
-    Returns:
-        `index` int64 `[B]`, `pixel_values` uint8 `[B, 3, H, W]` and `labels` uint8 `[B, H, W]`. Images, and
-        independently labels, of different sizes are lists of B tensors instead.
+    Images, and independently labels, of different sizes are lists of B tensors instead. Nothing is ever padded: a model
+    would see the padding, and predictions would differ from those of single images.
     """
     return {
         # first, because Trainer takes the batch size from the first tensor that it meets
@@ -34,11 +28,7 @@ def _stack(tensors: list[Tensor]) -> Tensor | list[Tensor]:
 
 
 def check_one_size(batch: Mapping[str, Any]) -> None:
-    """Refuses a training batch that could not be stacked.
-
-    Raises:
-        UserError: names two sizes of its images or masks.
-    """
+    """Refuses a training batch that could not be stacked; the `UserError` names two sizes of its images or masks."""
     for key, kind in (("pixel_values", "images"), ("labels", "masks")):
         if isinstance(batch[key], list):
             sizes = sorted({tuple(tensor.shape[-2:]) for tensor in batch[key]})

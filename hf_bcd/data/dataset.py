@@ -17,6 +17,7 @@ from .labels import IGNORE_INDEX, ColourId, LabelRule, decode_label
 
 
 TASK = "semantic-segmentation"
+Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 SPLIT_ALIASES = {"val": "validation", "valid": "validation"}
 
 
@@ -148,9 +149,7 @@ class DenseDataset(Split, Dataset[Sample]):
         rows = Subset(cast(Any, self.rows), [range(len(self))[index] for index in indices])
         return replace(self, rows=rows, cache=None)
 
-    def with_transform(
-        self, transform: Callable[[Mapping[str, Any]], Mapping[str, Any]], seed: int = 0
-    ) -> "TransformedDataset":
+    def with_transform(self, transform: Transform, seed: int = 0) -> "TransformedDataset":
         """Applies `transform(sample)` to every sample; see `TransformedDataset`."""
         return TransformedDataset(self, transform, seed, self.cache)
 
@@ -191,13 +190,7 @@ class TransformedDataset(Dataset[dict[str, Any]]):
         cache: the same samples, if they are kept decoded; images are arrays there.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[Sample],
-        transform: Callable[[Mapping[str, Any]], Mapping],
-        seed: int = 0,
-        cache: Samples | None = None,
-    ):
+    def __init__(self, dataset: Dataset[Sample], transform: Transform, seed: int = 0, cache: Samples | None = None):
         if seed < 0:
             raise UserError(f"seed is {seed}; it must not be negative.")
         self.dataset, self.transform, self.seed = dataset, transform, seed

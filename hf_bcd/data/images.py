@@ -10,14 +10,10 @@ from ..utils.messages import UserError
 
 
 def read_image(file: str | Path | bytes | Image.Image, name: str) -> Image.Image:
-    """Decodes an image completely, so that a truncated file fails here.
-
-    Args:
-        file: path, encoded bytes or an image.
-        name: the file or row, for error messages.
+    """Decodes a path or encoded bytes completely; an image stays as it is.
 
     Raises:
-        UserError: the file is missing, truncated or not an image.
+        UserError: the file is missing, truncated or not an image; `name` says which file or row.
     """
     if isinstance(file, Image.Image):
         return file
@@ -42,15 +38,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def match_orientation(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
     """Turns a photograph with an EXIF orientation the way its mask was drawn.
 
-    The upright photograph is what viewers, annotation tools and pipelines show; but some masks were drawn on the stored
-    pixels. The upright one is taken unless only the stored one has the mask's size.
-
-    Args:
-        size: (width, height) of the mask.
-        name: the file or row, for error messages.
+    Viewers, annotation tools and pipelines show the upright photograph, but some masks were drawn on the stored pixels.
+    The upright one is taken unless only the stored one has the mask's size, (width, height).
 
     Raises:
-        UserError: neither orientation has the mask's size.
+        UserError: neither orientation has the mask's size; `name` says which file or row.
     """
     stored = image
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:

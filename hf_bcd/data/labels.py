@@ -25,7 +25,7 @@ NameSource = Mapping[int, str] | Mapping[str, str] | Sequence[str] | str | Path
 
 
 def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[ColourId] = ()) -> np.ndarray:
-    """Reads the stored ids of a mask without interpreting them.
+    """Reads the stored ids `[H, W]` of a mask without interpreting them.
 
     Palette images give their indices; converting them to grey would turn ids into luminances. RGB images are accepted if
     their three channels are equal, as in several exports of Cityscapes, or if their colours are known.
@@ -35,9 +35,6 @@ def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[Co
         name: the file or row, for error messages.
         colours: ids by colour; of two ids with the same colour, the first is taken. An RGB mask whose channels are equal
             is still one of ids if these are among them.
-
-    Returns:
-        Integer array `[H, W]`.
 
     Raises:
         UserError: the mask has colours that stand for no id, or holds no integers.
@@ -50,7 +47,14 @@ def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[Co
     if ids.ndim == 3 and ids.shape[-1] == 3:
         equal = bool((ids == ids[..., :1]).all())
         if colours and not (equal and np.isin(ids[..., 0], [IGNORE_INDEX, *(index for _, index in colours)]).all()):
-            return _ids_of_colours(ids, tuple(colours), name)
+            found = _colour_table(tuple(colours))[pack_rgb(ids)]
+            if found.min(initial=0) < 0:
+                row, column = np.argwhere(found < 0)[0]
+                raise UserError(
+                    f"{name}: colour {tuple(ids[row, column].tolist())} at row {row}, column {column} stands for no class. "
+                    "The mask has been resized with interpolation or stored with loss, or belongs to another data set."
+                )
+            return found
         if not equal:
             raise UserError(
                 f"{name}: a colour-coded mask (its red, green and blue channels differ). Class ids cannot be read from "
@@ -62,17 +66,6 @@ def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[Co
         raise UserError(
             f"{name}: not a label map ({mode}{ids.dtype} array of shape {ids.shape}). Store the masks as single-channel "
             "8-bit or 16-bit images of class ids."
-        )
-    return ids
-
-
-def _ids_of_colours(pixels: np.ndarray, colours: tuple[ColourId, ...], name: str) -> np.ndarray:
-    ids = _colour_table(colours)[pack_rgb(pixels)]
-    if ids.min(initial=0) < 0:
-        row, column = np.argwhere(ids < 0)[0]
-        raise UserError(
-            f"{name}: colour {tuple(pixels[row, column].tolist())} at row {row}, column {column} stands for no class. "
-            "The mask has been resized with interpolation or stored with loss, or belongs to another data set."
         )
     return ids
 
@@ -93,9 +86,7 @@ def pack_rgb(pixels: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LabelRule:
-    """How the ids stored in a data set's masks become the ids of its classes.
-
-    Rules are fast look-up tables, built once per process.
+    """How the ids stored in a data set's masks become the ids of its classes, by look-up tables.
 
     Attributes:
         reduce_zero: 0 is void and class k is stored as k + 1, as in ADE20K.
@@ -118,18 +109,10 @@ class LabelRule:
             raise UserError(f"ids {outside} cannot be stored in a mask, which holds 0..{_TABLE_SIZE - 1}.")
 
     def apply(self, ids: np.ndarray, num_labels: int, name: str) -> np.ndarray:
-        """Maps stored ids to class ids.
-
-        Args:
-            ids: integer array `[H, W]` of `decode_label`.
-            num_labels: number of classes.
-            name: the file or row, for error messages.
-
-        Returns:
-            uint8 array `[H, W]` of ids in 0..num_labels-1 and 255, a copy.
+        """Maps integer ids `[H, W]` of `decode_label` to a copy of uint8 class ids, 0..num_labels-1 and 255.
 
         Raises:
-            UserError: a stored id is neither a class nor void.
+            UserError: a stored id is neither a class nor void; `name` says which file or row.
         """
         if ids.dtype == np.uint8:  # bytes have look-ups of their own, several times faster than numpy's
             table, known = _byte_table(self, num_labels)

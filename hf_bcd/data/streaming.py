@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..hub.errors import explained
 from ..utils.messages import UserError
-from .dataset import Row, Sample, Split, torch_seed
+from .dataset import Row, Sample, Split, Transform, torch_seed
 from .probing import PROBED_ROWS
 from .sources.hub_tables import load_hub
 from .sources.tables import TableRows, class_names, commit_in_path, find_columns, row_of
@@ -78,8 +78,7 @@ class StreamRows:
         """Reads some rows of a shard, and of images that are files of their own only these rows' files.
 
         Raises:
-            HubError: the connection broke off.
-            UserError: a row has no image or no mask.
+            UserError: a row has no image or no mask, or the connection broke off (`HubError`).
         """
         shard = self.table.shard(num_shards=self.num_shards, index=part.shard)
         with explained("data set", self.source):
@@ -98,8 +97,7 @@ class StreamRows:
         yield from itertools.islice(self._from_start(), len(self._head), None)
 
     @cached_property
-    def _head(self) -> list[Row]:
-        """Rows that are looked at several times before training starts."""
+    def _head(self) -> list[Row]:  # it is looked at several times before training starts
         return list(itertools.islice(self._from_start(), PROBED_ROWS))
 
     def _from_start(self) -> Iterator[Row]:
@@ -170,9 +168,7 @@ class DenseStream(Split, IterableDataset[Sample]):
             rows = itertools.islice(self.rows, (reader + epoch) % readers, self.limit, readers)
         return shuffled(rows, buffer, np.random.default_rng((seed, epoch, reader)))
 
-    def with_transform(
-        self, transform: Callable[[Mapping[str, Any]], Mapping[str, Any]], seed: int = 0
-    ) -> TransformedStream:
+    def with_transform(self, transform: Transform, seed: int = 0) -> TransformedStream:
         """Makes an endless stream of samples to train on; see `TransformedStream`."""
         return TransformedStream(self, transform, seed)
 
@@ -180,10 +176,8 @@ class DenseStream(Split, IterableDataset[Sample]):
 class TransformedStream(IterableDataset[dict[str, Any]]):
     """An endless stream of shuffled samples with random transforms, for one rank of a run.
 
-    Readers (the loader workers of every rank) share the samples: within an epoch each sample is given once. A reader
-    that comes to its end starts its next epoch, in another order, so no rank ever waits for another. Where the number
-    of shards is a multiple of that of readers, each byte is read once; otherwise all readers read the shards that are
-    left over and take turns with their rows. Epochs of two readers differ in length only as far as shards do.
+    Readers (the loader workers of every rank) divide the samples, see `share`: within an epoch each is given once. A
+    reader that comes to its end starts its next epoch, in another order, so no rank ever waits for another.
 
     Order and transforms depend on the seed, the numbers of ranks and workers, and how far a reader has come, so a run
     that resumes with the same numbers continues exactly; the samples before that point are read again.
@@ -192,18 +186,11 @@ class TransformedStream(IterableDataset[dict[str, Any]]):
         dataset: samples in canonical form.
         transform: function of a sample to a mapping of tensors; its random numbers come from torch's CPU generator.
         seed: non-negative seed of order and transforms.
-        rank: which rank reads.
+        rank: which of the `ranks` ranks reads.
         ranks: number of ranks.
     """
 
-    def __init__(
-        self,
-        dataset: DenseStream,
-        transform: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-        seed: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-    ):
+    def __init__(self, dataset: DenseStream, transform: Transform, seed: int = 0, rank: int = 0, ranks: int = 1):
         if seed < 0:
             raise UserError(f"seed is {seed}; it must not be negative.")
         self.dataset, self.transform, self.seed, self.rank, self.ranks = dataset, transform, seed, rank, ranks
@@ -254,20 +241,8 @@ def open_streams(
 ) -> dict[str, StreamRows | TableRows]:
     """Opens `train` as a stream and stores the other splits: `load_tables(path, name, ...)` for data of any size.
 
-    The encoded images of the other splits are kept in the cache of `datasets`, which later runs use again.
-
-    Args:
-        path: Hub id or folder.
-        name: of the data set, for messages.
-        image_column: column of the images; found by its name if None.
-        label_column: column of the masks; found by its name if None.
-        shuffle_buffer: see `StreamRows`.
-        max_eval_samples: number of rows to read of every other split; None for all.
-        options: passed to `load_hub`.
-
-    Raises:
-        HubError: the repository cannot be read.
-        UserError: columns cannot be found.
+    The encoded images of the other splits are kept in the cache of `datasets`, which later runs use again; with
+    `max_eval_samples`, only the first rows of each.
     """
     import datasets
 

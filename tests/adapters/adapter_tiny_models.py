@@ -3,32 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from transformers import (
-    BeitConfig,
-    BeitForSemanticSegmentation,
-    ConvNextConfig,
-    Data2VecVisionConfig,
-    Data2VecVisionForSemanticSegmentation,
-    DPTConfig,
-    DPTForSemanticSegmentation,
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    MobileNetV2Config,
-    MobileNetV2ForSemanticSegmentation,
-    MobileViTConfig,
-    MobileViTForSemanticSegmentation,
-    MobileViTV2Config,
-    MobileViTV2ForSemanticSegmentation,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ResNetConfig,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SwinConfig,
-    TimmBackboneConfig,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
-)
+import transformers as hf
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_bcd.models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationConfig, TimmSegmentationModel
 
@@ -37,115 +13,75 @@ LABELS = {0: "road", 1: "traffic light", 2: "car", 3: "person", 4: "sky"}
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 WIDTHS = [8, 16, 24, 32]
 TOKENS = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 96,
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 96,
     "patch_size": 16,
-}
+}  # fmt: skip
 
 
 def labels() -> dict:
     return {"id2label": dict(LABELS), "label2id": {name: index for index, name in LABELS.items()}}
 
 
-def swin() -> SwinConfig:
-    return SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1, 2, 2, 4], window_size=4, out_features=STAGES)
+def swin() -> PreTrainedConfig:
+    return hf.SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1, 2, 2, 4], window_size=4, out_features=STAGES)
 
 
 def upernet(backbone: PreTrainedConfig) -> PreTrainedModel:
-    return UperNetForSemanticSegmentation(
-        UperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_channels=8, **labels())
-    )
+    config = hf.UperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_channels=8, **labels())
+    return hf.UperNetForSemanticSegmentation(config)
 
 
 def segformer() -> PreTrainedModel:
-    return SegformerForSemanticSegmentation(
-        SegformerConfig(
-            depths=[1] * 4,
-            hidden_sizes=WIDTHS,
-            num_attention_heads=[1, 2, 3, 4],
-            decoder_hidden_size=16,
-            classifier_dropout_prob=0.0,
-            **labels(),
-        )
-    )
+    widths = {"depths": [1] * 4, "hidden_sizes": WIDTHS, "num_attention_heads": [1, 2, 3, 4]}
+    config = hf.SegformerConfig(decoder_hidden_size=16, classifier_dropout_prob=0.0, **widths, **labels())
+    return hf.SegformerForSemanticSegmentation(config)
 
 
 def mask2former() -> PreTrainedModel:
-    return Mask2FormerForUniversalSegmentation(
-        Mask2FormerConfig(
-            backbone_config=swin(),
-            feature_size=32,
-            mask_feature_size=32,
-            hidden_dim=32,
-            encoder_feedforward_dim=32,
-            encoder_layers=1,
-            decoder_layers=2,
-            num_attention_heads=2,
-            dim_feedforward=32,
-            num_queries=8,
-            train_num_points=64,
-            **labels(),
-        )
-    )
+    widths = ("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward")
+    counts = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 8}
+    options = dict.fromkeys(widths, 32) | counts | {"train_num_points": 64}
+    return hf.Mask2FormerForUniversalSegmentation(hf.Mask2FormerConfig(backbone_config=swin(), **options, **labels()))
 
 
-def convnext() -> ConvNextConfig:
-    return ConvNextConfig(hidden_sizes=WIDTHS, depths=[1] * 4, out_features=STAGES)
+def convnext() -> PreTrainedConfig:
+    return hf.ConvNextConfig(hidden_sizes=WIDTHS, depths=[1] * 4, out_features=STAGES)
 
 
-def resnet() -> ResNetConfig:
-    return ResNetConfig(embedding_size=8, hidden_sizes=WIDTHS, depths=[1] * 4, layer_type="basic", out_features=STAGES)
+def resnet() -> PreTrainedConfig:
+    widths = {"embedding_size": 8, "hidden_sizes": WIDTHS, "depths": [1] * 4}
+    return hf.ResNetConfig(layer_type="basic", out_features=STAGES, **widths)
 
 
 def mobilenet_v2(output_stride: int, tf_padding: bool) -> PreTrainedModel:
-    return MobileNetV2ForSemanticSegmentation(
-        MobileNetV2Config(depth_multiplier=0.35, output_stride=output_stride, tf_padding=tf_padding, **labels())
-    )
+    options = {"depth_multiplier": 0.35, "output_stride": output_stride, "tf_padding": tf_padding}
+    return hf.MobileNetV2ForSemanticSegmentation(hf.MobileNetV2Config(**options, **labels()))
 
 
 def mobilevit() -> PreTrainedModel:
-    return MobileViTForSemanticSegmentation(
-        MobileViTConfig(
-            hidden_sizes=[16, 16, 16],
-            neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32],
-            aspp_out_channels=16,
-            output_stride=16,
-            **labels(),
-        )
-    )
+    widths = {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32], "aspp_out_channels": 16}
+    return hf.MobileViTForSemanticSegmentation(hf.MobileViTConfig(output_stride=16, **widths, **labels()))
 
 
 def mobilevitv2() -> PreTrainedModel:
-    return MobileViTV2ForSemanticSegmentation(
-        MobileViTV2Config(width_multiplier=0.25, aspp_out_channels=16, output_stride=8, **labels())
-    )
+    options = {"width_multiplier": 0.25, "aspp_out_channels": 16, "output_stride": 8}
+    return hf.MobileViTV2ForSemanticSegmentation(hf.MobileViTV2Config(**options, **labels()))
+
+
+OF_BEIT = {"out_indices": [1, 2, 3, 4], "use_relative_position_bias": True, "auxiliary_channels": 8} | TOKENS
 
 
 def beit() -> PreTrainedModel:
-    return BeitForSemanticSegmentation(
-        BeitConfig(
-            out_indices=[1, 2, 3, 4], use_relative_position_bias=True, auxiliary_channels=8, **TOKENS, **labels()
-        )
-    )
+    return hf.BeitForSemanticSegmentation(hf.BeitConfig(**OF_BEIT, **labels()))
 
 
 def data2vec() -> PreTrainedModel:
-    return Data2VecVisionForSemanticSegmentation(
-        Data2VecVisionConfig(
-            out_indices=[1, 2, 3, 4], use_relative_position_bias=True, auxiliary_channels=8, **TOKENS, **labels()
-        )
-    )
+    return hf.Data2VecVisionForSemanticSegmentation(hf.Data2VecVisionConfig(**OF_BEIT, **labels()))
 
 
 def dpt() -> PreTrainedModel:
-    return DPTForSemanticSegmentation(
-        DPTConfig(
-            backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8] * 4, fusion_hidden_size=8, **TOKENS, **labels()
-        )
-    )
+    options = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8} | TOKENS
+    return hf.DPTForSemanticSegmentation(hf.DPTConfig(**options, **labels()))
 
 
 def espnet(**options) -> PreTrainedModel:
@@ -156,8 +92,8 @@ def timm_segmentation(backbone: str = "mobilenetv2_035", **options) -> PreTraine
     return TimmSegmentationModel(TimmSegmentationConfig(backbone=backbone, head_channels=8, **options, **labels()))
 
 
-def timm_backbone(**options) -> TimmBackboneConfig:
-    return TimmBackboneConfig(backbone="mobilenetv2_035", **options)
+def timm_backbone(**options) -> PreTrainedConfig:
+    return hf.TimmBackboneConfig(backbone="mobilenetv2_035", **options)
 
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {

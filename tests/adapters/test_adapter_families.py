@@ -42,6 +42,7 @@ def test_feature_specs_equal_what_a_forward_gives(name, size):
         for length, pixels in zip(feature.shape[2:], size, strict=True):
             assert abs(length - math.ceil(pixels / spec.stride)) <= 1, (level, feature.shape)
     assert adapter.num_labels == 5
+    assert list(adapter.state_dict()) == [f"model.{key}" for key in adapter.model.state_dict()]
     assert output.logits.shape[:2] == (2, 5)
     assert output.logits.isfinite().all()
 
@@ -100,12 +101,6 @@ def test_heads_that_read_the_levels_alone_can_be_run_on_them(name):
         assert adapter.head_levels == ("stride_32",)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_state_dict_is_the_models_alone(name):
-    model = tiny_model(name)
-    assert list(build_adapter(model).state_dict()) == [f"model.{key}" for key in model.state_dict()]
-
-
 def test_dilated_stages_keep_their_names():
     specs = build_adapter(tiny_model("timm_segmentation-stride_8")).feature_specs
     assert specs == {
@@ -116,13 +111,8 @@ def test_dilated_stages_keep_their_names():
         "stride_32": FeatureSpec(112, 8),
     }
     assert list(build_adapter(tiny_model("timm_segmentation-four_maps")).feature_specs) == list(specs)[1:]
-    assert [spec.stride for spec in build_adapter(tiny_model("mobilevit")).feature_specs.values()] == [4, 4, 8, 16, 16]
-    assert [spec.stride for spec in build_adapter(tiny_model("mobilenet_v2-stride_8")).feature_specs.values()] == [
-        4,
-        8,
-        8,
-        8,
-    ]
+    for name, strides in (("mobilevit", [4, 4, 8, 16, 16]), ("mobilenet_v2-stride_8", [4, 8, 8, 8])):
+        assert [spec.stride for spec in build_adapter(tiny_model(name)).feature_specs.values()] == strides
 
 
 def test_levels_of_a_full_width_mobilenet_v2():
@@ -146,15 +136,11 @@ def test_stem_is_the_stride_2_map_after_pooling():
 
 @torch.no_grad()
 def test_token_levels_are_the_grids_that_the_neck_takes():
-    """Replays BEiT's head on the tapped levels."""
+    """Replays BEiT's head on the tapped levels, and compares DPT's tokens."""
     adapter = build_adapter(tiny_model("beit"))
     output = adapter(images(96, 128))
     pyramid = adapter.model.fpn(tuple(output.features.values()))
     assert torch.equal(adapter.model.decode_head(pyramid), output.logits)
-
-
-@torch.no_grad()
-def test_dpt_levels_are_the_grids_that_the_neck_takes():
     adapter = build_adapter(tiny_model("dpt"))
     output = adapter(images(96, 96))
     # readout "project" mixes the class token in, which the levels leave out
@@ -203,33 +189,30 @@ def test_runs_in_the_precision_of_the_parameters():
     assert adapter.image_mean.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("name", "size", "message"), [
-    ("data2vec", (96, 128), "its own size only \\(96x96 best\\), but pixel_values is 96x128"),
-    ("dpt", (96, 128), "squares only"),
+@pytest.mark.parametrize(("name", "pixel_values", "message"), [
+    ("data2vec", images(96, 128), r"its own size only \(96x96 best\), but pixel_values is 96x128"),
+    ("dpt", images(96, 128), "squares only"),
+    ("segformer", images()[0], r"pixel_values has shape \[3, 64, 96\]"),
 ])  # fmt: skip
-def test_sizes_that_a_model_cannot_take(name, size, message):
+def test_images_that_a_model_cannot_take(name, pixel_values, message):
     with pytest.raises(ValueError, match=message):
-        build_adapter(tiny_model(name))(images(*size))
+        build_adapter(tiny_model(name))(pixel_values)
 
 
-def test_images_must_be_a_batch_of_rgb():
-    with pytest.raises(ValueError, match=r"pixel_values has shape \[3, 64, 96\]"):
-        build_adapter(tiny_model("segformer"))(images()[0])
+PYRAMID = {"depths": [1] * 4, "hidden_sizes": [8] * 4}
+PVT = PvtV2Config(num_attention_heads=[1] * 4, out_features=STAGES, **PYRAMID)
 
 
-def test_unsupported_models():
-    vit = ViTForImageClassification(ViTConfig(**TOKENS))
-    with pytest.raises(ValueError, match="'vit'; supported types: .*segformer.*timm_segmentation"):
-        build_adapter(vit)
-    classifier = SegformerForImageClassification(SegformerConfig(depths=[1] * 4, hidden_sizes=[8] * 4))
-    with pytest.raises(ValueError, match="SegformerForImageClassification predicts no segmentation"):
-        build_adapter(classifier)
-    pyramid = PvtV2Config(depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, out_features=STAGES)
-    with pytest.raises(ValueError, match="backbone 'pvt_v2' are not known; supported backbones: convnext"):
-        build_adapter(upernet(pyramid))
-    stem = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stem", *STAGES])
-    with pytest.raises(ValueError, match="leave 'stem' out"):
-        build_adapter(upernet(stem))
+@pytest.mark.parametrize(("build", "message"), [
+    (lambda: ViTForImageClassification(ViTConfig(**TOKENS)), "'vit'; supported types: .*segformer.*timm_segmentation"),
+    (lambda: SegformerForImageClassification(SegformerConfig(**PYRAMID)),
+     "SegformerForImageClassification predicts no segmentation"),
+    (lambda: upernet(PVT), "backbone 'pvt_v2' are not known; supported backbones: convnext"),
+    (lambda: upernet(ResNetConfig(embedding_size=8, out_features=["stem", *STAGES], **PYRAMID)), "leave 'stem' out"),
+])  # fmt: skip
+def test_unsupported_models(build, message):
+    with pytest.raises(ValueError, match=message):
+        build_adapter(build())
 
 
 def test_describe():
@@ -244,3 +227,15 @@ def test_describe():
         "stride_16        32      8",
         "stride_32       112      8",
     ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exactly_the_unused_parameters_are_frozen(name):
+    adapter = build_adapter(tiny_model(name)).train()
+    size = adapter.fixed_size or (64, 96)
+    labels = torch.randint(0, adapter.num_labels, (2, *size))
+    output = adapter(images(*size), LabelMaps(labels, adapter.num_labels))
+    (sum(output.task_losses.values()) + output.logits.square().mean()).backward()
+    without_gradient = {key for key, p in adapter.model.named_parameters() if p.grad is None}
+    adapter.freeze_unused()
+    assert {key for key, p in adapter.model.named_parameters() if not p.requires_grad} == without_gradient

@@ -62,8 +62,10 @@ def test_mobilevit_takes_bgr_without_normalisation(name):
     torch.testing.assert_close(normalized[:, 0], images()[:, 2] / 255)
     expected = image_processor(adapter, shortest_edge=None)(list(images()), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(normalized, expected)
-    with pytest.raises(ValueError, match="without normalisation, but image_mean is \\[0.5, 0.5, 0.5\\]"):
+    with pytest.raises(ValueError, match=r"without normalisation, but image_mean is \[0.5, 0.5, 0.5\]"):
         build_adapter(adapter.model, *HALF)
+    with pytest.raises(ValueError, match=r"image_mean has 1 values \[0.5\]"):
+        build_adapter(adapter.model, image_mean=[0.5])
 
 
 def test_falling_back_is_a_warning_for_a_named_model_alone(caplog):
@@ -88,11 +90,6 @@ def test_statistics_are_read_at_the_commit_of_the_weights(monkeypatch):
     assert asked == {"me/pinned": {"revision": "0123abc", "trust_remote_code": False}}
 
 
-def test_statistics_must_have_three_values():
-    with pytest.raises(ValueError, match=r"image_mean has 1 values \[0.5\]"):
-        build_adapter(tiny_model("segformer"), image_mean=[0.5])
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_processor_resizes_bilinearly_and_never_crops(name, tmp_path):
     adapter = build_adapter(tiny_model(name))
@@ -105,11 +102,9 @@ def test_processor_resizes_bilinearly_and_never_crops(name, tmp_path):
     pixel_values = processor(list(image), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixel_values, expected)
     assert adapter.model(pixel_values)  # a size that the model takes
-
-
-def test_processor_limits_the_longer_side():
-    processor = image_processor(build_adapter(tiny_model("segformer")), shortest_edge=32)
-    assert processor(images(20, 200)[0], return_tensors="pt")["pixel_values"].shape[-2:] == (13, 128)
+    if name == "segformer":  # the longer side has its limit
+        processor = image_processor(adapter, shortest_edge=32)
+        assert processor(images(20, 200)[0], return_tensors="pt")["pixel_values"].shape[-2:] == (13, 128)
 
 
 @pytest.mark.parametrize("name", ["mobilevit", "segformer", "timm_segmentation"])

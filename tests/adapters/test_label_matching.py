@@ -28,12 +28,11 @@ def catalog(name: str) -> dict[int, str]:
     return id2label
 
 
-def voc() -> dict[int, str]:
-    """Spelled as in the checkpoints that were trained on Pascal VOC."""
-    names = (
-        "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person"
-    )
-    return numbered(*names.split(), "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+# spelled as in the checkpoints that were trained on Pascal VOC
+VOC = numbered(*(
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+    "pottedplant sheep sofa train tvmonitor"
+).split())  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +55,6 @@ def coco(shared_data: Path) -> dict[int, str]:
     """The 133 panoptic classes."""
     folder = shared_data / "format_samples/coco/panopticapi_sample"
     return numbered(*(row["name"] for row in json.loads((folder / "panoptic_coco_categories.json").read_text())))
-
-
-# ---- Guesses -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("teacher", "student", "expected"), [
@@ -120,8 +116,6 @@ def test_all_ade20k_names_match_their_short_forms_in_any_order(ade20k):
     assert checkpoints.is_identity
 
 
-# ---- Between data sets -------------------------------------------------------------------------------------------
-
 ADE20K_TO_VOC = {
     "aeroplane": "airplane", "bicycle": "bicycle", "boat": "boat", "bottle": "bottle", "bus": "bus", "car": "car",
     "chair": "chair", "motorbike": "minibike", "person": "person", "sofa": "sofa", "tvmonitor": "television receiver",
@@ -135,8 +129,8 @@ COCO_TO_CITYSCAPES = {
 
 def test_ade20k_to_voc(ade20k):
     """Not matched: the background, table to diningtable, plant or pot to pottedplant, and animal to any animal."""
-    assert by_name(match_labels(catalog("ade20k"), voc())) == ADE20K_TO_VOC
-    long = match_labels(ade20k, voc())
+    assert by_name(match_labels(catalog("ade20k"), VOC)) == ADE20K_TO_VOC
+    long = match_labels(ade20k, VOC)
     assert by_name(long, catalog("ade20k")) == ADE20K_TO_VOC
     animals = {"bird", "cat", "cow", "dog", "horse", "sheep"}
     assert set(long.missing) == {"background", "diningtable", "pottedplant", "train"} | animals
@@ -161,7 +155,7 @@ def test_coco_to_cityscapes(coco, cityscapes):
 
 
 def test_coco_to_voc_lacks_the_background_alone(coco):
-    found = match_labels(coco, voc())
+    found = match_labels(coco, VOC)
     assert found.missing == ["background"]
     assert {ours: theirs for ours, theirs in by_name(found).items() if ours != theirs} == {
         "aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "sofa": "couch",
@@ -192,27 +186,18 @@ def test_every_data_set_of_the_catalog_matches_itself():
             assert match_labels(spec.id2label, spec.id2label).is_identity, name
 
 
-# ---- The file ----------------------------------------------------------------------------------------------------
-
-
-def test_the_file_wins_over_guessing():
-    teacher, student = numbered("car", "bus", "minibus", "road"), numbered("road", "bus", "car")
-    found = match_labels(teacher, student, {"BUS": ["Minibus"], "car": []})
-    assert found.sources == {0: (3,), 1: (2,)} and found.rules == {0: "name", 1: "file"}
-    assert found.missing == ["car"] and found.unused == ["car", "bus"]
-
-
-def test_a_class_given_away_by_the_file_is_not_guessed_again():
-    found = match_labels(numbered("car", "road"), numbered("car", "vehicle"), {"vehicle": ["car"]})
-    assert found.sources == {1: (0,)} and found.missing == ["car"]
-
-
-def test_the_file_names_synonyms_and_placeholders():
-    assert match_labels(numbered("x", "car, auto"), numbered("vehicle"), {"vehicle": ["auto"]}).sources == {0: (1,)}
-    found = match_labels(numbered("LABEL_0", "LABEL_1"), numbered("road", "car"), {"road": ["LABEL_1"]})
-    assert found.sources == {0: (1,)} and found.missing == ["car"]
-    found = match_labels(numbered("LABEL_0", "LABEL_1"), numbered("road", "car"), {"road": ["LABEL_0"]})
-    assert found.is_identity and found.rules == {0: "file", 1: "number"}
+@pytest.mark.parametrize(("teacher", "student", "synonyms", "sources", "rules"), [
+    ("car bus minibus road", "road bus car", {"BUS": ["Minibus"], "car": []}, {0: (3,), 1: (2,)}, {0: "name", 1: "file"}),
+    # given away, so not guessed again
+    ("car road", "car vehicle", {"vehicle": ["car"]}, {1: (0,)}, {1: "file"}),
+    ("x car,auto", "vehicle", {"vehicle": ["auto"]}, {0: (1,)}, {0: "file"}),
+    ("LABEL_0 LABEL_1", "road car", {"road": ["LABEL_1"]}, {0: (1,)}, {0: "file"}),
+    ("LABEL_0 LABEL_1", "road car", {"road": ["LABEL_0"]}, {0: (0,), 1: (1,)}, {0: "file", 1: "number"}),
+])  # fmt: skip
+def test_the_file_wins_over_guessing(teacher, student, synonyms, sources, rules):
+    found = match_labels(numbered(*teacher.split()), numbered(*student.split()), synonyms)
+    assert found.sources == sources and found.rules == rules
+    assert found.missing == [label for index, label in enumerate(student.split()) if index not in sources]
 
 
 @pytest.mark.parametrize(("synonyms", "message"), [
@@ -252,9 +237,6 @@ def test_unreadable_synonyms_name_the_file(text, message, tmp_path):
         read_synonyms(path)
 
 
-# ---- What a map does ---------------------------------------------------------------------------------------------
-
-
 def test_probabilities_of_many_classes_add_up():
     teacher = numbered("car", "road", "bus", "sky", "truck")
     found = match_labels(teacher, numbered("road", "vehicle", "sky"), {"vehicle": ["truck", "car", "bus"]})
@@ -275,20 +257,15 @@ def test_extreme_logits_do_not_overflow():
 
 
 def test_single_classes_are_picked_exactly():
-    logits = torch.randn(2, 4, 3, 5)
-    found = match_labels(numbered("a", "b", "c", "d"), numbered("d", "b"))
-    assert torch.equal(found.apply(logits), logits[:, [3, 1]])
-    same = match_labels(numbered("a", "b", "c", "d"), numbered("a", "b", "c", "d"))
-    assert same.apply(logits) is logits
+    logits, teacher = torch.randn(2, 4, 3, 5), numbered(*"abcd")
+    assert torch.equal(match_labels(teacher, numbered("d", "b")).apply(logits), logits[:, [3, 1]])
+    assert match_labels(teacher, teacher).apply(logits) is logits
 
 
 def test_incomplete_maps_do_not_apply():
     found = match_labels(numbered("a", "b"), numbered("a", "x"))
     with pytest.raises(ValueError, match=r"no class for \['x'\]"):
         found.apply(torch.zeros(1, 2, 1, 1))
-
-
-# ---- The report --------------------------------------------------------------------------------------------------
 
 
 def test_the_report_says_what_matched_how_and_what_is_left():

@@ -62,9 +62,9 @@ def test_adapter_gives_the_log_scores_at_stride_4():
     adapter = build_adapter(tiny_model("mask2former"))
     outputs = adapter.model(adapter.normalize(images()))
     expected = semantic_logits(outputs.class_queries_logits, outputs.masks_queries_logits)
-    logits = adapter(images()).logits
-    assert logits.shape == (2, 5, 16, 24)
-    assert torch.equal(logits, expected)
+    output = adapter(images())
+    assert output.logits.shape == (2, 5, 16, 24) and output.task_losses == {}
+    assert torch.equal(output.logits, expected)
 
 
 def test_task_loss_is_the_models_own(label_map):
@@ -84,10 +84,6 @@ def test_task_loss_is_the_models_own(label_map):
     assert all(p.grad is not None for p in adapter.model.class_predictor.parameters())
 
 
-def test_no_task_loss_without_labels():
-    assert build_adapter(tiny_model("mask2former"))(images()).task_losses == {}
-
-
 def test_training_under_bfloat16_autocast(label_map):
     adapter = build_adapter(tiny_model("mask2former")).train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -97,25 +93,14 @@ def test_training_under_bfloat16_autocast(label_map):
     assert all(p.grad is None or p.grad.isfinite().all() for p in adapter.parameters())
 
 
-def test_a_few_steps_lower_the_loss(label_map):
-    adapter = build_adapter(tiny_model("mask2former"))
-    optimizer = torch.optim.Adam(adapter.parameters(), 3e-3)
-    losses = []
-    for step in range(12):
-        torch.manual_seed(step)
-        loss = adapter(images(), LabelMaps(label_map, 5)).task_losses["loss_task"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-
-
 def test_query_labels_leave_ignored_pixels_out_of_every_mask(label_map):
     masks, classes = query_labels(label_map, num_labels=5)
     assert [c.tolist() for c in classes] == [[0, 3], [0, 1]]
     assert torch.equal(masks[1].sum(0), (label_map[1] != 255).float())
     assert torch.equal(masks[0][1], (label_map[0] == 3).float())
+    label_map[1, 0, 0] = 7
+    with pytest.raises(ValueError, match=r"labels\[1\] holds classes \[0, 1, 7\], but the model has 5 labels"):
+        query_labels(label_map, num_labels=5)
 
 
 def test_images_without_any_label():
@@ -123,9 +108,3 @@ def test_images_without_any_label():
     loss = adapter(images(), LabelMaps(torch.full((2, 64, 96), 255), 5)).task_losses["loss_task"]
     loss.backward()
     assert loss.isfinite()
-
-
-def test_labels_beyond_the_classes(label_map):
-    label_map[1, 0, 0] = 7
-    with pytest.raises(ValueError, match=r"labels\[1\] holds classes \[0, 1, 7\], but the model has 5 labels"):
-        query_labels(label_map, num_labels=5)

@@ -5,8 +5,7 @@ import sys
 import pytest
 from pictures import grid, save
 
-from hf_bcd.commands.check import main
-from hf_bcd.data.check import check
+from hf_bcd.commands.check import check, main
 
 
 @pytest.fixture

@@ -72,18 +72,11 @@ def test_checkerboard_is_two_components():
     assert torch.equal(found.ids[0], board % 2)
 
 
-def test_images_of_a_batch_do_not_touch():
-    found = label_components(torch.zeros(3, 2, 2, dtype=torch.int32))
-    assert found.sizes.tolist() == [4, 4, 4]
-    assert found.first.tolist() == [0, 4, 8]
-
-
-def test_rows_do_not_wrap_around():
-    found = label_components(torch.tensor([[[0, -1, 5], [5, -1, 0]]]))
+def test_components_by_hand():
+    found = label_components(torch.zeros(3, 2, 2, dtype=torch.int32))  # images do not touch
+    assert found.sizes.tolist() == [4, 4, 4] and found.first.tolist() == [0, 4, 8]
+    found = label_components(torch.tensor([[[0, -1, 5], [5, -1, 0]]]))  # rows do not wrap around
     assert found.ids.tolist() == [[[0, -1, 1], [2, -1, 3]]]
-
-
-def test_background_alone():
     found = label_components(torch.full((2, 3, 3), -1))
     assert (found.ids == -1).all() and len(found.sizes) == 0
 

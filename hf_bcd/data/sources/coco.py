@@ -46,16 +46,13 @@ def _read_instances(image: str, height: int, width: int, annotations: bytes) -> 
 
 
 def panoptic_to_classes(mask: Image.Image, segments: np.ndarray, classes: np.ndarray, name: str) -> np.ndarray:
-    """Replaces the segment ids R + 256 G + 65536 B of a panoptic mask by classes; 0 becomes void.
+    """Replaces the segment ids R + 256 G + 65536 B of a panoptic mask by classes, uint8 `[H, W]`; 0 becomes void.
 
     Args:
         mask: RGB image.
         segments: ids of the segments, ascending.
         classes: class of each segment; a crowd has its class.
         name: the file, for error messages.
-
-    Returns:
-        uint8 array `[H, W]`.
 
     Raises:
         UserError: the mask is not RGB or holds a segment that the annotations lack.
@@ -76,7 +73,7 @@ def panoptic_to_classes(mask: Image.Image, segments: np.ndarray, classes: np.nda
 
 
 def draw_instances(annotations: list[dict[str, Any]], height: int, width: int, name: str) -> np.ndarray:
-    """Draws instances of the 80 classes on a background of class 0.
+    """Draws instances of the 80 classes on a background of class 0: uint8 `[height, width]`.
 
     Where instances of different classes overlap, and in crowds outside of single instances, pixels are void.
 
@@ -86,9 +83,6 @@ def draw_instances(annotations: list[dict[str, Any]], height: int, width: int, n
         height: of the image.
         width: of the image.
         name: the image, for error messages.
-
-    Returns:
-        uint8 array `[H, W]`.
 
     Raises:
         UserError: pycocotools is not installed, or a segmentation cannot be read.

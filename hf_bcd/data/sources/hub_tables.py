@@ -24,7 +24,7 @@ def load_hub(
     data_files: Mapping[str, str] | None = None,
     load: Callable[..., Any] | None = None,
 ) -> Any:
-    """Loads a data set with `datasets.load_dataset`, without ever running its code.
+    """Loads a Hub id or folder with `datasets.load_dataset`, without ever running its code.
 
     Args:
         repo: Hub id or folder.
@@ -32,7 +32,7 @@ def load_hub(
         revision: branch, tag or commit.
         data_dir: folder inside the repository.
         data_files: glob pattern of the files of each split.
-        load: `datasets.load_dataset_builder`, to look at the files only.
+        load: `datasets.load_dataset_builder`, to look only at the files.
 
     Raises:
         HubError: the repository cannot be read.

@@ -103,11 +103,7 @@ def read_tables(
 def find_columns(
     features: Mapping[str, Any], image_column: str | None, label_column: str | None, name: str
 ) -> tuple[str, str]:
-    """Finds the columns of images and label maps among the features of a table.
-
-    Raises:
-        UserError: none or several columns fit, or one is to be both.
-    """
+    """Finds the columns of images and label maps among a table's features; a `UserError` says why there are none."""
     import datasets
 
     is_image = {column: isinstance(feature, datasets.Image) for column, feature in features.items()}

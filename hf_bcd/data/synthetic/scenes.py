@@ -55,20 +55,19 @@ class SyntheticScenes(Dataset[Sample]):
         split: str = "train",
         num_classes: int = 8,
     ):
-        if min(size) < 32:
-            raise UserError(f"size is {size}; scenes need at least 32 pixels in height and in width.")
-        if num_images < 1:
-            raise UserError(f"num_images is {num_images}; ask for at least one.")
-        if seed < 0:
-            raise UserError(f"seed is {seed}; it must not be negative.")
-        if split not in SPLITS:
-            raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}.")
-        if num_classes not in TAXONOMIES:
-            raise UserError(f"num_classes is {num_classes}; choose {min(TAXONOMIES)} to {max(TAXONOMIES)}.")
-        self.size = size
-        self.num_images = num_images
-        self.seed = seed
-        self.split = split
+        for wrong, message in (
+            (min(size) < 32, f"size is {size}; scenes need at least 32 pixels in height and in width."),
+            (num_images < 1, f"num_images is {num_images}; ask for at least one."),
+            (seed < 0, f"seed is {seed}; it must not be negative."),
+            (split not in SPLITS, f"split is {split!r}; choose one of {', '.join(SPLITS)}."),
+            (
+                num_classes not in TAXONOMIES,
+                f"num_classes is {num_classes}; choose {min(TAXONOMIES)} to {max(TAXONOMIES)}.",
+            ),
+        ):
+            if wrong:
+                raise UserError(message)
+        self.size, self.num_images, self.seed, self.split = size, num_images, seed, split
         names = list(dict.fromkeys(TAXONOMIES[num_classes]))
         self.id2label = dict(enumerate(names))
         self._merge = np.full(256, IGNORE_INDEX, np.uint8)
