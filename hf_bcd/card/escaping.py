@@ -1,19 +1,22 @@
-"""Makes values that are not ours inert in Markdown, HTML and code, and takes private ones out of a command."""
+"""Makes values that are not ours inert in Markdown, HTML and code, and takes private ones out of a recipe."""
 
 import re
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import yaml
+
 from ..utils.text import one_line, redacted
+from ..utils.yaml import yaml_text
 
 
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEB_PAGE = re.compile(r"https?://[\w.~%/#?=&+-]+")
 # absolute, relative to home or to a neighbouring folder; may stand inside a mapping
 LOCAL_PATH = re.compile(r"""(?<![\w/.:%-])(?:~|\.{1,2}|[A-Za-z]:)?[/\\][^,'"{}\[\]\n]*""")
 PATH_OPTIONS = ("data_dir", "id2label", "label_synonyms", "weights")
+PRIVATE = re.compile(r"output_dir|run_name|push_to_hub|resume_from_checkpoint|hub_.*|.*token.*")
 
 
 def escape_markdown(text: object) -> str:
@@ -26,14 +29,13 @@ def escape_markdown(text: object) -> str:
 
 def code_block(text: str, language: str = "") -> str:
     """Fenced code, whatever backticks the code holds."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     return f"{fence}{language}\n{text.strip()}\n{fence}"
 
 
-def link(text: str, url: str) -> str:
-    """A Markdown link, or the bare text where the address has characters that could end it."""
-    return f"[{escape_markdown(text)}]({url})" if WEB_PAGE.fullmatch(url) else escape_markdown(text)
+def link(text: str, url: str | None) -> str:
+    """A Markdown link, or the bare text where there is no address or it has characters that could end the link."""
+    return f"[{escape_markdown(text)}]({url})" if url and WEB_PAGE.fullmatch(url) else escape_markdown(text)
 
 
 def hub_link(repo_id: str, kind: str = "") -> str:
@@ -41,34 +43,30 @@ def hub_link(repo_id: str, kind: str = "") -> str:
     return link(repo_id, f"https://huggingface.co/{kind}{repo_id}")
 
 
-def shareable_command(program: str, arguments: Sequence[str], secrets: Sequence[str] = ()) -> str:
-    """The command line without tokens and without paths of this machine.
-
-    Args:
-        program: what is run, such as `accelerate launch scripts/distill.py`.
-        arguments: what followed it.
-        secrets: access tokens beside the one in use.
-    """
-    shown, option = [], ""
-    for argument in arguments:
-        name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        if name:
-            option = name.removeprefix("--")
-        key = option.replace("-", "_").rpartition(".")[2]
-        if "token" in key:
-            continue
-        if name and not equals:
-            shown.append(name)
-            continue
-        value = without_paths(value, key)
-        for secret in secrets:
-            value = value.replace(secret, "<token>")
-        shown.append(f"{name}{equals}{shlex.quote(redacted(value))}")
-    return " ".join([program, *shown])
+def paper_link(source: str) -> str:
+    """A link to a paper; for one of arXiv to the Hub's page, which lists the models that mention it."""
+    paper = re.search(r"\d{4}\.\d{4,5}$", source) if "arxiv.org" in source or "/papers/" in source else None
+    if paper is None:
+        return link(source.removeprefix("https://"), source)
+    return link(f"arXiv:{paper[0]}", f"https://huggingface.co/papers/{paper[0]}")
 
 
-def shareable_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without tokens, without paths of this machine and without where its results went."""
+def render(template: str, **context: Any) -> str:
+    """A template of this package as Markdown, in which values that are not ours pass through `md`, `code` or a link."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hf_bcd.card"),
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"md": escape_markdown, "code": code_block, "link": link, "hub": hub_link}
+    environment.filters |= {"paper": paper_link, "yaml": yaml_text}
+    return environment.get_template(template).render(context)
+
+
+def shareable_recipe(recipe: Mapping[str, Any]) -> str:
+    """A recipe as YAML, without tokens, paths of this machine and the place of its results."""
 
     def shared(value: Any, key: str) -> Any:
         if isinstance(value, Mapping):
@@ -77,20 +75,14 @@ def shareable_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
             return [shared(inner, key) for inner in value]
         return redacted(without_paths(value, key)) if isinstance(value, str) else value
 
-    private = {"output_dir", "run_name", "push_to_hub", "resume_from_checkpoint"}
-    return {
-        key: shared(value, key)
-        for key, value in recipe.items()
-        if key not in private and "token" not in key and not key.startswith("hub_")
-    }
+    kept = {key: shared(value, key) for key, value in recipe.items() if not PRIVATE.fullmatch(key)}
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=100)
 
 
 def without_paths(value: str, key: str) -> str:
     """An argument's value with a placeholder in place of each local path."""
     if "examples/recipes/" in value:
         return value[value.index("examples/recipes/") :]
-    if key == "output_dir":
-        return Path(value).name or "output"
     if key in PATH_OPTIONS or ("/" in value and len(value) < 200 and Path(value).exists()):
         return f"path/to/{key}"
     return LOCAL_PATH.sub(f"path/to/{key or 'file'}", value)

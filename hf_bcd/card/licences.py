@@ -2,9 +2,9 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import timm
 import yaml
@@ -26,8 +26,7 @@ IDENTIFIERS = frozenset((
 ))  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Licence:
+class Licence(NamedTuple):
     """Terms of a model.
 
     Attributes:
@@ -69,10 +68,9 @@ def licence_of(repo_id: str) -> Licence | None:
             return licence
     if repo_id.startswith("timm/"):
         with suppress(RuntimeError):  # an unknown tag
-            known = timm.get_pretrained_cfg(repo_id.removeprefix("timm/"))
+            stated = getattr(timm.get_pretrained_cfg(repo_id.removeprefix("timm/")), "license", None) or "unknown"
             page = f"https://huggingface.co/{repo_id}"
-            stated = known.license if known is not None and known.license != "unknown" else None
-            return from_identifier(stated, address=page) if stated else None
+            return None if stated == "unknown" else from_identifier(stated, address=page)
     try:
         with explained("model", repo_id):
             card = ModelCard.load(repo_id, ignore_metadata_errors=True).data.to_dict()
@@ -89,30 +87,26 @@ def licence_of(repo_id: str) -> Licence | None:
 
 def from_identifier(identifier: str, name: str | None = None, address: str | None = None) -> Licence:
     """Terms as a card or timm's registry states them."""
-    forbidden = bool(NON_COMMERCIAL.search(f"{identifier} {name or ''}"))
     return Licence(
         identifier if identifier in IDENTIFIERS else "other",
         str(name or identifier),
         str(address) if address else None,
-        not forbidden,
+        commercial=not NON_COMMERCIAL.search(f"{identifier} {name or ''}"),
     )
 
 
-def student_licence(sources: Iterable[Licence | None]) -> dict[str, str]:
+def student_licence(sources: Sequence[Licence | None]) -> dict[str, str]:
     """Metadata of a card whose model rests on others: the strictest of their terms, nothing where one is unknown.
 
     Args:
-        sources: terms of the checkpoint that the student started from, then of its teacher.
+        sources: terms of the weights that the student started from, and of its teacher.
     """
-    sources = list(sources)
-    known = [terms for terms in sources if terms is not None]
-    if restricting := next((terms for terms in known if not terms.commercial), None):
-        return _as_other(restricting)
-    if not known or len(known) < len(sources) or len({terms.name for terms in known}) > 1:
+    names = {terms and terms.name for terms in sources}
+    strictest = next((terms for terms in sources if terms and not terms.commercial), None)
+    if strictest is None and (len(names) != 1 or None in names):
         return {}
-    return _as_other(known[0]) if known[0].identifier == "other" else {"license": known[0].identifier}
-
-
-def _as_other(terms: Licence) -> dict[str, str]:
-    metadata = {"license": "other", "license_name": terms.name}
-    return metadata | ({"license_link": terms.link} if terms.link else {})
+    terms = strictest or sources[0]
+    assert terms is not None
+    if terms.identifier != "other" and terms.commercial:
+        return {"license": terms.identifier}
+    return {"license": "other", "license_name": terms.name} | ({"license_link": terms.link} if terms.link else {})

@@ -1,91 +1,88 @@
-"""The card's example of use: the same code that a reader copies runs here first, on the saved folder."""
+"""The card's examples of use, of which those of PyTorch run here first, on the saved folder; and its section on ONNX."""
 
 import io
 import json
 import logging
+import re
 import tempfile
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
-    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
-)
+import jinja2
+from PIL import Image
+from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 
-from ..data import DenseDataset
+from ..hub.pushing import read_export
 from ..models import MODEL_TYPES
 from ..utils.text import one_line
+from .escaping import render
 
 
 logger = logging.getLogger(__name__)
 
-PICTURE = "picture.jpg"
-PIPELINE = """\
-from transformers import pipeline
-
-segment = pipeline("image-segmentation", model={model}{trust})
-for region in segment({picture}{subtask}):  # a path, an address or a PIL image
-    covered = region["mask"].histogram()[255] / (region["mask"].width * region["mask"].height)
-    print(region["label"], f"{{covered:.1%}}")
-"""
-TENSORS = """\
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
-
-processor = AutoImageProcessor.from_pretrained({model}{trust})
-model = AutoModelForSemanticSegmentation.from_pretrained({model}{trust}).eval()
-image = Image.open({picture}).convert("RGB")
-with torch.no_grad():
-    outputs = model(**processor(image, return_tensors="pt"))
-(classes,) = processor.post_process_semantic_segmentation(outputs, [image.size[::-1]])
-print(classes.shape, [model.config.id2label[index] for index in classes.unique().tolist()])
-"""
+ONNX_SECTION = re.compile(r"^## ONNX\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+AFTER_ONNX = re.compile(r"^## How it was |\Z", re.MULTILINE)
 
 
-def usage_snippets(folder: Path, repository: str, data: DenseDataset) -> list[str]:
-    """Code that loads and runs the student, each piece with what it printed for the first picture of `data`.
+def usage_snippets(folder: Path, repository: str, templates: Sequence[str], picture: Image.Image | None) -> list[str]:
+    """Code that loads and runs a student, each piece with its output for a picture.
 
-    What cannot be run appears without output, and a warning is logged.
+    Without a picture, or where it does not run, the code appears without output; the latter is a warning.
 
     Args:
         folder: the saved student.
-        repository: what readers load it by.
-        data: pictures to try it on.
+        repository: name by which readers load it.
+        templates: the task's snippets.
+        picture: picture to try it on.
     """
-    config = json.loads((folder / "config.json").read_text())
-    templates = [PIPELINE]
-    if config["model_type"] in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES:
-        templates.append(TENSORS)
-    snippets = [fill(template, repository, PICTURE, config) for template in templates]
+    snippets = [fill(template, folder, repository) for template in templates]
+    printed = [""] * len(templates)
     with tempfile.TemporaryDirectory() as temporary:
-        picture = Path(temporary) / "picture.png"
+        file = Path(temporary) / "picture.png"
         try:
-            next(iter(data))["image"].save(picture)
-            printed = [run(fill(template, str(folder), str(picture), config)) for template in templates]
+            if picture is not None:
+                picture.save(file)
+                printed = [_output(fill(template, folder, str(folder), str(file))) for template in templates]
         except Exception as error:  # the student is trained and saved; its card must not be what fails
             logger.warning("the card's example of use did not run (%s: %s)", type(error).__name__, one_line(error))
-            return snippets
-    return [snippet + comment(output) for snippet, output in zip(snippets, printed, strict=True)]
+    return [code + output for code, output in zip(snippets, printed, strict=True) if code]
 
 
-def fill(template: str, model: str, picture: str, config: dict) -> str:
-    """The code for one model and picture."""
-    # the architecture of our own models lies beside their weights; code of anybody else never runs here
-    trust = ", trust_remote_code=True" if config["model_type"] in MODEL_TYPES else ""
-    # by itself the pipeline would ask a universal model for panoptic segments
-    subtask = ', subtask="semantic"' if config["model_type"] in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES else ""
-    return template.format(model=json.dumps(model), picture=json.dumps(picture), trust=trust, subtask=subtask)
+def fill(template: str, folder: Path, model: str, picture: str = "picture.jpg") -> str:
+    """Code that runs the student of a folder, loaded by the name `model`."""
+    universal = _model_type(folder) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
+    values = {"model": json.dumps(model), "picture": json.dumps(picture), "trust": _trust(folder)}
+    return jinja2.Template(template, trim_blocks=True, keep_trailing_newline=True).render(values, universal=universal)
 
 
-def run(code: str) -> str:
-    """What the code prints."""
+def _output(code: str) -> str:
+    """Printed lines as comments."""
     printed = io.StringIO()
     with redirect_stdout(printed), redirect_stderr(io.StringIO()):  # progress bars of loading weights
         exec(compile(code, "<usage>", "exec"), {"__name__": "usage"})
-    return printed.getvalue()
+    return "".join(f"# {one_line(line)}\n" for line in printed.getvalue().splitlines())
 
 
-def comment(output: str) -> str:
-    """Printed lines as comments."""
-    return "".join(f"# {one_line(line)}\n" for line in output.splitlines())
+def _model_type(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["model_type"]
+
+
+def _trust(folder: Path) -> str:
+    # the architecture of our own models lies beside their weights; code of anybody else never runs here
+    return ", trust_remote_code=True" if _model_type(folder) in MODEL_TYPES else ""
+
+
+def onnx_section(folder: Path, repository: str) -> str:
+    """The section about a student's export, loaded by the name `repository`; empty if its weights have none."""
+    report = read_export(folder)
+    return render("onnx.md", report=report, model=json.dumps(repository), trust=_trust(folder)) if report else ""
+
+
+def mention_export(folder: Path) -> None:
+    """Brings that section in a student's README.md up to date; does nothing without a card."""
+    path = folder / "README.md"
+    if path.is_file():
+        card, section = ONNX_SECTION.sub("", path.read_text()), onnx_section(folder, folder.resolve().name)
+        place = next(AFTER_ONNX.finditer(card)).start()
+        path.write_text(f"{card[:place].rstrip()}\n\n{section}\n\n{card[place:]}".rstrip() + "\n")

@@ -10,19 +10,17 @@ Without --teacher the student is trained by itself. Everything a run produces li
 """
 
 import logging
-import sys
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
 
 from ..adapters import read_synonyms
 from ..adapters.loading import load_adapter
-from ..card.provenance import Origin
+from ..card.usage import fill
 from ..runs.arguments import build_arguments, read_arguments
 from ..runs.baseline import load_baseline, prepare_baseline, prepare_teacher
 from ..runs.experiment import build_student, evaluate_model, final_split, load_data, train_model
-from ..runs.report import loading_lines, metrics_table, write_report
-from ..tasks import task_of
+from ..runs.report import metrics_table, write_report
 from ..training.hardware import limit_threads
 from ..training.hub import HubCallback
 
@@ -38,10 +36,6 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
     model_args, data_args, config = build_arguments(recipe)
     limit_threads()
     logging.basicConfig(level=logging.INFO if config.should_log else logging.ERROR, format="%(message)s")
-    # `accelerate launch` and `torchrun` leave no trace of themselves in the arguments
-    script = Path(sys.argv[0]).name == "distill.py"
-    program = "accelerate launch scripts/distill.py" if script else "hf-bcd distill"
-    origin = Origin(program, tuple(sys.argv[1:] if argv is None else argv), model_args, data_args, recipe)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # the Hub's client would log every request
     data = load_data(data_args)
     student = build_student(model_args, data, config.seed)  # a wrong name fails before hours of teacher training
@@ -64,8 +58,9 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
             else:
                 scores[name] = evaluate_model(model, config, data[split], synonyms)
     if config.should_save:
-        write_report(trainer, found, scores, data, split, origin)
-        print(metrics_table(scores, task_of(data["train"])))
-        print(loading_lines(str(config.output_dir)))
+        write_report(trainer, found, scores, data, split, recipe)
+        print(metrics_table(scores, trainer.task))
+        call = fill(trainer.task.call, Path(str(config.output_dir)), str(config.output_dir))
+        print(f"import hf_bcd\nfrom transformers import pipeline\n{call}")
     if config.push_to_hub and isinstance(commit := trainer.push_to_hub(), CommitInfo):  # None on further ranks
         print(f"pushed: {commit.commit_url}")

@@ -11,7 +11,9 @@ import argparse
 
 from transformers.hf_argparser import string_to_bool
 
+from ..card.usage import mention_export
 from ..export.onnx import export_student
+from ..hub.pushing import ONNX_MODEL
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,15 +32,16 @@ def main(argv: list[str] | None = None) -> None:
         help="run the model's own code",
     )
     args = parser.parse_args(argv)
-    path, report = export_student(
+    folder, report = export_student(
         args.student,
         args.output_dir,
         size=args.size,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
     )
+    mention_export(folder)
     parity, latency, (height, width) = report["parity"], report["latency_ms"], report["size"]
-    print(f"{path}: {report['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
+    print(f"{folder / ONNX_MODEL}: {report['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
     fixed = report["fixed_because"]
     print(f"height and width: {f'fixed at {height} x {width}, because {fixed}' if fixed else 'free'}; batch: free")
     print(

@@ -6,8 +6,33 @@ hf-bcd methods --markdown > docs/methods.md
 """
 
 import argparse
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from itertools import zip_longest
+from pathlib import Path
+from textwrap import fill, indent, wrap
+from typing import Any
 
-from ..runs.methods import markdown, page, read_costs, table
+from .. import losses
+from ..losses import LOSSES, DistillationCriterion, build_criterion
+from ..losses.recipe import ALWAYS_OFFERED, options_of, read_losses
+from ..outputs import FeatureSpec
+from ..utils.messages import UserError, unknown_key_message
+from ..utils.yaml import yaml_text
+
+
+# the paper's first pair, PSPNet-101 -> PSPNet-18 on Pascal VOC
+LEVELS = {"stem": 4, "stride_4": 4, "stride_8": 8, "stride_16": 8, "stride_32": 8}
+STUDENT, TEACHER = (
+    {name: FeatureSpec(width, stride) for (name, stride), width in zip(LEVELS.items(), widths, strict=True)}
+    for widths in ((64, 64, 128, 256, 512), (64, 256, 512, 1024, 2048))
+)
+HEAD_LEVELS = ("stride_32",)
+NUM_LABELS = 21
+COSTS = Path(__file__).parents[2] / "docs" / "methods_cost.json"
+WIDTH = 118
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,8 +41,129 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("method", nargs="?", help="print this one in full")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args(argv)
-    costs = read_costs()
-    if args.method is not None:
-        print(page(args.method, costs))
-    else:
-        print(markdown(costs) if args.markdown else table(costs))
+    costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}  # measured in a checkout, not in the wheel
+    print(page(args.method, costs) if args.method is not None else table(costs, args.markdown))
+
+
+def reference_criterion(recipe: Mapping[str, Any]) -> DistillationCriterion:
+    """The criterion of a recipe's `losses` section for the reference pair."""
+    offers = ALWAYS_OFFERED | {"head"}
+    return build_criterion(recipe, STUDENT, TEACHER, num_labels=NUM_LABELS, offers=offers, head_levels=HEAD_LEVELS)
+
+
+def describe(name: str, costs: Mapping[str, Any]) -> dict[str, str]:
+    """Cells of a method by the titles of their columns; `costs` is the content of methods_cost.json, perhaps empty."""
+    loss, criterion = LOSSES[name], reference_criterion({name: {}})
+    trained = sum(parameter.numel() for parameter in criterion.parameters() if parameter.requires_grad)
+    others = sum(tensor.numel() for tensor in criterion.state_dict().values()) - trained
+    millions = f"{trained / 1e6:.2f}" + (f" + {others / 1e6:.2f}" if others >= 5_000 else "")
+    measured = costs.get("methods", {}).get(name, {})
+    times = {title: measured.get(title.lower()) for title in ("ms", "MiB") if costs}
+    return {
+        "method": name,
+        "transfers": loss.transfers,
+        "needs": ", ".join([*sorted(loss.needs), *([f"keeps a {loss.keeps}"] if loss.keeps else [])]),
+        "extra parameters (M)": millions if trained + others >= 5_000 else "none",
+        **{title: "" if x is None else f"{x:.{0 if x >= 10 else 1}f}" for title, x in times.items()},
+        "checked": loss.checked,
+    }
+
+
+def setting(costs: Mapping[str, Any]) -> str:
+    """What the costs were measured with."""
+    threads = f", threads: {costs['threads']}" if "threads" in costs else ""
+    pixels = f"batch {costs['batch']} of {costs['side']} x {costs['side']} pixels"
+    return f"{pixels}, {costs['dtype']}, {costs['device']}{threads}, PyTorch {costs['torch']}"
+
+
+def table(costs: Mapping[str, Any], markdown: bool = False) -> str:
+    """All methods, for a terminal or as docs/methods.md."""
+    rows = [describe(name, costs) for name in sorted(LOSSES)]
+    explanation = (
+        "Extra parameters: those trained with the student + others (frozen, of a discriminator, in a memory), for "
+        f"PSPNet-101 -> PSPNet-18 with {NUM_LABELS} classes; the student that comes out has none of them."
+    )
+    if costs:
+        explanation += (
+            f" ms and MiB: forward and backward of the method alone and what ends its step; {setting(costs)}."
+        )
+    if not markdown:
+        widths = [9, 24, 17, 12, *([6, 6] if costs else [])]
+        widths.append(WIDTH - sum(widths) - 2 * len(widths))
+        lines = [*_wrapped(list(rows[0]), widths), "-" * WIDTH]
+        for row in rows:
+            lines += [*_wrapped(list(row.values()), widths), " " * (widths[0] + 2) + LOSSES[row["method"]].source]
+        return "\n".join([*lines, "", fill(explanation, WIDTH)])
+    introduction = (
+        "Each is a key of a recipe's `losses`, alone or beside others: `losses: {bcd: {}, ifvd: {weight: 20}}`. "
+        "`hf-bcd methods KEY` prints one with its options, weights, equation and citation. Default weights are the "
+        f"official ones, converted to our reductions, unless the last column says otherwise. {explanation}"
+    )
+    lines = [
+        "# Distillation methods\n",
+        fill(introduction, WIDTH, break_long_words=False, break_on_hyphens=False),
+        "\nWritten by `hf-bcd methods --markdown > docs/methods.md`.\n",
+        "| " + " | ".join(rows[0]) + " |",
+        "|" + "|".join("--:" if title in ("extra parameters (M)", "ms", "MiB") else "---" for title in rows[0]) + "|",
+    ]
+    for row in rows:
+        linked = {**row, "method": f"[{row['method']}]({LOSSES[row['method']].source})"}
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in linked.values()) + " |")
+    return "\n".join(lines)
+
+
+def _wrapped(cells: list[str], widths: list[int]) -> list[str]:
+    """One row of text columns, as many lines as its longest cell needs."""
+    parts = [wrap(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    lines = zip_longest(*parts, fillvalue="")
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def page(name: str, costs: Mapping[str, Any]) -> str:
+    """Everything about a method: what it computes, its options and weights, how to use and cite it.
+
+    Raises:
+        UserError: for an unknown method, naming the nearest known one.
+    """
+    if name not in LOSSES:
+        raise UserError(unknown_key_message("method", name, LOSSES))
+    cls, row, default = LOSSES[name], describe(name, costs), read_losses({name: {}})[name]
+    weights, options, texts = dict(default.weights), options_of(cls), argument_help(cls)
+    lines = [f"{key} = {yaml_text(value)}: {texts[key]}" for key, value in options.items()]
+    lines.append(f"weight = {yaml_text(weights)}: a number for each term, or one for all of its own")
+    lines.append(f"decay = {yaml_text(default.decays)}: whether r(t) multiplies it")
+    written = {key: value for key, value in options.items() if value is not None} | {"weight": weights}
+    measured = f"\ncost: {row['ms']} ms, {row['MiB']} MiB; {setting(costs)}" if row.get("ms") else ""
+    blocks = [
+        f"{name}: {cls.transfers}\n{cls.source}",
+        description(cls),
+        *(f"{function.__name__}\n{indent(description(function), '  ')}" for function in functions_of(cls)),
+        f"needs: {row['needs']}\nextra parameters (M): {row['extra parameters (M)']}{measured}",
+        "options and their defaults:\n"
+        + "\n".join(fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in lines),
+        fill(f"checked: {cls.checked}", WIDTH),
+        f"in a recipe:\n  losses: {yaml_text({name: {}})}\nor with its defaults written out:\n"
+        f"  losses: {yaml_text({name: written})}",
+        cls.citation,
+    ]
+    return "\n\n".join(blocks)
+
+
+def functions_of(cls: type) -> list[Any]:
+    """The pure functions of a method that the package exports."""
+    if cls is losses.BCDLoss:  # its terms stand in files of their own
+        return [losses.boundary_distillation_loss, losses.context_distillation_loss]
+    exported = [getattr(losses, name) for name in losses.__all__]
+    return [item for item in exported if inspect.isfunction(item) and item.__module__ == cls.__module__]
+
+
+def description(item: Any) -> str:
+    """A docstring up to its first section: what it computes, and how we read the paper."""
+    return re.split(r"\n\n(?=\w+:\n)", inspect.getdoc(item) or "")[0]
+
+
+def argument_help(item: Any) -> dict[str, str]:
+    """The section `Args` of a docstring by argument."""
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)*)", inspect.getdoc(item) or "", re.M)
+    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section[1] if section else "", re.M)
+    return {name: " ".join(text.split()) for name, text in found}

@@ -108,6 +108,16 @@ class LabelRule:
         if outside:
             raise UserError(f"ids {outside} cannot be stored in a mask, which holds 0..{_TABLE_SIZE - 1}.")
 
+    def in_words(self) -> str:
+        """How stored ids become classes."""
+        text = f"the stored ids are the class ids, and {IGNORE_INDEX} is void"
+        if self.reduce_zero:
+            text = f"class k is stored as k + 1, and 0 and {IGNORE_INDEX} are void"
+        elif self.mapping:
+            text = f"{len(self.mapping)} stored ids are mapped to class ids or void, and no other id occurs"
+        void = f"; stored {', '.join(map(str, self.void_ids))} void too" if self.void_ids else ""
+        return f"{text}{void}; void pixels are ignored"
+
     def apply(self, ids: np.ndarray, num_labels: int, name: str) -> np.ndarray:
         """Maps integer ids `[H, W]` of `decode_label` to a copy of uint8 class ids, 0..num_labels-1 and 255.
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from ..models.heads import average_bins
 
 
-OPSET = 18  # what the exporter itself writes; later ones only by conversion
+OPSET = 18  # which the exporter itself writes; later ones only by conversion
 
 
 class LogitsModel(nn.Module):
-    """From `pixel_values` to `logits`, in evaluation mode, without what the exporter cannot leave open.
+    """From `pixel_values` to `logits`, in evaluation mode, without the layers that the exporter cannot leave open.
 
     Pyramid pooling becomes two matrix products, since an exported `adaptive_avg_pool2d` only runs at the size it was
     exported with. TensorFlow's padding becomes an attribute of the convolution: computed from the size, it makes the
@@ -31,16 +31,19 @@ class LogitsModel(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model)
         tensorflow = getattr(model.config, "tf_padding", False)  # MobileNetV2 of transformers
-        for module in self.model.modules():
-            bins = module.output_size if isinstance(module, nn.AdaptiveAvgPool2d) else None
-            if isinstance(bins, int) and bins > 1:
-                vars(module).update(forward=partial(average_bins, bins=bins))
-            elif isinstance(module, nn.Conv2d) and (
-                type(module) is Conv2dSame or (tensorflow and max(module.stride) > 1)
+        for layer in self.model.modules():
+            if (
+                isinstance(layer, nn.AdaptiveAvgPool2d)
+                and isinstance(layer.output_size, int)
+                and layer.output_size > 1
             ):
-                padded = partial(same_convolution, module, list(module.stride))
+                vars(layer).update(forward=partial(average_bins, bins=layer.output_size))
+            elif isinstance(layer, nn.Conv2d) and (
+                type(layer) is Conv2dSame or (tensorflow and max(layer.stride) > 1)
+            ):
+                padded = partial(same_convolution, layer, list(layer.stride))
                 # with stride and kernel 1, so that whoever pads for this layer adds nothing
-                vars(module).update(forward=padded, stride=(1, 1), kernel_size=(1, 1))
+                vars(layer).update(forward=padded, stride=(1, 1), kernel_size=(1, 1))
         self.eval()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -67,12 +70,11 @@ def same_convolution(layer: nn.Conv2d, stride: list[int], x: Tensor) -> Tensor:
 def convolve_same(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> Tensor:
     """Convolution without bias whose output has the input's size divided by the stride, rounded up.
 
-    What has to be padded for that is divided evenly, an odd row or column going below or to the right.
+    The padding that this takes is divided evenly, an odd row or column going below or to the right.
     """
     padding = []
-    for size, kernel, step, spread in zip(
-        x.shape[:1:-1], weight.shape[:1:-1], stride[::-1], dilation[::-1], strict=True
-    ):
+    for axis in (1, 0):
+        size, kernel, step, spread = x.shape[2 + axis], weight.shape[2 + axis], stride[axis], dilation[axis]
         total = max(0, (-(-size // step) - 1) * step + (kernel - 1) * spread + 1 - size)
         padding += [total // 2, total - total // 2]
     return F.conv2d(F.pad(x, padding), weight, None, stride, 0, dilation, groups)
@@ -102,11 +104,10 @@ def to_onnx(model: LogitsModel, pixel_values: Tensor, dynamic_size: bool) -> Any
     def onnx_convolve_same(x: Any, weight: Any, stride: Any, dilation: Any, groups: Any) -> Any:
         return opset18.Conv(x, weight, auto_pad="SAME_UPPER", strides=stride, dilations=dilation, group=groups)
 
-    axes = {0: "batch", **({2: "height", 3: "width"} if dynamic_size else {})}
     program: Any = torch.onnx.export(
         model,
         (pixel_values,),
-        dynamic_shapes={"pixel_values": axes},
+        dynamic_shapes={"pixel_values": {0: "batch", **({2: "height", 3: "width"} if dynamic_size else {})}},
         input_names=["pixel_values"],
         output_names=["logits"],
         opset_version=OPSET,

@@ -1,24 +1,25 @@
-"""What goes wrong with repositories on the Hub, said in one line without access tokens."""
+"""Problems with repositories on the Hub, said in one line without access tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors
 from huggingface_hub.utils import httpx
 
 from ..utils.messages import UserError
 from ..utils.text import redacted, shortened
+
+
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+MEANINGS = {
+    401: f"the Hub wants a valid access token ({{answer}}); {LOG_IN}.",
+    403: "your access token has no permission for this ({answer}); pushing needs one with write access.",
+    409: "it was being changed by somebody else at the same moment ({answer}); try again.",
+    413: "the upload is larger than the Hub takes ({answer}).",
+    429: "too many requests ({answer}); try again in {wait}.",
+    500: "the Hub has a problem ({answer}); try again in a few minutes, see https://status.huggingface.co.",
+}
 
 
 class HubError(UserError):
@@ -53,47 +54,52 @@ def cause_of(error: BaseException, kind: str, name: str, revision: str | None = 
     # an HFValidationError is the only ValueError about a repository; others merely arose while one was handled
     if isinstance(error, TypeError | LookupError | ArithmeticError):
         return None
-    if isinstance(error, ValueError) and not isinstance(error, HFValidationError | HfHubHTTPError):
+    if isinstance(error, ValueError) and not isinstance(error, errors.HFValidationError | errors.HfHubHTTPError):
         return None
-    chain = list(_chain(error))
-    subject, page = f"{kind} {name}", f"{constants.ENDPOINT}/{'' if kind == 'model' else 'datasets/'}{name}"
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    chain, host = list(_chain(error)), constants.ENDPOINT
+    subject, page = f"{kind} {name}", f"{host}/{'' if kind == 'model' else 'datasets/'}{name}"
 
     def first(*types: type[BaseException]) -> Any:
         return next((link for link in chain if isinstance(link, types)), None)
 
     # `datasets` keeps only its own words, because it raises `from None`
     words = next((str(link) for link in chain if type(link).__name__ == "DatasetNotFoundError"), "")
-    if first(GatedRepoError) or "is a gated dataset" in words:
-        return f"{subject} is gated: accept its terms on {page}, then {log_in}."
-    if first(RevisionNotFoundError) or words.startswith("Revision"):
-        return f"{subject} has no revision {revision!r}; its branches and tags are on {page}."
-    if first(RepositoryNotFoundError) or "doesn't exist on the Hub or cannot be accessed" in words:
-        status = getattr(getattr(first(RepositoryNotFoundError), "response", None), "status_code", None)
-        answer = f" (HTTP {status})" if status else ""
-        return (
-            f"{subject} does not exist on {constants.ENDPOINT}, or is private and your token has no access to it"
-            f"{answer}; check the name, or {log_in}."
-        )
-    if found := first(HFValidationError):
-        return redacted(f"{name!r} is neither a folder nor a Hub id 'user/name': {shortened(found)}")
-    if first(OfflineModeIsEnabled) or (
-        constants.is_offline_mode() and first(LocalEntryNotFoundError, ConnectionError)
+    lacking = first(errors.EntryNotFoundError) or (
+        error if "does not appear to have" in str(error) else None
+    )  # transformers
+    answered = next(
+        (e for e in chain if isinstance(e, errors.HfHubHTTPError) and not isinstance(e, errors.EntryNotFoundError)),
+        None,
+    )
+    if first(errors.GatedRepoError) or "is a gated dataset" in words:
+        text = f"{subject} is gated: accept its terms on {page}, then {LOG_IN}."
+    elif first(errors.RevisionNotFoundError) or words.startswith("Revision"):
+        text = f"{subject} has no revision {revision!r}; its branches and tags are on {page}."
+    elif first(errors.RepositoryNotFoundError) or "doesn't exist on the Hub or cannot be accessed" in words:
+        status = getattr(getattr(first(errors.RepositoryNotFoundError), "response", None), "status_code", None)
+        text = f"{subject} does not exist on {host}, or is private and your token has no access to it"
+        text += f"{f' (HTTP {status})' if status else ''}; check the name, or {LOG_IN}."
+    elif found := first(errors.HFValidationError):
+        text = f"{name!r} is neither a folder nor a Hub id 'user/name': {shortened(found)}"
+    elif first(errors.OfflineModeIsEnabled) or (
+        constants.is_offline_mode() and first(errors.LocalEntryNotFoundError, ConnectionError)
     ):
-        return f"{subject} is not in the cache, and HF_HUB_OFFLINE is set; run once online, or unset HF_HUB_OFFLINE."
-    if found := next(
-        (e for e in chain if isinstance(e, HfHubHTTPError) and not isinstance(e, EntryNotFoundError)), None
-    ):
-        return f"{subject}: {_status_line(found)}"
-    if found := first(httpx.TransportError):
-        return redacted(f"{subject}: {_network_line(found)}")
-    if found := first(LocalEntryNotFoundError, ConnectionError):
-        return redacted(f"{subject}: {_no_connection(found)}")
-    if found := first(EntryNotFoundError):
-        return redacted(f"{subject} lacks a file: {shortened(found)}")
-    if "does not appear to have" in str(error):  # transformers
-        return redacted(f"{subject} lacks a file: {shortened(error)}")
-    return None
+        text = f"{subject} is not in the cache, and HF_HUB_OFFLINE is set; run once online, or unset HF_HUB_OFFLINE."
+    elif answered is not None:
+        text = f"{subject}: {_meaning(answered)}"
+    elif found := first(httpx.TimeoutException):
+        text = f"{subject}: {host} did not answer in time ({shortened(found) or type(found).__name__}); try again."
+    elif (found := first(httpx.TransportError)) and not isinstance(found, httpx.ConnectError):
+        said = shortened(found) or type(found).__name__
+        text = f"{subject}: the connection to {host} broke off ({said}); try again."
+    elif found := found or first(errors.LocalEntryNotFoundError, ConnectionError):
+        text = f"{subject}: no connection to {host} ({shortened(found)}); check the network, or set HF_HUB_OFFLINE=1 once "
+        text += "all is in the cache."
+    elif lacking is not None:
+        text = f"{subject} lacks a file: {shortened(lacking)}"
+    else:
+        return None
+    return redacted(text)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -106,39 +112,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if hidden else error.__context__)
 
 
-def _status_line(error: HfHubHTTPError) -> str:
-    """What a status of the Hub means to its user."""
+def _meaning(error: errors.HfHubHTTPError) -> str:
+    """A status of the Hub, for its user."""
     status, said = error.response.status_code, shortened(error.server_message or "")
-    answer = f"HTTP {status}" + (f", {said}" if said else "")
     wait = error.response.headers.get("Retry-After")
-    if status == 401:
-        meaning = f"the Hub wants a valid access token ({answer}); log in with `hf auth login` or set HF_TOKEN."
-    elif status == 403:
-        meaning = f"your access token has no permission for this ({answer}); pushing needs one with write access."
-    elif status == 409:
-        meaning = f"it was being changed by somebody else at the same moment ({answer}); try again."
-    elif status == 413:
-        meaning = f"the upload is larger than the Hub takes ({answer})."
-    elif status == 429:
-        meaning = f"too many requests ({answer}); try again in {f'{wait} seconds' if wait else 'a few minutes'}."
-    elif status >= 500:
-        meaning = f"the Hub has a problem ({answer}); try again in a few minutes, see https://status.huggingface.co."
-    else:
-        meaning = f"the Hub answered {answer}."
-    return redacted(meaning)
-
-
-def _network_line(error: Exception) -> str:
-    host, said = constants.ENDPOINT, shortened(error) or type(error).__name__
-    if isinstance(error, httpx.TimeoutException):
-        return f"{host} did not answer in time ({said}); try again."
-    if isinstance(error, httpx.ConnectError):
-        return _no_connection(error)
-    return f"the connection to {host} broke off ({said}); try again."
-
-
-def _no_connection(error: Exception) -> str:
-    return (
-        f"no connection to {constants.ENDPOINT} ({shortened(error)}); check the network, or set HF_HUB_OFFLINE=1 once "
-        "all is in the cache."
-    )
+    text = MEANINGS.get(min(status, 500), "the Hub answered {answer}.")
+    answer = f"HTTP {status}" + (f", {said}" if said else "")
+    return text.format(answer=answer, wait=f"{wait} seconds" if wait else "a few minutes")

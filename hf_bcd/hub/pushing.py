@@ -1,6 +1,8 @@
 """Pushing a finished student, or a checkpoint to resume from, to the Hub: which files, and what if it fails."""
 
+import hashlib
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -10,26 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants
-from huggingface_hub.utils import get_session, hf_raise_for_status
+from huggingface_hub.utils import filter_repo_objects, get_session, hf_raise_for_status
+from transformers.dynamic_module_utils import get_relative_import_files
 
-from ..export.onnx_folder import onnx_files
 from ..utils.text import redacted, shortened
 from .errors import HubError, cause_of, explained
 
 
+logger = logging.getLogger(__name__)
+
 LOCAL_PATH = re.compile(r"^(/|~|\.{1,2}/|[A-Za-z]:\\)")
 # seconds: a connection that stays silent for longer is dead, and nobody waits longer in silence for a rate limit
 SILENCE, RATE_LIMIT_WAIT = 120, 30
-STUDENT_FILES = (
-    "config.json",
-    "preprocessor_config.json",
-    "README.md",
-    "results.json",
-    "model.safetensors.index.json",
-)
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
-TEXT_FILES = (".json", ".md", ".py")
-NOT_TO_RESUME = ("training_args.bin",)  # pickled
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
+STUDENT_FILES = [
+    "config.json", "preprocessor_config.json", "README.md", "results.json", "model.safetensors.index.json", "figures/*",
+]  # fmt: skip
+# where transformers.js, Optimum and the Hub's viewers look; weights of more than 1.5 GB lie apart
+ONNX_MODEL, ONNX_REPORT = "onnx/model.onnx", "onnx/export.json"
 PYTHON_BLOCK = re.compile(r"^```python\n.*?^```$", re.DOTALL | re.MULTILINE)
 LOADED_NAME = re.compile(r'(\bmodel=|\.from_pretrained\(|\bhf_hub_download\()"[^"\n]*"(, revision="[^"\n]*")?')
 
@@ -57,17 +57,21 @@ def push_folder(
         HubError: if the folder holds no finished student, or the push fails; names the command to try again.
     """
     folder = Path(folder)
-    files = {path: folder / path for path in pushed_files(folder)}
-    check_files(files, token)
+    files = finished_files(folder, token)
     again = ["hf-bcd", "push", str(folder), repo_id, *(["--private"] if private else [])]
     again += ["--revision", revision] if revision else []
-    with _retry_named(repo_id, revision, folder, shlex.join(again), token):
+    try:
         repo_id = prepare_repository(repo_id, private=private, revision=revision, token=token)
-        card = name_in_examples((folder / "README.md").read_text(), repo_id, revision)
-        sent: dict[str, Path | bytes] = {**files, "README.md": card.encode()}
+        card = name_in_examples(files["README.md"].read_text(), repo_id, revision)
+        sent = {**files, "README.md": card.encode()}
         commit = commit_files(sent, repo_id, revision=revision, token=token, commit_message=commit_message)
-        (folder / "README.md").write_text(card)
+        files["README.md"].write_text(card)
         return commit
+    except Exception as error:  # whatever it is, the user must learn where the student lies
+        cause = str(error) if isinstance(error, HubError) else cause_of(error, "model", repo_id, revision)
+        cause = cause or f"model {repo_id}: the push failed ({type(error).__name__}: {shortened(error)})."
+        message = f"{cause} The student lies in {folder}; try again with: {shlex.join(again)}"
+        raise HubError(redacted(message, token=token)) from None
 
 
 def name_in_examples(card: str, repo_id: str, revision: str | None = None) -> str:
@@ -80,17 +84,6 @@ def name_in_examples(card: str, repo_id: str, revision: str | None = None) -> st
     """
     loaded = json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision not in (None, "main") else "")
     return PYTHON_BLOCK.sub(lambda block: LOADED_NAME.sub(lambda name: name[1] + loaded, block[0]), card)
-
-
-@contextmanager
-def _retry_named(repo_id: str, revision: str | None, folder: Path, command: str, token: str | None) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # whatever it is, the user must learn where the student lies
-        cause = str(error) if isinstance(error, HubError) else cause_of(error, "model", repo_id, revision)
-        cause = cause or f"model {repo_id}: the push failed ({type(error).__name__}: {shortened(error)})."
-        message = f"{cause} The student lies in {folder}; try again with: {command}"
-        raise HubError(redacted(message, token=token)) from None
 
 
 def prepare_repository(
@@ -118,12 +111,7 @@ def prepare_repository(
 
 
 def commit_files(
-    files: Mapping[str, Path | bytes],
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    commit_message: str,
+    files: Mapping[str, Path | bytes], repo_id: str, *, revision: str | None, token: str | None, commit_message: str
 ) -> CommitInfo:
     """Uploads files or contents, by path in the repository, in one commit; unchanged ones are not sent again.
 
@@ -141,112 +129,105 @@ def commit_files(
 @contextmanager
 def _bounded_waiting() -> Iterator[None]:
     """Keeps the client from waiting for ever on a dead connection, and from obeying a long Retry-After in silence."""
+
+    def refuse_long_waits(response: Any) -> None:
+        wait = response.headers.get("Retry-After", "")
+        if response.status_code == 429 and wait.isdigit() and int(wait) > RATE_LIMIT_WAIT:
+            response.read()
+            hf_raise_for_status(response)
+
     client = get_session()
     timeout, hooks = client.timeout, client.event_hooks
     client.timeout = SILENCE
-    client.event_hooks = {**hooks, "response": [*hooks["response"], _refuse_long_waits]}
+    client.event_hooks = {**hooks, "response": [*hooks["response"], refuse_long_waits]}
     try:
         yield
     finally:
         client.timeout, client.event_hooks = timeout, hooks
 
 
-def _refuse_long_waits(response: Any) -> None:
-    wait = response.headers.get("Retry-After", "")
-    if response.status_code == 429 and wait.isdigit() and int(wait) > RATE_LIMIT_WAIT:
-        response.read()
-        hf_raise_for_status(response)
-
-
 # ---- What is pushed --------------------------------------------------------------------------------------------------
 
 
-def pushed_files(folder: str | Path) -> list[str]:
-    """Paths of a finished student's files, relative to its folder: model, processor, code, card, results, figures, ONNX.
-
-    Checkpoints, optimizer states, logs and unfinished files are left out.
+def finished_files(folder: Path, token: str | None = None) -> dict[str, Path]:
+    """Files of a finished student by path in the repository: model, processor, code, card, results, figures, ONNX.
 
     Raises:
-        HubError: if the folder lacks a model or a card.
+        HubError: as `student_files`, or if there is no such folder or no card in it.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise HubError(f"{folder} is no folder; name the output folder of a finished run.")
-    files = student_files(folder)
-    if not (folder / "README.md").is_file():
+    files = student_files(folder, token)
+    if "README.md" not in files:
         raise HubError(f"{folder} has no card README.md; a finished run of hf_bcd writes one.")
-    return sorted(files + onnx_files(folder))
+    return files
 
 
-def student_files(folder: Path) -> list[str]:
-    """Like `pushed_files`, of a folder or checkpoint that may lack a card."""
-    weights = [path.name for pattern in WEIGHTS for path in folder.glob(pattern)]
-    if not weights or not (folder / "config.json").is_file():
-        missing = "model.safetensors" if not weights else "config.json"
-        raise HubError(f"{folder} holds no finished student: {missing} is missing.")
-    files = [*weights, *code_files(folder), *(name for name in STUDENT_FILES if (folder / name).is_file())]
-    figures = [path.relative_to(folder).as_posix() for path in (folder / "figures").rglob("*") if path.is_file()]
-    return sorted(files + [path for path in figures if not path.endswith(".part")])
-
-
-def code_files(folder: Path) -> list[str]:
-    """The Python files that `auto_map` of config.json names, and those that they import from beside them."""
-    named = _read_config(folder / "config.json").get("auto_map", {}).values()
-    modules, found = {str(value).split(".")[0] for value in named if "--" not in str(value)}, set()
-    while modules:
-        name = modules.pop()
-        path = folder / f"{name}.py"
-        if name not in found and path.is_file():
-            found.add(name)
-            modules |= set(re.findall(r"^\s*from \.(\w+) import", path.read_text(), flags=re.MULTILINE))
-    return [f"{name}.py" for name in found]
-
-
-def check_files(files: Mapping[str, Path], token: str | None = None) -> None:
-    """Checks that nothing is pushed that belongs to this machine alone, and that the Hub can read the card.
-
-    Args:
-        files: file on disk by path in the repository.
-        token: access token in use.
+def student_files(folder: Path, token: str | None = None) -> dict[str, Path]:
+    """Likewise, of a checkpoint that may lack a card; other checkpoints, optimizer states and logs are left out.
 
     Raises:
-        HubError: if config.json names a local path, any text holds an access token, or the card's YAML is not valid.
+        HubError: if there is no model, config.json names a local path, any text holds an access token, or the card's YAML
+            is not valid: nothing is pushed that belongs to this machine alone, or that the Hub cannot read.
     """
-    for key, value in _strings(_read_config(files["config.json"])):
-        if LOCAL_PATH.match(value) and not key.startswith("id2label."):
-            raise HubError(
-                f"{files['config.json']}: {key} is the local path {value!r}; remove it, nobody else has it."
-            )
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    weights = list(filter_repo_objects(found, allow_patterns=WEIGHTS))
+    if not weights or "config.json" not in found:
+        missing = "config.json" if weights else "model.safetensors"
+        raise HubError(f"{folder} holds no finished student: {missing} is missing.")
+    try:
+        config = dict(json.loads((folder / "config.json").read_text()))
+    except (TypeError, ValueError) as error:
+        raise HubError(f"{folder / 'config.json'} holds no mapping: {error}") from error
+    for key, value in _local_paths(config):
+        raise HubError(f"{folder / 'config.json'}: {key} is the local path {value!r}; remove it, nobody else has it.")
+    modules = {
+        f"{str(value).split('.')[0]}.py" for value in config.get("auto_map", {}).values() if "--" not in str(value)
+    }
+    modules |= {Path(file).name for name in modules & {*found} for file in get_relative_import_files(folder / name)}
+    export = [ONNX_MODEL, f"{ONNX_MODEL}.data", ONNX_REPORT] if read_export(folder) else []
+    names = filter_repo_objects(
+        found, allow_patterns=[*weights, *STUDENT_FILES, *modules, *export], ignore_patterns="*.part"
+    )
+    files = {name: folder / name for name in sorted(names)}
     for file in files.values():
-        if file.suffix in TEXT_FILES:
-            text = file.read_text()
-            if redacted(text, token=token) != text:
-                raise HubError(f"{file} holds an access token; remove it before the folder is pushed.")
+        if file.suffix in (".json", ".md", ".py") and redacted(text := file.read_text(), token=token) != text:
+            raise HubError(f"{file} holds an access token; remove it before the folder is pushed.")
     if "README.md" in files:
         try:
             ModelCard(files["README.md"].read_text())
         except Exception as error:  # whatever the YAML parser raises
             raise HubError(f"{files['README.md']}: the card's YAML is not valid: {shortened(error)}") from None
+    return files
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise HubError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise HubError(f"{path} holds no mapping.")
-    return config
-
-
-def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a JSON value with the path of keys to it."""
-    if isinstance(value, str):
+def _local_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Local paths in a JSON value, each behind the keys that lead to it; class names may look like one."""
+    if isinstance(value, str) and LOCAL_PATH.match(value):
         yield key, value
-    elif isinstance(value, Mapping | list):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for name, inner in items:
-            yield from _strings(inner, f"{key}.{name}" if key else str(name))
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in items:
+        if name != "id2label":
+            yield from _local_paths(inner, f"{key}.{name}".lstrip("."))
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a student's weights; tells whether an export belongs to them."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def read_export(folder: Path) -> dict[str, Any] | None:
+    """The report on a student's export to ONNX; None if there is none, it failed, or the weights have changed since."""
+    if not (folder / ONNX_REPORT).is_file():
+        return None
+    report = json.loads((folder / ONNX_REPORT).read_text())
+    if report["weights_sha256"] == weights_digest(folder):
+        return report
+    logger.warning("%s belongs to other weights and is left out; run `hf-bcd export` again.", folder / ONNX_MODEL)
+    return None
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -255,11 +236,11 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def push_checkpoint(
     checkpoint: Path, path_in_repo: str | None, repo_id: str, *, revision: str | None, token: str | None, step: int
 ) -> CommitInfo:
-    """Pushes a checkpoint's student and, in the same commit, what it takes to resume from it.
+    """Pushes a checkpoint's student and, in the same commit, the files to resume from it.
 
     Args:
         checkpoint: folder of the checkpoint.
-        path_in_repo: folder in the repository for the whole checkpoint; None pushes the student alone.
+        path_in_repo: folder in the repository for the whole checkpoint; None pushes only the student.
         repo_id: `user/name` of a repository that exists.
         revision: branch to push to.
         token: access token; the stored one by default.
@@ -268,12 +249,10 @@ def push_checkpoint(
     Raises:
         HubError: if the Hub does not take it.
     """
-    files = {path: checkpoint / path for path in student_files(checkpoint)}
-    check_files(files, token)
-    if path_in_repo is not None:
-        for file in sorted(checkpoint.rglob("*")):
-            if file.is_file() and file.name not in NOT_TO_RESUME:
-                files[f"{path_in_repo}/{file.relative_to(checkpoint).as_posix()}"] = file
+    files = student_files(checkpoint, token)
+    for file in sorted(checkpoint.rglob("*")) if path_in_repo is not None else ():
+        if file.is_file() and file.name != "training_args.bin":  # pickled
+            files[f"{path_in_repo}/{file.relative_to(checkpoint).as_posix()}"] = file
     message = f"Training in progress, step {step}"
     return commit_files(files, repo_id, revision=revision, token=token, commit_message=message)
 
@@ -293,24 +272,21 @@ def fetch_checkpoint(source: str, folder: Path, *, token: str | None = None) -> 
     repo_id, _, given = source.partition("@")
     api, revision = HfApi(token=token), given or None
     with explained("model", repo_id, revision=revision):
-        paths = api.list_repo_files(repo_id, revision=revision)
-        name = last_checkpoint(paths)
+        name = last_checkpoint(api.list_repo_files(repo_id, revision=revision))
         if name is None:
             raise HubError(
                 f"model {repo_id} holds no checkpoint, neither last-checkpoint/ nor checkpoint-N/; "
                 "--hub_strategy checkpoint pushes them."
             )
-        if any(path.startswith(f"{name}/") and path.endswith(".metadata") for path in paths):
-            raise HubError(f"{name} of model {repo_id} is sharded by FSDP, which loads by pickle alone; refused.")
-        snapshot = api.snapshot_download(repo_id, revision=revision, allow_patterns=f"{name}/*")
-    fetched = Path(snapshot) / name
-    step = json.loads((fetched / "trainer_state.json").read_text())["global_step"]
-    target, part = folder / f"checkpoint-{step}", folder / f"_checkpoint-{step}.part"
+        fetched = Path(api.snapshot_download(repo_id, revision=revision, allow_patterns=f"{name}/*")) / name
+    state = (fetched / "trainer_state.json").read_bytes()
+    target = folder / f"checkpoint-{json.loads(state)['global_step']}"
+    part = folder / f"_{target.name}.part"
     if not target.is_dir():
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(fetched, part)  # follows the links of the cache
         part.rename(target)
-    elif (target / "trainer_state.json").read_bytes() != (fetched / "trainer_state.json").read_bytes():
+    elif (target / "trainer_state.json").read_bytes() != state:
         raise HubError(
             f"{target} is a checkpoint of another run than {source}; choose another --output_dir, or continue it with "
             "--resume_from_checkpoint true."
@@ -323,5 +299,8 @@ def last_checkpoint(paths: Iterable[str]) -> str | None:
     folders = {path.split("/")[0] for path in paths if path.endswith("/trainer_state.json")}
     if "last-checkpoint" in folders:
         return "last-checkpoint"
-    steps = [int(name.removeprefix("checkpoint-")) for name in folders if re.fullmatch(r"checkpoint-\d+", name)]
-    return f"checkpoint-{max(steps)}" if steps else None
+    return max(
+        (name for name in folders if re.fullmatch(r"checkpoint-\d+", name)),
+        key=lambda name: int(name[11:]),
+        default=None,
+    )

@@ -1,6 +1,5 @@
 """A finished run's results.json, pictures and model card, all from numbers that it measured."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import torch
 
 from ..adapters import DenseAdapter, image_processor
-from ..card.provenance import Origin, describe_rule, hub_dataset
-from ..card.usage import fill
+from ..card.model_card import write_card
 from ..data import DenseDataset, DenseDatasets
 from ..figures.bcd import boundary_figure, relation_figure
 from ..losses.bcd import BCDLoss
@@ -17,17 +15,13 @@ from ..losses.context import relation_features
 from ..tasks import Task, task_of
 from ..training.config import BCDConfig
 from ..training.evaluation import predict_batch, with_transform
-from ..training.recording import write_run_card
+from ..training.recording import hub_dataset, record_run
 from ..training.trainer import BCDTrainer
 from ..utils.costs import device_name, measure_costs
 from ..utils.files import write_json
 
 
 NUM_PICTURES = 4
-LOADING = """\
-import hf_bcd
-from transformers import pipeline
-pipeline("image-segmentation", {model})({picture}{subtask})"""
 
 
 def metrics_table(scores: Mapping[str, Mapping[str, Any]], task: Task) -> str:
@@ -56,20 +50,10 @@ def protocol(
         "num_labels": data.num_labels,
         "classes_averaged": scores["classes_averaged"],
         "input": resized if options["do_resize"] else "original size",
-        "inference": "whole image, single scale, no flip",
-        "logits": "up-sampled bilinearly to the label's own size, then arg-max",
         "ignore_index": data.ignore_index,
-        "label_rule": describe_rule(data),
-        "boundary_f@d": "contours matched within d pixels (Euclidean)",
-        "boundary_iou": "bands of 2 % of the image diagonal",
-        "connectivity": "8-connected true regions of at least 64 pixels",
+        "label_rule": data.rule.in_words(),
+        **task_of(data).protocol,
     }
-
-
-def loading_lines(folder: str) -> str:
-    """The three lines that run a saved student."""
-    config = json.loads((Path(folder) / "config.json").read_text())
-    return fill(LOADING, folder, "picture.jpg", config)
 
 
 def write_report(
@@ -78,7 +62,7 @@ def write_report(
     scores: Mapping[str, Mapping[str, Any]],
     data: DenseDatasets,
     split: str | None,
-    origin: Origin | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes results.json, figures/*.png and README.md into the run's folder; label_map.json if the teacher needed one.
 
@@ -88,7 +72,7 @@ def write_report(
         scores: of the models that were evaluated.
         data: the data set.
         split: the split of the scores; None when there is none to evaluate on.
-        origin: the command line, where there was one.
+        recipe: content of the command line and the recipes that it names, where there was one.
     """
     folder = Path(trainer.args.output_dir or ".")
     results: dict[str, Any] = dict(scores)
@@ -96,15 +80,17 @@ def write_report(
     if split is not None:
         if "student" in scores:
             results["protocol"] = protocol(data[split], trainer.distiller.student, trainer.args, scores["student"])
-            revision = hub_dataset(data[split])[1]
-            results["protocol"] |= {"dataset_revision": revision} if revision else {}
+            if hub_dataset(data[split]) and data[split].revision:
+                results["protocol"]["dataset_revision"] = data[split].revision
             results["protocol"] |= measured_costs(trainer, {name: models[name] for name in scores}, data[split])
         write_json(folder / "results.json", results)
         figures = write_figures(trainer, models, data[split], folder / "figures")
     write_json(folder / "results.json", results)
     if trainer.teacher is not None and not trainer.teacher.label_map.is_identity:
         write_json(folder / "label_map.json", trainer.teacher.label_map.to_dict())
-    write_run_card(trainer, models, results, data, [f"figures/{name}" for name in figures], origin)
+    paths = [f"figures/{name}" for name in figures]
+    write_card(folder, record_run(trainer, models, results, data, paths, recipe))
+    trainer.has_card = True
 
 
 def shown_to(model: DenseAdapter, data: DenseDataset, config: BCDConfig) -> Any:

@@ -17,7 +17,6 @@ from huggingface_hub.utils import WeakFileLock
 
 from ..adapters import DenseAdapter, read_synonyms
 from ..adapters.loading import load_adapter
-from ..card.provenance import Origin
 from ..data import DenseDataset, DenseDatasets
 from ..losses.recipe import read_losses
 from ..training.config import BCDConfig
@@ -281,8 +280,7 @@ def train_run(run: Run, shared: Shared) -> None:
     if config.should_save:
         recipe = run.folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(run.arguments, sort_keys=False, allow_unicode=True))
-        origin = Origin("hf-bcd distill", ("--config", str(recipe)), model_args, data_args, run.arguments)
-        write_report(trainer, models, scores, data, split, origin)
+        write_report(trainer, models, scores, data, split, run.arguments)
         result = {
             "arguments": run.arguments,
             "split": split,

@@ -66,16 +66,27 @@ class Task(ABC):
         title: name in a sentence.
         pipeline_tag: task of `transformers.pipeline` that runs a student.
         scores: what an evaluation gives; the first decides which checkpoint is best.
-        per_class: key of the scores of each class, a list.
+        per_class: a score of each class, whose value is a list.
         metrics: names of the metrics for the Hub.
+        answer: a model's output in a sentence, with the number of classes.
+        caption: the panels of `comparison` in a sentence.
+        protocol: how predictions are made and scored, sentences for `protocol` in `results.json`.
+        call: Jinja template of a line that runs a student by `pipeline`.
+        snippets: Jinja templates of code that loads and runs a student, see `hf_bcd.card.usage`; one that renders to nothing
+            is left out.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     pipeline_tag: ClassVar[str]
     scores: ClassVar[tuple[Score, ...]]
-    per_class: ClassVar[str]
+    per_class: ClassVar[Score]
     metrics: ClassVar[tuple[str, ...]]
+    answer: ClassVar[str]
+    caption: ClassVar[str]
+    protocol: ClassVar[Mapping[str, str]]
+    call: ClassVar[str]
+    snippets: ClassVar[tuple[str, ...]]
 
     @property
     def headline(self) -> tuple[Score, ...]:

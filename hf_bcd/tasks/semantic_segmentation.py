@@ -17,6 +17,33 @@ from ..outputs import LabelMaps
 from .base import Score, Task
 
 
+# asked for nothing, the pipeline would give panoptic segments of a universal model
+CALL = """pipeline("image-segmentation", {{ model }})({{ picture }}{{ ', subtask="semantic"' if universal }})"""
+PIPELINE = """\
+from transformers import pipeline
+
+segment = pipeline("image-segmentation", model={{ model }}{{ trust }})
+for region in segment({{ picture }}{{ ', subtask="semantic"' if universal }}):  # a path, an address or a PIL image
+    covered = region["mask"].histogram()[255] / (region["mask"].width * region["mask"].height)
+    print(region["label"], f"{covered:.1%}")
+"""
+TENSORS = """\
+{% if not universal %}
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+processor = AutoImageProcessor.from_pretrained({{ model }}{{ trust }})
+model = AutoModelForSemanticSegmentation.from_pretrained({{ model }}{{ trust }}).eval()
+image = Image.open({{ picture }}).convert("RGB")
+with torch.no_grad():
+    outputs = model(**processor(image, return_tensors="pt"))
+(classes,) = processor.post_process_semantic_segmentation(outputs, [image.size[::-1]])
+print(classes.shape, [model.config.id2label[index] for index in classes.unique().tolist()])
+{% endif %}
+"""
+
+
 class SemanticSegmentation(Task):
     """Label maps: samples have `labels` `[H, W]`, and an adapter's `predict` gives maps of the same size."""
 
@@ -36,8 +63,24 @@ class SemanticSegmentation(Task):
         Score("fragments", "fragments", percent=False, higher_is_better=False),
         Score("missed", "missed regions", higher_is_better=False, headline=False),
     )
-    per_class = "per_class_iou"
+    per_class = Score("per_class_iou", "IoU")
     metrics = ("mean_iou", "accuracy")
+    answer = "one of {} classes for each pixel"
+    caption = (
+        "the input, its true labels, the prediction of each model, and the errors of the student. The mIoU above a panel "
+        "is that of its picture."
+    )
+    protocol = {
+        "inference": "The model sees the whole image at a single scale, without flips.",
+        "logits": "Logits are up-sampled bilinearly to the size of the labels; the largest one decides.",
+        "boundary_f@d": "Boundary F@d matches contours within d pixels (Euclidean).",
+        "boundary_iou": "Boundary IoU compares bands of 2 % of the image diagonal.",
+        "connectivity": "Completeness and connectivity look at 8-connected true regions of at least 64 pixels and at the pieces "
+        "of correct pixels in them. Completeness is the largest piece over the region; connectivity is the largest piece over "
+        "all of its pieces. Fragments counts the pieces of at least 1 % of the region. Missed regions have no correct pixel.",
+    }
+    call = CALL
+    snippets = (PIPELINE, TENSORS)
 
     def train_transform(self, args: Any) -> TrainTransform:
         """Random scale, crop, flip and colours."""

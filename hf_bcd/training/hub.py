@@ -1,9 +1,8 @@
-"""When a run pushes: checkpoints in the background while it trains, the finished student at its end."""
+"""The pushes of a run: checkpoints in the background while it trains, the finished student at its end."""
 
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -29,27 +28,27 @@ class HubCallback(TrainerCallback):
         args: folder, repository, strategy and token, as they are now.
 
     Attributes:
-        repo_id: full name of the repository, once it is known.
+        repo_id: repository that the run pushes to, by its full name once that is known.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
-        self.folder, self.repo_id = Path(args.output_dir or "."), repository_name(args)
+        self.folder = Path(args.output_dir or ".")
+        self.repo_id = args.hub_model_id or self.folder.absolute().name
         self.private, self.revision, self.token = args.hub_private_repo, args.hub_revision, args.hub_token
         self.strategy, self.every_one = HubStrategy(args.hub_strategy), args.hub_always_push
         self.wanted, self.first = args.push_to_hub, args.process_index == 0
-        self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
+        self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")  # in their order
         self._last_upload: Future | None = None
 
     def prepare(self) -> None:
         """Creates the repository and the branch where missing, on the first rank, before anything is trained.
 
         Raises:
-            HubError: if the token does not allow what pushing needs.
+            HubError: if the token does not allow a push.
         """
         if self.wanted and self.first:
-            self.repo_id = prepare_repository(
-                self.repo_id, private=self.private, revision=self.revision, token=self.token
-            )
+            options = {"private": self.private, "revision": self.revision, "token": self.token}
+            self.repo_id = prepare_repository(self.repo_id, **options)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Pushes a checkpoint in the background; a failure is a warning, and training goes on."""
@@ -63,15 +62,8 @@ class HubCallback(TrainerCallback):
         checkpoint, copy = self.folder / f"checkpoint-{state.global_step}", self.folder / "_push" / str(time.time_ns())
         shutil.copytree(checkpoint, copy)  # the checkpoint itself may be deleted before it is uploaded
         folders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
-        push = partial(
-            push_checkpoint,
-            copy,
-            folders.get(self.strategy),
-            self.repo_id,
-            revision=self.revision,
-            token=self.token,
-            step=state.global_step,
-        )
+        options = {"revision": self.revision, "token": self.token, "step": state.global_step}
+        push = partial(push_checkpoint, copy, folders.get(self.strategy), self.repo_id, **options)
 
         def push_or_warn() -> None:
             try:
@@ -82,20 +74,11 @@ class HubCallback(TrainerCallback):
             finally:
                 shutil.rmtree(copy, ignore_errors=True)
 
-        self.in_background(push_or_warn)
+        self._last_upload = self._uploads.submit(push_or_warn)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.finish()
-
-    def finish(self) -> None:
-        """Waits for the uploads that are under way."""
-        if self._last_upload is not None:
-            wait([self._last_upload])
-
-    def in_background(self, call: Callable[[], Any]) -> Future:
-        """Runs a call after the earlier ones, while training goes on."""
-        self._last_upload = self._uploads.submit(call)
-        return self._last_upload
+        """Waits for the upload that is under way."""
+        wait([self._last_upload] if self._last_upload is not None else [])
 
     def push(
         self, commit_message: str, blocking: bool, token: str | None, revision: str | None, private: bool | None
@@ -105,7 +88,7 @@ class HubCallback(TrainerCallback):
         Raises:
             HubError: if the push fails; the student stays in its folder, and the message says how to go on.
         """
-        self.finish()
+        self.on_train_end()
         push = partial(
             push_folder,
             self.folder,
@@ -115,9 +98,7 @@ class HubCallback(TrainerCallback):
             token=token or self.token,
             commit_message=commit_message,
         )
-        return push() if blocking else self.in_background(push)
-
-
-def repository_name(args: TrainingArguments) -> str:
-    """The repository a run pushes to: `hub_model_id`, or one named like the output folder."""
-    return args.hub_model_id or Path(args.output_dir or ".").absolute().name
+        if blocking:
+            return push()
+        self._last_upload = self._uploads.submit(push)
+        return self._last_upload

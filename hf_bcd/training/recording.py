@@ -1,47 +1,200 @@
-"""What a trainer knows of its run, for the card of its student."""
+"""A trainer's run in plain values, for the card of its student."""
 
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence, Sized
+from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
+import timm
 
-from ..adapters import DenseAdapter
+from ..adapters import DenseAdapter, LabelMap
+from ..adapters.base import REPO_ID
+from ..adapters.loading import ModelSpec
+from ..card.escaping import shareable_recipe
 from ..card.model_card import write_card
-from ..card.provenance import Origin
-from ..data import DenseDataset, DenseDatasets, DenseStream
+from ..card.record import RANDOM, DataRecord, ModelRecord, RunRecord
+from ..card.usage import usage_snippets
+from ..data import DenseDataset, DenseStream
+from ..data.sources.catalog import CATALOG
+from ..losses import DistillationLoss
+from ..losses.modules.schedules import Temperature
+from ..losses.recipe import options_of
+from ..utils.costs import device_name
+from .config import PRESETS
 
 
 if TYPE_CHECKING:
     from .trainer import BCDTrainer
 
 
-def write_run_card(
-    trainer: "BCDTrainer",
-    models: Mapping[str, DenseAdapter],
-    results: Mapping[str, Any],
-    data: DenseDatasets,
-    figures: list[str],
-    origin: Origin | None = None,
-) -> None:
-    """Writes README.md beside a student with the scores and pictures of its run."""
-    folder = Path(trainer.args.output_dir or ".")
-    write_card(folder, trainer, {name: one.model for name, one in models.items()}, results, data, figures, origin)
-    trainer.has_card = True
+HEADS = {"psp": "PSPNet", "deeplabv3plus": "DeepLabV3+", "fpn": "FPN"}
+PACKAGES = ("transformers", "torch", "timm", "datasets", "accelerate", "huggingface_hub")
 
 
 def write_training_card(trainer: "BCDTrainer") -> None:
     """Writes README.md beside a student that no run has reported: its training, without scores."""
     data: Any = getattr(trainer.train_dataset, "dataset", None)
-    if not isinstance(data, DenseDataset | DenseStream):
-        distiller, trainer.model = trainer.model, trainer.student  # type: ignore[assignment]
-        try:  # of tensors from elsewhere nothing is known; the base class describes a model of transformers
-            Trainer.create_model_card(trainer)
-        finally:
-            trainer.model = distiller
-        return
-    models = {"student": trainer.distiller.student}
-    if trainer.teacher is not None:
-        models["teacher"] = trainer.teacher.adapter
-    write_run_card(trainer, models, {}, DenseDatasets({"train": data}), [])
-    trainer.has_card = False  # a later report knows more
+    known: Any = {"train": data} if isinstance(data, DenseDataset | DenseStream) else None
+    teacher = {} if trainer.teacher is None else {"teacher": trainer.teacher.adapter}
+    write_card(Path(trainer.args.output_dir or "."), record_run(trainer, teacher, {}, known))
+
+
+def record_run(
+    trainer: "BCDTrainer",
+    models: Mapping[str, DenseAdapter],
+    results: Mapping[str, Any],
+    data: Mapping[str, DenseDataset] | None,
+    figures: Sequence[str] = (),
+    recipe: Mapping[str, Any] | None = None,
+) -> RunRecord:
+    """All that the card of a run's student says.
+
+    Args:
+        trainer: the trainer of the student.
+        models: `teacher` and `baseline`, those that exist.
+        results: contents of results.json.
+        data: the data set; None for tensors from elsewhere.
+        figures: paths of pictures, relative to the run's folder.
+        recipe: content of the command line and the recipes that it names, where there was one.
+    """
+    args, criterion, student = trainer.args, trainer.distiller.criterion, trainer.distiller.student
+    repository, folder = str(trainer.hub.repo_id), Path(args.output_dir or ".")
+    models = {**models, "student": student}  # which knows its start; the saved one does not
+    shown = None if data is None else data[results.get("protocol", {}).get("split", "train")]
+    picture = None if shown is None else next(iter(shown))["image"]
+    return RunRecord(
+        repository=repository,
+        task=trainer.task.name,
+        id2label=student.id2label,
+        models={role: record_model(model, role, recipe) for role, model in models.items()},
+        data=None if data is None else record_data(data, recipe or {}),
+        results=results,
+        figures=figures,
+        snippets=usage_snippets(folder, repository, trainer.task.snippets, picture),
+        weights=criterion.weights,
+        decays=sorted(criterion.decays),
+        methods=record_methods(trainer),
+        classes="" if trainer.teacher is None else class_words(trainer.teacher.label_map),
+        schedule=schedule_words(trainer, augmented=data is not None),
+        recipe=shareable_recipe(recipe) if recipe else "",
+        versions={"hf_bcd": package_version(), **{name: version(name) for name in PACKAGES}},
+        hardware=hardware_words(trainer),
+        token=args.hub_token,
+    )
+
+
+def record_model(model: DenseAdapter, role: str, recipe: Mapping[str, Any] | None = None) -> ModelRecord:
+    """A model as `student`, `teacher` or `baseline` of a run."""
+    config, start, words, trained_here = model.model.config, model.repo_id, "", None
+    timm_head = HEADS.get(config.head) if config.model_type == "timm_segmentation" else None
+    if role == "baseline":
+        trained_here = None if recipe is None else recipe.get(role) is None
+    elif (given := (recipe or {}).get(role)) is not None:
+        spec = ModelSpec.parse(given, role)
+        trained_here = role == "student" or spec.backbone is not None
+        if spec.backbone is not None:
+            start = getattr(timm.get_pretrained_cfg(spec.backbone), "hf_hub_id", None) if spec.pretrained else None
+            words = "weights that timm downloads" if spec.pretrained else "local weights" if spec.weights else RANDOM
+        elif start is None:
+            words = "local weights"
+    return ModelRecord(
+        f"{timm_head} on {config.backbone}" if timm_head else type(model.model).__name__,
+        model.repo_id,
+        model.revision,
+        start,
+        words,
+        trained_here,
+        {name: level.channels for name, level in model.feature_specs.items()},
+    )
+
+
+def record_data(data: Mapping[str, DenseDataset], recipe: Mapping[str, Any]) -> DataRecord:
+    """A data set, with the facts of the catalog if it is the one there and no namesake."""
+    train, repository, terms = data["train"], hub_dataset(data["train"]), CATALOG.get(data["train"].name)
+    if terms is not None and train.source not in (terms.source, *(copy.repo for copy in terms.hub)):
+        terms = terms if recipe.get("dataset_name") == train.name else None  # a local copy lies in any folder
+    return DataRecord(
+        train.name,
+        repository,
+        train.revision if repository else None,
+        terms and terms.source,
+        terms and terms.licence,
+        {name: len(split) if isinstance(split, Sized) else None for name, split in data.items()},
+        train.rule.in_words(),
+    )
+
+
+def hub_dataset(split: DenseDataset) -> str | None:
+    """Hub id of the data, where they came from there."""
+    return split.source if REPO_ID.fullmatch(split.source) and not Path(split.source).exists() else None
+
+
+def record_methods(trainer: "BCDTrainer") -> dict[str, dict[str, Any]]:
+    """Papers, changed options and last temperatures of the distillation methods, with those that one of them hosts."""
+    args, records = trainer.args, {}
+    recipe: Any = PRESETS[args.preset] if args.losses is None else args.losses
+    for path, loss in trainer.distiller.criterion.named_modules():
+        if isinstance(loss, DistillationLoss):
+            name, defaults = path.rpartition(".")[2], options_of(type(loss))
+            modules = [(key, module) for key, module in loss.named_modules() if isinstance(module, Temperature)]
+            records[name] = {
+                "source": loss.source,
+                "citation": loss.citation,
+                "options": {k: v for k, v in (recipe.get(name) or {}).items() if k in defaults and v != defaults[k]},
+                "temperatures": {key.removesuffix("_temperature"): module.value.item() for key, module in modules},
+            }
+    return records
+
+
+def class_words(found: LabelMap) -> str:
+    """How the student's classes lie among the teacher's; empty where they are the same."""
+    if found.is_identity:
+        return ""
+    total, lacking = len(found.student), f"; the teacher lacks {', '.join(found.missing)}" if found.missing else ""
+    return f"{total - len(found.missing)} of {total} are mapped to the teacher's {len(found.teacher)}{lacking}"
+
+
+def schedule_words(trainer: "BCDTrainer", augmented: bool = True) -> dict[str, str]:
+    """How the student was trained; `augmented` says whether its samples went through our augmentation."""
+    args, warmup = trainer.args, trainer.args.get_warmup_steps(trainer.state.max_steps)
+    scheduler, optimizer = (getattr(option, "value", option) for option in (args.lr_scheduler_type, args.optim))
+    resized = f"short side to {args.image_size}, then " if args.image_size else ""
+    jitter = f", brightness, contrast and saturation jitter {args.color_jitter:g}" if args.color_jitter else ""
+    augmentation = f"{resized}scale {args.scale_min:g} to {args.scale_max:g}, crop {args.crop_size} x {args.crop_size}"
+    # from the optimizer itself: the arguments may hold options that it does not read
+    groups: Any = getattr(trainer.optimizer, "param_groups", [{}])
+    group = groups[0]
+    options = ", ".join(
+        f"{name} {group[name]}" for name in ("momentum", "nesterov", "betas", "eps") if group.get(name)
+    )
+    return {
+        "steps": str(trainer.state.global_step),
+        "images a step": str(args.train_batch_size * args.world_size * args.gradient_accumulation_steps),
+        **({"augmentation": f"{augmentation}, horizontal flip{jitter}"} if augmented else {}),
+        "optimizer": f"{optimizer} ({options})" if options else str(optimizer),
+        "learning rate": f"{args.learning_rate:g}, {scheduler} schedule"
+        + (f" after {warmup} step{'s' * (warmup > 1)} of warm-up" if warmup else ""),
+        "gradient clipping": f"norm {args.max_grad_norm:g}" if args.max_grad_norm else "none",
+        "weight decay": f"{args.weight_decay:g}",
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "seed": str(args.seed),
+        "processes": str(args.world_size),
+    }
+
+
+def package_version() -> str:
+    """The version of hf_bcd, with the commit of the checkout that it runs from, `-dirty` if files differ from that."""
+    checkout, commit = Path(__file__).parents[2], ""
+    if (checkout / ".git").exists():
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return version("hf_bcd") + (f" (commit {commit})" if commit else "")
+
+
+def hardware_words(trainer: "BCDTrainer") -> str:
+    """The machine, and the time that the student took on it."""
+    processes, seconds = trainer.args.world_size, timedelta(seconds=round(trainer.train_seconds))
+    text = (f"{processes} processes on " if processes > 1 else "") + device_name(trainer.args.device)
+    return f"{text}; training the student took {seconds} (h:min:s) without evaluations" if seconds else text

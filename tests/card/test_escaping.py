@@ -1,6 +1,9 @@
-import pytest
+from pathlib import Path
 
-from hf_bcd.card.escaping import code_block, escape_markdown, hub_link, link, shareable_command
+import pytest
+import yaml
+
+from hf_bcd.card.escaping import code_block, escape_markdown, hub_link, link, shareable_recipe
 from hf_bcd.utils.text import one_line
 
 
@@ -74,40 +77,26 @@ def test_links_lead_only_where_they_say() -> None:
     assert link("x", "https://a.example/) [y](https://b.example") == "x"
 
 
-SECRET = "marker-of-another-form"
-
-
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("key", "value", "expected"),
     [
-        (["--data_dir", "/home/me/My data"], "--data_dir path/to/data_dir"),
-        (["--data_dir", "data"], "--data_dir path/to/data_dir"),
-        (["--data_dir=/home/me/x"], "--data_dir=path/to/data_dir"),
-        (["--output_dir", "/home/me/runs/out"], "--output_dir out"),
-        (["--student.weights", "~/w.safetensors"], "--student.weights path/to/weights"),
-        (["--teacher={name_or_path: /home/me/t, revision: x}"], "'{name_or_path: path/to/teacher, revision: x}'"),
-        (["--teacher", "{name_or_path: '../my teacher'}"], "path/to/teacher"),
-        (["--teacher", "C:\\Users\\me\\t"], "--teacher path/to/teacher"),
-        (["--teacher", "nvidia/mit-b0", "--seed", "3"], "--teacher nvidia/mit-b0 --seed 3"),
-        (["--config", "/home/me/code/examples/recipes/a/b.yaml"], "--config examples/recipes/a/b.yaml"),
-        (["--config", "/home/me/b.yaml"], "--config path/to/config"),
-        (["--losses.bcd.radius", "5"], "--losses.bcd.radius 5"),
-        (["--dataset_options.size", "[48, 64]"], "--dataset_options.size '[48, 64]'"),
-        (["--run_name", f"x{SECRET}y"], "--run_name 'x<token>y'"),
-        (["--run_name", "hf_" + "Aa0" * 11], "--run_name '<token>'"),
-        (["--hub_token", "anything", "--seed", "1"], "run --seed 1"),
-        (["--hub_token=anything", "--seed", "1"], "run --seed 1"),
-        (["--max_steps", "-1", "--eval_strategy", "no"], "--max_steps -1 --eval_strategy no"),
+        ("data_dir", "/home/me/My data", "path/to/data_dir"),
+        ("data_dir", "data", "path/to/data_dir"),
+        ("student", {"weights": "~/w.safetensors", "backbone": "resnet18"}, {"weights": "path/to/weights", "backbone": "resnet18"}),
+        ("teacher", {"name_or_path": "/home/me/t", "revision": "x"}, {"name_or_path": "path/to/name_or_path", "revision": "x"}),
+        ("teacher", "../my teacher", "path/to/teacher"),
+        ("teacher", "C:\\Users\\me\\t", "path/to/teacher"),
+        ("teacher", "private/model", "path/to/teacher"),  # which exists
+        ("teacher", "nvidia/mit-b0", "nvidia/mit-b0"),
+        ("dataset_options", {"size": [48, 64]}, {"size": [48, 64]}),
+        ("ddp_backend", "hf_" + "Aa0" * 11, "<token>"),
+        ("max_steps", -1, -1),
     ],
-)
-def test_commands_name_no_path_and_no_token(arguments: list[str], expected: str) -> None:
-    command = shareable_command("run", arguments, [SECRET])
-    assert expected in command
-    assert not any(private in command for private in ("/home", "Users", "my teacher", "My data", "anything", SECRET))
-
-
-def test_commands_hide_relative_folders_that_exist(tmp_path, monkeypatch) -> None:
+)  # fmt: skip
+def test_recipes_name_no_path_and_no_token(
+    key: str, value: object, expected: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "private" / "model").mkdir(parents=True)
-    assert shareable_command("run", ["--teacher", "private/model"]) == "run --teacher path/to/teacher"
-    assert shareable_command("run", ["--teacher", "public/model"]) == "run --teacher public/model"
+    private = {"hub_token": "a", "output_dir": "b", "run_name": "c", "push_to_hub": True, "hub_model_id": "d"}
+    assert yaml.safe_load(shareable_recipe({key: value, **private})) == {key: expected}

@@ -78,7 +78,7 @@ FORBIDDEN = from_identifier("cc-by-nc-4.0", "CC BY-NC 4.0", "https://example.org
     ],
 )
 def test_what_follows_for_the_student(sources: list, expected: dict) -> None:
-    assert student_licence(iter(sources)) == expected
+    assert student_licence(sources) == expected
 
 
 def test_every_suggestion_is_one_that_the_hub_takes() -> None:

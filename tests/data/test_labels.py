@@ -159,3 +159,19 @@ def test_infer_id2label_takes_the_largest_id_of_all_masks(caplog):
     for ids in (row(0, 255), row(255, 255)):
         with pytest.raises(ValueError, match="255 marks void"):
             infer_id2label([(ids, "a")], LabelRule())
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (LabelRule(), "the stored ids are the class ids, and 255 is void; void pixels are ignored"),
+        (LabelRule(reduce_zero=True), "class k is stored as k + 1, and 0 and 255 are void; void"),
+        (LabelRule(void_ids=(11, 30)), "class ids, and 255 is void; stored 11, 30 void too; void"),
+        (
+            LabelRule(mapping=((7, 0), (8, 1))),
+            "2 stored ids are mapped to class ids or void, and no other id occurs; void",
+        ),
+    ],
+)
+def test_rules_in_words(rule: LabelRule, words: str) -> None:
+    assert words in rule.in_words()

@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +18,16 @@ from timm.layers import Conv2dSame
 from timm.layers.pool2d_same import MaxPool2dSame
 from tiny import tiny_segformer
 from torch import nn
+from torch.onnx.errors import OnnxExporterError
 from transformers import PreTrainedModel
 
 from hf_bcd import TimmSegmentationModel
 from hf_bcd.adapters import build_adapter
+from hf_bcd.card.usage import mention_export, onnx_section
 from hf_bcd.commands.export import main
 from hf_bcd.export import onnx as export
 from hf_bcd.export.exportable import LogitsModel, convolve_same, to_onnx, why_fixed
-from hf_bcd.export.onnx_folder import mention_in_card, onnx_files, onnx_section
-from hf_bcd.hub.pushing import check_files, name_in_examples, pushed_files
+from hf_bcd.hub.pushing import finished_files, name_in_examples, read_export
 
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -87,23 +86,22 @@ FREE = {
     "deeplabv3plus": lambda: timm("deeplabv3plus", 16),
     "fpn": lambda: timm("fpn", 32),
     "espnet": espnet,
-}
-FREE_BUT_LARGE = {
     "segformer": tiny_segformer,
     "mobilenet_v2": lambda: mobilenet_v2(16, tf_padding=True),
     "upernet": lambda: upernet(resnet()),
 }
 
 
-@pytest.mark.parametrize("build", [*FREE.values(), *(pytest.param(b, marks=pytest.mark.slow) for b in FREE_BUT_LARGE.values())], ids=[*FREE, *FREE_BUT_LARGE])  # fmt: skip
-def test_batch_height_and_width_are_free(build: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FREE)
+def test_batch_height_and_width_are_free(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = lively(build())
+    model = lively(FREE[family]())
     path, fixed_because, parity = export_to(tmp_path, model, (96, 64))
     assert fixed_because is None and parity["max_difference"] < 1e-4 * max(1, parity["max_logit"])
     assert parity["sizes"] == [(72, 128), (96, 64), (121, 97)] and parity["argmax_agreement"] >= 0.999
-    assert [(put.name, put.type) for put in session_of(path).get_inputs()] == [("pixel_values", "tensor(float)")]
-    assert session_of(path).get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    (put,) = session_of(path).get_inputs()
+    assert (put.name, put.type, put.shape) == ("pixel_values", "tensor(float)", ["batch", 3, "height", "width"])
     for shape in ((3, 3, 70, 115), (1, 3, 64, 65)):
         assert_same(path, model, *shape)
 
@@ -122,14 +120,16 @@ def test_families_with_a_fixed_size_say_so(build: Callable[[], PreTrainedModel],
     assert_same(path, model, 3, 3, 96, 96)
 
 
-def test_what_gives_no_logits_per_pixel_is_refused() -> None:
-    with pytest.raises(ValueError, match="Mask2FormerForUniversalSegmentation gives no logits for each pixel"):
-        export.check_runs(mask2former().eval(), torch.randn(1, 3, 64, 64))
-
-
-def test_a_size_that_the_model_cannot_take_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes no images of 8 x 8 pixels; choose another --size: .*Kernel size"):
-        export.check_runs(tiny_segformer().eval(), torch.randn(1, 3, 8, 8))
+@pytest.mark.parametrize(
+    ("build", "side", "message"),
+    [
+        (mask2former, 64, "Mask2FormerForUniversalSegmentation gives no logits for each pixel"),
+        (tiny_segformer, 8, "takes no images of 8 x 8 pixels; choose another --size: .*Kernel size"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(build: Callable[[], PreTrainedModel], side: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        export.check_runs(build().eval(), torch.randn(1, 3, side, side))
 
 
 # ---- Toys that show one thing each -----------------------------------------------------------------------------------
@@ -146,24 +146,6 @@ class Toy(nn.Module):
         return SimpleNamespace(logits=self.layers(pixel_values))
 
 
-class Call(nn.Module):
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
-        super().__init__()
-        self.forward = function
-
-
-def adapter_of(toy: Toy) -> SimpleNamespace:
-    return SimpleNamespace(
-        model=toy,
-        normalize=lambda x: x / 255,
-        fixed_size=None,
-        id2label={0: "a"},
-        channel_order="RGB",
-        image_mean=torch.zeros(3),
-        image_std=torch.ones(3),
-    )
-
-
 @pytest.mark.parametrize("size", [(9, 12), (16, 7)])
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 2, 1), (5, 2, 1), (3, 1, 2), ((3, 5), (2, 3), 1)])
 def test_our_same_padding_is_that_of_timm(
@@ -175,6 +157,7 @@ def test_our_same_padding_is_that_of_timm(
     torch.library.opcheck(convolve_same, arguments, test_utils="test_faketensor")
 
 
+@pytest.mark.slow
 def test_same_padding_and_pooling_keep_sizes_free(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = [
@@ -202,32 +185,31 @@ def test_padding_that_cannot_be_left_open_is_known_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "reason"),
+    ("raises", "differences", "fixed_because"),
     [
-        (64, 0, "the exporter cannot leave the sizes of this architecture open"),
-        (0, 32, "this architecture computes something else at other sizes"),  # a branch that is taken for granted
+        (True, [0.0], "the exporter cannot leave the sizes of this architecture open"),
+        (False, [1.0, 0.0], "exported with free sizes, this architecture computes something else at other sizes"),
+        (False, [0.0], None),
+        (False, [1.0, 1.0], ""),
     ],
 )
-def test_what_fails_at_other_sizes_gets_a_fixed_one(first: int, last: int, reason: str, tmp_path: Path) -> None:
-    branches = [Call(lambda x, height=height: x if x.shape[2] == height else 2 * x) for height in (first, last)]
-    toy = Toy(branches[0], nn.Conv2d(3, 4, 3, stride=2, padding=1), branches[1]).eval()
-    path = tmp_path / "model.onnx"
-    fixed_because, parity = export.write_model(path, adapter_of(toy), (64, 96))
-    assert fixed_because is not None and reason in fixed_because and parity["max_difference"] < 1e-4
-    assert session_of(path).get_inputs()[0].shape == ["batch", 3, 64, 96]
-
-
-def test_a_file_that_computes_something_else_is_an_error_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_is_free_then_fixed_then_an_error_and_kept(
+    raises: bool, differences: list[float], fixed_because: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Wrong(LogitsModel):
-        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            return super().forward(pixel_values) + 2e-4
+    def save(path: Path, *arguments: object) -> None:
+        if raises and arguments[-1] is None:
+            raise OnnxExporterError("too hard")
+        path.touch()
 
-    monkeypatch.setattr(export, "LogitsModel", Wrong)
-    path = tmp_path / "model.onnx"
-    with pytest.raises(ValueError, match=r"model.onnx does not compute what the model computes.*The file is kept"):
-        export.write_model(path, adapter_of(Toy(nn.Conv2d(3, 4, 1)).eval()), (32, 32))
+    found = [{"max_difference": value, "max_logit": 1.0, "argmax_agreement": 1.0} for value in differences]
+    monkeypatch.setattr(export, "save", save)
+    monkeypatch.setattr(export, "compare", lambda *_: found.pop(0))
+    adapter, path = build_adapter(tiny_segformer()), tmp_path / "model.onnx"
+    if fixed_because != "":
+        assert export.write_model(path, adapter, (32, 32))[0] == fixed_because
+    else:
+        with pytest.raises(ValueError, match=r"model.onnx does not compute what the model computes.*The file is kept"):
+            export.write_model(path, adapter, (32, 32))
     assert path.is_file()
 
 
@@ -251,26 +233,22 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "SECONDS", 0.0)
         main([str(folder)])
-    mention_in_card(folder)
+    mention_export(folder)
     return folder
 
 
-def test_the_report_has_what_was_measured(student: Path) -> None:
-    report = json.loads((student / "onnx" / "export.json").read_text())
+@pytest.mark.slow
+def test_the_report_and_the_file_tell_what_they_hold_and_nothing_of_this_machine(student: Path) -> None:
+    report, path = json.loads((student / "onnx" / "export.json").read_text()), student / "onnx" / "model.onnx"
     assert report["size"] == [48, 64] and report["fixed_because"] is None and report["opset"] == 18
-    assert report["bytes"] == (student / "onnx" / "model.onnx").stat().st_size
+    assert report["bytes"] == path.stat().st_size and report["versions"]["onnxruntime"] == onnxruntime.__version__
     assert report["parity"]["max_difference"] < 1e-3 and len(report["parity"]["sizes"]) == 3
     assert all(report["latency_ms"][name] > 0 for name in ("onnxruntime", "pytorch"))
-    assert report["versions"]["onnxruntime"] == onnxruntime.__version__
-
-
-def test_the_file_tells_what_it_takes_and_nothing_of_this_machine(student: Path) -> None:
-    path = student / "onnx" / "model.onnx"
     metadata = session_of(path).get_modelmeta().custom_metadata_map
     assert metadata["size"] == "any" and json.loads(metadata["id2label"])["1"] == "ground"
     assert json.loads(metadata["image_mean"]) == [0.485, 0.456, 0.406]
     content = path.read_bytes()
-    assert str(ROOT).encode() not in content and sys.prefix.encode() not in content and b"site-packages" not in content
+    assert not any(private in content for private in (bytes(ROOT), sys.prefix.encode(), b"site-packages"))
 
 
 def test_the_command_says_what_came_out(
@@ -281,24 +259,18 @@ def test_the_command_says_what_came_out(
         "parity": {"max_difference": 2e-6, "max_logit": 3.0, "argmax_agreement": 1.0},
         "latency_ms": {"onnxruntime": 1.23, "pytorch": 4.56},
     }  # fmt: skip
-    asked = {}
+    asked: dict = {}
     monkeypatch.setattr(
-        "hf_bcd.commands.export.export_student",
-        lambda *args, **options: asked.update(options) or (tmp_path / "model.onnx", report),
+        "hf_bcd.commands.export.export_student", lambda *_, **options: asked.update(options) or (tmp_path, report)
     )
     main(["me/x", "--trust_remote_code", "--revision", "v2"])
     assert asked == {"size": None, "revision": "v2", "trust_remote_code": True}
-    printed = capsys.readouterr().out
-    for words in (
-        "model.onnx: 2.5 MB",
-        "fixed at 48 x 64, because a reason",
-        "2.0e-06",
-        "100.00 %",
-        "1.2 ms, PyTorch 4.6",
-    ):
+    printed, fixed = capsys.readouterr().out, "fixed at 48 x 64, because a reason"
+    for words in ("model.onnx: 2.5 MB", fixed, "2.0e-06", "100.00 %", "1.2 ms, PyTorch 4.6"):
         assert words in printed
 
 
+@pytest.mark.slow
 def test_the_card_mentions_the_export_once_and_its_example_runs(
     student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,26 +288,30 @@ def test_the_card_mentions_the_export_once_and_its_example_runs(
     assert scope["logits"].shape == (1, 8, 12, 16)  # the processor resizes to 48 x 64
 
 
+@pytest.mark.slow
 def test_the_card_says_how_to_feed_a_file_of_one_size(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.loads((student / "onnx" / "export.json").read_text()) | {"fixed_because": "windows are fixed"}
-    monkeypatch.setattr("hf_bcd.export.onnx_folder.read_export", lambda folder: report)
+    monkeypatch.setattr("hf_bcd.card.usage.read_export", lambda folder: report)
     section = onnx_section(student, "me/x")
     assert "images must have 48 x 64 pixels, because windows are fixed." in section
     assert 'do_resize=True, size={"height": 48, "width": 64}, return_tensors="np")' in section
 
 
+@pytest.mark.slow
 def test_a_push_takes_the_export_along_unless_it_is_of_other_weights(
     student: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files = pushed_files(student)
-    assert [path for path in files if path.startswith("onnx/")] == ["onnx/export.json", "onnx/model.onnx"]
-    check_files({path: student / path for path in files})
+    assert [path for path in finished_files(student) if path.startswith("onnx/")] == [
+        "onnx/export.json",
+        "onnx/model.onnx",
+    ]
     weights = student / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     try:
         with caplog.at_level(logging.WARNING):
-            assert onnx_files(student) == [] and onnx_section(student, "me/x") == ""
+            assert read_export(student) is None and onnx_section(student, "me/x") == ""
+            assert not any(path.startswith("onnx/") for path in finished_files(student))
         assert "belongs to other weights and is left out" in caplog.text
     finally:
         weights.write_bytes(content)
@@ -345,7 +321,7 @@ def test_the_size_is_the_one_that_was_measured_then_that_of_the_processor(tmp_pa
     folder, adapter = finished(tmp_path / "x"), build_adapter(tiny_segformer())
 
     def size() -> tuple[int, int]:
-        return export.student_size(str(folder), None, adapter)
+        return export.student_size(str(folder), adapter)
 
     assert size() == (48, 64)
     for processor, expected in (
@@ -359,7 +335,7 @@ def test_the_size_is_the_one_that_was_measured_then_that_of_the_processor(tmp_pa
     cost = {"student": {"size": [360, 480]}, "teacher": {"size": [720, 960]}}
     (folder / "results.json").write_text(json.dumps({"protocol": {"cost": cost}}))
     assert size() == (360, 480)
-    assert export.student_size(str(folder), None, build_adapter(dpt())) == (96, 96)
+    assert export.student_size(str(folder), build_adapter(dpt())) == (96, 96)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,35 +347,27 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- The example -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_example_draws_the_same_with_and_without_onnx(student: Path, tmp_path: Path) -> None:
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "in.png")
-    overlays = []
-    for name, options in (("torch.png", []), ("onnx.png", ["--onnx"])):
-        command = [sys.executable, INFERENCE, student, "in.png", "--output", name, "--trust_remote_code", *options]
-        settings = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            command, env=os.environ | settings, cwd=tmp_path, capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "%" in done.stdout
-        overlays.append(np.asarray(Image.open(tmp_path / name)))
-    assert overlays[0].shape == (50, 70, 3)
-    assert (overlays[0] == overlays[1]).all(-1).mean() > 0.99
-
-
-def test_the_example_resizes_for_a_file_of_one_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    folder = finished_timm(tmp_path / "x")
-    model = export.load_segmentation_model(str(folder)).eval()
-    (folder / "onnx").mkdir()
-    adapter = build_adapter(model)
-    export.save(folder / "onnx" / "model.onnx", LogitsModel(model), adapter, (32, 96), "it is a test")
-    Image.new("RGB", (70, 50)).save(tmp_path / "in.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["inference.py", "x", "in.png", "--onnx"])
+def overlay(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> np.ndarray:
+    """The picture that examples/inference.py draws for the student of a folder, in the working directory."""
+    generator = np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save("in.png")
+    monkeypatch.setattr(sys, "argv", ["inference.py", str(folder), "in.png", "--output", "out.png", *options])
     runpy.run_path(str(INFERENCE))
-    with Image.open("overlay.png") as overlay:
-        assert overlay.size == (70, 50)
-    assert "%" in capsys.readouterr().out
+    with Image.open("out.png") as picture:
+        return np.asarray(picture)
+
+
+@pytest.mark.slow
+def test_the_example_draws_the_same_with_and_without_onnx(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawn = [overlay(student, monkeypatch, *options) for options in ([], ["--onnx"])]
+    assert drawn[0].shape == (50, 70, 3) and capsys.readouterr().out.count("%") > 1
+    assert (drawn[0] == drawn[1]).all(-1).mean() > 0.99
+
+    folder = finished_timm(tmp_path / "x")  # the same with a file of one size
+    adapter = export.load_adapter(str(folder)).eval()
+    (folder / "onnx").mkdir()
+    export.save(folder / "onnx" / "model.onnx", LogitsModel(adapter.model), adapter, (32, 96), "it is a test")
+    assert overlay(folder, monkeypatch, "--onnx").shape == (50, 70, 3)

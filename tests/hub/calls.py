@@ -9,11 +9,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 from hub import card_rules
 from hub.exchange import Exchange, Refused
-from hub.repositories import Commit, File, Repo, file_entry, folder_entry, folders, is_lfs, tree
+from hub.repositories import Commit, File, Repo, is_lfs, tree
 
 
-KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
-VERBS = {"auth-check", "branch", "commit", "commits", "paths-info", "preupload", "refs", "revision", "tag", "tree"}
+KINDS = {"models": "model", "datasets": "dataset"}
+VERBS = {"auth-check", "branch", "commit", "preupload", "revision", "tree"}
 
 
 class Handler(Exchange):
@@ -22,22 +22,20 @@ class Handler(Exchange):
     def route(self) -> None:
         if self.token is not None and self.token not in self.hub.users:
             raise Refused(401, "Invalid credentials in Authorization header")
-        if self.raw_path == "/api/whoami-v2":
-            return self.whoami()
         if self.raw_path == "/api/repos/create":
             return self.create_repo()
         if self.raw_path == "/api/validate-yaml":
             return self.validate_yaml()
         if match := re.fullmatch(r"/lfs-storage/(\w+)/(\w+)", self.raw_path):
             return self.store(*match.groups())
-        if match := re.fullmatch(r"/(?:(datasets|spaces)/)?([^/]+/[^/]+)\.git/info/lfs/(.+)", self.raw_path):
+        if match := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)\.git/info/lfs/(.+)", self.raw_path):
             kind, name, call = match.groups()
             self.writable(self.repo(kind or "models", name))
             return self.lfs_batch(name) if call == "objects/batch" else self.lfs_verify()
-        if match := re.fullmatch(r"/(?:(datasets|spaces)/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)", self.raw_path):
+        if match := re.fullmatch(r"/(?:(datasets)/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)", self.raw_path):
             kind, name, revision, path = match.groups()
             return self.resolve(self.repo(kind or "models", name), unquote(revision), unquote(path))
-        if match := re.fullmatch(r"/api/(models|datasets|spaces)/(.+)", self.raw_path):
+        if match := re.fullmatch(r"/api/(models|datasets)/(.+)", self.raw_path):
             parts = match[2].split("/")
             size = 1 if len(parts) == 1 or parts[1] in VERBS else 2
             return self.repo_call(
@@ -89,11 +87,6 @@ class Handler(Exchange):
         return commit
 
     # Calls about no repository
-
-    def whoami(self) -> None:
-        name = self.signed_in()
-        access = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
-        self.reply({"type": "user", "id": name, "name": name, "fullname": name, "orgs": [], "auth": access})
 
     def wanted_repo(self) -> tuple[str, str, str]:
         """Returns kind, name and address of the repository that a client wants created."""
@@ -185,22 +178,14 @@ class Handler(Exchange):
             case "auth-check":
                 (self.writable if revision == "write" else self.readable)(repo)
                 self.reply({})
-            case "refs":
-                self.references(repo)
             case "tree":
                 self.list_tree(self.commit_at(repo, revision), "/".join(parts[2:]))
-            case "paths-info":
-                self.paths_info(self.commit_at(repo, revision))
-            case "commits":
-                self.reply([commit_entry(commit) for commit in repo.history(self.commit_at(repo, revision))])
             case "preupload":
                 self.preupload(repo, revision)
             case "commit":
                 self.commit(repo, revision)
             case "branch":
                 self.create_ref(repo, f"refs/heads/{revision}", self.json().get("startingPoint") or "main")
-            case "tag":
-                self.create_ref(repo, f"refs/tags/{self.json()['tag']}", revision)
 
     def info(self, repo: Repo, commit: Commit) -> dict:
         files = commit.files.items()
@@ -228,25 +213,12 @@ class Handler(Exchange):
         except yaml.YAMLError:
             return None
 
-    def references(self, repo: Repo) -> None:
-        def below(prefix: str) -> list[dict]:
-            refs = [(ref, sha) for ref, sha in repo.refs.items() if ref.startswith(prefix)]
-            return [{"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": sha} for ref, sha in refs]
-
-        found = {"branches": below("refs/heads/"), "converts": below("refs/convert/"), "tags": below("refs/tags/")}
-        self.reply({**found, "pullRequests": []})
-
     def list_tree(self, commit: Commit, folder: str) -> None:
         query = parse_qs(urlsplit(self.path).query)
         entries = tree(commit.files, folder, recursive=query.get("recursive", ["false"])[0].lower() in ("true", "1"))
         if entries is None:
             raise Refused(404, f"{folder} does not exist", "EntryNotFound", headers={"X-Repo-Commit": commit.sha})
         self.reply(entries)
-
-    def paths_info(self, commit: Commit) -> None:
-        wanted = parse_qs(self.body.decode()).get("paths", [])
-        files = [file_entry(path, commit.files[path]) for path in wanted if path in commit.files]
-        self.reply(files + [folder_entry(path) for path in wanted if path in folders(commit.files)])
 
     def preupload(self, repo: Repo, revision: str) -> None:
         self.writable(repo)
@@ -286,11 +258,6 @@ class Handler(Exchange):
             if not self.hub.blobs.has(value["oid"]):
                 raise Refused(400, f"the LFS object of {path} has not been uploaded")
             files[path] = self.hub.blobs.described(value["oid"], lfs=True)
-        elif key == "deletedFile" and path in files:
-            del files[path]
-        elif key == "deletedFolder":
-            for name in [name for name in files if name.startswith(f"{path.rstrip('/')}/")]:
-                del files[name]
         else:
             raise Refused(400, f"cannot apply {key} to {path}")
 
@@ -301,15 +268,3 @@ class Handler(Exchange):
                 raise Refused(409, f"Reference already exists: {ref}")
             repo.refs[ref] = self.commit_at(repo, start).sha
         self.reply({})
-
-
-def commit_entry(commit: Commit) -> dict:
-    """Describes a commit as the list of commits does."""
-    authors = [{"user": commit.author}]
-    return {
-        "id": commit.sha,
-        "title": commit.title,
-        "message": commit.message,
-        "authors": authors,
-        "date": commit.date,
-    }

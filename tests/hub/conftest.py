@@ -3,11 +3,17 @@
 import subprocess
 import sys
 import textwrap
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub.server import MARKER_TOKEN, HubServer
+from hub.server import MARKER_TOKEN, OTHER_TOKEN, HubServer
+from huggingface_hub import close_session
+
+from hf_bcd.cli import run
+from hf_bcd.commands import push as command
 
 
 @pytest.fixture
@@ -15,6 +21,46 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
     """A running Hub without repositories."""
     with HubServer(tmp_path / "hub") as server:
         yield server
+
+
+@pytest.fixture
+def push(
+    hub: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> Iterator[Callable[..., tuple[str, str]]]:
+    """`hf-bcd push ARGUMENTS` in this process: `push(*arguments)` gives the error, perhaps empty, and all that was shown.
+
+    Uploads read these settings when they need them; other calls of the clients do when they are imported. Waits between
+    attempts are cut to 10 ms. No token may be shown.
+    """
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setenv("HF_TOKEN", MARKER_TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
+    close_session()
+
+    def call(*arguments: object) -> tuple[str, str]:
+        error = ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # huggingface_hub uploads as httpx used to
+            try:
+                run(lambda: command.main([str(argument) for argument in arguments]))
+            except SystemExit as end:
+                error = str(end.code)
+        shown = error + "".join(capsys.readouterr()) + caplog.text
+        assert MARKER_TOKEN not in shown and OTHER_TOKEN not in shown and "\n" not in error
+        return error, shown
+
+    yield call
+    close_session()
 
 
 @pytest.fixture

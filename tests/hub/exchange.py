@@ -56,7 +56,7 @@ class Exchange(BaseHTTPRequestHandler):
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
         self.log = Request(self.command, self.path, self.token in self.hub.users)
         self.hub.requests.append(self.log)
-        self.body, self.cut_after = b"", None
+        self.body, self.cut = b"", False
         self.pending = -1 if self.headers.get("Transfer-Encoding") else int(self.headers.get("Content-Length", 0))
         try:
             try:
@@ -90,10 +90,10 @@ class Exchange(BaseHTTPRequestHandler):
         if fault.what == "slow":
             self.hub.stopping.wait(fault.seconds)
         elif fault.what == "reset" and self.pending:
-            self.rfile.read(max(self.pending // 2, 1) if fault.after_bytes is None else fault.after_bytes)
+            self.rfile.read(max(self.pending // 2, 1))
             self.reset()
         elif fault.what == "reset":
-            self.cut_after = fault.after_bytes if fault.after_bytes is not None else -1
+            self.cut = True
         else:
             self.body = self.read_body()
             headers = {"Retry-After": str(round(fault.seconds))} if fault.what == 429 else {}
@@ -128,8 +128,8 @@ class Exchange(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body) if length is None else length), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.cut_after is not None:
-            self.wfile.write(body[: self.cut_after if self.cut_after >= 0 else len(body) // 2])
+        if self.cut:
+            self.wfile.write(body[: len(body) // 2])
             self.reset()
         if self.command != "HEAD":
             self.wfile.write(body)

@@ -89,13 +89,6 @@ class Repo:
         self.refs[ref] = sha
         return self.commits[sha]
 
-    def history(self, commit: Commit) -> list[Commit]:
-        """Returns a commit and its ancestors, newest first."""
-        commits = [commit]
-        while (parent := commits[-1].parent) is not None:
-            commits.append(self.commits[parent])
-        return commits
-
 
 class Blobs:
     """Contents of files in a folder, each under its SHA-256."""

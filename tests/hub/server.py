@@ -29,7 +29,6 @@ class Fault:
     path: re.Pattern[str]
     method: str | None
     times: int | None
-    after_bytes: int | None
     seconds: float
     hits: int = 0
 
@@ -79,14 +78,15 @@ class HubServer:
         if self.errors and exception_type is None:
             raise RuntimeError("the local Hub failed:\n" + "\n".join(self.errors))
 
-    def environment(self, home: Path, token: str | None = MARKER_TOKEN, *, patient: bool = False) -> dict[str, str]:
+    def environment(self, home: Path, token: str | None = MARKER_TOKEN) -> dict[str, str]:
         """Returns the environment of a process that uses this Hub and nothing else.
 
         Args:
             home: `HF_HOME`; a fresh folder for a fresh cache.
             token: `HF_TOKEN`; None for an anonymous user.
-            patient: keep the waits between a client's attempts. No setting bounds them (6 attempts take 23 s), so by
-                default `time.sleep` of that process is cut to 10 ms.
+
+        No setting bounds the waits between a client's attempts (6 of them take 23 s), so `time.sleep` of that process is
+        cut to 10 ms.
         """
         foreign = re.compile(r"HF_|HUGGING|TRANSFORMERS_|(https?|all)_proxy$", re.IGNORECASE)
         environment = {name: value for name, value in os.environ.items() if not foreign.match(name)}
@@ -101,14 +101,13 @@ class HubServer:
         }
         if token is not None:
             environment["HF_TOKEN"] = token
-        if not patient:
-            folder = self.folder / "impatient"
-            folder.mkdir(exist_ok=True)
-            (folder / "sitecustomize.py").write_text(
-                "import time\n_sleep = time.sleep\ntime.sleep = lambda seconds: _sleep(min(seconds, 0.01))\n"
-            )
-            paths = [str(folder), *filter(None, [environment.get("PYTHONPATH")])]
-            environment["PYTHONPATH"] = os.pathsep.join(paths)
+        folder = self.folder / "impatient"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(
+            "import time\n_sleep = time.sleep\ntime.sleep = lambda seconds: _sleep(min(seconds, 0.01))\n"
+        )
+        paths = [str(folder), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         return environment
 
     def fail(
@@ -118,7 +117,6 @@ class HubServer:
         *,
         method: str | None = None,
         times: int | None = None,
-        after_bytes: int | None = None,
         seconds: float = 1.0,
     ) -> Fault:
         """Makes requests go wrong; the newest fault that matches counts.
@@ -127,10 +125,9 @@ class HubServer:
             what: an HTTP status; "reset": cut the connection half-way through the upload, or through the download if
                 the request carries no body; "slow": answer late, but properly.
             path: regular expression looked for in the unquoted path.
-            after_bytes: how many bytes of the body pass before a reset, half of it by default.
             seconds: how late "slow" is, and the `Retry-After` of 429.
         """
-        fault = Fault(what, re.compile(path), method, times, after_bytes, seconds)
+        fault = Fault(what, re.compile(path), method, times, seconds)
         self._faults.insert(0, fault)
         return fault
 

@@ -1,14 +1,17 @@
 """What the trainer asks of the Hub; the Hub itself is in tests/hub."""
 
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from transformers import TrainerControl, TrainerState
 
 from hf_bcd import BCDTrainer
 from hf_bcd.hub.errors import HubError
+from hf_bcd.training.hub import HubCallback
 
 
 # transformers turns the progress bars off and on around a run that pushes, whatever the environment says
@@ -57,15 +60,6 @@ def test_an_evaluation_needs_no_repository(pushes: list[dict[str, Any]], tmp_pat
     assert pushes == []
 
 
-def test_a_student_of_any_data_set_gets_a_card(pushes: list[dict[str, Any]], tmp_path: Path) -> None:
-    run = BCDTrainer(
-        model=tiny.tiny_timm(), args=tiny.config(tmp_path / "x", max_steps=1), train_dataset=tiny.TensorSamples(4)
-    )
-    run.train()
-    run.push_to_hub()
-    assert pushes[0]["push"] == "x" and pushes[0]["card"].startswith("---\n")
-
-
 @pytest.mark.parametrize(
     ("strategy", "folders"),
     [("end", []), ("every_save", [None, None]), ("checkpoint", ["last-checkpoint"] * 2),
@@ -86,15 +80,18 @@ def test_every_strategy_pushes_checkpoints_to_its_place_and_survives_a_failure(
         raise HubError("the Hub has a problem with secret")
 
     monkeypatch.setattr("hf_bcd.training.hub.push_checkpoint", push)
-    run = tiny.trainer(
-        tmp_path / "x", max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1, push_to_hub=True,
-        hub_strategy=strategy, hub_always_push=True, hub_token="secret",
-    )  # fmt: skip
-    run.train()
-    assert [(step, folder) for step, folder, _ in pushed] == list(enumerate(folders, start=1))
-    for _, _, names in pushed:
-        assert {"config.json", "model.safetensors", "optimizer.pt", "trainer_state.json"} <= names
-        assert "training_args.bin" not in names
+    args = tiny.config(
+        tmp_path / "x", push_to_hub=True, hub_strategy=strategy, hub_always_push=True, hub_token="secret"
+    )
+    callback = HubCallback(args)
+    for step in (1, 2):
+        checkpoint = tmp_path / "x" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model.safetensors").touch()
+        callback.on_save(args, TrainerState(global_step=step), TrainerControl())
+        shutil.rmtree(checkpoint)  # as `save_total_limit` does
+    callback.on_train_end()
+    assert pushed == [(step, folder, {"model.safetensors"}) for step, folder in enumerate(folders, start=1)]
     warnings = [record.getMessage() for record in caplog.records if "was not pushed" in record.getMessage()]
     assert len(warnings) == len(folders)
     assert all("training goes on: the Hub has a problem with <token>" in warning for warning in warnings)

@@ -13,16 +13,16 @@ pytestmark = pytest.mark.slow
 READ = """
 import logging, sys
 from transformers import AutoModelForSemanticSegmentation
-from hf_bcd.adapters import image_statistics
+from hf_bcd.adapters import build_adapter, image_statistics
 from hf_bcd.adapters.loading import load_segmentation_model, saved_size
-from hf_bcd.card.provenance import describe_checkpoint
+from hf_bcd.training.recording import record_model
 logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
 for revision in (None, "v1", "bare"):
     model = load_segmentation_model("tester/teacher", revision=revision)
     commit = model.config._commit_hash
     size = saved_size("tester/teacher", revision=commit)
     print(commit, model.decode_head.classifier.bias[0].item(), image_statistics(model)[0][0], size.get("height"))
-    assert commit[:12] in describe_checkpoint(model, None) and commit not in model.config.to_json_string()
+    assert record_model(build_adapter(model), "teacher").revision == commit and commit not in model.config.to_json_string()
 """
 
 

@@ -186,7 +186,7 @@ def test_round_trip(world: World, elsewhere: Path) -> None:
     for index, scene in enumerate(scenes):
         scene["image"].save(pictures / f"{index}.png")
     scenes[0]["image"].save(world.folder / "picture.jpg")  # the name in the cards' examples
-    world.run(elsewhere, "-c", USE, home="elsewhere", OMP_NUM_THREADS=str(torch.get_num_threads()))
+    world.run(elsewhere, "-c", USE, home="elsewhere", PYTHONPATH="", OMP_NUM_THREADS=str(torch.get_num_threads()))
 
     for name in STUDENTS:
         run = tiny.trainer(world.folder / "again", load_segmentation_model(str(world.folder / "runs" / name)), None)

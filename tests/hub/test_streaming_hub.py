@@ -78,8 +78,8 @@ def test_pictures_of_a_repository_are_read_one_by_one(
         from torch.utils.data import DataLoader
         from hf_bcd.data import load_dense_dataset
 
-        def keep(image, label):
-            return {"red": int(np.asarray(image)[0, 0, 0])}
+        def keep(sample):
+            return {"red": int(np.asarray(sample["image"])[0, 0, 0])}
 
         data = load_dense_dataset("tester/pictures", streaming=True)
         assert data["train"].id2label == {0: "wall", 1: "road"}

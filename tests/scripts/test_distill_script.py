@@ -186,7 +186,7 @@ def test_any_method_is_named_on_the_command_line_over_a_recipe_that_starts_from_
     ]
     run(DISTILL, "--config", recipe, "--output_dir", tmp_path / "run", *options, *TINY, "--report_to", "none")
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "- loss: pixel cross-entropy + 3 · cwd/cwd\n" in card and "- options of cwd: temperature = 5\n" in card
+    assert "- loss: supervised loss + 3 · cwd/cwd\n" in card and "- options of cwd: temperature = 5\n" in card
     whole = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
     assert whole["losses"] == {"cwd": {"weight": 3, "temperature": 5}} and whole["dataset_name"] == "synthetic"
     assert whole["with_baseline"] is False and "base" not in whole and str(tmp_path) not in card

@@ -1,0 +1,80 @@
+"""A run in plain values: all that its card says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+RANDOM = "random weights"
+
+
+class ModelRecord(NamedTuple):
+    """A model of a run: its kind, and the Hub id and commit that it was loaded from.
+
+    `start` is the Hub id of the weights that it rests on, whose terms bind it (of a finished model its own), or `start_words`
+    says what it started from instead; both are empty where nobody said. `trained_here` says whether the run trained it, None
+    where nobody said; `levels` has the channels of its feature levels.
+    """
+
+    architecture: str
+    repository: str | None = None
+    revision: str | None = None
+    start: str | None = None
+    start_words: str = ""
+    trained_here: bool | None = None
+    levels: Mapping[str, int] = {}
+
+
+class DataRecord(NamedTuple):
+    """A data set: its name, Hub id and commit, web page, terms, images of each split (None: a stream) and label rule."""
+
+    name: str
+    repository: str | None
+    revision: str | None
+    page: str | None
+    licence: str | None
+    images: Mapping[str, int | None]
+    label_rule: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run.
+
+    Attributes:
+        repository: name by which readers load the student.
+        task: key of `TASKS`.
+        id2label: the classes that the student predicts.
+        models: the `student`, and `teacher` and `baseline` where they exist.
+        data: None where nothing is known of the training data.
+        results: contents of results.json.
+        figures: paths of pictures, relative to the student's folder.
+        snippets: code that runs the student, with its output.
+        weights: weight of each distillation term.
+        decays: losses that r(t) multiplies.
+        methods: `source`, `citation`, changed `options` and last `temperatures` of each method, hosted ones too.
+        classes: the student's classes among the teacher's, in words; empty where they are the same.
+        schedule: the training of the student, in words.
+        recipe: one recipe that does the same, without anything private.
+        versions: packages, and the commit of this one.
+        hardware: machine and time, in words.
+        token: access token in use, which no text may hold.
+    """
+
+    repository: str
+    task: str
+    id2label: Mapping[int, str]
+    models: Mapping[str, ModelRecord]
+    data: DataRecord | None = None
+    results: Mapping[str, Any] = field(default_factory=dict)
+    figures: Sequence[str] = ()
+    snippets: Sequence[str] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    decays: Sequence[str] = ()
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    classes: str = ""
+    schedule: Mapping[str, str] = field(default_factory=dict)
+    recipe: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hardware: str = ""
+    token: str | None = field(default=None, repr=False)
