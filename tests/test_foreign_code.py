@@ -52,6 +52,7 @@ def mentions(folder: Path) -> list[str]:
     return [str(path) for path in files if "--stranger" in path.read_text() or "custom_pipelines" in path.read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny.tiny_segformer, tiny.tiny_timm])
 def test_no_code_of_a_stranger_runs_or_is_passed_on(build: Any, tmp_path: Path, marker: Path) -> None:
     student, teacher = hostile(build(), tmp_path / "a", marker), hostile(build(seed=1), tmp_path / "b", marker)
@@ -68,6 +69,7 @@ def test_no_code_of_a_stranger_runs_or_is_passed_on(build: Any, tmp_path: Path, 
     assert "\n# " in card and ("trust_remote_code" in card) == ("auto_map" in (out / "config.json").read_text()) == own
 
 
+@pytest.mark.slow
 def test_an_export_of_a_strangers_folder_runs_no_code(
     tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,6 +209,7 @@ def test_cuda_counts_equal_cpu_counts():
     assert metrics.compute() == evaluated(predictions, labels, 5)
 
 
+@pytest.mark.slow
 def test_import_leaves_evaluate_alone():
     code = "import sys, hf_bcd.metrics; sys.exit('evaluate' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

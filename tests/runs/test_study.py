@@ -213,6 +213,7 @@ def test_a_finished_run_of_another_recipe_is_no_result(tmp_path: Path) -> None:
         changed.result()
 
 
+@pytest.mark.slow
 def test_a_study_trains_each_run_once_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.tiny_timm().save_pretrained(tmp_path / "teacher")
     path = write_study(
@@ -234,6 +235,7 @@ def test_a_study_trains_each_run_once_and_reports(tmp_path: Path, monkeypatch: p
     command.main([str(path)])
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_no_other_and_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

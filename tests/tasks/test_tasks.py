@@ -32,7 +32,7 @@ def test_an_evaluation_gives_every_score_and_tables_show_it(task: Task, tmp_path
     data, model = DATA[task.name](), adapt(MODELS[task.name]())
     found = evaluate(model, data["validation"], tiny.config(tmp_path))
     keys = [score.key for score in task.scores]
-    assert len(set(keys)) == len(keys) and {*keys, task.per_class} <= found.keys()
+    assert len(set(keys)) == len(keys) and {*keys, task.per_class.key} <= found.keys()
     assert task.scores[0] in task.headline and found["num_samples"] == 3
     score = task.scores[0]
     assert score.text(0.5) == ("50.00" if score.percent else "0.50")

@@ -42,6 +42,7 @@ def test_autocast_changes_the_loss_by_rounding_only(dtype: torch.dtype, tmp_path
     assert torch.cosine_similarity(gradient, exact_gradient, dim=0) > 0.98
 
 
+@pytest.mark.slow
 def test_compilation_keeps_the_loss(tmp_path: Path) -> None:
     distiller, batch, teacher = prepared(tmp_path)
     expected, expected_gradient = loss_and_gradient(distiller, batch, teacher)

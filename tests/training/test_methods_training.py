@@ -56,6 +56,7 @@ def weighted(run: BCDTrainer, weights: dict[str, float]) -> list[float]:
     return [sum(values) for values in zip(*histories, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_a_method_trains_without_harm(name: str, scenes: FixedScenes, tmp_path: Path) -> None:
     run = start(tmp_path, {name: OPTIONS.get(name, {})}, scenes)
@@ -83,6 +84,7 @@ def test_a_method_trains_beside_bcd(scenes: FixedScenes, tmp_path: Path) -> None
         assert logged == pytest.approx(tiny.history(run, "loss_task")[step] + sum(parts), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_discriminators_and_memories_survive_an_interruption_bit_for_bit(tmp_path: Path) -> None:
     losses = {name: OPTIONS[name] for name in ("skd", "cirkd")}
 

@@ -29,6 +29,7 @@ def parameters(run: BCDTrainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in run.distiller.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_resuming_continues_the_stream_bit_for_bit(tmp_path: Path) -> None:
     data = streamed(tiny.parquet_scenes(tmp_path / "d", [3, 2]))
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "save_total_limit": 3}

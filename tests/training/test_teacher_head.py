@@ -60,6 +60,7 @@ def test_what_cannot_be_offered_is_refused_before_a_baseline_is_trained(
         prepare_teacher(ModelArguments(teacher=str(tmp_path / "teacher")), config, tiny.scenes())
 
 
+@pytest.mark.slow
 def test_compilation_sees_through_the_head(tmp_path: Path) -> None:
     data = {"train": tiny.TensorSamples(4)}
     model = tiny.freeze_batchnorm(tiny.tiny_segformer())

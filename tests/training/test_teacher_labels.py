@@ -202,6 +202,7 @@ def test_a_backbone_without_a_trained_head_is_no_teacher(tmp_path: Path) -> None
     assert build_model(ModelSpec(name_or_path=folder), tiny.ID2LABEL).config.num_labels == len(tiny.ID2LABEL)
 
 
+@pytest.mark.slow
 def test_a_run_reports_a_teacher_with_other_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

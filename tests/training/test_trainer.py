@@ -44,6 +44,7 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     assert not different
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 4, 6], ids=["first epoch", "between epochs", "second epoch"])
 @pytest.mark.parametrize("build", [tiny.tiny_timm, tiny.tiny_segformer])
 def test_resuming_repeats_the_run_bit_for_bit(build, stop: int, tmp_path: Path) -> None:
@@ -76,6 +77,7 @@ RECIPES = [read_recipe(path, RECIPE_KEYS) for path in sorted((ROOT / "examples" 
 JOINT = {"+".join(losses): losses for recipe in RECIPES if len(losses := recipe.get("losses") or {}) > 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("losses", [*({name: {}} for name in LOSSES), *JOINT.values()], ids=[*LOSSES, *JOINT])
 def test_every_method_resumes_bit_for_bit(losses: dict, tmp_path: Path) -> None:
     """Also methods that keep nothing across steps, which have no `distiller.safetensors`."""
@@ -327,6 +329,7 @@ def test_a_loader_worker_survives_ctrl_c_and_obeys_sigterm() -> None:
     assert not callback.requested
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_resumable_folder(tmp_path: Path) -> None:
     run = tiny.trainer(tmp_path, max_steps=5)
 
@@ -445,6 +448,7 @@ def test_teacher_with_other_classes_size_rule_and_normalisation_distils(tmp_path
     assert all(math.isfinite(value) for value in tiny.history(run, "bcd/context"))
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_every_term_and_a_picture_at_each_evaluation(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -484,6 +488,7 @@ def test_several_evaluation_sets_by_name(tmp_path: Path) -> None:
     assert run.state.best_metric == scores[0][0]
 
 
+@pytest.mark.slow
 def test_a_saved_student_loads_everywhere(tmp_path: Path) -> None:
     for build in (tiny.tiny_timm, tiny.tiny_segformer):
         run = tiny.trainer(tmp_path, model=build(), max_steps=1)
@@ -527,6 +532,7 @@ def test_synchronised_batchnorm_keeps_the_activations_inside_timms_layers(
         torch.testing.assert_close(student(image).logits, before)
 
 
+@pytest.mark.slow
 def test_pushing_sends_our_card_and_never_replaces_a_finished_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
