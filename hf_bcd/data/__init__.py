@@ -1,8 +1,7 @@
 """Data sets for dense prediction in one canonical form: `image` RGB, `label` class ids with 255 for void."""
 
 from .cache import keep_in_memory
-from .collate import check_one_size, collate
-from .dataset import DenseDataset, DenseDatasets
+from .dataset import DenseDataset, DenseDatasets, check_one_size, collate
 from .loading import load_dense_dataset
 from .probing import check_masks
 from .sources.catalog import CATALOG, DatasetSpec

@@ -1,4 +1,4 @@
-"""Data sets of images with label maps in canonical form, and their reproducible random transforms."""
+"""Data sets of images with label maps in canonical form, their reproducible random transforms, and batches."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, cast
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from ..utils.messages import UserError
@@ -157,7 +158,7 @@ class DenseDataset(Split, Dataset[Sample]):
 class DenseDatasets(Mapping[str, DenseDataset]):
     """Splits of a data set by name. `val` and `valid` stand for `validation`."""
 
-    def __init__(self, splits: Mapping[str, DenseDataset]):
+    def __init__(self, splits: Mapping[str, Any]):
         self._splits = dict(splits)
 
     def __getitem__(self, split: str) -> DenseDataset:
@@ -220,3 +221,34 @@ def torch_seed(*entropy: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the accelerators
         yield
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stacks B samples: `index` int64 `[B]`, `pixel_values` uint8 `[B, 3, H, W]` and `labels` uint8 `[B, H, W]`.
+
+    Images, and independently labels, of different sizes are lists of B tensors instead. Nothing is ever padded: a model
+    would see the padding, and predictions would differ from those of single images.
+    """
+    return {
+        # first, because Trainer takes the batch size from the first tensor that it meets
+        "index": torch.tensor([sample["index"] for sample in samples]),
+        "pixel_values": _stack([sample["pixel_values"] for sample in samples]),
+        "labels": _stack([sample["labels"] for sample in samples]),
+    }
+
+
+def _stack(tensors: list[Tensor]) -> Tensor | list[Tensor]:
+    return torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
+
+
+def check_one_size(batch: Mapping[str, Any]) -> None:
+    """Refuses a training batch that could not be stacked; the `UserError` names two sizes of its images or masks."""
+    for key, kind in (("pixel_values", "images"), ("labels", "masks")):
+        if isinstance(batch[key], list):
+            sizes = sorted({tuple(tensor.shape[-2:]) for tensor in batch[key]})
+            (height, width), (other_height, other_width) = sizes[0], sizes[-1]
+            raise UserError(
+                f"training {kind} of {height} x {width} and of {other_height} x {other_width} pixels cannot be stacked into "
+                "one batch. Crop or resize them to one size in the data set's transform; a set of load_dense_dataset is "
+                "cropped to crop_size by itself."
+            )

@@ -14,9 +14,8 @@ from .dataset import SPLIT_ALIASES, DenseDataset, DenseDatasets, ReadRows, Row
 from .labels import LabelRule, NameSource, infer_id2label, read_id2label
 from .probing import examine, first_rows
 from .sources.catalog import CATALOG, open_known
-from .sources.hub_tables import hub_names, load_tables
 from .sources.layouts import pair_folders
-from .sources.tables import read_tables
+from .sources.tables import hub_names, load_tables, read_tables
 from .streaming import DenseStream, StreamRows, open_streams
 
 

@@ -18,8 +18,7 @@ from ..hub.errors import explained
 from ..utils.messages import UserError
 from .dataset import Row, Sample, Split, Transform, torch_seed
 from .probing import PROBED_ROWS
-from .sources.hub_tables import load_hub
-from .sources.tables import TableRows, class_names, commit_in_path, find_columns, row_of
+from .sources.tables import TableRows, class_names, commit_in_path, find_columns, load_hub, row_of
 
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ def hub_names(tmp_path, monkeypatch):
             (tmp_path / file).write_text(json.dumps(names))
             return str(tmp_path / file)
 
-        monkeypatch.setattr("hf_bcd.data.sources.hub_tables.hf_hub_download", download)
+        monkeypatch.setattr("hf_bcd.data.sources.tables.hf_hub_download", download)
 
     return publish
 

@@ -7,7 +7,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 
 from hf_bcd.data import load_dense_dataset
-from hf_bcd.data.sources.hub_tables import hub_names, load_hub
+from hf_bcd.data.sources.tables import hub_names, load_hub
 from hf_bcd.hub.errors import HubError
 from hf_bcd.runs.arguments import DataArguments
 from hf_bcd.runs.experiment import load_data
@@ -95,7 +95,7 @@ def test_a_part_of_a_repository_is_fetched_before_it_is_read(tmp_path, monkeypat
         asked.append((repo, options))
         return str(folder)
 
-    monkeypatch.setattr("hf_bcd.data.sources.hub_tables.snapshot_download", snapshot)
+    monkeypatch.setattr("hf_bcd.data.sources.tables.snapshot_download", snapshot)
     monkeypatch.setattr("hf_bcd.data.loading.hub_names", lambda *repo: None)
     assert load_hub("me/scenes", revision="v2", data_files={"train": "part/train/*.parquet"}).keys() == {"train"}
     data = load_dense_dataset("me/scenes", revision="v2", data_dir="part")
@@ -116,7 +116,7 @@ def hub_id(monkeypatch):
         assert (repo, file, options) == ("me/scenes", "id2label.json", {"repo_type": "dataset", "revision": "v2"})
         return str(names["file"])
 
-    monkeypatch.setattr("hf_bcd.data.sources.hub_tables.hf_hub_download", download)
+    monkeypatch.setattr("hf_bcd.data.sources.tables.hf_hub_download", download)
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: scenes(2))
     return names
 

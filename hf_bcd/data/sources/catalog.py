@@ -13,7 +13,7 @@ from ..labels import IGNORE_INDEX, ColourId, LabelRule, read_id2label
 from ..probing import choose_encoding, examine, first_rows
 from . import layouts
 from .coco import COCO_STUFF_10K_IDS
-from .hub_tables import hub_names, load_tables
+from .tables import hub_names, load_tables
 
 
 logger = logging.getLogger(__name__)
