@@ -1,6 +1,6 @@
 """Boundary and context distillation of dense-prediction models for the Hugging Face ecosystem.
 
-Public names load on first use, so that `import hf_bcd.losses` needs torch alone. Our models are registered with the
+Public names load on first use, so that `import hf_bcd.losses` needs only torch. Our models are registered with the
 Auto classes of transformers when these are imported, before or after this package.
 """
 

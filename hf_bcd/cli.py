@@ -8,7 +8,7 @@ from .utils.messages import UserError
 
 
 COMMANDS = {
-    "distill": "distil a student from a teacher, or train it alone",
+    "distill": "distil a student from a teacher, or train it without one",
     "evaluate": "score a model on a labelled data set",
     "check": "show what a data set holds",
     "methods": "list the distillation methods, or print one in full",

@@ -34,7 +34,7 @@ class DenseOutput:
         logits: per-pixel class scores `[B, num_labels, h, w]` at any stride.
         task_losses: supervised losses by name, weighted as the family's authors do; none without targets.
         head: the model's own head as a function of its levels, `{level: [B, C, h, w]}` -> scores in the classes of
-            `logits`, where a frozen teacher offers one: gradients reach the levels alone.
+            `logits`, where a frozen teacher offers one: gradients reach only the levels.
     """
 
     features: dict[str, Tensor]
@@ -73,7 +73,7 @@ class LabelMaps:
         ids: class ids `[B, H, W]` of any integer type.
         num_labels: number of classes K.
         ignore_index: id of void pixels.
-        num_valid: number of valid pixels by which task losses divide, a scalar; those of `ids` by default. Ranks and
+        num_valid: number of valid pixels by which task losses divide, a scalar; by default of `ids`. Ranks and
             accumulated batches with unequal void shares give the gradient of one large batch if all divide by the same.
     """
 

@@ -16,7 +16,7 @@ README = Path(__file__).parent.parent / "README.md"
 @pytest.fixture
 def hub(tmp_path: Path) -> dict[str, str]:
     """Stand-ins for the Hub: a teacher with ADE20K's classes, a bare encoder, a data set of 150 classes."""
-    names = json.loads((README.parent / "hf_bcd" / "data" / "ade20k_id2label.json").read_text())
+    names = json.loads((README.parent / "hf_bcd" / "data" / "sources" / "ade20k_id2label.json").read_text())
     id2label = {int(index): name for index, name in names.items()}
     config = SegformerConfig(
         hidden_sizes=[8, 8, 16, 16],

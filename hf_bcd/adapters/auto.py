@@ -7,44 +7,31 @@ import transformers
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..utils.messages import UserError
+from . import generic
 from .base import DenseAdapter
-from .espnet import EspNetAdapter
-from .generic import (
-    BeitAdapter,
-    Data2VecVisionAdapter,
-    DPTAdapter,
-    MobileNetV2Adapter,
-    MobileViTAdapter,
-)
 from .mask2former import Mask2FormerAdapter
-from .segformer import SegformerAdapter
-from .timm_segmentation import TimmSegmentationAdapter
 from .upernet import UperNetAdapter
 
 
 logger = logging.getLogger(__name__)
 
 ADAPTERS: dict[str, type[DenseAdapter]] = {
-    "beit": BeitAdapter,
-    "data2vec-vision": Data2VecVisionAdapter,
-    "dpt": DPTAdapter,
-    "espnet": EspNetAdapter,
+    "beit": generic.BeitAdapter,
+    "data2vec-vision": generic.Data2VecVisionAdapter,
+    "dpt": generic.DPTAdapter,
+    "espnet": generic.EspNetAdapter,
     "mask2former": Mask2FormerAdapter,
-    "mobilenet_v2": MobileNetV2Adapter,
-    "mobilevit": MobileViTAdapter,
-    "mobilevitv2": MobileViTAdapter,
-    "segformer": SegformerAdapter,
-    "timm_segmentation": TimmSegmentationAdapter,
+    "mobilenet_v2": generic.MobileNetV2Adapter,
+    "mobilevit": generic.MobileViTAdapter,
+    "mobilevitv2": generic.MobileViTAdapter,
+    "segformer": generic.SegformerAdapter,
+    "timm_segmentation": generic.TimmSegmentationAdapter,
     "upernet": UperNetAdapter,
 }
 
 
 def adapter_class(model: PreTrainedModel) -> type[DenseAdapter]:
-    """Class in `ADAPTERS` for the model's type.
-
-    Raises:
-        UserError: if the type has no adapter, or the model is no segmentation model.
-    """
+    """Class in `ADAPTERS` for the model's type; a `UserError` says that there is none, or that it does not segment."""
     model_type = model.config.model_type
     if model_type not in ADAPTERS:
         raise UserError(f"no adapter for models of type {model_type!r}; supported types: {', '.join(ADAPTERS)}")
@@ -56,9 +43,7 @@ def adapter_class(model: PreTrainedModel) -> type[DenseAdapter]:
 
 
 def build_adapter(
-    model: PreTrainedModel,
-    image_mean: Sequence[float] | None = None,
-    image_std: Sequence[float] | None = None,
+    model: PreTrainedModel, image_mean: Sequence[float] | None = None, image_std: Sequence[float] | None = None
 ) -> DenseAdapter:
     """Adapts a segmentation model.
 
@@ -89,11 +74,9 @@ def image_statistics(model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[f
     mean, std = adapter_class(model).family_statistics(model)
     source = model.name_or_path
     if source:
-        commit = getattr(model.config, "_commit_hash", None)
+        options = {"revision": getattr(model.config, "_commit_hash", None), "trust_remote_code": False}
         try:
-            processor = transformers.AutoImageProcessor.from_pretrained(
-                source, revision=commit, trust_remote_code=False
-            )
+            processor = transformers.AutoImageProcessor.from_pretrained(source, **options)
         except (OSError, ValueError) as error:
             logger.warning(
                 f"No image processor beside {source!r}; images are normalised as is usual for {model.config.model_type}, "
@@ -110,13 +93,8 @@ def image_processor(adapter: DenseAdapter, *, shortest_edge: int | None) -> Base
     """Builds the image processor to save beside a student.
 
     With it, `pipeline("image-segmentation")` shows the model the images that the adapter saw in evaluation: resized
-    bilinearly with their aspect ratio, never cropped, with the adapter's normalisation. Families that take only
-    squares get squares.
-
-    Args:
-        adapter: adapter of the student.
-        shortest_edge: length of the shorter side in pixels (the longer is at most four times as long); `None` keeps
-            the image's size.
+    bilinearly so that the shorter side has `shortest_edge` pixels (the longer at most four times as many; `None` keeps
+    the size), never cropped, with the adapter's normalisation. Families that take only squares get squares.
     """
     return getattr(transformers, adapter.processor_class)(**adapter.processor_options(shortest_edge))
 
@@ -125,14 +103,15 @@ def describe(model: PreTrainedModel | DenseAdapter) -> str:
     """Says in a few lines what distillation would tap: levels, channels, strides, labels and normalisation."""
     adapter = adapt(model)
     names = list(adapter.id2label.values())
-    size = f"{adapter.fixed_size[0]}x{adapter.fixed_size[1]}" if adapter.fixed_size else "any size"
+    size = "x".join(map(str, adapter.fixed_size)) if adapter.fixed_size else "any size"
     mean, std = (
-        [f"{value:.3g}" for value in values.flatten().tolist()] for values in (adapter.image_mean, adapter.image_std)
+        " ".join(f"{value:.3g}" for value in values.flatten().tolist())
+        for values in (adapter.image_mean, adapter.image_std)
     )
     lines = [
         f"{type(adapter.model).__name__} ({adapter.model.config.model_type}), adapted by {type(adapter).__name__}",
         f"labels: {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})",
-        f"input: {adapter.channel_order}, {size}, mean {' '.join(mean)}, std {' '.join(std)}",
+        f"input: {adapter.channel_order}, {size}, mean {mean}, std {std}",
         f"{'level':<10} {'channels':>8} {'stride':>6}",
     ]
     lines += [f"{name:<10} {spec.channels:>8} {spec.stride:>6}" for name, spec in adapter.feature_specs.items()]

@@ -65,14 +65,16 @@ class DenseAdapter(nn.Module, ABC):
         for name, values in (("image_mean", image_mean or default_mean), ("image_std", image_std or default_std)):
             if len(values) != 3:
                 raise UserError(f"{name} has {len(values)} values {list(values)}; give one for each of R, G and B")
-            # not persistent: the state dict of an adapter holds the model's weights alone
+            # not persistent: the state dict of an adapter holds only the model's weights
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.feature_specs: dict[str, FeatureSpec] = self.find_feature_specs()
 
     @classmethod
     def family_statistics(cls, model: PreTrainedModel) -> tuple[Sequence[float], Sequence[float]]:
         """Channel means and standard deviations that the family's weights expect, for images scaled to 0..1."""
-        return cls.default_statistics
+        config: Any = model.config  # our own models state theirs
+        own = getattr(config, "image_mean", None), getattr(config, "image_std", None)
+        return own[0] or cls.default_statistics[0], own[1] or cls.default_statistics[1]
 
     @property
     def num_labels(self) -> int:
@@ -99,12 +101,7 @@ class DenseAdapter(nn.Module, ABC):
         return None
 
     def match(self, id2label: Mapping[int, str], synonyms: Mapping[str, Sequence[str]] | None = None) -> LabelMap:
-        """Finds the model's classes for those of another label set, and gives its logits in these if it has all.
-
-        Args:
-            id2label: the other label set.
-            synonyms: the model's names for these classes, see `match_labels`.
-        """
+        """Finds the model's classes for another label set, see `match_labels`; logits are in that one if it is complete."""
         label_map = match_labels(self.model.config.id2label, id2label, synonyms)
         self.label_map = label_map if label_map.is_complete else None
         return label_map
@@ -113,12 +110,17 @@ class DenseAdapter(nn.Module, ABC):
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         """Reads channels and strides of the levels off the configuration and the layers, without a forward pass."""
 
-    @abstractmethod
     def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
         """Runs the model on normalised images `[B, 3, H, W]`.
 
         With targets, the output has the task losses that its `logits` do not determine.
         """
+        outputs = self.model(pixel_values, output_hidden_states=True)
+        return DenseOutput(stage_features(self.feature_specs, self.stages(outputs.hidden_states)), outputs.logits)
+
+    def stages(self, hidden_states: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The maps that end a stage, of all that the model hands out."""
+        return hidden_states
 
     @property
     def head_levels(self) -> tuple[str, ...]:
@@ -131,12 +133,8 @@ class DenseAdapter(nn.Module, ABC):
         return frozenset({"features", "logits", *(["head"] if self.head_levels else [])})
 
     def run_head(self, features: dict[str, Tensor]) -> Tensor:
-        """Runs the model's head on maps in the place of its levels `head_levels`: logits in the model's own classes.
-
-        Raises:
-            NotImplementedError: if `head_levels` is empty.
-        """
-        raise NotImplementedError(f"the head of {type(self.model).__name__} reads more than the feature levels")
+        """Runs the model's head on maps in the place of its levels `head_levels`: logits in the model's own classes."""
+        raise NotImplementedError
 
     def freeze_unused(self) -> None:
         """Freezes what gets no gradient: data-parallel training waits for one from every trainable parameter."""
@@ -151,11 +149,9 @@ class DenseAdapter(nn.Module, ABC):
         return normalized.flip(1) if self.channel_order == "BGR" else normalized
 
     def forward(self, pixel_values: Tensor, targets: LabelMaps | None = None) -> DenseOutput:
-        """Runs the model on RGB images.
+        """Runs the model on RGB images `[B, 3, H, W]`, uint8 or float, values 0..255, not normalised.
 
-        Args:
-            pixel_values: `[B, 3, H, W]`, uint8 or float, values 0..255, not normalised.
-            targets: ground truth; without it the output has no task losses.
+        Without targets, the output has no task losses.
 
         Raises:
             UserError: if `pixel_values` is not a batch of RGB images, or has a size that the model cannot take.
@@ -174,10 +170,7 @@ class DenseAdapter(nn.Module, ABC):
 
         Args:
             pixel_values: `[B, 3, H, W]`, values 0..255.
-            sizes: height and width of each map, such as the picture's own.
-
-        Returns:
-            For each image, class ids int64 `[h, w]`.
+            sizes: height and width of each map, int64 `[h, w]`, such as the picture's own.
         """
         with torch.autocast(pixel_values.device.type, enabled=False):
             logits = self(pixel_values).logits.float()
@@ -191,7 +184,7 @@ class DenseAdapter(nn.Module, ABC):
         """Logits of the model's head on other maps `{level: [B, C, h, w]}`, in the classes of `forward`'s logits.
 
         Raises:
-            UserError: if the logits are no function of the levels alone.
+            UserError: if the head reads more than the levels.
         """
         if not self.head_levels:
             raise UserError(f"the head of this {self.model.config.model_type} reads more than the feature levels")
@@ -203,13 +196,9 @@ class DenseAdapter(nn.Module, ABC):
 
     def processor_options(self, shortest_edge: int | None) -> dict[str, Any]:
         """Arguments of `processor_class` with which a saved model sees images as this adapter shows them."""
-        options: dict[str, Any] = {
-            "do_resize": shortest_edge is not None,
-            "do_reduce_labels": False,
-            "resample": 2,  # bilinear
-            "image_mean": self.image_mean.flatten().tolist(),
-            "image_std": self.image_std.flatten().tolist(),
-        }
+        bilinear, mean, std = 2, self.image_mean.flatten().tolist(), self.image_std.flatten().tolist()
+        options: dict[str, Any] = {"do_resize": shortest_edge is not None, "resample": bilinear}
+        options |= {"do_reduce_labels": False, "image_mean": mean, "image_std": std}
         if shortest_edge is not None:
             options["size"] = {"shortest_edge": shortest_edge, "longest_edge": 4 * shortest_edge}
         return options
@@ -217,20 +206,15 @@ class DenseAdapter(nn.Module, ABC):
 
 def cross_entropy(logits: Tensor, targets: LabelMaps) -> Tensor:
     """`segmentation_loss` of logits `[B, num_labels, h, w]` against label maps: scalar."""
-    return segmentation_loss(
-        logits, targets.ids.long(), ignore_index=targets.ignore_index, num_valid=targets.num_valid
-    )
+    options = {"ignore_index": targets.ignore_index, "num_valid": targets.num_valid}
+    return segmentation_loss(logits, targets.ids.long(), **options)
 
 
 def stage_specs(channels: Sequence[int], strides: Sequence[int]) -> dict[str, FeatureSpec]:
-    """Names the consecutive stages of a backbone.
+    """Names the consecutive stages of a backbone, given from fine to coarse with their true strides.
 
     A stage is named after its nominal stride, which doubles from stage to stage, so that a dilated stage keeps its
-    name. A first stage of stride 2 becomes `stem`, at stride 4: it is tapped after `pool_stem`.
-
-    Args:
-        channels: number of channels of each stage, from fine to coarse.
-        strides: true stride of each stage.
+    name. A first stage of stride 2 becomes `stem`, at stride 4: it is tapped after max-pooling.
     """
     specs = {}
     for index, (stage_channels, stride) in enumerate(zip(channels, strides, strict=True)):
@@ -243,13 +227,8 @@ def stage_specs(channels: Sequence[int], strides: Sequence[int]) -> dict[str, Fe
 
 
 def stage_features(specs: dict[str, FeatureSpec], maps: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Gives the maps `[B, C, h, w]` of consecutive stages their level names; the stem is pooled to stride 4."""
+    """Gives the maps `[B, C, h, w]` of consecutive stages their level names."""
     features = dict(zip(specs, maps, strict=True))
-    if "stem" in features:
-        features["stem"] = pool_stem(features["stem"])
+    if "stem" in features:  # to stride 4, as ResNet does after its first convolution
+        features["stem"] = F.max_pool2d(features["stem"], kernel_size=3, stride=2, padding=1)
     return features
-
-
-def pool_stem(stem: Tensor) -> Tensor:
-    """Max-pools a stride-2 map `[B, C, h, w]` to stride 4, as ResNet does after its first convolution."""
-    return F.max_pool2d(stem, kernel_size=3, stride=2, padding=1)

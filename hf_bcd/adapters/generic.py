@@ -1,16 +1,60 @@
-"""Families that hand out their stages as `hidden_states`: MobileNetV2, MobileViT, BEiT, Data2Vec and DPT."""
+"""Families that hand out their stages as `hidden_states`: all but UperNet and Mask2Former."""
 
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..models.modeling_timm_segmentation import AUXILIARY_LOSS_WEIGHT
 from ..outputs import DenseOutput, FeatureSpec, LabelMaps
 from ..utils.messages import UserError
-from .base import HALF_MEAN, HALF_STD, DenseAdapter, stage_features, stage_specs
+from .base import HALF_MEAN, HALF_STD, DenseAdapter, cross_entropy, stage_features, stage_specs
+
+
+class SegformerAdapter(DenseAdapter):
+    """Levels `stride_4` to `stride_32`, each after its stage's layer norm; logits at stride 4."""
+
+    def find_feature_specs(self) -> dict[str, FeatureSpec]:
+        config = self.model.config
+        return stage_specs(config.hidden_sizes, list(accumulate(config.strides, mul)))
+
+    @property
+    def head_levels(self) -> tuple[str, ...]:
+        return tuple(self.feature_specs)
+
+    def run_head(self, features: dict[str, Tensor]) -> Tensor:
+        return self.model.decode_head(tuple(features.values()))
+
+
+class EspNetAdapter(DenseAdapter):
+    """Levels `stem`, `stride_4` and `stride_8`, as they go into the decoder: with the shrunk image in the first two."""
+
+    def find_feature_specs(self) -> dict[str, FeatureSpec]:
+        return stage_specs(self.model.feature_channels, self.model.feature_strides)
+
+
+class TimmSegmentationAdapter(EspNetAdapter):
+    """Levels `stride_4` to `stride_32`, and `stem` where the backbone has a map of stride 2; logits of the head."""
+
+    def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
+        outputs = self.model(pixel_values, output_hidden_states=True)
+        output = DenseOutput(stage_features(self.feature_specs, outputs.hidden_states), outputs.logits)
+        if targets is not None and outputs.auxiliary_logits is not None:
+            auxiliary = cross_entropy(outputs.auxiliary_logits, targets)
+            output.task_losses["loss_auxiliary"] = AUXILIARY_LOSS_WEIGHT * auxiliary
+        return output
+
+    @property
+    def head_levels(self) -> tuple[str, ...]:
+        return tuple(f"stride_{stride}" for stride in self.model.head.strides)
+
+    def run_head(self, features: dict[str, Tensor]) -> Tensor:
+        return self.model.head({int(name.removeprefix("stride_")): level for name, level in features.items()})
 
 
 class ConvolutionalAdapter(DenseAdapter):
@@ -33,10 +77,8 @@ class ConvolutionalAdapter(DenseAdapter):
         channels, strides = zip(*(outputs[index] for index in self.stage_ends), strict=True)
         return stage_specs(channels, strides)
 
-    def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
-        outputs = self.model(pixel_values, output_hidden_states=True)
-        maps = [outputs.hidden_states[index] for index in self.stage_ends]
-        return DenseOutput(stage_features(self.feature_specs, maps), outputs.logits)
+    def stages(self, hidden_states: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [hidden_states[index] for index in self.stage_ends]
 
 
 class MobileNetV2Adapter(ConvolutionalAdapter):
@@ -63,12 +105,7 @@ class MobileViTAdapter(ConvolutionalAdapter):
     stage_ends = (0, 1, 2, 3, 4)
     processor_class = "MobileViTImageProcessor"
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-    ):
+    def __init__(self, model: PreTrainedModel, image_mean: Any = None, image_std: Any = None):
         super().__init__(model, image_mean, image_std)
         if self.image_mean.any() or (self.image_std != 1).any():
             raise UserError(
@@ -106,11 +143,8 @@ class TokenAdapter(DenseAdapter):
         """Positions of the grids in `hidden_states`, whose first entry is the embedding."""
 
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
-        config = self.model.config
-        return {
-            f"stride_{4 * 2**index}": FeatureSpec(config.hidden_size, config.patch_size)
-            for index in range(len(self.hidden_state_indices()))
-        }
+        spec = FeatureSpec(self.model.config.hidden_size, self.model.config.patch_size)
+        return {f"stride_{4 * 2**index}": spec for index in range(len(self.hidden_state_indices()))}
 
     def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
         height, width = pixel_values.shape[-2:]
@@ -146,8 +180,7 @@ class BeitAdapter(TokenAdapter):
 
     @property
     def unused_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
-        config = self.model.config
-        behind = range(max(self.hidden_state_indices()), config.num_hidden_layers)
+        behind = range(max(self.hidden_state_indices()), self.model.config.num_hidden_layers)
         return ("auxiliary_head.", *(f"{self.layer_prefix}{index}." for index in behind))
 
     def hidden_state_indices(self) -> list[int]:
@@ -155,14 +188,14 @@ class BeitAdapter(TokenAdapter):
 
 
 class Data2VecVisionAdapter(BeitAdapter):
-    """Data2Vec-Vision; logits at stride 4. The model folds its tokens into the grid of `config.image_size` alone."""
+    """Data2Vec-Vision; logits at stride 4. The model folds its tokens only into the grid of `config.image_size`."""
 
     takes = "its own size"
     layer_prefix = "data2vec_vision.encoder.layer."
 
 
 class DPTAdapter(TokenAdapter):
-    """DPT; logits at stride 2. The model's neck folds its tokens into squares alone."""
+    """DPT; logits at stride 2. The model's neck folds its tokens only into squares."""
 
     takes = "squares"
     # the neck's first fusion layer has nothing to fuse with, so its first residual unit is skipped

@@ -64,7 +64,7 @@ class LabelMap:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every class of the student has one of the teacher's."""
+        """Whether no class of the student is missing."""
         return len(self.sources) == len(self.student)
 
     @property
@@ -76,10 +76,7 @@ class LabelMap:
         """Turns the teacher's logits `[B, C_teacher, h, w]` into the student's classes, `[B, C_student, h, w]`.
 
         Where several of the teacher's classes stand for one, its logit is their log-sum-exp: probabilities add. Classes
-        that stand for none are left out, and a softmax over the rest shares out what they had.
-
-        Raises:
-            UserError: if classes are missing.
+        that stand for none are left out; classes that are missing are a `UserError`.
         """
         if not self.is_complete:
             raise UserError(f"the teacher has no class for {self.missing}, so its logits cannot be mapped.")
@@ -183,9 +180,7 @@ def read_synonyms(source: str | Path | Mapping[str, Sequence[str]] | None) -> di
     if not isinstance(content, Mapping):
         raise UserError(f"{where}: holds a {type(content).__name__}; {form}.")
     for label, names in content.items():
-        if not isinstance(label, str) or not isinstance(names, list | tuple):
-            raise UserError(f"{where}: {label!r} has {names!r}; {form}.")
-        if not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in (label, *names)):
             raise UserError(f"{where}: {label!r} has {names!r}; {form}.")
     return {label: list(names) for label, names in content.items()}
 
@@ -218,11 +213,11 @@ def _given_matches(
 
 def _find_class(name: str, id2label: dict[int, str], owner: str) -> int:
     ours = alternatives(name)
-    found: list[int] = []
-    for keys_of in (_all_names, _first_name, set):
-        found = [index for index, label in id2label.items() if keys_of(ours) & keys_of(alternatives(label))]
-        if found:
-            break
+    tries = (
+        [index for index, label in id2label.items() if keys_of(ours) & keys_of(alternatives(label))]
+        for keys_of in (_all_names, _first_name, set)
+    )
+    found = next(filter(None, tries), [])
     if len(found) == 1:
         return found[0]
     if found:

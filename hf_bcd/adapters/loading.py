@@ -7,15 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
-    BaseImageProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.utils import CONFIG_NAME, cached_file
+import transformers
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from ..hub.errors import explained
 from ..models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationModel
@@ -51,11 +46,7 @@ class ModelSpec:
 
     @classmethod
     def parse(cls, given: "str | dict[str, Any] | ModelSpec", role: str) -> "ModelSpec":
-        """Reads a Hub id or path, or a mapping of fields.
-
-        Raises:
-            UserError: for an unknown field, or when not exactly one of `name_or_path` and `backbone` is given.
-        """
+        """Reads a Hub id or path, or a mapping of fields with exactly one of `name_or_path` and `backbone`."""
         if isinstance(given, ModelSpec):
             return given
         if not isinstance(given, str | dict):
@@ -77,6 +68,7 @@ class ModelSpec:
         return spec
 
 
+TIMM_FIELDS = ("head", "output_stride", "pretrained", "weights")
 # fields of a configuration that name code, which `trust_remote_code` runs
 CODE_FIELDS = ("auto_map", "custom_pipelines")
 
@@ -100,15 +92,16 @@ def load_segmentation_model(
         UserError: if the repository cannot be read (`HubError`), needs code of its own that is not trusted, has
             no weights for a part of the model, or transformers has no segmentation class for the model's type.
     """
-    from transformers import AutoModelForUniversalSegmentation
-
     changes = {} if new_labels is None else {"ignore_mismatched_sizes": True, **new_labels}
     with explained("model", name_or_path, revision=revision), _code_refused(name_or_path):
         commit = commit_of(name_or_path, revision)
         source: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(name_or_path, **source)
+        config = transformers.AutoConfig.from_pretrained(name_or_path, **source)
         own_code = getattr(config, "auto_map", None) or {}
-        for auto_class in (AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation):
+        for auto_class in (
+            transformers.AutoModelForSemanticSegmentation,
+            transformers.AutoModelForUniversalSegmentation,
+        ):
             if type(config) in auto_class._model_mapping or auto_class.__name__ in own_code:
                 model, loaded = auto_class.from_pretrained(name_or_path, **source, **changes, output_loading_info=True)
                 if new_labels is None:
@@ -124,10 +117,6 @@ def load_segmentation_model(
 
 def load_adapter(spec: ModelSpec | str, *, trust_remote_code: bool = False) -> DenseAdapter:
     """Loads a finished model and adapts it: weights, image statistics and names come from one revision.
-
-    Args:
-        spec: Hub id or folder, perhaps with a revision.
-        trust_remote_code: run model code that lies in the repository.
 
     Raises:
         UserError: as `load_segmentation_model`, or if the model's type has no adapter.
@@ -147,13 +136,10 @@ def commit_of(name_or_path: str, revision: str | None = None) -> str | None:
 
 
 def drop_foreign_code(loaded: Any) -> None:
-    """Removes every mention of code that lies beside the weights, so that saving does not pass it on.
+    """Removes from a model, configuration or image processor the code that it names, so that saving does not pass it on.
 
     A class of transformers, or one of ours, was loaded without that code. Ours names its own again when it is saved; a
     class that came from there, which needs `trust_remote_code`, keeps it.
-
-    Args:
-        loaded: model, configuration or image processor.
     """
     if not type(loaded).__module__.startswith("transformers_modules."):
         _drop_code_fields(loaded.config if isinstance(loaded, PreTrainedModel) else loaded)
@@ -172,10 +158,9 @@ def _drop_code_fields(value: Any) -> None:
 
 def saved_size(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, int]:
     """What a model's own image processor resizes to: `height` and `width`, or `shortest_edge`; empty if it does not."""
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(
-            name_or_path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        processor: Any = transformers.AutoImageProcessor.from_pretrained(name_or_path, **options)
     except (OSError, ValueError):  # there is none
         return {}
     size = dict(getattr(processor, "size", None) or {}) if getattr(processor, "do_resize", False) else {}
@@ -206,52 +191,27 @@ def _code_refused(name_or_path: str) -> Iterator[None]:
 
 
 def build_model(spec: ModelSpec, id2label: Mapping[int, str], *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Builds a model that predicts the classes of a data set.
+    """Builds a model that predicts the classes `id2label` of a data set.
 
     A checkpoint whose class count differs keeps its backbone and gets a fresh classifier.
-
-    Args:
-        spec: where the model comes from.
-        id2label: the data set's classes.
-        trust_remote_code: run model code that lies in a Hub repository.
 
     Raises:
         UserError: if the model cannot be loaded or built so.
     """
     labels = {"id2label": dict(id2label), "label2id": {name: index for index, name in id2label.items()}}
     if spec.name_or_path is not None:
-        return load_segmentation_model(
-            spec.name_or_path,
-            revision=spec.revision,
-            trust_remote_code=trust_remote_code,
-            new_labels=labels,
-        )
+        options = {"revision": spec.revision, "trust_remote_code": trust_remote_code}
+        return load_segmentation_model(spec.name_or_path, **options, new_labels=labels)
     if spec.backbone == EspNetConfig.model_type:
-        return build_espnet(spec, labels)
+        return _build_espnet(spec, labels)
     assert spec.backbone is not None  # ModelSpec.parse allows one of the two
     with explained("model", f"timm/{spec.backbone}"), as_user_error():
-        return TimmSegmentationModel.from_backbone(
-            spec.backbone,
-            pretrained=spec.pretrained,
-            weights=spec.weights,
-            head=spec.head,
-            output_stride=spec.output_stride,
-            **spec.options,
-            **labels,
-        )
+        own = {name: getattr(spec, name) for name in TIMM_FIELDS}
+        return TimmSegmentationModel.from_backbone(spec.backbone, **own, **spec.options, **labels)
 
 
-def build_espnet(spec: ModelSpec, labels: Mapping[str, Any]) -> EspNetForSemanticSegmentation:
-    """Builds an ESPNet, which is a whole network, from random weights.
-
-    Args:
-        spec: its `options` are fields of `EspNetConfig`.
-        labels: `id2label` and `label2id`.
-
-    Raises:
-        UserError: for an unknown option, or a field of `spec` that belongs to timm backbones.
-    """
-    for name in ("head", "output_stride", "pretrained", "weights"):
+def _build_espnet(spec: ModelSpec, labels: Mapping[str, Any]) -> EspNetForSemanticSegmentation:
+    for name in TIMM_FIELDS:
         if getattr(spec, name) != getattr(ModelSpec, name):
             raise UserError(
                 f"{name} is {getattr(spec, name)!r}, but backbone {spec.backbone!r} is a whole network without "

@@ -5,13 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..outputs import DenseOutput, FeatureSpec, LabelMaps
+from ..outputs import IGNORE_INDEX, DenseOutput, FeatureSpec, LabelMaps
 from ..utils.messages import UserError
-from .backbones import backbone_feature_specs
 from .base import DenseAdapter, stage_features
-
-
-IGNORE_INDEX = 255
+from .upernet import backbone_feature_specs
 
 
 class Mask2FormerAdapter(DenseAdapter):
@@ -39,24 +36,20 @@ class Mask2FormerAdapter(DenseAdapter):
         mask_labels, class_labels = query_labels(labels, self.num_labels)
         # float32: the matcher hands its costs to NumPy, which knows no bfloat16, and dice sums over thousands of points
         with torch.autocast(labels.device.type, enabled=False):
+            layers = outputs.auxiliary_logits
             losses = self.model.get_loss_dict(
                 masks_queries_logits=outputs.masks_queries_logits.float(),
                 class_queries_logits=outputs.class_queries_logits.float(),
                 mask_labels=mask_labels,
                 class_labels=class_labels,
-                auxiliary_predictions=[
-                    {name: scores.float() for name, scores in layer.items()} for layer in outputs.auxiliary_logits
-                ],
+                auxiliary_predictions=[{name: scores.float() for name, scores in one.items()} for one in layers],
             )
             return self.model.get_loss(losses)
 
     def processor_options(self, shortest_edge: int | None) -> dict[str, Any]:
         # size_divisor would stretch the image to a multiple of 32, which the model does not need
-        return super().processor_options(shortest_edge) | {
-            "size_divisor": 1,
-            "ignore_index": IGNORE_INDEX,
-            "num_labels": self.num_labels,
-        }
+        own = {"size_divisor": 1, "ignore_index": IGNORE_INDEX, "num_labels": self.num_labels}
+        return super().processor_options(shortest_edge) | own
 
 
 def semantic_logits(class_queries_logits: Tensor, masks_queries_logits: Tensor, epsilon: float = 1e-6) -> Tensor:

@@ -66,7 +66,6 @@ class FrozenTeacher(nn.Module):
 
     @property
     def num_labels(self) -> int:
-        """Number of classes in `logits`."""
         return self.adapter.num_labels
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
@@ -79,25 +78,22 @@ class FrozenTeacher(nn.Module):
         height, width = self.image_size or (-(-size // multiple) * multiple for size in pixel_values.shape[-2:])
         if (height, width) == tuple(pixel_values.shape[-2:]):
             return pixel_values
-        return F.interpolate(
-            pixel_values.float(), (height, width), mode="bilinear", align_corners=False, antialias=True
-        )
+        size = (height, width)
+        return F.interpolate(pixel_values.float(), size, mode="bilinear", align_corners=False, antialias=True)
+
+    def _precision(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     # not inference_mode: its tensors could not be saved for the student's backward pass without a copy
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> DenseOutput:
         """Features and logits of RGB images `[B, 3, H, W]`, uint8 or float, values 0..255."""
-        with torch.autocast(pixel_values.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+        with self._precision(pixel_values.device):
             output = self.adapter(self.resize(pixel_values))
         features = {name: level.float() for name, level in output.features.items()}
         return DenseOutput(features, output.logits.float(), head=self.head if self.adapter.head_levels else None)
 
     def head(self, features: dict[str, Tensor]) -> Tensor:
-        """Class scores of the teacher's head on other maps in the place of its levels, computed as `logits` are.
-
-        Args:
-            features: level name -> `[B, C, h, w]`, at least the adapter's `head_levels`; gradients reach these alone.
-        """
-        device = next(iter(features.values())).device
-        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
+        """Class scores of the head on maps `{level: [B, C, h, w]}`, as `logits` are; gradients reach only these maps."""
+        with self._precision(next(iter(features.values())).device):
             return self.adapter.head(features).float()

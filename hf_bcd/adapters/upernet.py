@@ -1,4 +1,4 @@
-"""UperNet (`UperNetForSemanticSegmentation`) on Swin, ConvNeXt, ResNet and timm backbones."""
+"""UperNet (`UperNetForSemanticSegmentation`) and the levels of backbones: Swin, ConvNeXt, ResNet and those of timm."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +7,39 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..outputs import DenseOutput, FeatureSpec, LabelMaps
-from .backbones import backbone_feature_specs
-from .base import DenseAdapter, cross_entropy, stage_features
+from ..utils.messages import UserError
+from .base import DenseAdapter, cross_entropy, stage_features, stage_specs
+
+
+# backbones of transformers whose stages halve the resolution one after the other
+PYRAMIDS = ("convnext", "convnextv2", "resnet", "swin", "swinv2")
+
+
+def backbone_feature_specs(backbone: Any) -> dict[str, FeatureSpec]:
+    """Names the feature maps that a `BackboneMixin` of `transformers` hands to its head.
+
+    Raises:
+        UserError: if the strides of the backbone's stages are not known, or it hands out its stem.
+    """
+    config = backbone.config
+    if config.model_type == "timm_backbone":
+        info = backbone._backbone.feature_info
+        specs = stage_specs([stage["num_chs"] for stage in info.info], [stage["reduction"] for stage in info.info])
+        levels = list(specs.items())
+        return dict(levels[index] for index in info.out_indices)
+    if config.model_type not in PYRAMIDS:
+        raise UserError(
+            f"the strides of backbone {config.model_type!r} are not known; "
+            f"supported backbones: {', '.join([*PYRAMIDS, 'timm_backbone'])}"
+        )
+    if "stem" in backbone.out_features:
+        raise UserError(f"backbone hands out {backbone.out_features}; leave 'stem' out of its out_features")
+    first_stride = getattr(config, "patch_size", 4)  # a ResNet has no patches, and stride 4 after its stem
+    specs = {}
+    for name, channels in zip(backbone.out_features, backbone.channels, strict=True):
+        stride = first_stride * 2 ** (backbone.stage_names.index(name) - 1)
+        specs[f"stride_{stride}"] = FeatureSpec(channels, stride)
+    return specs
 
 
 class UperNetAdapter(DenseAdapter):
@@ -27,7 +58,7 @@ class UperNetAdapter(DenseAdapter):
         if backbone.config.model_type == "timm_backbone":
             # most timm weights were trained with ImageNet's statistics, some with 0.5
             return backbone._backbone.pretrained_cfg["mean"], backbone._backbone.pretrained_cfg["std"]
-        return cls.default_statistics
+        return super().family_statistics(model)
 
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         return backbone_feature_specs(self.model.backbone)

@@ -6,7 +6,7 @@
     accelerate launch scripts/distill.py --dataset_name user/data --teacher nvidia/segformer-b4-finetuned-ade-512-512 \\
         --student nvidia/mit-b0 --output_dir runs/mine
 
-Without --teacher the student is trained alone. Everything a run produces lies in its output folder.
+Without --teacher the student is trained by itself. Everything a run produces lies in its output folder.
 """
 
 import logging
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
         "baseline": baseline or prepare_baseline(model_args, config, data),
     }
     trainer = train_model(student, models["teacher"], config, data, label_synonyms=model_args.label_synonyms)
-    models["student"] = load_adapter(str(config.output_dir))  # the scores are those of the saved student
+    models["student"] = load_adapter(str(config.output_dir))  # the saved student is scored
 
     split, found = final_split(data), {name: model for name, model in models.items() if model is not None}
     scores = {}

@@ -4,7 +4,7 @@
 
 Finished runs are skipped and interrupted ones continued, so the same command goes on where it stopped. Under several
 processes every run is data-parallel. `--part 2/8` takes every eighth run instead, for processes that share a study.
-Other arguments are those of distill.py; they win over the file in every run.
+Other arguments are as for distill.py; they win over the file in every run.
 """
 
 import argparse

@@ -18,8 +18,7 @@ from .dataset import DenseDataset, Samples
 logger = logging.getLogger(__name__)
 
 PROBED_IMAGES = 16
-# sizes vary; what is reserved beyond the need is never touched and so costs nothing
-RESERVE = 2
+RESERVE = 2  # sizes vary; memory that is never touched costs nothing
 
 
 class SampleCache:
@@ -40,19 +39,18 @@ class SampleCache:
     def __init__(self, samples: Samples, name: str, capacity: int | None = None):
         self.samples, self.name = samples, name
         if capacity is None:
-            expected = expected_bytes(samples)
+            probed = np.linspace(0, len(samples) - 1, min(len(samples), PROBED_IMAGES)).round().astype(int).tolist()
+            expected = round(len(samples) * sum(4 * samples[index]["label"].size for index in probed) / len(probed))
             physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if expected > physical:
                 raise UserError(
                     f"{name}: {len(samples)} decoded images would take about {expected / 2**30:.1f} GiB, more than this "
                     f"machine's {physical / 2**30:.1f} GiB. Leave --cache_images out."
                 )
-            logger.warning(
-                "%s: %d decoded images will take about %.2f GiB of memory.", name, len(samples), expected / 2**30
-            )
+            gib = expected / 2**30
+            logger.warning("%s: %d decoded images will take about %.2f GiB of memory.", name, len(samples), gib)
             capacity = RESERVE * expected
-        self.capacity = capacity
-        self._pixels = mmap.mmap(-1, max(capacity, 1))
+        self.capacity, self._pixels = capacity, mmap.mmap(-1, max(capacity, 1))
         # bytes in use, then for every sample: height, width, place + 1 (0: not there), which is written last
         self._index = mmap.mmap(-1, 8 + 24 * len(samples))
         self._lock = multiprocessing.Lock()
@@ -83,27 +81,18 @@ class SampleCache:
     def _reserve(self, size: int) -> int | None:
         with self._lock:
             (used,) = struct.unpack_from("q", self._index)
-            if used + size > self.capacity:
-                return None
-            struct.pack_into("q", self._index, 0, used + size)
-        return used
+            if used + size <= self.capacity:
+                struct.pack_into("q", self._index, 0, used + size)
+                return used
+        return None
 
     def _arrays(self, place: int, height: int, width: int) -> dict[str, np.ndarray]:
         area = height * width
         pixels = np.frombuffer(self._pixels, np.uint8, 4 * area, place)
-        return {
-            "image": pixels[: 3 * area].reshape(height, width, 3),
-            "label": pixels[3 * area :].reshape(height, width),
-        }
+        image, label = pixels[: 3 * area], pixels[3 * area :]
+        return {"image": image.reshape(height, width, 3), "label": label.reshape(height, width)}
 
 
 def keep_in_memory(dataset: DenseDataset) -> DenseDataset:
     """The same data set, whose transformed samples are decoded once."""
     return replace(dataset, cache=SampleCache(dataset, f"{dataset.name}/{dataset.split}"))
-
-
-def expected_bytes(samples: Samples) -> int:
-    """Memory of all decoded samples, judging by at most sixteen of them, evenly spread."""
-    count = len(samples)
-    probed = np.linspace(0, count - 1, min(count, PROBED_IMAGES)).round().astype(int).tolist()
-    return round(count * sum(4 * samples[index]["label"].size for index in probed) / len(probed))

@@ -47,6 +47,24 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Row: ...
 
 
+class ReadRows:
+    """Rows that `read(*item)` makes of each item, such as its paths."""
+
+    def __init__(self, items: Sequence[tuple[Any, ...]], read: Callable[..., Row]):
+        self.items, self.read = items, read
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.read(*self.items[index])
+
+
+def read_files(image: str, mask: str) -> Row:
+    """The row of an image and a mask that are files."""
+    return Row(Path(image), Path(mask), image, mask)
+
+
 class Sample(TypedDict):
     """RGB `image` and uint8 `label` `[H, W]` of the same size."""
 
@@ -74,50 +92,56 @@ def read_sample(row: Row, rule: LabelRule, num_labels: int) -> Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class DenseDataset(Dataset[Sample]):
-    """One split of a data set, with images in RGB and labels as class ids; void pixels are 255.
+class Split:
+    """Rows and what makes samples of them: images in RGB and labels as class ids, with 255 for void pixels.
 
     Attributes:
         rows: the raw samples.
         name: name of the data set.
         split: `train`, `validation`, `test` or the source's own name.
-        source: where the data was read from: Hub id or folder.
+        source: where the data are read from: Hub id, web page or folder.
         id2label: names of the classes 0..num_labels-1.
         rule: how stored ids become class ids.
-        revision: commit of a Hub id that was read, or the branch or tag that was named.
-        cache: where transforms find the samples decoded already, see `keep_in_memory`.
+        revision: commit of a Hub id that is read, or the branch or tag that was named.
         task: what its samples are for, a key of `hf_bcd.tasks.TASKS`.
     """
 
-    rows: Rows
+    rows: Any
     name: str
     split: str
     source: str
     id2label: dict[int, str]
     rule: LabelRule = field(default_factory=LabelRule)
     revision: str | None = None
-    cache: Samples | None = None
 
     task: ClassVar[str] = TASK
+    ignore_index: ClassVar[int] = IGNORE_INDEX
 
     @property
     def num_labels(self) -> int:
         return len(self.id2label)
 
-    @property
-    def ignore_index(self) -> int:
-        return IGNORE_INDEX
+    def decode(self, row: Row) -> Sample:
+        """Decodes a row; see `read_sample`."""
+        return read_sample(row, self.rule, self.num_labels)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseDataset(Split, Dataset[Sample]):
+    """A split with random access.
+
+    Attributes:
+        cache: where transforms find the samples decoded already, see `keep_in_memory`.
+    """
+
+    rows: Rows
+    cache: Samples | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Decodes a sample.
-
-        Raises:
-            UserError: a file cannot be decoded, image and mask differ in size, or the mask holds unknown ids.
-        """
-        return read_sample(self.rows[range(len(self))[index]], self.rule, self.num_labels)
+        return self.decode(self.rows[range(len(self))[index]])
 
     def select(self, indices: Sequence[int]) -> "DenseDataset":
         """The samples at `indices`, in this order."""
@@ -150,23 +174,19 @@ class DenseDatasets(Mapping[str, DenseDataset]):
         return len(self._splits)
 
     def __repr__(self) -> str:
-        return f"DenseDatasets({', '.join(f'{name}: {_size(dataset)}' for name, dataset in self.items())})"
-
-
-def _size(dataset: Any) -> str:
-    return str(len(dataset)) if hasattr(dataset, "__len__") else "a stream"
+        sizes = [f"{name}: {len(d) if hasattr(d, '__len__') else 'a stream'}" for name, d in self.items()]
+        return f"DenseDatasets({', '.join(sizes)})"
 
 
 class TransformedDataset(Dataset[dict[str, Any]]):
-    """A data set whose random transform depends on `(seed, epoch, index)` alone.
+    """A data set whose random transform depends only on `(seed, epoch, index)`.
 
     So a run gives the same samples with any number of loader workers, started in any way, and after resuming. The
     epoch lives in shared memory: `set_epoch` also reaches workers that are already running.
 
     Args:
         dataset: samples in canonical form.
-        transform: function of a sample to a mapping of tensors; random numbers must come from torch's CPU
-            generator.
+        transform: function of a sample to a mapping of tensors; its random numbers come from torch's CPU generator.
         seed: non-negative seed of the transform.
         cache: the same samples, if they are kept decoded; images are arrays there.
     """
@@ -180,11 +200,9 @@ class TransformedDataset(Dataset[dict[str, Any]]):
     ):
         if seed < 0:
             raise UserError(f"seed is {seed}; it must not be negative.")
-        self.dataset = dataset
+        self.dataset, self.transform, self.seed = dataset, transform, seed
         self.task: str = getattr(dataset, "task", TASK)
         self.samples = cast(Samples, dataset) if cache is None else cache
-        self.transform = transform
-        self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:

@@ -33,7 +33,8 @@ def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[Co
     Args:
         mask: image of mode `P`, `L`, `1`, `I`, `I;16`, `RGB` or opaque `RGBA`, or integer array `[H, W]` or `[H, W, 3]`.
         name: the file or row, for error messages.
-        colours: ids by colour; of two ids with the same colour, the first is taken. An RGB mask whose channels are equal is still one of ids if these are among them.
+        colours: ids by colour; of two ids with the same colour, the first is taken. An RGB mask whose channels are equal
+            is still one of ids if these are among them.
 
     Returns:
         Integer array `[H, W]`.
@@ -49,7 +50,7 @@ def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[Co
     if ids.ndim == 3 and ids.shape[-1] == 3:
         equal = bool((ids == ids[..., :1]).all())
         if colours and not (equal and np.isin(ids[..., 0], [IGNORE_INDEX, *(index for _, index in colours)]).all()):
-            return _ids_of_colours(ids, colours, name)
+            return _ids_of_colours(ids, tuple(colours), name)
         if not equal:
             raise UserError(
                 f"{name}: a colour-coded mask (its red, green and blue channels differ). Class ids cannot be read from "
@@ -65,8 +66,8 @@ def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[Co
     return ids
 
 
-def _ids_of_colours(pixels: np.ndarray, colours: Sequence[ColourId], name: str) -> np.ndarray:
-    ids = _colour_table(tuple(colours))[pack_rgb(pixels)]
+def _ids_of_colours(pixels: np.ndarray, colours: tuple[ColourId, ...], name: str) -> np.ndarray:
+    ids = _colour_table(colours)[pack_rgb(pixels)]
     if ids.min(initial=0) < 0:
         row, column = np.argwhere(ids < 0)[0]
         raise UserError(
@@ -152,22 +153,20 @@ class LabelRule:
         if labels.min(initial=0) < 0:
             found = np.unique(ids[labels < 0]).tolist()
             shown = ", ".join(map(str, found[:10])) + (", ..." if len(found) > 10 else "")
-            outside = [index for index in found if not 0 <= index < _TABLE_SIZE]
-            if outside:
-                raise UserError(
-                    f"{name}: the mask holds ids [{shown}], which are outside of 0..{_TABLE_SIZE - 1} and no rule can name. "
-                    "Store classes as 0..254 and void as 255."
+            if not 0 <= found[0] <= found[-1] < _TABLE_SIZE:
+                why = f"are outside of 0..{_TABLE_SIZE - 1} and no rule can name. Store classes as 0..254 and void as 255."
+            elif self.mapping:
+                why = (
+                    f"its encoding maps neither to void nor to one of the num_labels={num_labels} classes. It belongs to "
+                    "another data set or has another encoding."
                 )
-            if self.mapping:
-                raise UserError(
-                    f"{name}: the mask holds ids [{shown}], which its encoding maps neither to void nor to one of the "
-                    f"num_labels={num_labels} classes. It belongs to another data set or has another encoding."
+            else:
+                why = (
+                    f"are neither void nor one of the num_labels={num_labels} classes. Either num_labels (id2label) is "
+                    "wrong, or these ids are void (ignore_labels, `--ignore_labels`), or 0 is void and the classes count "
+                    "from 1 (reduce_labels, `--reduce_labels`)."
                 )
-            raise UserError(
-                f"{name}: the mask holds ids [{shown}], which are neither void nor one of the num_labels={num_labels} "
-                "classes. Either num_labels (id2label) is wrong, or these ids are void (ignore_labels, "
-                "`--ignore_labels`), or 0 is void and the classes count from 1 (reduce_labels, `--reduce_labels`)."
-            )
+            raise UserError(f"{name}: the mask holds ids [{shown}], which {why}")
         return labels.astype(np.uint8)
 
 

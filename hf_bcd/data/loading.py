@@ -1,4 +1,4 @@
-"""Finds images and label maps in folders, Hub data sets and known data sets. No other module knows raw columns."""
+"""Finds images and label maps in folders, Hub data sets and known data sets."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.messages import UserError
-from .dataset import SPLIT_ALIASES, DenseDataset, DenseDatasets, Row
+from .dataset import SPLIT_ALIASES, DenseDataset, DenseDatasets, ReadRows, Row
 from .labels import LabelRule, NameSource, infer_id2label, read_id2label
 from .probing import examine, first_rows
-from .sources.catalog import CATALOG
-from .sources.folders import pair_folders
+from .sources.catalog import CATALOG, open_known
 from .sources.hub_tables import hub_names, load_tables
-from .sources.known import open_known, read_hub
+from .sources.layouts import pair_folders
 from .sources.tables import read_tables
 from .streaming import DenseStream, StreamRows, open_streams
 
@@ -55,7 +54,7 @@ def load_dense_dataset(
     Args:
         name_or_path: one of
             - a name in `CATALOG`, whose label rule and class names are known;
-            - a folder with `{train,val,test}/{images,masks}`, where image and mask share the file name's stem, and
+            - a folder with `{train,val,test}/{images,masks}`, where image and mask have the same stem, and
               optionally `id2label.json` or `classes.json`;
             - a folder that `datasets.load_dataset` reads, such as an `imagefolder` whose `metadata.jsonl` has `file_name`
               and `mask_file_name`;
@@ -89,12 +88,11 @@ def load_dense_dataset(
         raise UserError(f"shuffle_buffer is {shuffle_buffer}; a stream draws from at least one sample.")
     limits = {"shuffle_buffer": shuffle_buffer, "max_eval_samples": max_eval_samples}
     open_tables: Callable[..., Mapping[str, Any]] = partial(open_streams, **limits) if streaming else load_tables
+    columns = {"image_column": image_column, "label_column": label_column}
     if isinstance(name_or_path, str) and name_or_path in CATALOG:
-        fixed = {
-            "config": config, "revision": revision, "image_column": image_column, "label_column": label_column, "id2label": id2label,
-            "reduce_labels": reduce_labels, "ignore_labels": ignore_labels,
-            "data_dir": data_dir if name_or_path == "synthetic" else None,
-        }  # fmt: skip
+        fixed = {"config": config, "revision": revision, **columns, "id2label": id2label}
+        fixed |= {"reduce_labels": reduce_labels, "ignore_labels": ignore_labels}
+        fixed |= {"data_dir": data_dir if name_or_path == "synthetic" else None}
         if any(fixed.values()):
             raise UserError(
                 f"{', '.join(key for key, value in fixed.items() if value)} cannot be set for {name_or_path!r}, whose "
@@ -104,11 +102,8 @@ def load_dense_dataset(
             raise _nothing_to_stream(data_dir or name_or_path)
         if name_or_path == "synthetic":
             return _load_scenes(**scene_options)
-        read = partial(read_hub, open_tables=open_tables)
-        splits, source, revision, names, rule = open_known(
-            name_or_path, data_dir, read, max_eval_samples if streaming else None
-        )
-        return _assemble(splits, name_or_path, source, names, rule, revision)
+        opened = open_known(name_or_path, data_dir, open_tables, max_eval_samples if streaming else None)
+        return _assemble(name_or_path, *opened)
 
     rule = LabelRule(reduce_zero=reduce_labels, void_ids=tuple(ignore_labels))
     hub_id = None
@@ -116,33 +111,35 @@ def load_dense_dataset(
         root = Path(name_or_path).expanduser()
         if root.is_dir() or isinstance(name_or_path, Path) or name_or_path.startswith((".", "/", "~")):
             root = root / (data_dir or "")
+            if not root.is_dir():
+                raise UserError(f"{root}: this folder does not exist.")
             name, source = root.resolve().name, str(root)
             id2label = id2label or next((root / file for file in NAME_FILES if (root / file).is_file()), None)
             # Metadata may pair files of different names, so it goes before the pairing by stem.
             described = any(next(root.glob(pattern), None) for pattern in METADATA_FILES)
-            rows = {} if described else pair_folders(root, FOLDERS)
+            rows: Mapping[str, Any] = {} if described else pair_folders(root, FOLDERS)
             if rows and streaming:
                 raise _nothing_to_stream(root)
-            of_tables = {"config": config, "image_column": image_column, "label_column": label_column}
-            useless = [key for key, value in {"revision": revision, **(of_tables if rows else {})}.items() if value]
+            of_tables = {"config": config, **columns} if rows else {}
+            useless = [key for key, value in {"revision": revision, **of_tables}.items() if value]
             if useless:
                 raise UserError(f"{root}: {', '.join(useless)} cannot be set for this kind of folder. Leave it out.")
             if rows:
-                return _probed(_assemble(rows, name, source, id2label, rule))
-            rows = open_tables(str(root), name, image_column, label_column, config=config)
+                return _probed(_assemble(name, rows, source, id2label, rule))
+            rows = open_tables(source, name, **columns, config=config)
         else:
             name = source = hub_id = _checked_hub_id(name_or_path)
             options = {"revision": revision, "data_dir": None if data_dir is None else str(data_dir)}
-            rows = open_tables(name, name, image_column, label_column, config=config, **options)
+            rows = open_tables(name, name, **columns, config=config, **options)
     elif streaming:
         raise _nothing_to_stream(type(name_or_path).__name__)
     else:
         name, source = "dataset", type(name_or_path).__name__
-        rows = read_tables(name_or_path, name, image_column, label_column)
+        rows = read_tables(name_or_path, name, **columns)
     id2label = id2label or next(iter(rows.values())).class_names
     if id2label is None and hub_id is not None:
         id2label = hub_names(hub_id, revision)
-    return _probed(_assemble(rows, name, source, id2label, rule, revision))
+    return _probed(_assemble(name, rows, source, id2label, rule, revision))
 
 
 def _nothing_to_stream(source: object) -> UserError:
@@ -152,35 +149,45 @@ def _nothing_to_stream(source: object) -> UserError:
     )
 
 
+def _checked_hub_id(name: str) -> str:
+    if name.count("/") != 1:
+        near = difflib.get_close_matches(name, CATALOG, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise UserError(
+            f"{name!r} is neither a known data set ({', '.join(CATALOG)}), nor a folder, nor a Hub id 'user/name'{hint}"
+        )
+    return name
+
+
 def _probed(data: DenseDatasets) -> DenseDatasets:
-    """Decodes the first rows of every split, so that what is wrong with columns, masks or ids shows now."""
+    """Decodes the first rows of every split, so that faults of columns, masks or ids show now."""
     for dataset in data.values():
         examine(first_rows(dataset.rows), dataset.rule, dataset.num_labels)
     return data
 
 
 def _assemble(
-    splits: Mapping[str, Any],
     name: str,
+    splits: Mapping[str, Any],
     source: str,
     id2label: NameSource | None,
     rule: LabelRule,
     revision: str | None = None,
 ) -> DenseDatasets:
-    if len({SPLIT_ALIASES.get(split, split) for split in splits}) < len(splits):
+    renamed = {SPLIT_ALIASES.get(split, split): rows for split, rows in splits.items()}
+    if len(renamed) < len(splits):
         raise UserError(f"{source}: several of the splits {', '.join(splits)} are validation splits; keep one.")
-    splits = {SPLIT_ALIASES.get(split, split): rows for split, rows in splits.items()}
-    for split, rows in splits.items():
+    for split, rows in renamed.items():
         if next(iter(rows), None) is None:
             raise UserError(f"{source}: split {split!r} holds no images.")
     if id2label is not None:
         id2label = read_id2label(id2label)
-    elif any(isinstance(rows, StreamRows) for rows in splits.values()):
+    elif any(isinstance(rows, StreamRows) for rows in renamed.values()):
         raise UserError(
             f"{source}: a stream without class names; finding them would read all masks. Give id2label (`--id2label`)."
         )
-    elif "train" in splits:
-        train = splits["train"]
+    elif "train" in renamed:
+        train = renamed["train"]
         logger.info("%s: no class names; reading all %d masks of 'train' for the largest id.", source, len(train))
         masks = ((row.stored_ids(), row.label_name) for row in map(train.__getitem__, range(len(train))))
         id2label = infer_id2label(masks, rule)
@@ -188,23 +195,10 @@ def _assemble(
     else:
         raise UserError(f"{source}: without a split 'train', class names cannot be inferred; give id2label.")
     built: dict[str, Any] = {}
-    for split, rows in splits.items():
-        kind = DenseStream if isinstance(rows, StreamRows) else DenseDataset
-        read = getattr(rows, "commit", None) or revision
-        built[split] = kind(rows, name, split, source, id2label, rule, read)  # type: ignore[arg-type]
+    for split, rows in renamed.items():
+        kind: Any = DenseStream if isinstance(rows, StreamRows) else DenseDataset
+        built[split] = kind(rows, name, split, source, id2label, rule, getattr(rows, "commit", None) or revision)
     return DenseDatasets(built)
-
-
-class _SceneRows:
-    def __init__(self, scenes: Any):
-        self.scenes = scenes
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, index: int) -> Row:
-        scene, name = self.scenes[index], f"synthetic/{self.scenes.split}[{index}]"
-        return Row(scene["image"], scene["label"], name, name)
 
 
 def _load_scenes(num_images: Mapping[str, int] | None = None, **options: Any) -> DenseDatasets:
@@ -217,15 +211,13 @@ def _load_scenes(num_images: Mapping[str, int] | None = None, **options: Any) ->
         )
     counts = SCENE_COUNTS if num_images is None else num_images
     scenes = {split: SyntheticScenes(num_images=count, split=split, **options) for split, count in counts.items()}
-    rows = {split: _SceneRows(scene) for split, scene in scenes.items()}
-    return _assemble(rows, "synthetic", CATALOG["synthetic"].source, next(iter(scenes.values())).id2label, LabelRule())
+    rows = {
+        split: ReadRows([(index,) for index in range(len(some))], partial(_read_scene, some))
+        for split, some in scenes.items()
+    }
+    return _assemble("synthetic", rows, CATALOG["synthetic"].source, next(iter(scenes.values())).id2label, LabelRule())
 
 
-def _checked_hub_id(name: str) -> str:
-    if name.count("/") != 1:
-        near = difflib.get_close_matches(name, CATALOG, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise UserError(
-            f"{name!r} is neither a known data set ({', '.join(CATALOG)}), nor a folder, nor a Hub id 'user/name'{hint}"
-        )
-    return name
+def _read_scene(scenes: Any, index: int) -> Row:
+    scene, name = scenes[index], f"synthetic/{scenes.split}[{index}]"
+    return Row(scene["image"], scene["label"], name, name)

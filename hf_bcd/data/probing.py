@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import cast
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -29,6 +29,7 @@ class Findings:
         modes: how the masks are stored: modes of images, or the kind of array.
         stored_ids: ids that occur in the masks.
         pixels: number of pixels of every class, and of void at 255, int64 `[256]`.
+        void_share: fraction of the pixels that is void.
     """
 
     sizes: list[tuple[int, int]]
@@ -38,21 +39,16 @@ class Findings:
 
     @property
     def void_share(self) -> float:
-        """Fraction of the pixels that is void."""
         return float(self.pixels[IGNORE_INDEX] / max(1, self.pixels.sum()))
 
 
-def first_rows(rows: Iterable[Row] | Rows) -> list[Row]:
+def first_rows(rows: Any) -> list[Row]:
     """The rows that are looked at; fewer if there are fewer."""
-    return list(islice(cast(Iterable[Row], rows), PROBED_ROWS))
+    return list(islice(rows, PROBED_ROWS))
 
 
 def examine(rows: Iterable[Row], rule: LabelRule, num_labels: int) -> Findings:
-    """Decodes rows completely.
-
-    Raises:
-        UserError: a row cannot be read: see `read_sample`.
-    """
+    """Decodes rows completely; raises as `read_sample` does."""
     sizes, modes, stored_ids, pixels = set(), set(), set(), np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
     deep = None
     for row in rows:
@@ -76,20 +72,14 @@ def examine(rows: Iterable[Row], rule: LabelRule, num_labels: int) -> Findings:
 
 
 def check_masks(rows: Rows, rule: LabelRule, num_labels: int, name: str) -> None:
-    """Decodes every mask, so that ids which cannot be scored show before training and not at the first evaluation.
-
-    Raises:
-        UserError: a mask cannot be read or holds unknown ids.
-    """
+    """Decodes every mask, so that unknown ids show (as `UserError`) before training, not at the first evaluation."""
     for index in tqdm(range(len(rows)), desc=f"Masks of {name}", leave=False):
         row = rows[index]
         rule.apply(row.stored_ids(rule.colours), num_labels, row.label_name)
 
 
 def choose_encoding(rows: Sequence[Row], rules: Mapping[str, LabelRule], num_labels: int, name: str) -> str:
-    """The one encoding whose rule fits all masks.
-
-    It is decided from several masks together, because the ids of a single one may be legal in two encodings.
+    """The one encoding whose rule fits all masks; the ids of a single one may be legal in two encodings.
 
     Raises:
         UserError: none fits, or several do.

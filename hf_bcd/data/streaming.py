@@ -6,9 +6,9 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -16,8 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..hub.errors import explained
 from ..utils.messages import UserError
-from .dataset import TASK, Row, Sample, read_sample, torch_seed
-from .labels import LabelRule
+from .dataset import Row, Sample, Split, torch_seed
 from .probing import PROBED_ROWS
 from .sources.hub_tables import load_hub
 from .sources.tables import TableRows, class_names, commit_in_path, find_columns, row_of
@@ -40,31 +39,31 @@ class Part(NamedTuple):
     step: int
 
 
+@dataclass(frozen=True, eq=False)
 class StreamRows:
     """Raw samples of a `datasets.IterableDataset`, shard by shard: files, or row groups of Parquet files.
 
     Attributes:
-        class_names: names of the classes, if the label maps are nested lists of `ClassLabel`.
+        table: the records, their images not decoded.
+        image_column: column of the images.
+        label_column: column of the masks.
         name: data set and split, for error messages.
         source: Hub id or folder.
         shuffle_buffer: number of encoded samples that a rank keeps in memory to draw from.
         commit: commit of the Hub repository that is read, where it comes from there.
     """
 
-    def __init__(
-        self,
-        table: datasets.IterableDataset,
-        image_column: str,
-        label_column: str,
-        name: str,
-        source: str,
-        shuffle_buffer: int,
-        commit: str | None = None,
-    ):
-        self.commit = commit
-        self.table, self.image_column, self.label_column = table, image_column, label_column
-        self.name, self.source, self.shuffle_buffer = name, source, shuffle_buffer
-        self.class_names = class_names(table.features or {}, label_column)
+    table: datasets.IterableDataset
+    image_column: str
+    label_column: str
+    name: str
+    source: str
+    shuffle_buffer: int
+    commit: str | None = None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return class_names(self.table.features or {}, self.label_column)
 
     @property
     def num_shards(self) -> int:
@@ -73,12 +72,10 @@ class StreamRows:
     def resharded(self) -> StreamRows:
         """The same rows in the smallest shards that their format has."""
         with explained("data set", self.source):
-            table = self.table.reshard()
-        columns = self.image_column, self.label_column
-        return StreamRows(table, *columns, self.name, self.source, self.shuffle_buffer, self.commit)
+            return replace(self, table=self.table.reshard())
 
     def read(self, part: Part) -> Iterator[Row]:
-        """Reads some rows of a shard; images that are files of their own are read for these rows alone.
+        """Reads some rows of a shard, and of images that are files of their own only these rows' files.
 
         Raises:
             HubError: the connection broke off.
@@ -118,25 +115,17 @@ def with_bytes(value: Any) -> Any:
 
 
 def share(num_shards: int, reader: int, readers: int, seed: int, epoch: int) -> list[Part]:
-    """What one of several readers reads of an epoch; together they read every row once.
+    """The parts of an epoch that one of several readers (ranks times loader workers) reads: together every row once.
 
     As many whole shards as divide evenly go to one reader each. Every reader reads the others, less than `readers` of
     them, and takes every `readers`-th row. The order of shards is drawn from `(seed, epoch)`.
-
-    Args:
-        num_shards: number of shards.
-        reader: 0..readers-1.
-        readers: ranks times loader workers.
-        seed: non-negative seed of the run.
-        epoch: number of the epoch.
     """
     order = np.random.default_rng((seed, epoch)).permutation(num_shards).tolist()
     even = num_shards - num_shards % readers
     # which reader gets the odd row of a shard changes from epoch to epoch, so that none stays without
     first = (reader + epoch) % readers
-    return [Part(shard, 0, 1) for shard in order[:even][reader::readers]] + [
-        Part(shard, first, readers) for shard in order[even:]
-    ]
+    whole = [Part(shard, 0, 1) for shard in order[:even][reader::readers]]
+    return whole + [Part(shard, first, readers) for shard in order[even:]]
 
 
 def shuffled(rows: Iterable[Row], size: int, generator: np.random.Generator) -> Iterator[Row]:
@@ -153,54 +142,24 @@ def shuffled(rows: Iterable[Row], size: int, generator: np.random.Generator) -> 
 
 
 @dataclass(frozen=True, eq=False)
-class DenseStream(IterableDataset[Sample]):
-    """A training split without length and random access, in the canonical form of `DenseDataset`.
-
-    Iterating gives every sample once, in the order in which it is stored.
+class DenseStream(Split, IterableDataset[Sample]):
+    """A training split without length and random access; iterating gives every sample once, in stored order.
 
     Attributes:
-        rows: the raw samples.
-        name: name of the data set.
-        split: `train`.
-        source: address of the data: Hub id, web page or folder.
-        id2label: names of the classes 0..num_labels-1.
-        rule: how stored ids become class ids.
-        revision: commit of a Hub id that is read, or the branch or tag that was named.
         limit: number of samples after which the data set ends; None for all.
-        task: what its samples are for, a key of `hf_bcd.tasks.TASKS`.
     """
 
     rows: StreamRows
-    name: str
-    split: str
-    source: str
-    id2label: dict[int, str]
-    rule: LabelRule = field(default_factory=LabelRule)
-    revision: str | None = None
     limit: int | None = None
 
-    task: ClassVar[str] = TASK
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.id2label)
-
     def take(self, count: int) -> DenseStream:
-        """The first `count` samples. Every reader reads all of them then, so let them be few.
-
-        Raises:
-            UserError: `count` is not positive.
-        """
+        """The first `count` samples, at least one. Every reader reads all of them then, so let them be few."""
         if count < 1:
             raise UserError(f"{self.source}: cannot train on the first {count} images; take at least one.")
         return replace(self, limit=count)
 
     def __iter__(self) -> Iterator[Sample]:
         return map(self.decode, itertools.islice(self.rows, self.limit))
-
-    def decode(self, row: Row) -> Sample:
-        """Decodes a row; see `read_sample`."""
-        return read_sample(row, self.rule, self.num_labels)
 
     def epoch(self, epoch: int, seed: int, reader: int, readers: int, buffer: int) -> Iterator[Row]:
         """The rows that one of several readers gets in an epoch, shuffled; see `share` and `shuffled`."""
@@ -231,8 +190,7 @@ class TransformedStream(IterableDataset[dict[str, Any]]):
 
     Args:
         dataset: samples in canonical form.
-        transform: function of a sample to a mapping of tensors; random numbers must come from torch's CPU
-            generator.
+        transform: function of a sample to a mapping of tensors; its random numbers come from torch's CPU generator.
         seed: non-negative seed of order and transforms.
         rank: which rank reads.
         ranks: number of ranks.
@@ -252,12 +210,9 @@ class TransformedStream(IterableDataset[dict[str, Any]]):
         self.task = dataset.task
 
     def for_rank(self, rank: int, ranks: int, workers: int) -> TransformedStream:
-        """The part of one rank, in smaller shards if those of the source would be read more than twice on average.
+        """The part of one of `ranks` ranks, each with this many loader workers or none (0).
 
-        Args:
-            rank: 0..ranks-1.
-            ranks: number of ranks.
-            workers: loader workers of each rank; 0 for none.
+        Shards become smaller if those of the source would be read more than twice on average.
         """
         dataset, readers = self.dataset, ranks * max(1, workers)
         num_shards = dataset.rows.num_shards
@@ -297,16 +252,16 @@ def open_streams(
     max_eval_samples: int | None = None,
     **options: Any,
 ) -> dict[str, StreamRows | TableRows]:
-    """Opens `train` as a stream and stores the other splits, without reading more of `train` than its first rows.
+    """Opens `train` as a stream and stores the other splits: `load_tables(path, name, ...)` for data of any size.
 
     The encoded images of the other splits are kept in the cache of `datasets`, which later runs use again.
 
     Args:
         path: Hub id or folder.
-        name: what messages call the data set.
+        name: of the data set, for messages.
         image_column: column of the images; found by its name if None.
         label_column: column of the masks; found by its name if None.
-        shuffle_buffer: number of encoded samples that a rank keeps in memory to draw from.
+        shuffle_buffer: see `StreamRows`.
         max_eval_samples: number of rows to read of every other split; None for all.
         options: passed to `load_hub`.
 

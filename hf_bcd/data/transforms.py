@@ -143,7 +143,7 @@ class EvalTransform:
     """
 
     def __init__(self, processor: BaseImageProcessor) -> None:
-        self.processor = processor
+        self.processor: Any = processor
         steps = ("do_rescale", "do_normalize", "do_flip_channel_order")
         self.left_out = {step: False for step in steps if getattr(processor, step, None) is not None}
 
@@ -163,14 +163,14 @@ def _scaled(item: Any, size: list[int]) -> Any:
     if isinstance(item, tv_tensors.Mask):
         # plain nearest, as v2 resizes masks, would shift labels by up to half a pixel against the picture
         plain = F.resize(item.as_subclass(Tensor)[None], size, interpolation=InterpolationMode.NEAREST_EXACT)
-        return tv_tensors.wrap(plain[0], like=item)
+        return tv_tensors.Mask(plain[0])
     return F.resize(item, size, antialias=True)
 
 
 def _coloured(item: Any, factors: list[float]) -> Any:
     if not isinstance(item, tv_tensors.Image):
         return item
-    return tv_tensors.wrap(adjust_colours(item.as_subclass(Tensor), *factors), like=item)
+    return tv_tensors.Image(adjust_colours(item.as_subclass(Tensor), *factors))
 
 
 def _uniform(low: float, high: float) -> float:

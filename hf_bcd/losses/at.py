@@ -23,9 +23,6 @@ def at_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> 
 
     Returns:
         Scalar in [0, 2], 0 for maps that differ by a factor; float32 or float64.
-
-    Raises:
-        ValueError: if batch or the mask's size differ.
     """
     student, teacher, mask = on_teacher_grid(attention_map(student), attention_map(teacher), mask)
     return (unit_maps(student, mask) - unit_maps(teacher, mask)).square().sum(dim=2).mean()
@@ -47,15 +44,7 @@ class ATLoss(DistillationLoss):
     transfers = "where a feature level is active"
     source = "https://arxiv.org/abs/1612.03928"
     checked = "official code and CIRKD's: same maps; sum over positions with CIRKD's weight / n; void pixels left out"
-    citation = (
-        "@inproceedings{zagoruyko2017paying,\n"
-        "  title={Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks via\n"
-        "         Attention Transfer},\n"
-        "  author={Zagoruyko, Sergey and Komodakis, Nikos},\n"
-        "  booktitle={ICLR},\n"
-        "  year={2017}\n"
-        "}"
-    )
+    reference = "zagoruyko2017paying"
 
     def __init__(self, pair: Pair, *, levels: Sequence[str] | None = None) -> None:
         super().__init__(pair)

@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -55,6 +57,18 @@ class Pair:
         return self.student[level].channels, self.teacher[level].channels
 
 
+@cache
+def references() -> dict[str, str]:
+    """BibTeX entries of the methods, by key."""
+    entries = (files("hf_bcd.losses") / "references.bib").read_text(encoding="utf-8").strip().split("\n\n")
+    return {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
+
+
+class _Citation:
+    def __get__(self, instance: Any, owner: Any) -> str:
+        return references()[owner.reference]
+
+
 class DistillationLoss(nn.Module, ABC):
     """A distillation method: named terms, unweighted, of two models' outputs.
 
@@ -65,7 +79,7 @@ class DistillationLoss(nn.Module, ABC):
     Attributes:
         weights: term -> weight that belongs to its reduction.
         shares: term -> share of the task's gradient that `weight: auto` aims at; empty where nothing is known of it.
-        borrowed: terms of other methods that it goes with; a recipe's single number leaves their weights alone.
+        borrowed: terms of other methods that it goes with; a recipe's single number does not change their weights.
         needs: which of `logits` (in the student's classes), `features`, `labels`, `task_loss` and `head` (the teacher's,
             as a function of its levels) it reads.
         decays: whether r(t) multiplies it unless a recipe says otherwise.
@@ -74,9 +88,10 @@ class DistillationLoss(nn.Module, ABC):
         keeps: state beside connectors: `discriminator`, `memory`, or nothing.
         source: address of the paper.
         checked: what our version was compared with, and where it is our own reading.
-        citation: BibTeX entry.
+        reference: key of its BibTeX entry in references.bib.
+        citation: that entry; a method from elsewhere states its own.
 
-    The first five are those of the default options; an instance that other options change has its own.
+    A class states the first five for its default options; an instance whose options change them has its own.
     """
 
     weights: Mapping[str, float]
@@ -89,7 +104,8 @@ class DistillationLoss(nn.Module, ABC):
     keeps: ClassVar[str] = ""
     source: ClassVar[str]
     checked: ClassVar[str]
-    citation: ClassVar[str]
+    reference: ClassVar[str]
+    citation: ClassVar[Any] = _Citation()
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
@@ -119,9 +135,7 @@ class DistillationLoss(nn.Module, ABC):
         return False
 
     def calibrate(
-        self,
-        batches: Sequence[tuple[DenseOutput, Targets]],
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+        self, batches: Sequence[tuple[DenseOutput, Targets]], progress: Callable[[Iterable[int]], Iterable[int]] = iter
     ) -> None:
         """Prepares the loss from the teacher's outputs on some training images."""
 

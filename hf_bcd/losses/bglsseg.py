@@ -49,15 +49,7 @@ class BGLSSegLoss(DistillationLoss):
     transfers = "class scores of each pixel; borders of the ground truth through an auxiliary head"
     source = "https://doi.org/10.1109/TMM.2024.3372835"
     checked = "no official code; our reading as a teacher-student method, weights, width and head are ours"
-    citation = (
-        "@article{zhou2024boundary,\n"
-        "  title={Boundary-Guided Lightweight Semantic Segmentation With Multi-Scale Semantic Context},\n"
-        "  author={Zhou, Quan and Wang, Linjie and Gao, Guangwei and Kang, Bin and Ou, Weihua and Lu, Huimin},\n"
-        "  journal={IEEE Transactions on Multimedia},\n"
-        "  year={2024},\n"
-        "  doi={10.1109/TMM.2024.3372835}\n"
-        "}"
-    )
+    reference = "zhou2024boundary"
 
     def __init__(self, pair: Pair, *, temperature: float = 1.0, width: int = 7, level: str | None = None) -> None:
         super().__init__(pair)

@@ -141,7 +141,7 @@ def boundary_divergence(
 ) -> Tensor:
     """The divergence inside `boundary_distillation_loss`, per image `[B]`, for a teacher map `[B, H, W]` of 0 and 1.
 
-    `strength` is the student's `boundary_strength`; the other arguments are those of `boundary_distillation_loss`.
+    `strength` is the student's `boundary_strength`; the other arguments are as in `boundary_distillation_loss`.
     """
     soft = torch.sigmoid((strength - theta) / kappa)
     if mode == "stable":

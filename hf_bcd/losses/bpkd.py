@@ -15,7 +15,7 @@ def bpkd_loss(
 ) -> dict[str, Tensor]:
     """Boundary privileged knowledge distillation.
 
-    `M[c, i]` is the share of position i that lies on the border of class c, `Z` are class scores, `n_c` counts the
+    `M[c, i]` is the fraction of position i that lies on the border of class c, `Z` are class scores, `n_c` counts the
     positions with `M[c, i] > 0`:
 
     - `body`: `cwd_loss` of `Z · (1 - M)`: every class as a distribution over positions, mean over classes and images.
@@ -61,14 +61,7 @@ class BPKDLoss(DistillationLoss):
         "no official training code; formula compared with two third-party implementations, which differ in n_c: we count "
         "positions; weights are ours, as the paper's 20 and 100 belong to a reduction that is not public; void has no border"
     )
-    citation = (
-        "@inproceedings{liu2024bpkd,\n"
-        "  title={BPKD: Boundary Privileged Knowledge Distillation for Semantic Segmentation},\n"
-        "  author={Liu, Liyang and Wang, Zihan and Phan, Minh Hieu and Zhang, Bowen and Ge, Jinchao and Liu, Yifan},\n"
-        "  booktitle={WACV},\n"
-        "  year={2024}\n"
-        "}"
-    )
+    reference = "liu2024bpkd"
 
     def __init__(self, pair: Pair, *, temperature: float = 4.0, width: int = 7) -> None:
         super().__init__(pair)
@@ -77,11 +70,8 @@ class BPKDLoss(DistillationLoss):
         self.temperature, self.width = temperature, width
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
-        size, classes, mask = (
-            spatial_size(teacher.logits),
-            targets.class_masks(targets.size),
-            targets.valid(targets.size),
-        )
+        size = spatial_size(teacher.logits)
+        classes, mask = targets.class_masks(targets.size), targets.valid(targets.size)
         edges = class_border_shares(classes, mask, size, width=self.width)
         options = {"temperature": self.temperature, "mask": targets.valid(size)}
         return bpkd_loss(student.logits, teacher.logits, edges, **options)

@@ -53,7 +53,7 @@ def dkd_loss(
 
 @full_precision
 def c2vkd_feature_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """What C2VKD compares of two feature maps.
+    """The two feature terms of C2VKD.
 
     - `features`: mean over images and valid positions of `1/C · KL(softmax(t) ‖ softmax(s))` over channels.
     - `covariance`: mean over all pairs of valid positions of the batch of `(cov_t - cov_s)²`, where `cov` is the product
@@ -67,8 +67,8 @@ def c2vkd_feature_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None 
         mask: `[B, h', w']`, True where valid.
 
     Returns:
-        The two terms, scalars >= 0 but for rounding, 0 for equal features; float32 or float64. The pairs are those of
-        the batch of all ranks, which all must call this.
+        The two terms, scalars >= 0 but for rounding, 0 for equal features; float32 or float64. Pairs run
+        over the batch of all ranks, which all must call this.
     """
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     channels = teacher.shape[1]
@@ -104,14 +104,7 @@ class C2VKDLoss(DistillationLoss):
         "whose file C2VKD did not release; with its weights the feature and covariance terms are next to nothing (1e-3 and 1e-7 "
         "of the task's gradient); no linguistic term, void pixels left out, beside the task's cross-entropy"
     )
-    citation = (
-        "@article{zheng2023distilling,\n"
-        "  title={Distilling Efficient Vision Transformers from CNNs for Semantic Segmentation},\n"
-        "  author={Zheng, Xu and Luo, Yunhao and Zhou, Pengyuan and Wang, Lin},\n"
-        "  journal={arXiv preprint arXiv:2310.07265},\n"
-        "  year={2023}\n"
-        "}"
-    )
+    reference = "zheng2023distilling"
 
     def __init__(self, pair: Pair, *, temperature: float = 1.0, level: str | None = None) -> None:
         super().__init__(pair)

@@ -33,7 +33,7 @@ BLOCK_BYTES = 32 * 2**20  # of a block of similarities, of which a backward pass
 def cirkd_loss(
     student: Tensor, teacher: Tensor, *, temperature: float = 0.1, pool: int = 1, mask: Tensor | None = None
 ) -> Tensor:
-    """Relation between the pixels of all images of a batch, those of all ranks together.
+    """Relation between the pixels of all images of a batch, over all ranks.
 
     `mean over images a, their pixels i, and images b of KL(softmax_j(cos(t_ai, t_bj) / T) ‖ softmax_j(cos(s_ai, s_bj) /
     T))`. A rank yields the rows of its own images; the gradients of the columns go back to the ranks that own them.
@@ -157,11 +157,10 @@ class CIRKDLoss(DistillationLoss):
     each class, or, in this proportion, as many as `memory_mib` allows: `(pixels + regions) · classes · channels · 4`
     bytes (`memory_bytes`) on every rank and in each checkpoint. About 4,096 pixels and 1,024 regions are compared at a
     step, as many of each class, from a place in its memory that changes from step to step. All these numbers are the
-    official ones. Until the end of a step, what goes into the memories waits: 17 · classes · channels · 4 bytes an
-    image.
+    official ones. New vectors wait until the end of a step: 17 · classes · channels · 4 bytes an image.
 
-    The images that are related are those of one forward pass on all ranks, whose batches must have one size; so batches
-    that are accumulated are related within themselves alone.
+    The images of one forward pass on all ranks are related, whose batches must have one size; accumulated batches are
+    not related to each other.
 
     Args:
         temperature: T of the similarities; 0.1 as in the official code, where that of the scores is 1.
@@ -187,14 +186,7 @@ class CIRKDLoss(DistillationLoss):
         "class (there: whatever fills the image's first rows), memories filled after the step and empty at first (there: "
         "before the loss, and random)"
     )
-    citation = (
-        "@inproceedings{yang2022cross,\n"
-        "  title={Cross-Image Relational Knowledge Distillation for Semantic Segmentation},\n"
-        "  author={Yang, Chuanguang and Zhou, Helong and An, Zhulin and Jiang, Xue and Xu, Yongjun and Zhang, Qian},\n"
-        "  booktitle={CVPR},\n"
-        "  year={2022}\n"
-        "}"
-    )
+    reference = "yang2022cross"
 
     max_entries = (20_000, 2_000)
     """Pixels and regions that are remembered of a class at most."""
@@ -227,13 +219,13 @@ class CIRKDLoss(DistillationLoss):
         """How many pixels and regions of each class `memory_mib` holds."""
         pixels, regions = self.max_entries
         full = (pixels + regions) * self.num_labels * channels * 4 / 2**20
-        share = min(1.0, memory_mib / full)
-        if share * regions < 1:
+        part = min(1.0, memory_mib / full)
+        if part * regions < 1:
             raise UserError(
                 f"memory_mib is {memory_mib}; {self.num_labels} classes of {channels} channels need {full / regions:.3g} "
                 "MiB for one region and ten pixels of each class."
             )
-        return int(share * pixels), int(share * regions)
+        return int(part * pixels), int(part * regions)
 
     @property
     def memory_bytes(self) -> int:

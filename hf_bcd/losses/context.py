@@ -34,19 +34,9 @@ def _check_same_grid(student: Tensor, teacher: Tensor) -> None:
 def context_relation(
     student: Tensor, teacher: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None
 ) -> Relation:
-    """Divergence of the self-relations of aggregated features, and how peaked the teacher's are.
+    """Divergence of the self-relations of aggregated features, and how peaked the teacher's are, an image each.
 
-    Args:
-        student: `[B, C, H, W]`.
-        teacher: `[B, C', H, W]`, constant.
-        tau: temperature.
-        mask: `[B, H, W]`, True where valid.
-
-    Returns:
-        Per-image values in float32 (float64 for float64 input), computed outside autocast.
-
-    Raises:
-        ValueError: if the two maps differ in batch or spatial size.
+    Arguments and errors are as in `context_distillation_loss`.
     """
     _check_same_grid(student, teacher)
     student, teacher = (relation_features(at_least_float32(x)) for x in (student, teacher.detach()))
@@ -58,35 +48,25 @@ def literal_relation(
 ) -> Tensor:
     """Eq. 4 and 5 as printed: a softmax over a softmax, summed over all pairs of positions.
 
-    Args:
-        student: features after O, `[B, C, H, W]`.
-        teacher: features after O, `[B, C', H, W]`, constant.
-        tau: temperature.
-        mask: `[B, H, W]`, True where valid.
+    Arguments are as in `context_distillation_loss`, features after O.
 
     Returns:
         `[B]`: cross-entropy summed over rows, about n·log(n) for n positions whatever the student does.
     """
-
-    # inner products of features over C^(1/4) are those of Eq. 4, over sqrt(C)
+    # features over C^(1/4) have the inner products of Eq. 4, over sqrt(C)
     student, teacher = (x.flatten(2).mT / x.shape[1] ** 0.25 for x in (student, teacher))
     return literal_divergence(student, teacher, tau=tau, mask=None if mask is None else mask.flatten(1))
 
 
 @full_precision
 def context_distillation_loss(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    tau: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    mode: Mode = "stable",
+    student: Tensor, teacher: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None, mode: Mode = "stable"
 ) -> Tensor:
     """Context distillation loss L_CD: the student's pixel-to-pixel relations follow the teacher's.
 
     - `stable`: O is a per-position layer norm, the diagonal (a constant) is left out and every row gets one softmax;
       `tau² · mean over images and rows of KL(P_teacher ‖ P_student)`. Invariant to a scale of the features per position
-      and to an orthogonal rotation of the channels.
+      and to a rotation of the channels that keeps their mean.
     - `paper`: Eq. 4 and 5 as printed, on features that O has been applied to already (`SelfRelationHead`).
 
     Args:

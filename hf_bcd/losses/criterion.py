@@ -107,7 +107,7 @@ class DistillationCriterion(nn.Module):
         factors: Mapping[str, float | Tensor],
         student: DenseOutput,
     ) -> dict[str, Tensor]:
-        """Measures the gradients of this forward pass for the balance; returns those for the log."""
+        """Measures the gradients of this forward pass for the balance; returns the ones for the log."""
         last_stage = list(student.features.values())[-1]
         values = {"loss_task": task_loss} | {key: terms[key] for key in factors}
         squares = dict(zip(values, squared_gradients(values, last_stage).unbind(), strict=True))
@@ -133,9 +133,7 @@ class DistillationCriterion(nn.Module):
         return any(loss.needs_calibration for loss in self.by_name().values())
 
     def calibrate(
-        self,
-        batches: Sequence[tuple[DenseOutput, Targets]],
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+        self, batches: Sequence[tuple[DenseOutput, Targets]], progress: Callable[[Iterable[int]], Iterable[int]] = iter
     ) -> None:
         """Prepares every loss that needs it from the teacher's outputs on some training images."""
         for loss in self.by_name().values():

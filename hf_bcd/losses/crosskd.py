@@ -66,7 +66,7 @@ class CrossKDLoss(DistillationLoss):
     stays, as the distance of two distributions over classes, and BCE becomes KL, so that agreement is 0 for any beta.
 
     Args:
-        beta: exponent of the weight; 1 as in the official code, 0 for KL alone.
+        beta: exponent of the weight; 1 as in the official code, 0 for KL only.
     """
 
     weights = {"crosskd": 1.0}  # official, on a sum over positive anchors divided by their number
@@ -77,14 +77,7 @@ class CrossKDLoss(DistillationLoss):
         "official code (detectors): same rescaling of each channel, weight and beta; softmax and KL for sigmoid and BCE, "
         "and the place where the student's features enter, are ours"
     )
-    citation = (
-        "@inproceedings{wang2024crosskd,\n"
-        "  title={CrossKD: Cross-Head Knowledge Distillation for Object Detection},\n"
-        "  author={Wang, Jiabao and Chen, Yuming and Zheng, Zhaohui and Li, Xiang and Cheng, Ming-Ming and Hou, Qibin},\n"
-        "  booktitle={CVPR},\n"
-        "  year={2024}\n"
-        "}"
-    )
+    reference = "wang2024crosskd"
 
     def __init__(self, pair: Pair, *, beta: float = 1.0) -> None:
         super().__init__(pair)

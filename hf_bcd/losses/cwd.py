@@ -49,14 +49,7 @@ class CWDLoss(DistillationLoss):
     transfers = "where each channel is active"
     source = "https://arxiv.org/abs/2011.13256"
     checked = "official code (TorchDistiller): same reduction, weight and temperature; void pixels left out"
-    citation = (
-        "@inproceedings{shu2021channel,\n"
-        "  title={Channel-wise Knowledge Distillation for Dense Prediction},\n"
-        "  author={Shu, Changyong and Liu, Yifan and Gao, Jianfei and Yan, Zheng and Shen, Chunhua},\n"
-        "  booktitle={ICCV},\n"
-        "  year={2021}\n"
-        "}"
-    )
+    reference = "shu2021channel"
 
     def __init__(
         self, pair: Pair, *, on: Source = "logits", temperature: float = 4.0, level: str | None = None

@@ -25,9 +25,6 @@ def cwt_loss(
 
     Returns:
         Scalar >= 0; float32 or float64.
-
-    Raises:
-        ValueError: if batch, the teacher's and the transformed channels, or the mask's size differ.
     """
     student = transform(at_least_float32(student))
     return teacher.shape[1] * mean_squared_error(*on_teacher_grid(student, teacher, mask))
@@ -49,14 +46,7 @@ class CWTLoss(DistillationLoss):
     transfers = "features of each position"
     source = "https://arxiv.org/abs/2303.13212"
     checked = "the paper's formula, as no code is public; width of the hidden layer and the weight are our reading"
-    citation = (
-        "@inproceedings{liu2023simple,\n"
-        "  title={A Simple and Generic Framework for Feature Distillation via Channel-wise Transformation},\n"
-        "  author={Liu, Ziwei and Wang, Yongtao and Chu, Xiaojie},\n"
-        "  booktitle={ICCV Workshops},\n"
-        "  year={2023}\n"
-        "}"
-    )
+    reference = "liu2023simple"
 
     def __init__(self, pair: Pair, *, level: str | None = None) -> None:
         super().__init__(pair)

@@ -9,13 +9,9 @@ from .ops.functional import full_precision, image_means, on_teacher_grid, spatia
 
 
 def pearson(x: Tensor, y: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
-    """Pearson correlation of two tensors along `dim`: their shape without it, in [-1, 1], 0 for a constant.
+    """Pearson correlation of two tensors of one shape along `dim`: the shape without it, in [-1, 1], 0 for a constant.
 
-    Args:
-        x: any shape.
-        y: the same shape.
-        dim: the dimension that is correlated.
-        mask: broadcastable, True where an entry counts; None for everywhere.
+    `mask` is broadcastable and True where an entry counts.
     """
     weight = torch.ones_like(x) if mask is None else mask.to(x.dtype).expand_as(x)
     count = weight.sum(dim, keepdim=True).clamp_min(1)
@@ -51,7 +47,7 @@ def dist_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -
 class DISTLoss(DistillationLoss):
     """`dist_loss` between the logits of two models.
 
-    The official code correlates a class over the pixels of all images on a device; here over those of one image, so
+    The official code correlates a class over the pixels of all images on a device; here over the pixels of one image, so
     that neither the number of devices nor that of accumulated batches changes the loss. It has no temperature.
     """
 
@@ -63,14 +59,7 @@ class DISTLoss(DistillationLoss):
         "official segmentation code (DIST_KD): same formula and weights; intra-class within an image instead of a "
         "device's batch, void pixels left out, no term on auxiliary heads"
     )
-    citation = (
-        "@inproceedings{huang2022knowledge,\n"
-        "  title={Knowledge Distillation from A Stronger Teacher},\n"
-        "  author={Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang},\n"
-        "  booktitle={NeurIPS},\n"
-        "  year={2022}\n"
-        "}"
-    )
+    reference = "huang2022knowledge"
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         return dist_loss(student.logits, teacher.logits, mask=targets.valid(spatial_size(teacher.logits)))

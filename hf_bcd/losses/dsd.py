@@ -68,9 +68,6 @@ def category_similarity_loss(
 
     Returns:
         Scalar in [0, 1]; float32 or float64.
-
-    Raises:
-        ValueError: if batch, classes or the mask's size differ.
     """
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     p, q = (unit_maps((scores / temperature).softmax(dim=1), mask) for scores in (student, teacher))
@@ -81,7 +78,7 @@ class DSDLoss(DistillationLoss):
     """`pixel_similarity_loss` between feature levels and `category_similarity_loss` of the logits.
 
     Defined here from the paper, because its code is not public: residuals of neighbouring levels, on one grid since
-    stages differ in stride, and cosines of the maps of softened class probabilities. Weights and temperature are those of
+    stages differ in stride, and cosines of the maps of softened class probabilities. Weights and temperature are from
     CIRKD's re-implementation; its 1e3 on a mean over 64 x 128 positions is divided by their number, as this is a sum. That
     re-implementation takes all pairs of levels, and softmaxes over space without normalising, which leaves its category
     term near zero.
@@ -96,16 +93,7 @@ class DSDLoss(DistillationLoss):
     transfers = "how attention changes between levels, and which classes go together"
     source = "https://arxiv.org/abs/2107.08591"
     checked = "CIRKD's re-implementation: residual attention; the category term follows the paper's text; our reading"
-    citation = (
-        "@article{feng2021double,\n"
-        "  title={Double Similarity Distillation for Semantic Image Segmentation},\n"
-        "  author={Feng, Yingchao and Sun, Xian and Diao, Wenhui and Li, Jihao and Gao, Xin},\n"
-        "  journal={IEEE Transactions on Image Processing},\n"
-        "  volume={30},\n"
-        "  pages={5363--5376},\n"
-        "  year={2021}\n"
-        "}"
-    )
+    reference = "feng2021double"
 
     def __init__(self, pair: Pair, *, levels: Sequence[str] | None = None, temperature: float = 4.0) -> None:
         super().__init__(pair)

@@ -24,8 +24,8 @@ def spectral_filter(x: Tensor, spectrum: Tensor, cutoff: float) -> Tensor:
     Args:
         x: `[B, C, h, w]`, float32 or float64.
         spectrum: real and imaginary part of W at F x F frequencies, even over [-1/2, 1/2] cycles a position along each
-            axis, interpolated to those of the grid: `[2, C, F, F]`.
-        cutoff: HPF removes the frequencies below this share of the highest along both axes.
+            axis, interpolated to the grid's: `[2, C, F, F]`.
+        cutoff: HPF removes the frequencies below this fraction of the highest along both axes.
 
     Returns:
         `[B, C, h, w]`.
@@ -46,12 +46,6 @@ class FrequencyAttention(nn.Module):
     frequency, interpolated from F x F of them, and a 1x1 convolution M for all: `2 F² C_s + C_s C_t` real numbers beside
     the local branch's, for grids of any size; 0.3 + 1.0 million for 512 and 2048 channels. W is 1 at first, so that
     the branch starts as the high-pass filter.
-
-    Args:
-        in_channels: the student's channels.
-        out_channels: the teacher's channels.
-        frequencies: F.
-        cutoff: share of low frequencies that the high-pass filter removes.
     """
 
     def __init__(self, in_channels: int, out_channels: int, frequencies: int, cutoff: float) -> None:
@@ -99,7 +93,7 @@ class FAMLoss(DistillationLoss):
     Args:
         levels: level names; all that both models have by default, as the official code guides all four stages.
         frequencies: spectral weights along each axis; ours, an odd number so that one belongs to frequency 0.
-        cutoff: share of low frequencies that the high-pass filter removes; official 0.1.
+        cutoff: fraction of low frequencies that the high-pass filter removes; official 0.1.
     """
 
     weights = {"fam": 1.0}
@@ -110,15 +104,7 @@ class FAMLoss(DistillationLoss):
         "official code, for classification: same filter, branches, reduction and ImageNet weight; factorised spectral "
         "weights and void pixels ours, no cross-stage attention, no warm-up"
     )
-    citation = (
-        "@inproceedings{pham2024frequency,\n"
-        "  title={Frequency Attention for Knowledge Distillation},\n"
-        "  author={Pham, Cuong and Nguyen, Van-Anh and Le, Trung and Phung, Dinh and Carneiro, Gustavo and "
-        "Do, Thanh-Toan},\n"
-        "  booktitle={WACV},\n"
-        "  year={2024}\n"
-        "}"
-    )
+    reference = "pham2024frequency"
 
     def __init__(
         self, pair: Pair, *, levels: Sequence[str] | None = None, frequencies: int = 17, cutoff: float = 0.1

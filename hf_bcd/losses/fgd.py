@@ -19,7 +19,7 @@ from .ops.functional import (
 
 
 def activation_attention(x: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Where and in which channels a map is active.
+    """Positions and channels in which a map is active.
 
     Args:
         x: features `[B, C, h, w]`.
@@ -74,11 +74,7 @@ def attention_losses(
 
 
 class GlobalContext(nn.Module):
-    """Adds to every position a vector that a small network makes of an attention-weighted mean; nothing at first.
-
-    Args:
-        channels: number of channels.
-    """
+    """Adds to every position a vector that a small network makes of an attention-weighted mean; nothing at first."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -129,15 +125,7 @@ class FGDLoss(DistillationLoss):
     transfers = "features of objects and background where the teacher is active, its attention, global context"
     source = "https://arxiv.org/abs/2111.11837"
     checked = "official code, defined for detection; class masks instead of boxes and means instead of sums are ours"
-    citation = (
-        "@inproceedings{yang2022focal,\n"
-        "  title={Focal and Global Knowledge Distillation for Detectors},\n"
-        "  author={Yang, Zhendong and Li, Zhe and Jiang, Xiaohu and Gong, Yuan and Yuan, Zehuan and Zhao, Danpei and "
-        "Yuan, Chun},\n"
-        "  booktitle={CVPR},\n"
-        "  year={2022}\n"
-        "}"
-    )
+    reference = "yang2022focal"
 
     def __init__(
         self, pair: Pair, *, background: int | None = None, temperature: float = 0.5, level: str | None = None

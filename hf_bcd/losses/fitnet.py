@@ -21,9 +21,6 @@ def fitnet_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None)
 
     Returns:
         Scalar >= 0, 0 for equal features; float32 or float64.
-
-    Raises:
-        ValueError: if batch, channels or the mask's size differ.
     """
     return mean_squared_error(*on_teacher_grid(student, teacher, mask))
 
@@ -33,7 +30,7 @@ class FitNetLoss(DistillationLoss):
 
     The mean over channels is that of CIRKD's comparison for segmentation, whose weight is 10, on the features of a head.
     Those of a backbone are larger, and the gradient grows with their square: here 1. The paper itself has half the sum
-    over channels, without a weight: it trains on the hint alone first.
+    over channels, without a weight: it first trains only on the hint.
 
     Args:
         level: level name; the coarsest that both models have by default.
@@ -44,15 +41,7 @@ class FitNetLoss(DistillationLoss):
     transfers = "features of each position"
     source = "https://arxiv.org/abs/1412.6550"
     checked = "CIRKD's official code: same reduction, weight 1 for its 10; official FitNets sum over channels; void pixels left out"
-    citation = (
-        "@inproceedings{romero2015fitnets,\n"
-        "  title={FitNets: Hints for Thin Deep Nets},\n"
-        "  author={Romero, Adriana and Ballas, Nicolas and Kahou, Samira Ebrahimi and Chassang, Antoine and\n"
-        "          Gatta, Carlo and Bengio, Yoshua},\n"
-        "  booktitle={ICLR},\n"
-        "  year={2015}\n"
-        "}"
-    )
+    reference = "romero2015fitnets"
 
     def __init__(self, pair: Pair, *, level: str | None = None) -> None:
         super().__init__(pair)

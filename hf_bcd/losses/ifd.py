@@ -21,9 +21,6 @@ def ifd_loss(projections: Tensor, teacher: Tensor, *, mask: Tensor | None = None
 
     Returns:
         Scalar in [0, 2]; float32 or float64.
-
-    Raises:
-        ValueError: if batch, channels or the mask's size differ.
     """
     ensemble = at_least_float32(projections).relu().mean(dim=1)
     student, teacher, mask = on_teacher_grid(ensemble, teacher, mask)
@@ -51,14 +48,7 @@ class IFDLoss(DistillationLoss):
         "official code (classification): same ensemble and cosine; our reading for maps is 1x1 projectors, a mean over valid "
         "positions and weight 5 for the official 25"
     )
-    citation = (
-        "@inproceedings{chen2022improved,\n"
-        "  title={Improved Feature Distillation via Projector Ensemble},\n"
-        "  author={Chen, Yudong and Wang, Sen and Liu, Jiajun and Xu, Xuwei and de Hoog, Frank and Huang, Zi},\n"
-        "  booktitle={NeurIPS},\n"
-        "  year={2022}\n"
-        "}"
-    )
+    reference = "chen2022improved"
 
     def __init__(self, pair: Pair, *, projectors: int = 3, level: str | None = None) -> None:
         super().__init__(pair)

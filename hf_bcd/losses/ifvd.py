@@ -6,14 +6,7 @@ from ..outputs import DenseOutput, Targets
 from .base import Pair
 from .kd import kd_loss
 from .modules.adversarial import AdversarialLoss
-from .ops.functional import (
-    at_least_float32,
-    class_similarity,
-    full_precision,
-    resize,
-    spatial_size,
-    weighted_means,
-)
+from .ops.functional import at_least_float32, class_similarity, full_precision, resize, spatial_size, weighted_means
 
 
 @full_precision
@@ -63,14 +56,7 @@ class IFVDLoss(AdversarialLoss):
         "official code: same terms, reductions and discriminator layers, weights but for the variation, 50 for its 200; void "
         "pixels left out"
     )
-    citation = (
-        "@inproceedings{wang2020intra,\n"
-        "  title={Intra-class Feature Variation Distillation for Semantic Segmentation},\n"
-        "  author={Wang, Yukang and Zhou, Wei and Jiang, Tao and Bai, Xiang and Xu, Yongchao},\n"
-        "  booktitle={ECCV},\n"
-        "  year={2020}\n"
-        "}"
-    )
+    reference = "wang2020intra"
 
     def __init__(self, pair: Pair, *, level: str | None = None, discriminator_channels: int = 64) -> None:
         super().__init__(pair, discriminator_channels)

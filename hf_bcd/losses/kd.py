@@ -39,14 +39,7 @@ class KDLoss(DistillationLoss):
     transfers = "class scores of each pixel"
     source = "https://arxiv.org/abs/1503.02531"
     checked = "the pixel-wise term of CIRKD's official code, same reduction, void pixels left out"
-    citation = (
-        "@article{hinton2015distilling,\n"
-        "  title={Distilling the Knowledge in a Neural Network},\n"
-        "  author={Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},\n"
-        "  journal={arXiv preprint arXiv:1503.02531},\n"
-        "  year={2015}\n"
-        "}"
-    )
+    reference = "hinton2015distilling"
 
     def __init__(self, pair: Pair, *, temperature: float = 1.0) -> None:
         super().__init__(pair)

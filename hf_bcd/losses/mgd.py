@@ -14,12 +14,7 @@ from .ops.functional import full_precision, mean_squared_error, on_teacher_grid,
 
 @full_precision
 def mgd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    generate: Callable[[Tensor], Tensor],
-    *,
-    keep: Tensor,
-    mask: Tensor | None = None,
+    student: Tensor, teacher: Tensor, generate: Callable[[Tensor], Tensor], *, keep: Tensor, mask: Tensor | None = None
 ) -> Tensor:
     """The teacher's full features are generated from some positions of the student's.
 
@@ -34,9 +29,6 @@ def mgd_loss(
 
     Returns:
         Scalar >= 0; float32 or float64.
-
-    Raises:
-        ValueError: if batch, channels or the mask's size differ.
     """
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     generated = generate(student.masked_fill(~(keep & mask)[:, None], 0))
@@ -55,7 +47,7 @@ class MGDLoss(DistillationLoss):
     The generator has 18 C² parameters, C being the teacher's channels: 75 million for 2,048.
 
     Args:
-        masked: expected share of positions that the generator does not see, in [0, 1); 0.75 as in the official code.
+        masked: expected fraction of positions that the generator does not see, in [0, 1); 0.75 as in the official code.
         level: level name; the coarsest that both models have by default.
     """
 
@@ -67,14 +59,7 @@ class MGDLoss(DistillationLoss):
         "official code for segmentation: same mask ratio, generator and reduction, weight 0.005 for the official 0.082; one "
         "mask for all images, a trained 1x1 also where channels agree; void pixels left out"
     )
-    citation = (
-        "@inproceedings{yang2022masked,\n"
-        "  title={Masked Generative Distillation},\n"
-        "  author={Yang, Zhendong and Li, Zhe and Shao, Mingqi and Shi, Dachuan and Yuan, Zehuan and Yuan, Chun},\n"
-        "  booktitle={ECCV},\n"
-        "  year={2022}\n"
-        "}"
-    )
+    reference = "yang2022masked"
 
     def __init__(self, pair: Pair, *, masked: float = 0.75, level: str | None = None) -> None:
         super().__init__(pair)

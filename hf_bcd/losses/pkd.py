@@ -26,9 +26,6 @@ def pkd_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
 
     Returns:
         Scalar >= 0, 0 for channels that differ by a positive factor and a constant; float32 or float64.
-
-    Raises:
-        ValueError: if batch, channels or the mask's size differ.
     """
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     student, teacher = (standardize(x, (0, 2, 3), mask[:, None], eps=1e-6) for x in (student, teacher))
@@ -53,14 +50,7 @@ class PKDLoss(DistillationLoss):
         "official code (MMRazor): same formula, weight of its two-stage detectors for each level; deviations are biased "
         "and statistics run over all ranks; void pixels left out"
     )
-    citation = (
-        "@inproceedings{cao2022pkd,\n"
-        "  title={PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient},\n"
-        "  author={Cao, Weihan and Zhang, Yifan and Gao, Jianfei and Cheng, Anda and Cheng, Ke and Cheng, Jian},\n"
-        "  booktitle={NeurIPS},\n"
-        "  year={2022}\n"
-        "}"
-    )
+    reference = "cao2022pkd"
 
     def __init__(self, pair: Pair, *, levels: Sequence[str] | None = None) -> None:
         super().__init__(pair)

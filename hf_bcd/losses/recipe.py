@@ -88,7 +88,7 @@ class LossOptions:
     Attributes:
         name: its key in `LOSSES`.
         cls: its class.
-        options: arguments of the class beside the pair; those that hold losses are read as well.
+        options: arguments of the class beside the pair; nested losses are read as well.
         needs: see `DistillationLoss.needs`.
         weights: term -> weight, where `measured` the first one.
         decays: whether r(t) multiplies its terms.
@@ -126,7 +126,7 @@ def read_losses(losses: Losses) -> dict[str, LossOptions]:
     if found and not any(weight for loss in found.values() for weight in loss.weights.values()):
         raise UserError(
             f"losses is {losses}: no term has a weight above 0, so the teacher would teach nothing. Leave the teacher "
-            "out to train the student alone."
+            "out to train without distillation."
         )
     return found
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .criterion import DistillationCriterion
 
 
-# of a loss before its gradients are taken: those of means over pixels would be 0 in half precision
+# of a loss before its gradients are taken: a mean over pixels would have gradients of 0 in half precision
 SCALE = 2.0**16
 
 
@@ -45,13 +45,13 @@ class SCKDLoss(DistillationLoss):
     """Other losses, each term of which counts in a step only where it agrees with the task, see `sckd_gate`.
 
     Defined here with gradients with respect to the student's deepest feature level or, where the term or the task does
-    not depend on that, its logits, because those with respect to its parameters, which the paper compares, would take
+    not depend on that, its logits, because gradients with respect to its parameters, which the paper compares, would take
     for each term one more backward pass through the student and, between ranks, one more exchange of all gradients. A
     term that depends on neither, such as a discriminator's own, always counts. Each forward pass decides for itself, so
     accumulated batches decide one by one; without gradients, everything counts.
 
-    The terms are those of the hosts, named `host/term`, and so are the weights. A student under `torch.compile` hides how
-    its logits depend on its features, so that is a `ValueError`.
+    Terms and weights are the hosts', named `host/term`. A student under `torch.compile` hides how its logits depend on
+    its features: a `ValueError`.
 
     Args:
         host: the gated losses, in a recipe as its `losses`: name -> options with `weight` and `decay`.
@@ -64,14 +64,7 @@ class SCKDLoss(DistillationLoss):
     transfers = "what its host does, where that agrees with the task"
     source = "https://doi.org/10.1109/ICCV48922.2021.00501"
     checked = "no official code: the paper's gate and threshold; where gradients are compared is our reading"
-    citation = (
-        "@inproceedings{zhu2021student,\n"
-        "  title={Student Customized Knowledge Distillation: Bridging the Gap Between Student and Teacher},\n"
-        "  author={Zhu, Yichen and Wang, Yi},\n"
-        "  booktitle={ICCV},\n"
-        "  year={2021}\n"
-        "}"
-    )
+    reference = "zhu2021student"
 
     def __init__(self, pair: Pair, *, host: "DistillationCriterion", threshold: float = 0.0) -> None:
         super().__init__(pair)
@@ -98,7 +91,7 @@ class SCKDLoss(DistillationLoss):
     ) -> dict[str, Tensor]:
         """Terms of the hosts, 0 where the gate is closed; `task_loss` is the task's weighted loss, with its graph."""
         if task_loss is None:
-            raise ValueError("sckd compares gradients with those of the task; pass its loss as task_loss.")
+            raise ValueError("sckd compares gradients with the task's; pass its loss as task_loss.")
         terms = {name: host(student, teacher, targets) for name, host in self.hosts.by_name().items()}
         deepest = list(student.features.values())[-1]
         if deepest.grad_fn is not None and deepest.grad_fn is student.logits.grad_fn:
@@ -130,9 +123,7 @@ class SCKDLoss(DistillationLoss):
         return self.hosts.needs_calibration
 
     def calibrate(
-        self,
-        batches: Sequence[tuple[DenseOutput, Targets]],
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+        self, batches: Sequence[tuple[DenseOutput, Targets]], progress: Callable[[Iterable[int]], Iterable[int]] = iter
     ) -> None:
         self.hosts.calibrate(batches, progress)
 

@@ -34,9 +34,6 @@ def skd_loss(student: Tensor, teacher: Tensor, *, nodes: int = 2, mask: Tensor |
 
     Returns:
         Scalar in [0, 4], 0 for features that differ by a rotation; float32 or float64.
-
-    Raises:
-        ValueError: if the mask's size differs.
     """
     student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
     *_, mask = on_teacher_grid(student[:, :1], teacher[:, :1], mask)  # the numbers of channels may differ
@@ -82,14 +79,7 @@ class SKDLoss(AdversarialLoss):
         "official code: same pair term and discriminator layers; pixel term as in the paper; Adam and, with it, the "
         "holistic weight as in IFVD's code; void pixels left out"
     )
-    citation = (
-        "@article{liu2023structured,\n"
-        "  title={Structured Knowledge Distillation for Dense Prediction},\n"
-        "  author={Liu, Yifan and Shu, Changyong and Wang, Jingdong and Shen, Chunhua},\n"
-        "  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},\n"
-        "  year={2023}\n"
-        "}"
-    )
+    reference = "liu2023structured"
 
     def __init__(
         self, pair: Pair, *, level: str | None = None, nodes: int = 2, discriminator_channels: int = 64

@@ -45,16 +45,7 @@ class SlimSegLoss(DistillationLoss):
     transfers = "class scores of each pixel; the ground truth once more near borders"
     source = "https://arxiv.org/abs/2207.06242"
     checked = "no official code; our reading as a teacher-student method, weights and width are ours"
-    citation = (
-        "@inproceedings{xue2022slimseg,\n"
-        "  title={SlimSeg: Slimmable Semantic Segmentation with Boundary Supervision},\n"
-        "  author={Xue, Danna and Yang, Fei and Wang, Pei and Herranz, Luis and Sun, Jinqiu and Zhu, Yu and Zhang, "
-        "Yanning},\n"
-        "  booktitle={ACM International Conference on Multimedia},\n"
-        "  pages={6539--6548},\n"
-        "  year={2022}\n"
-        "}"
-    )
+    reference = "xue2022slimseg"
 
     def __init__(self, pair: Pair, *, temperature: float = 1.0, width: int = 7) -> None:
         super().__init__(pair)

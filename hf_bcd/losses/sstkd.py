@@ -12,14 +12,7 @@ from .base import Pair, check_positive
 from .kd import kd_loss
 from .modules.adversarial import AdversarialLoss
 from .modules.connectors import FeaturePair
-from .ops.functional import (
-    class_similarity,
-    full_precision,
-    image_means,
-    on_teacher_grid,
-    resize,
-    spatial_size,
-)
+from .ops.functional import class_similarity, full_precision, image_means, on_teacher_grid, resize, spatial_size
 
 
 def directional_bands(x: Tensor, directions: int) -> Tensor:
@@ -63,11 +56,11 @@ def contourlet(x: Tensor, *, levels: int = 2, directions: int = 4) -> list[Tenso
 
 
 def equalized_intensity(features: Tensor, mask: Tensor, *, levels: int = 128) -> Tensor:
-    """Quantised and equalised texture intensity: which share of the image is less intense.
+    """Quantised and equalised texture intensity: how much of the image is less intense.
 
     A position's intensity is the cosine between its feature and the image's mean feature. `levels` levels lie evenly
     between the smallest and the largest; a position belongs to the two around it, by how near they are. A level's
-    equalised value is the share of positions below it and half of its own, as in histogram equalisation, and a
+    equalised value is the fraction of positions below it and half of its own, as in histogram equalisation, and a
     position's that of its two levels.
 
     Args:
@@ -86,8 +79,8 @@ def equalized_intensity(features: Tensor, mask: Tensor, *, levels: int = 128) ->
     place = (intensity - lowest) / step
     belongs = 1 - (place[:, :, None] - torch.arange(levels, device=features.device)).abs()
     belongs = belongs.clamp_min(0).masked_fill(~valid[:, :, None], 0)
-    share = belongs.sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp_min(1)
-    return (belongs @ (share.cumsum(dim=1) - share / 2)[:, :, None]).view_as(mask)
+    fraction = belongs.sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp_min(1)
+    return (belongs @ (fraction.cumsum(dim=1) - fraction / 2)[:, :, None]).view_as(mask)
 
 
 class Texture(NamedTuple):
@@ -137,12 +130,12 @@ def sstkd_loss(
 class SSTKDLoss(AdversarialLoss):
     """Defined here as `sstkd_loss` with `kd_loss` (response) and an `Adversary`, because no official code exists.
 
-    What is ours. Contourlet: a pyramid of bilinear halvings and ideal directional filters without decimation; these are
+    Contourlet, ours: a pyramid of bilinear halvings and ideal directional filters without decimation; these are
     orthogonal, so away from void pixels the sum over directions is the energy of the pyramid's level. Denoised texture
-    intensity equalisation: intensities and levels of STLNet's quantise-and-count (its official code has 128 levels);
+    intensity equalisation, ours: intensities and levels of STLNet's quantise-and-count (its official code has 128 levels);
     its cut, which counts a position fully or not at all, is a linear weight, so that noise moves a count a little; and
     plain histogram equalisation stands for its learned reasoning between levels, so this term has no parameters.
-    The weights have not been verified: 10 and 0.001 are those of `SKDLoss`, 0.9 and 1.15 follow the paper as far as we
+    The weights have not been verified: 10 and 0.001 are `SKDLoss`'s, 0.9 and 1.15 follow the paper as far as we
     know.
 
     Args:
@@ -164,14 +157,7 @@ class SSTKDLoss(AdversarialLoss):
         "no official code: our reading of contourlet decomposition and, after STLNet's code, of intensity equalisation "
         "(without learned layers); weights unverified"
     )
-    citation = (
-        "@inproceedings{ji2022structural,\n"
-        "  title={Structural and Statistical Texture Knowledge Distillation for Semantic Segmentation},\n"
-        "  author={Ji, Deyi and Wang, Haoran and Tao, Mingyuan and Huang, Jianqiang and Hua, Xian-Sheng and Lu, Hongtao},\n"
-        "  booktitle={CVPR},\n"
-        "  year={2022}\n"
-        "}"
-    )
+    reference = "ji2022structural"
 
     def __init__(
         self,

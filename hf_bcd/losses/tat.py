@@ -43,8 +43,8 @@ def tat_loss(
 
     `mean over images, valid positions i and channels of (sum_j softmax_j(q_i · k_j) v_j - t_i)²`. The grid is cut into
     patches of `max(2, ceil(side / patches))` positions along each axis, the last of them padded, so that a small grid
-    has fewer patches; `group` neighbours along a row share the sums `q_i · k_j`. The attention is not scaled, as in the
-    official code. It holds `h · w · N` numbers an image, N positions in a patch.
+    has fewer patches; `group` neighbours along a row have one attention, of the sum of their `q_i · k_j`. It is not
+    scaled, as in the official code, and holds `h · w · N` numbers an image, N positions in a patch.
 
     Args:
         query: student `[B, D, h, w]`.
@@ -52,7 +52,7 @@ def tat_loss(
         value: student `[B, C, h, w]`.
         target: teacher `[B, C, h, w]`; receives no gradient.
         patches: number of patches along each axis, at most; 1 for attention over the whole map.
-        group: number of patches that share an attention.
+        group: number of patches with one attention.
         mask: `[B, h, w]`, True where valid: void positions are neither rebuilt nor looked at.
 
     Returns:
@@ -64,7 +64,7 @@ def tat_loss(
     if query.shape != key.shape or not query.shape[-2:] == value.shape[-2:] == target.shape[-2:]:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} and target "
-            f"{tuple(target.shape)} must share one grid, query and key their channels."
+            f"{tuple(target.shape)} must have one grid, query and key the same channels."
         )
     value, target, mask = on_teacher_grid(value, target, mask)
     void = ~mask[:, None]
@@ -81,10 +81,6 @@ class Embedding(nn.Module):
     """1x1 convolution, standardised over the valid positions of each image, with a trained scale and shift.
 
     The official code normalises image by image as well: it feeds its batch normalisation one image at a time.
-
-    Args:
-        in_channels: channels of its input.
-        out_channels: the teacher's channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -110,7 +106,7 @@ class TATLoss(DistillationLoss):
 
     Args:
         patches: number of patches along each axis, at most, so that each has two positions or more; official 16.
-        group: number of patches that share an attention; 4, official 64 heads for 256 patches.
+        group: number of patches with one attention; 4, official 64 heads for 256 patches.
         anchors: number of anchors along each axis, at most; official 32.
         level: level name; the coarsest that both models have by default, the official code takes the decoder's.
     """
@@ -122,15 +118,7 @@ class TATLoss(DistillationLoss):
     checked = (
         "official code (TaT-seg): same attention, normalisation, reduction and weights; padded, not cropped; voids"
     )
-    citation = (
-        "@inproceedings{lin2022knowledge,\n"
-        "  title={Knowledge Distillation via the Target-aware Transformer},\n"
-        "  author={Lin, Sihao and Xie, Hongwei and Wang, Bing and Yu, Kaicheng and Chang, Xiaojun and Liang, Xiaodan "
-        "and Wang, Gang},\n"
-        "  booktitle={CVPR},\n"
-        "  year={2022}\n"
-        "}"
-    )
+    reference = "lin2022knowledge"
 
     def __init__(
         self, pair: Pair, *, patches: int = 16, group: int = 4, anchors: int = 32, level: str | None = None

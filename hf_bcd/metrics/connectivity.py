@@ -23,7 +23,7 @@ def connectivity_counts(truth: Tensor, prediction: Tensor, num_labels: int) -> d
         num_labels: number of classes C.
 
     Returns:
-        int64 `[B, C]` each: `regions`, their number; `missed`, those with empty P; `fragments`, pieces of at least 1 %
+        int64 `[B, C]` each: `regions`, their number; `missed`, how many have an empty P; `fragments`, pieces of at least 1 %
         of |R|; `completeness` and `connectivity`, sums of |largest piece| / |R| and |largest piece| / |P| in units of
         2**-32.
     """

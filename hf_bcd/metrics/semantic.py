@@ -40,7 +40,7 @@ class SemanticMetrics:
         return {name: total.shape for name, total in self._totals.items()}
 
     def counts(self, predictions: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Counts of a batch, one row per image; leaves the totals alone.
+        """Counts of a batch, one row per image; leaves the totals as they are.
 
         Args:
             predictions: predicted classes `[B, H, W]` in [0, C); any value where the label is ignored.
@@ -48,7 +48,7 @@ class SemanticMetrics:
 
         Returns:
             int64 tensors on the device of the maps, each with leading dimension B and of a shape that depends on C
-            alone: `confusion` `[B, C, C]` (truth, prediction) and the entries of `boundary_counts` and
+            only: `confusion` `[B, C, C]` (truth, prediction) and the entries of `boundary_counts` and
             `connectivity_counts`. They can be gathered across processes and trimmed before `add`.
 
         Raises:
@@ -75,7 +75,7 @@ class SemanticMetrics:
         self.add(self.counts(predictions, labels))
 
     def add(self, counts: Mapping[str, Tensor]) -> None:
-        """Adds per-image counts, such as those of `counts` gathered from all processes.
+        """Adds per-image counts, such as `counts` gathered from all processes.
 
         Args:
             counts: for each name of `counts` a tensor with one row per image.

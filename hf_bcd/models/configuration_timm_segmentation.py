@@ -14,7 +14,7 @@ RESERVED_BACKBONE_KWARGS = ("features_only", "out_indices", "output_stride", "pr
 
 
 class TimmSegmentationConfig(PreTrainedConfig):
-    """What is needed to build a segmentation model on a timm backbone, weights aside.
+    """Configuration of a segmentation model on a timm backbone.
 
     Creating a configuration reads timm's registry only: it builds nothing and makes no network call.
 

@@ -216,7 +216,7 @@ class EspNetForSemanticSegmentation(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers' initialisers leave alone what was loaded from a checkpoint
+        # transformers' initialisers do not touch what was loaded from a checkpoint
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             initialization.kaiming_normal_(module.weight, a=PRELU_SLOPE)
         elif isinstance(module, nn.PReLU):

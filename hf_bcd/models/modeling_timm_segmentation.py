@@ -192,7 +192,7 @@ class TimmSegmentationModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers' initialisers leave alone what was loaded from a checkpoint
+        # transformers' initialisers do not touch what was loaded from a checkpoint
         if isinstance(module, nn.Conv2d):
             initialization.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:

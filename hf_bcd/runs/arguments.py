@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -29,7 +30,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Teacher, given like the student. A timm backbone is first trained on the same data. "
-            "None trains the student alone."
+            "None trains the student without one."
         },
     )
     teacher_training: dict[str, Any] | str | None = field(
@@ -89,23 +90,25 @@ class DataArguments:
 
 MAPPINGS = ("student", "teacher", "teacher_training", "dataset_options", "losses", "lr_scheduler_kwargs")
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, BCDConfig)
-KINDS = {int: "a whole number", float: "a number", string_to_bool: "true or false"}
 RECIPE_KEYS = frozenset(f.name for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls) if f.init)
+TYPES = {key: hint for cls in ARGUMENT_CLASSES for key, hint in get_type_hints(cls).items() if key in RECIPE_KEYS}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+# inherited arguments that --help shows beside our own
+SHOWN = frozenset((
+    "output_dir", "seed", "bf16", "fp16", "resume_from_checkpoint", "push_to_hub", "gradient_accumulation_steps",
+    "hub_model_id", "hub_private_repo", "hub_revision", "torch_compile",
+))  # fmt: skip
 
 
 def parse_arguments(
-    argv: list[str] | None = None,
-    *,
-    default_config: str | Path | None = None,
-    description: str | None = None,
+    argv: list[str] | None = None, *, default_config: str | Path | None = None, description: str | None = None
 ) -> tuple[ModelArguments, DataArguments, BCDConfig]:
     """Reads a recipe and the command line and builds the arguments from them, see `read_arguments`."""
-    given = read_arguments(argv, default_config=default_config, description=description)
-    return build_arguments(given)
+    return build_arguments(read_arguments(argv, default_config=default_config, description=description))
 
 
 def build_arguments(recipe: Mapping[str, Any]) -> tuple[ModelArguments, DataArguments, BCDConfig]:
-    """Builds the arguments that a recipe describes; what it does not name has its default.
+    """Builds the arguments that a recipe describes; the others have their defaults.
 
     Raises:
         UserError: for streaming without max_steps.
@@ -135,7 +138,7 @@ def read_arguments(
     set one by one: `--losses.bcd.radius 5` changes the losses of the recipe or preset.
 
     Args:
-        argv: arguments; those of the process by default.
+        argv: arguments; the process's own by default.
         recipe: content of a recipe, instead of `--config`.
         default_config: recipe in force when neither `--config`, a data set nor a student is given.
         description: first lines of `--help`.
@@ -147,62 +150,78 @@ def read_arguments(
         UserError: for unknown keys, naming the nearest known one.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(  # type: ignore[call-arg]
-        ARGUMENT_CLASSES,  # type: ignore[arg-type]
-        description=description,
-        usage="%(prog)s [--config RECIPE.yaml] [--ARGUMENT VALUE ...]",
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", help="YAML recipe; the command line wins over it.")
-    parser.add_argument("--help_all", action="store_true", help="Also list every inherited training argument.")
-    _shorten_help(parser)
-    if "--help_all" in argv:
-        HfArgumentParser(ARGUMENT_CLASSES, description=description).print_help()  # type: ignore[arg-type]
-        parser.exit()
-
-    argv, dotted = _split_dotted(argv)
-    _check_flags(argv, parser)
-    namespace = parser.parse_args(argv)
-    typed = [key for key in vars(namespace) if key in RECIPE_KEYS and _is_typed(parser, key, argv)]
-    config = namespace.config
+    typed, dotted = _typed(argv, description)
+    config = typed.pop("config", None)
     if recipe is None and config is None and not {"dataset_name", "data_dir", "student"} & set(typed):
         config = default_config
     if recipe is None:
         recipe = read_recipe(Path(config), RECIPE_KEYS) if config is not None else {}
-    recipe = {key: _converted(key, value, parser) for key, value in recipe.items()}
-    if {"num_train_epochs", "max_steps"} <= set(typed) and namespace.max_steps > 0:
+    if {"num_train_epochs", "max_steps"} <= set(typed) and typed["max_steps"] > 0:
         raise UserError("--max_steps and --num_train_epochs exclude each other; give one of them.")
-    recipe = merged(recipe, {key: getattr(namespace, key) for key in typed})
-    values = {key: getattr(namespace, key) for key in RECIPE_KEYS} | recipe
+    values = merged({key: _converted(key, value) for key, value in recipe.items()}, typed)
     for key in MAPPINGS:
-        if values[key] in ("none", "null"):  # so that the command line can undo what the recipe says
+        if values.get(key) in ("none", "null"):  # so that the command line can undo what the recipe says
             values[key] = None
-        if isinstance(values[key], str) and values[key].lstrip().startswith("{"):
-            values[key] = parse_mapping(values[key], key)
-    if values["losses"] is None and any(path[0] == "losses" for path, _ in dotted):
-        values["losses"] = PRESETS.get(values["preset"])  # a dotted flag changes the losses in force
+        if isinstance(text := values.get(key), str) and text.lstrip().startswith("{"):
+            values[key] = parse_mapping(text, key)
+    if values.get("losses") is None and any(path[0] == "losses" for path, _ in dotted):
+        values["losses"] = PRESETS.get(values.get("preset", "stable"))  # a dotted flag changes the losses in force
     for path, text in dotted:
         _set_nested(values, path, read_yaml(text, "--" + ".".join(path)))
-    return {key: values[key] for key in [*recipe, *(path[0] for path, _ in dotted)]}
+    return values
 
 
-def _converted(key: str, value: Any, parser: argparse.ArgumentParser) -> Any:
-    """A recipe's value in the type that the command line would give it: numbers may stand in quotes."""
-    # of several values, such as ignore_labels, none is a number by itself
-    actions = [action for action in parser._actions if action.dest == key and action.nargs not in ("+", "*")]
-    convert: Any = actions[0].type if actions else None
-    if value is None or convert not in KINDS:
+def _typed(argv: list[str], description: str | None) -> tuple[dict[str, Any], list[tuple[list[str], str]]]:
+    """The arguments that a command line gives, and its dotted ones as paths with their text."""
+    shown = {*BCDConfig.__annotations__, *SHOWN}
+    fields = [(f.name, f.type, f) for f in dataclasses.fields(BCDConfig) if f.name in shown]
+    short = "--help_all" not in argv and {"-h", "--help"} & set(argv)
+    classes = (ModelArguments, DataArguments, dataclasses.make_dataclass("BCDConfig", fields) if short else BCDConfig)
+    parser = HfArgumentParser(  # type: ignore[call-arg]
+        classes,  # type: ignore[arg-type]
+        description=description,
+        usage="%(prog)s [--config RECIPE.yaml] [--ARGUMENT VALUE ...]",
+        epilog="Every field of transformers.TrainingArguments is accepted too: --help_all lists them.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML recipe; the command line wins over it.")
+    parser.add_argument("--help_all", action="help", help="Also list every inherited training argument.")
+    untyped = object()
+    given = argparse.Namespace(**dict.fromkeys((*RECIPE_KEYS, "config"), untyped))
+    namespace, rest = parser.parse_known_args(argv, given)
+    dotted: list[tuple[list[str], str]] = []
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        path = name.removeprefix("--").replace("-", "_").split(".")
+        if len(path) == 1:
+            raise UserError(unknown_key_message("argument", path[0], [*RECIPE_KEYS, "config"]))
+        if path[0] not in MAPPINGS:
+            raise UserError(unknown_key_message("mapping", path[0], MAPPINGS))
+        if not equals and not rest:
+            raise UserError(f"{name} has no value.")
+        dotted.append((path, text if equals else rest.pop(0)))
+    return {key: value for key, value in vars(namespace).items() if value is not untyped}, dotted
+
+
+def _converted(key: str, value: Any) -> Any:
+    """A recipe's value in the type of its argument: numbers may stand in quotes, and 1e3 is a whole one."""
+    hint = TYPES[key]
+    kinds = [
+        kind for kind in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]) if kind is not NoneType
+    ]
+    if value is None or len(kinds) > 1 or kinds[0] not in KINDS:
         return value
+    convert: Any = string_to_bool if kinds[0] is bool else kinds[0]
     try:
         if isinstance(value, str):
             return convert(value)
-        if isinstance(value, bool) == (convert is string_to_bool) and isinstance(value, int | float):
-            if convert is not int or value % 1 == 0:
-                return convert(value) if convert is int else value
+        if isinstance(value, bool) == (kinds[0] is bool) and isinstance(value, int | float):
+            if kinds[0] is not int or value % 1 == 0:
+                return convert(value) if kinds[0] is int else value
     except (ValueError, argparse.ArgumentTypeError):
         pass
-    raise UserError(f"{key} is {value!r} in the recipe; it must be {KINDS[convert]}.")
+    raise UserError(f"{key} is {value!r} in the recipe; it must be {KINDS[kinds[0]]}.")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -212,67 +231,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         super().__init__(prog, max_help_position=34, width=119)
 
 
-def _shorten_help(parser: argparse.ArgumentParser) -> None:
-    """Hides the arguments that BCDConfig merely inherits, so that --help shows what this package is about."""
-    own = {f.name for cls in (ModelArguments, DataArguments) for f in dataclasses.fields(cls)}
-    own |= set(BCDConfig.__annotations__)
-    own |= {
-        "config",
-        "help",
-        "help_all",
-        "output_dir",
-        "seed",
-        "bf16",
-        "fp16",
-        "resume_from_checkpoint",
-        "push_to_hub",
-    }
-    own |= {"gradient_accumulation_steps", "hub_model_id", "hub_private_repo", "hub_revision", "torch_compile"}
-    for action in parser._actions:
-        if action.dest not in own or any(option.startswith(("--no_", "--no-")) for option in action.option_strings):
-            action.help = argparse.SUPPRESS
-        else:  # one spelling is enough to read
-            action.option_strings = [o for o in action.option_strings if "-" not in o.lstrip("-")]
-            action.metavar = "BOOL" if action.nargs == "?" else ""
-    parser.epilog = "Every field of transformers.TrainingArguments is accepted too: --help_all lists them."
-
-
-def _split_dotted(argv: list[str]) -> tuple[list[str], list[tuple[list[str], str]]]:
-    """Takes `--losses.bcd.radius 5` out of the arguments."""
-    rest, dotted, i = [], [], 0
-    while i < len(argv):
-        name, equals, value = argv[i].partition("=")
-        path = name.removeprefix("--").split(".")
-        if name.startswith("--") and len(path) > 1:
-            if path[0] not in MAPPINGS:
-                raise UserError(unknown_key_message("mapping", path[0], MAPPINGS))
-            if not equals and i + 1 >= len(argv):
-                raise UserError(f"{name} has no value.")
-            dotted.append((path, value if equals else argv[i + 1]))
-            i += 1 if equals else 2
-        else:
-            rest.append(argv[i])
-            i += 1
-    return rest, dotted
-
-
-def _check_flags(argv: list[str], parser: argparse.ArgumentParser) -> None:
-    options = parser._option_string_actions
-    for text in argv:
-        flag = text.partition("=")[0]
-        if flag.startswith("--") and flag not in options:
-            known = {option.removeprefix("--") for option in options if "-" not in option.removeprefix("--")}
-            raise UserError(unknown_key_message("argument", flag.removeprefix("--").replace("-", "_"), known))
-
-
-def _is_typed(parser: argparse.ArgumentParser, key: str, argv: list[str]) -> bool:
-    flags = {text.partition("=")[0] for text in argv}
-    return any(action.dest == key for flag, action in parser._option_string_actions.items() if flag in flags)
-
-
 def _set_nested(values: dict[str, Any], path: list[str], value: Any) -> None:
     key, *inner, last = path
-    current = values[key]
+    current = values.get(key)
     if isinstance(current, str):  # `--teacher some/model` and then one more field of it
         current = {"name_or_path": current}
     node: dict[str, Any] = dict(current or {})

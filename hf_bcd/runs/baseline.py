@@ -63,7 +63,7 @@ def teacher_config(args: ModelArguments, config: BCDConfig) -> BCDConfig:
 
 
 def teacher_key(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:
-    """What decides which teacher a run has: how it is trained here, or its files or commit if it is finished."""
+    """The key of a run's teacher: how it is trained here, or its files or commit if it is finished."""
     spec = ModelSpec.parse(args.teacher or {}, "teacher")
     if spec.name_or_path is None:
         return recipe_of(spec, teacher_config(args, config), data)
@@ -129,7 +129,7 @@ def prepare_baseline(args: ModelArguments, config: BCDConfig, data: DenseDataset
 
 
 def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> DenseAdapter:
-    """Trains a model alone in its own folder, or takes the one that the same recipe has left there.
+    """Trains a model without a teacher in its own folder, or takes the one that the same recipe has left there.
 
     Raises:
         UserError: if the folder holds a finished model of another recipe.
@@ -149,7 +149,7 @@ def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDat
 
 
 def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:
-    """What decides how a model trained alone comes out."""
+    """All that decides how a model trained without a teacher comes out."""
     return {
         **{f"model.{key}": value for key, value in dataclasses.asdict(spec).items()},
         **{f"training.{key}": str(getattr(config, key)) for key in OUTCOME},
@@ -158,7 +158,7 @@ def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[s
 
 
 def data_key(split: DenseDataset | DenseStream) -> dict[str, Any]:
-    """What tells the images of one split from those of another."""
+    """The key of a split's images."""
     first = next(iter(split), None)
     return {
         "name": split.name,

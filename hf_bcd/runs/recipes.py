@@ -9,9 +9,9 @@ from ..utils.yaml import read_yaml
 
 
 def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
-    """Reads a recipe and those it starts from: `base: other.yaml` names one, relative to the recipe's own folder.
+    """Reads a recipe and the recipes it starts from: `base: other.yaml` names one, relative to the recipe's own folder.
 
-    A recipe's keys win over those of its base, each with its whole value: `losses` replaces `losses`.
+    A recipe's keys win over its base's, each with its whole value: `losses` replaces `losses`.
 
     Args:
         path: the recipe.

@@ -68,8 +68,8 @@ def write_report(
 
     Args:
         trainer: the trainer of the student.
-        models: `teacher`, `baseline` and `student`, those that exist.
-        scores: scores of those that were evaluated.
+        models: `teacher`, `baseline` and `student`, as far as they exist.
+        scores: of the models that were evaluated.
         data: the data set.
         split: the split of the scores; None when there is none to evaluate on.
         recipe: content of the command line and the recipes that it names, where there was one.

@@ -54,7 +54,7 @@ class Run:
     arguments: dict[str, Any]
 
     def result(self) -> dict[str, Any] | None:
-        """What the finished run measured; None if it is not finished.
+        """The results of the finished run; None if it is not finished.
 
         Raises:
             UserError: if the folder holds a run of another recipe.
@@ -75,13 +75,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file describes: a recipe, variations of it, and seeds.
+    """A study file: a recipe, variations of it, and seeds.
 
     Attributes:
         name: name of the file.
         folder: output folder of all runs.
         split: split of the final scores; `test` where it is labelled, else `validation`, by default.
-        runs: all runs, those of the first seed first.
+        runs: all runs, seed by seed.
     """
 
     name: str
@@ -147,7 +147,7 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
 
 @dataclass
 class Shared:
-    """What the runs of a study have in common, loaded, trained and scored once."""
+    """Data and teachers of a study, loaded, trained and scored once."""
 
     study: Study
     data: dict[str, DenseDatasets] = field(default_factory=dict)

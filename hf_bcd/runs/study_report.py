@@ -1,4 +1,4 @@
-"""What a study shows: every number as CSV, means with paired differences as Markdown, and plots."""
+"""The report of a study: every number as CSV, means with paired differences as Markdown, and plots."""
 
 import csv
 import logging
@@ -24,7 +24,7 @@ Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def collect(study: Study) -> dict[str, dict[int, dict[str, Any]]]:
-    """Results of the finished runs: name -> seed -> what `study.json` holds; those of another recipe are left out."""
+    """Results of the finished runs: name -> seed -> what `study.json` holds; runs of another recipe are left out."""
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for run in study.runs:
         try:
@@ -172,7 +172,7 @@ def write_study_report(study: Study) -> str:
         f"# {study.name}\n\n{text}\n\n"
         f"{finished} of {len(study.runs)} runs. Scores on the {first['images']} images of the split `{first['split']}`, in "
         "percent but for fragments; mean ± standard deviation over seeds. Differences are paired by seed, with their 95 % "
-        "intervals (Student's t). Minutes are those of training alone.\n"
+        "intervals (Student's t). Minutes are of training only.\n"
     )
     plot_scores(results, study.folder / "results.png", task)
     if any(one["curve"] for seeds in results.values() for one in seeds.values()):

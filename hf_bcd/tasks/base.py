@@ -115,7 +115,7 @@ class Task(ABC):
 
     @abstractmethod
     def denominator(self, targets: Targets) -> Tensor:
-        """What this batch adds to the number by which task losses divide, a scalar."""
+        """This batch's part of the number by which task losses divide, a scalar."""
 
     @abstractmethod
     def with_denominator(self, targets: Targets, denominator: Tensor) -> Targets:

@@ -1,4 +1,4 @@
-"""What happens around a training step."""
+"""Callbacks around training steps: r(t) and temperatures, interruption, finite values, pictures."""
 
 import logging
 import math
@@ -140,7 +140,7 @@ class PictureCallback(TrainerCallback):
 
     Args:
         draw: gives pictures, uint8 `[H, W, 3]`.
-        callbacks: those of the trainer, among which TensorBoard's is looked for.
+        callbacks: the trainer's, among which TensorBoard's is looked for.
     """
 
     def __init__(self, draw: Callable[[], Iterable[np.ndarray]], callbacks: Sequence[TrainerCallback]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapters.loading import drop_foreign_code
@@ -31,6 +32,31 @@ def last_checkpoint(folder: str | Path) -> str | None:
         except (OSError, ValueError):
             logger.warning("%s was not written to its end, so it does not count as a checkpoint", path)
     return None
+
+
+def finished_state(checkpoint: str, total: int) -> TrainerState | None:
+    """State of a checkpoint that has all `total` steps of a run; None if there are steps left.
+
+    The best checkpoint is looked for beside it, since the folder may have moved, and forgotten where it is gone.
+
+    Raises:
+        UserError: if the checkpoint lies beyond the end of this run.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    if state.global_step < total:
+        return None
+    if state.max_steps != total:  # neither the end of its own run nor of this one
+        raise UserError(
+            f"{checkpoint} has taken {state.global_step} steps of a run of {state.max_steps}, but this run has {total}. "
+            f"Set max_steps to {state.max_steps} as there, or to more than {state.global_step} to train on."
+        )
+    logger.warning("%s has all %d steps, so nothing is left to train", checkpoint, total)
+    if state.best_model_checkpoint is not None:
+        best = Path(checkpoint).with_name(Path(state.best_model_checkpoint).name)
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
+        if not best.is_dir():
+            logger.warning("the best model %s is gone, so the last one stays", best)
+    return state
 
 
 def save_student(distiller: Distiller, folder: Path, processor: Any, *, with_criterion: bool) -> None:
@@ -113,5 +139,5 @@ def load_optimizer(load: Callable[[], None], optimizer: Any, scheduler: Any, che
 
 
 def criterion_state(distiller: Distiller) -> dict[str, Tensor]:
-    """What losses keep across steps; empty for those that keep nothing."""
+    """State that losses keep across steps; empty where they keep nothing."""
     return {name: tensor.contiguous() for name, tensor in distiller.criterion.state_dict().items()}

@@ -1,4 +1,4 @@
-"""What a run can be told: models, data and training arguments."""
+"""BCDConfig: the training arguments of `BCDTrainer`."""
 
 import os
 from dataclasses import dataclass, field
@@ -21,11 +21,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 TEACHER_DTYPES = ("auto", "float32", "bfloat16")
 MAX_STEPS = 40_000
 POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
+# stands for the first score of the task, which the data decide
+FIRST_SCORE = "first_score"
 
 
 @dataclass
 class BCDConfig(TrainingArguments):
-    """Training arguments of `BCDTrainer`: those of transformers, with the paper's schedule as defaults, and ours.
+    """Training arguments of `BCDTrainer`: transformers' own, with the paper's schedule as defaults, and ours.
 
     Paper (Sec. V-B): SGD, learning rate 0.01, momentum 0.9, poly 0.9, batch 8, 40,000 iterations, 512x512 crops, random
     flip, brightness jitter and scale 0.5-2.
@@ -114,6 +116,12 @@ class BCDConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        launched = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"]
+        if self.fsdp or self.deepspeed or launched:
+            raise UserError(
+                "sharding a model over GPUs (FSDP, DeepSpeed) is not supported: a student fits on one device. Launch "
+                "data-parallel processes, as examples/accelerate_configs/gpu_x8.yaml does."
+            )
         # an accelerate configuration with use_cpu reaches one process through the environment, several not at all: each
         # would take itself for the only one; and without use_cpu the base class refuses bf16 on a CPU
         by_launcher = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
@@ -123,7 +131,9 @@ class BCDConfig(TrainingArguments):
                 setattr(self, name, "no")
         plateau = self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
         if (plateau or self.load_best_model_at_end) and self.metric_for_best_model is None:
-            self.metric_for_best_model = "mean_iou"  # the base class would look for a loss, which evaluations have not
+            self.metric_for_best_model = (
+                FIRST_SCORE  # the base class would look for a loss, which evaluations have not
+            )
             if plateau:
                 self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or {"mode": "max"}
         if self.max_steps is None:
@@ -156,12 +166,6 @@ class BCDConfig(TrainingArguments):
 
     def _check_training(self) -> None:
         """Refuses what the base class accepts and would fail on, or ignore, in the middle of training."""
-        launched = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"]
-        if self.fsdp or self.deepspeed or launched:
-            raise UserError(
-                "sharding a model over GPUs (FSDP, DeepSpeed) is not supported: a student fits on one device. Launch "
-                "data-parallel processes, as examples/accelerate_configs/gpu_x8.yaml does."
-            )
         if self.max_steps == 0:
             raise UserError("max_steps is 0; train for at least one step, or score a model with hf-bcd evaluate.")
         if self.max_steps > 0 and (warmup := self.get_warmup_steps(self.max_steps)) >= self.max_steps:

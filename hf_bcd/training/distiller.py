@@ -37,7 +37,7 @@ class Distiller(nn.Module):
         Args:
             pixel_values: RGB images `[B, 3, H, W]`, 0..255.
             targets: ground truth.
-            teacher_output: the teacher's output on the same images; None trains the student alone.
+            teacher_output: the teacher's output on the same images; None trains the student without one.
             share: number of images over the mean of the accumulated batches, see `DistillationCriterion.forward`.
 
         Returns:

@@ -44,7 +44,7 @@ def lay_out(model: nn.Module) -> None:
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether most of a model's weights are those of convolutions, so that channels-last layout pays."""
+    """Whether most of a model's weights belong to convolutions, so that channels-last layout pays."""
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     kernels = [weight.numel() for weight in weights if weight.ndim == 4]
     return sum(kernels) > sum(weight.numel() for weight in weights) / 2

@@ -21,7 +21,7 @@ Synonyms = str | Path | Mapping[str, Sequence[str]] | None
 
 
 class Prepared(NamedTuple):
-    """What a trainer works with; no teacher trains the student alone."""
+    """The parts of a trainer; without a teacher the student is trained by itself."""
 
     student: DenseAdapter
     teacher: FrozenTeacher | None
@@ -41,9 +41,9 @@ def prepare(
 
     Args:
         model: the student.
-        teacher: None trains the student alone.
+        teacher: None trains the student without one.
         args: losses, seed and the teacher's precision.
-        dataset: names the classes by `id2label`; None leaves those of the student.
+        dataset: names the classes by `id2label`; None leaves the student's names.
         synonyms: the teacher's names for these, see `read_synonyms`.
         to_train: whether the student is trained; otherwise it is scored in the data set's classes, if it has them.
 
@@ -76,7 +76,7 @@ def prepare(
 
 
 def adopt_labels(model: PreTrainedModel, id2label: Mapping[int, str] | None) -> None:
-    """Gives a model with placeholder class names those of the data set.
+    """Gives a model with placeholder class names the names of the data set.
 
     Raises:
         UserError: if the model has another number of classes, or the same names in another order.
@@ -120,7 +120,7 @@ def freeze(
 
 
 def offers_of(teacher: DenseAdapter, args: BCDConfig) -> frozenset[str]:
-    """What losses may need of this teacher and any student: a compiled student hides the graph of its task loss."""
+    """All that losses may need and this teacher and any student have: a compiled student hides the graph of its task loss."""
     return (ALWAYS_OFFERED | teacher.offers) - ({"task_loss"} if args.torch_compile else set())
 
 
@@ -133,7 +133,7 @@ def check_losses(teacher: DenseAdapter, label_map: LabelMap, args: BCDConfig) ->
         args: the losses.
 
     Raises:
-        UserError: if one of them cannot be computed; names those that can.
+        UserError: if one of them cannot be computed; names the losses that can.
     """
     check_needs(args.loss_options, offers_of(teacher, args))
     concerned = [name for name, loss in args.loss_options.items() if "logits" in loss.needs]

@@ -16,19 +16,18 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
 
 from ..adapters import DenseAdapter, image_processor
 from ..adapters.loading import load_adapter
 from ..data import DenseStream, TransformedStream
 from ..outputs import DenseOutput
-from ..tasks import task_of
+from ..tasks import Score, task_of
 from ..utils.messages import UserError
 from . import checkpoints
 from .callbacks import DistillationCallback, FiniteCallback, InterruptCallback, PictureCallback, check_finite
-from .config import BCDConfig
+from .config import FIRST_SCORE, BCDConfig
 from .distiller import Distiller
 from .evaluation import evaluate, moved, predict_batch, with_transform
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
@@ -46,13 +45,13 @@ NUM_PICTURES = 4
 
 
 class BCDTrainer(Trainer):
-    """Distils a frozen teacher into a student, or trains a model alone when there is no teacher.
+    """Distils a frozen teacher into a student, or trains a model without one.
 
     The data decide the task. The arguments are copied; the trainer changes its copy only.
 
     Args:
         model: model of transformers, or one of ours, to train and save; or its adapter.
-        teacher_model: larger model or its adapter, its Hub id or folder; None trains `model` alone.
+        teacher_model: larger model or its adapter, its Hub id or folder; None trains `model` without one.
         args: training arguments.
         train_dataset: canonical samples (`DenseDataset`, `DenseStream`), to which the augmentation of `args` is added,
             or any dataset of `{"index", "pixel_values", "labels"}`.
@@ -60,7 +59,7 @@ class BCDTrainer(Trainer):
         processing_class: image processor to save with the student, which evaluation obeys; built from the student by
             default.
         label_synonyms: JSON file `{class of the data set: [names the teacher uses]}`, or its content. Without teacher
-            and training data, the names are those of `model`, which is then scored in the data set's classes.
+            and training data, the names belong to `model`, which is then scored in the data set's classes.
         kwargs: further arguments of `Trainer`.
 
     Raises:
@@ -93,7 +92,7 @@ class BCDTrainer(Trainer):
         first = next(iter(eval_dataset.values()), None) if isinstance(eval_dataset, Mapping) else eval_dataset
         reference = train_dataset if first is None else first
         self.task = task_of(reference)
-        _settle_evaluation(args, eval_dataset, self.task.scores[0].key)
+        _settle_evaluation(args, eval_dataset, self.task.scores[0])
         if isinstance(teacher_model, str):
             teacher_model = load_adapter(teacher_model)
         student, self.teacher, criterion = prepare(
@@ -181,24 +180,22 @@ class BCDTrainer(Trainer):
 
     def _load_finished(self, checkpoint: str) -> TrainOutput | None:
         """Takes student and state from a checkpoint of the last step; None if there are steps left."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         total = self.args.max_steps
         if total <= 0:  # as the base class counts epochs
             steps = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
             total = math.ceil(self.args.num_train_epochs * steps)
-        if state.global_step < total:
+        state = checkpoints.finished_state(checkpoint, total)
+        if state is None:
             return None
-        if state.max_steps != total:  # neither the end of its own run nor of this one
-            raise UserError(
-                f"{checkpoint} has taken {state.global_step} steps of a run of {state.max_steps}, but this run has {total}. "
-                f"Set max_steps to {state.max_steps} as there, or to more than {state.global_step} to train on."
-            )
-        logger.warning("%s has all %d steps, so nothing is left to train", checkpoint, total)
-        self._load_from_checkpoint(checkpoint)
+        # the first rank wrote it
+        state.is_local_process_zero, state.is_world_process_zero = (
+            self.is_local_process_zero(),
+            self.is_world_process_zero(),
+        )
         self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or checkpoint)
         self.create_optimizer()  # the card names its options
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best_model()
         return TrainOutput(state.global_step, 0.0, {})
 
     def get_train_dataloader(self) -> DataLoader:
@@ -276,7 +273,7 @@ class BCDTrainer(Trainer):
             return self.teacher(pixel_values)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """What the task losses of the whole step divide by, over accumulated batches and ranks."""
+        """The divisor of the task losses of the whole step, over accumulated batches and ranks."""
         if not batch_samples:
             return None
         num_labels = self.distiller.student.num_labels
@@ -402,7 +399,7 @@ class BCDTrainer(Trainer):
             write_training_card(self)
 
 
-def _settle_evaluation(args: BCDConfig, eval_dataset: Any, best: str) -> None:
+def _settle_evaluation(args: BCDConfig, eval_dataset: Any, first: Score) -> None:
     """Changes arguments in place to what the evaluation data allow.
 
     Raises:
@@ -415,5 +412,6 @@ def _settle_evaluation(args: BCDConfig, eval_dataset: Any, best: str) -> None:
     if eval_dataset is None and args.eval_strategy != "no":
         logger.warning("no evaluation data, so training goes on without evaluations")
         args.eval_strategy = IntervalStrategy.NO
-    if isinstance(eval_dataset, Mapping) and eval_dataset and args.metric_for_best_model == best:
-        args.metric_for_best_model = f"{next(iter(eval_dataset))}_{best}"
+    if args.metric_for_best_model == FIRST_SCORE:
+        of = f"{next(iter(eval_dataset))}_" if isinstance(eval_dataset, Mapping) else ""
+        args.metric_for_best_model, args.greater_is_better = f"{of}{first.key}", first.higher_is_better

@@ -1,1 +1,1 @@
-"""What every room uses: standard library and torch only."""
+"""Helpers for every room: standard library and torch only."""

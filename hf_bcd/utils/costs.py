@@ -1,7 +1,5 @@
-"""What a model costs: parameters, multiply-adds, latency and the size of its weights."""
+"""The cost of a model: parameters, multiply-adds, latency and the size of its weights."""
 
-import ctypes
-import os
 import platform
 import statistics
 import time
@@ -106,37 +104,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def reset_peak(device: torch.device) -> int | None:
-    """Bytes in use now, after which `peak_since` looks for the worst moment.
-
-    On a GPU those of PyTorch's allocator. On the CPU the kernel's own mark of the process, which Linux can reset; None
-    where that cannot be done.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    mark = Path("/proc/self/clear_refs")
-    if not os.access(mark, os.W_OK):
-        return None
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)  # glibc keeps freed pages; what uses them again would not show
-    mark.write_text("5")
-    return _resident("VmRSS")
-
-
-def peak_since(device: torch.device, before: int) -> int:
-    """Most bytes in use since `reset_peak`, beyond `before`."""
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
-    return max(0, peak - before)
-
-
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
-
-
 def device_name(device: torch.device) -> str:
-    """What a device calls itself."""
+    """The name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -17,7 +17,7 @@ def shortened(text: object) -> str:
 
 
 def redacted(text: str, *, token: str | None = None) -> str:
-    """The text with every access token replaced: those of the Hub's form, the one in use, and `token`."""
+    """The text with every access token replaced: any of the Hub's form, the one in use, and `token`."""
     from huggingface_hub import get_token  # only text that leaves the process needs it
 
     for secret in (token, get_token()):

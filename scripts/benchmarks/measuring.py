@@ -1,15 +1,18 @@
 """Time and memory of functions that are compared, and what the machine itself can do."""
 
+import ctypes
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_bcd.utils.costs import peak_since, reset_peak, synchronize
+from hf_bcd.utils.costs import synchronize
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,35 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int | N
     function()
     synchronize(device)
     return None if before is None else peak_since(device, before)
+
+
+def reset_peak(device: torch.device) -> int | None:
+    """Bytes in use now, after which `peak_since` looks for the worst moment.
+
+    On a GPU PyTorch's allocator counts them. On the CPU it is the kernel's own mark of the process, which Linux can reset; None
+    where that cannot be done.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    mark = Path("/proc/self/clear_refs")
+    if not os.access(mark, os.W_OK):
+        return None
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)  # glibc keeps freed pages; what uses them again would not show
+    mark.write_text("5")
+    return _resident("VmRSS")
+
+
+def peak_since(device: torch.device, before: int) -> int:
+    """Most bytes in use since `reset_peak`, beyond `before`."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+    return max(0, peak - before)
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

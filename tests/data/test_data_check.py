@@ -2,23 +2,19 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
+from pictures import grid, save
 
 from hf_bcd.commands.check import main
-from hf_bcd.data.check import check, report
+from hf_bcd.data.check import check
 
 
 @pytest.fixture
 def folder(tmp_path):
     root = tmp_path / "streets"
-    ids = np.array([[0, 1, 1, 1], [2, 2, 255, 255]], dtype=np.uint8)
-    for split in ("train", "val"):
-        for index in range(6 if split == "train" else 1):
-            for kind, picture in (("images", Image.new("RGB", (4, 2))), ("masks", Image.fromarray(ids))):
-                (root / split / kind).mkdir(parents=True, exist_ok=True)
-                picture.save(root / split / kind / f"{index}.png")
+    for name in (*(f"train/{{}}/{index}.png" for index in range(6)), "val/{}/0.png"):
+        save(root / name.format("images"), (4, 2))
+        save(root / name.format("masks"), [[0, 1, 1, 1], [2, 2, 255, 255]])
     (root / "id2label.json").write_text(json.dumps(["sky", "road", "car"]))
     return root
 
@@ -40,23 +36,21 @@ validation: 1 images
 
 
 def test_a_folder(folder):
-    text = check(folder)
-    assert text.startswith(f"data set  streets\nread from {folder}\nclasses   3\n\n{REPORT}")
+    assert check(folder).startswith(f"data set  streets\nread from {folder}\nclasses   3\n\n{REPORT}")
 
 
 def test_every_row_is_read_on_demand(folder):
-    Image.fromarray(np.full((2, 4), 7, np.uint8)).save(folder / "train/masks/5.png")
+    save(folder / "train/masks/5.png", grid(7, shape=(2, 4)))
     assert "of the first 4" in check(folder)
     with pytest.raises(ValueError, match=r"masks/5\.png.*7"):
-        report([str(folder), "--every_row"])
-    (folder / "train/masks/5.png").unlink()
-    (folder / "train/images/5.png").unlink()
-    assert "train: 5 images\n  of all 5\n" in report([str(folder), "--every_row"])
+        check(folder, every_row=True)
+    for kind in ("images", "masks"):
+        (folder / f"train/{kind}/5.png").unlink()
+    assert "train: 5 images\n  of all 5\n" in check(folder, every_row=True)
 
 
 def test_a_row_of_the_catalog(shared_data):
-    root = shared_data / "format_samples/ade20k/ADEChallengeData2016"
-    text = check("ade20k", data_dir=root)
+    text = check("ade20k", data_dir=shared_data / "format_samples/ade20k/ADEChallengeData2016")
     for part in (
         "source    https://sceneparsing.csail.mit.edu",
         "licence   BSD-3-Clause; images for non-commercial",
@@ -67,28 +61,25 @@ def test_a_row_of_the_catalog(shared_data):
         "not there: train",
     ):
         assert part in text
-
-
-def test_the_number_that_is_expected(shared_data):
     assert "train: 367 images, as expected" in check("camvid", data_dir=shared_data / "camvid")
 
 
 def test_arguments(folder, tmp_path, capsys):
     (tmp_path / "names.json").write_text(json.dumps(["a", "b"]))
-    arguments = ["--id2label", str(tmp_path / "names.json"), "--reduce_labels"]
+    names = ["--id2label", str(tmp_path / "names.json")]
     for source in ([str(folder)], ["--dataset_name", str(folder)], ["--data_dir", str(folder)]):
-        main(source + arguments)
+        main([*source, *names, "--reduce_labels"])
         text = capsys.readouterr().out
         assert text.endswith("\n") and "class   1:  25.0%  b" in text and "void: 37.5%" in text
     with pytest.raises(ValueError, match="no data set: name one of the catalog"):
-        report([])
+        main([])
     with pytest.raises(ValueError, match=r"ids \[2\]"):
-        report([str(folder), *arguments[:2]])
+        main([str(folder), *names, "--every_row"])
 
 
 @pytest.mark.slow
-def test_as_a_module(folder):
-    command = [sys.executable, "-m", "hf_bcd.data.check"]
+def test_as_a_command(folder):
+    command = [sys.executable, "-m", "hf_bcd", "check"]
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=True)
     assert REPORT in done.stdout and "Traceback" not in done.stderr and "Warning" not in done.stderr
     failed = subprocess.run([*command, "camvit"], capture_output=True, text=True)

@@ -6,28 +6,35 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import SegformerImageProcessor
+from transformers.trainer_pt_utils import find_batch_size
 
 from hf_bcd.data import DenseDataset, DenseDatasets, EvalTransform, TrainTransform, collate
-from hf_bcd.data.dataset import Row, TransformedDataset
+from hf_bcd.data.dataset import ReadRows, Row, TransformedDataset
 from hf_bcd.data.labels import LabelRule
 
 
 SIZE = 24
 
 
-class NoiseRows:
-    def __len__(self):
-        return 6
+def noise(index):
+    rng = np.random.default_rng(index)
+    image = Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8))
+    return Row(image, rng.integers(0, 3, (SIZE, SIZE)), f"image {index}", f"mask {index}")
 
-    def __getitem__(self, index):
-        rng = np.random.default_rng(index)
-        image = Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8))
-        return Row(image, rng.integers(0, 3, (SIZE, SIZE)), f"image {index}", f"mask {index}")
+
+def of_noise(names="abc", rule=LabelRule()):  # noqa: B008 it is frozen
+    rows = ReadRows([(index,) for index in range(6)], noise)
+    return DenseDataset(rows, "noise", "train", "nowhere", dict(enumerate(names)), rule)
 
 
 @pytest.fixture
 def dataset():
-    return DenseDataset(NoiseRows(), "noise", "train", "nowhere", {0: "a", 1: "b", 2: "c"})
+    return of_noise()
+
+
+@pytest.fixture
+def transformed(dataset):
+    return dataset.with_transform(TrainTransform(16), seed=3)
 
 
 def read(transformed, epochs=3, **options):
@@ -44,11 +51,6 @@ def same(a, b):
     return len(a) == len(b) and all(
         torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
     )
-
-
-@pytest.fixture
-def transformed(dataset):
-    return dataset.with_transform(TrainTransform(16), seed=3)
 
 
 def test_sample_is_canonical(dataset):
@@ -76,17 +78,11 @@ def test_select(dataset):
         dataset.select([6])
 
 
-def test_errors_name_the_row(dataset):
-    fewer = DenseDataset(NoiseRows(), "noise", "train", "nowhere", {0: "a", 1: "b"})
+def test_the_rule_of_the_labels():
     with pytest.raises(ValueError, match=r"mask 3: the mask holds ids \[2\]"):
-        fewer[3]
-    reduced = DenseDataset(NoiseRows(), "noise", "train", "nowhere", {0: "a", 1: "b"}, LabelRule(reduce_zero=True))
-    assert set(np.unique(reduced[3]["label"])) == {0, 1, 255}
-
-
-def test_all_void_mask_is_a_sample(dataset):
-    rule = LabelRule(void_ids=(0, 1, 2))
-    void = DenseDataset(NoiseRows(), "noise", "train", "nowhere", dataset.id2label, rule)
+        of_noise("ab")[3]
+    assert set(np.unique(of_noise("ab", LabelRule(reduce_zero=True))[3]["label"])) == {0, 1, 255}
+    void = of_noise(rule=LabelRule(void_ids=(0, 1, 2)))  # which is a sample, too
     assert (void.with_transform(TrainTransform(16))[0]["labels"] == 255).all()
 
 
@@ -99,7 +95,7 @@ def test_aliases_of_splits(dataset):
         splits["test"]
 
 
-def test_samples_depend_on_seed_epoch_and_index_alone(transformed, dataset):
+def test_samples_depend_only_on_seed_epoch_and_index(transformed, dataset):
     transformed.set_epoch(2)
     first = transformed[3]
     torch.rand(7)
@@ -107,13 +103,10 @@ def test_samples_depend_on_seed_epoch_and_index_alone(transformed, dataset):
     assert torch.equal(first["pixel_values"], again["pixel_values"])
     assert first["index"] == 3 and first["pixel_values"].dtype == torch.uint8
     transformed.set_epoch(1)
-    assert not torch.equal(first["pixel_values"], transformed[3]["pixel_values"])
     other_seed = dataset.with_transform(TrainTransform(16), seed=4)
     other_seed.set_epoch(2)
-    assert not torch.equal(first["pixel_values"], other_seed[3]["pixel_values"])
-
-
-def test_equal_images_get_different_crops(dataset):
+    for other in (transformed, other_seed):
+        assert not torch.equal(first["pixel_values"], other[3]["pixel_values"])
     twice = dataset.select([0, 0]).with_transform(TrainTransform(16))
     assert not torch.equal(twice[0]["pixel_values"], twice[1]["pixel_values"])
 
@@ -150,3 +143,25 @@ def test_pickled_copy_gives_the_same_samples(transformed):
 def test_negative_seed(dataset):
     with pytest.raises(ValueError, match="seed is -1"):
         TransformedDataset(dataset, EvalTransform(SegformerImageProcessor(do_resize=False)), seed=-1)
+
+
+def sample(index, image_size, label_size):
+    pixels = torch.full((3, *image_size), index, dtype=torch.uint8)
+    return {"index": index, "pixel_values": pixels, "labels": torch.full(label_size, index)}
+
+
+def test_samples_of_equal_sizes_are_stacked():
+    batch = collate([sample(index, (8, 6), (8, 6)) for index in (4, 2, 9)])
+    assert list(batch) == ["index", "pixel_values", "labels"] and find_batch_size(batch) == 3
+    assert batch["index"].tolist() == [4, 2, 9] and batch["index"].dtype == torch.int64
+    assert batch["pixel_values"].shape == (3, 3, 8, 6) and batch["pixel_values"].dtype == torch.uint8
+    assert batch["labels"].shape == (3, 8, 6) and batch["labels"].dtype == torch.int64
+
+
+def test_samples_of_different_sizes_are_lists_without_padding():
+    batch = collate([sample(0, (8, 6), (16, 12)), sample(1, (6, 8), (12, 16))])
+    assert [tuple(pixels.shape) for pixels in batch["pixel_values"]] == [(3, 8, 6), (3, 6, 8)]
+    assert [tuple(labels.shape) for labels in batch["labels"]] == [(16, 12), (12, 16)]
+    assert find_batch_size(batch) == 2
+    batch = collate([sample(0, (8, 8), (16, 12)), sample(1, (8, 8), (12, 16))])
+    assert batch["pixel_values"].shape == (2, 3, 8, 8) and isinstance(batch["labels"], list)

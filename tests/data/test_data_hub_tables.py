@@ -14,20 +14,9 @@ from hf_bcd.runs.experiment import load_data
 
 
 LABEL = np.array([[0, 1, 2, 255]] * 2, dtype=np.uint8)
-CONFIGS = """\
----
-configs:
-- config_name: small
-  data_files: small/*.parquet
-- config_name: large
-  data_files: large/*.parquet
----
-"""
-
-
-@pytest.fixture(autouse=True)
-def table_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+CONFIGS = "---\nconfigs:\n" + "".join(
+    f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("small", "large")
+)
 
 
 def scenes(rows):
@@ -45,23 +34,25 @@ def repo(tmp_path):
     return root
 
 
+def refused(message, *arguments, **options):
+    with pytest.raises(ValueError, match=message):
+        load_dense_dataset(*arguments, **options)
+
+
 def test_one_of_several_configurations(repo):
-    (repo / "README.md").write_text(CONFIGS)
+    (repo / "README.md").write_text(CONFIGS + "---\n")
+    (repo / "id2label.json").write_text('["sky", "road", "car"]')
     for config, rows in (("small", 1), ("large", 2)):
-        assert len(load_dense_dataset(repo, config=config)["train"]) == rows
+        data = load_data(DataArguments(dataset_name=str(repo), dataset_config=config))
+        assert len(data["train"]) == rows and data["train"].id2label[2] == "car"
     assert len(load_dense_dataset(repo, data_dir="small")["train"]) == 1
-    with pytest.raises(
-        ValueError, match=r"repo: Config name is missing.*\['small', 'large'\]. Choose .*--dataset_config"
-    ):
-        load_dense_dataset(repo)
-    with pytest.raises(ValueError, match=r"'medium' not found. Available: \['small', 'large'\].*--dataset_config"):
-        load_dense_dataset(repo, config="medium")
+    refused(r"repo: Config name is missing.*\['small', 'large'\]. Choose .*--dataset_config", repo)
+    refused(r"'medium' not found. Available: \['small', 'large'\].*--dataset_config", repo, config="medium")
 
 
 def test_configurations_that_nothing_keeps_apart(repo):
     datasets.Dataset.from_dict({"number": [1]}).to_parquet(repo / "large/train-0.parquet")
-    with pytest.raises(ValueError, match="repo: its files cannot be read as one table .*--dataset_config.*--data_dir"):
-        load_dense_dataset(repo)
+    refused("repo: its files cannot be read as one table .*--dataset_config.*--data_dir", repo)
     assert len(load_dense_dataset(repo, data_dir="small")["train"]) == 1
 
 
@@ -69,38 +60,22 @@ def test_cards_that_contradict_their_files(repo):
     shutil.rmtree(repo / "large")
     info = "dataset_info:\n  splits:\n  - name: train\n    num_examples: 7\n"
     (repo / "README.md").write_text(f"---\n{info}---\n")
-    with pytest.raises(
-        ValueError, match="repo: its files cannot be read as one table .NonMatchingSplitsSizesError: .*7"
-    ):
-        load_dense_dataset(repo)
+    refused("repo: its files cannot be read as one table .NonMatchingSplitsSizesError: .*7", repo)
 
 
 def test_loading_scripts(repo):
     (repo / "repo.py").write_text("raise SystemExit('this was run')\n")
-    with pytest.raises(ValueError, match="repo: the data set is a loading script.*refs/convert/parquet"):
-        load_dense_dataset(repo)
+    refused("repo: the data set is a loading script.*refs/convert/parquet", repo)
 
 
 def test_nothing_to_read(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        ValueError, match=r"empty: no data found\. Expected folders \{train,val,test\}/\{images,masks\}"
-    ):
-        load_hub(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match=r"empty: no data found in train/\*\.parquet"):
-        load_hub(str(tmp_path / "empty"), data_files={"train": "train/*.parquet"})
-
-
-def test_repositories_that_are_not_in_the_cache():
+    for files, where in ((None, "found"), ({"train": "train/*.parquet"}, r"found in train/\*\.parquet")):
+        with pytest.raises(
+            ValueError, match=rf"no data {where}\. Expected folders {{train,val,test}}/{{images,masks}}"
+        ):
+            load_hub(str(tmp_path), data_files=files)
     with pytest.raises(HubError, match="data set nobody/nothing is not in the cache, and HF_HUB_OFFLINE is set"):
         load_dense_dataset("nobody/nothing")
-
-
-def test_arguments_of_a_run(repo):
-    (repo / "README.md").write_text(CONFIGS)
-    (repo / "id2label.json").write_text('["sky", "road", "car"]')
-    data = load_data(DataArguments(dataset_name=str(repo), dataset_config="large"))
-    assert len(data["train"]) == 2 and data["train"].id2label[2] == "car"
 
 
 @pytest.mark.parametrize("limits", [{"max_train_samples": 0}, {"max_eval_samples": 0}, {"max_eval_samples": -1}])
@@ -125,11 +100,9 @@ def test_a_part_of_a_repository_is_fetched_before_it_is_read(tmp_path, monkeypat
     assert load_hub("me/scenes", revision="v2", data_files={"train": "part/train/*.parquet"}).keys() == {"train"}
     data = load_dense_dataset("me/scenes", revision="v2", data_dir="part")
     assert {split: len(rows) for split, rows in data.items()} == {"train": 2, "validation": 1}
-    for (repo, options), pattern in zip(asked, ("part/train/*.parquet", "part/*"), strict=True):
-        assert repo == "me/scenes"
-        assert options == {"repo_type": "dataset", "revision": "v2", "allow_patterns": [pattern]}
-    with pytest.raises(ValueError, match="me/scenes: no data found in absent. Expected"):
-        load_dense_dataset("me/scenes", data_dir="absent")
+    for patterns, call in zip((["part/train/*.parquet"], ["part/*"]), asked, strict=True):
+        assert call == ("me/scenes", {"repo_type": "dataset", "revision": "v2", "allow_patterns": patterns})
+    refused("me/scenes: no data found in absent. Expected", "me/scenes", data_dir="absent")
 
 
 @pytest.fixture
@@ -157,18 +130,13 @@ def test_class_names_of_the_repository(hub_id, tmp_path):
     given = load_dense_dataset("me/scenes", revision="v2", id2label=list("abc"))["train"]
     assert given.id2label == {0: "a", 1: "b", 2: "c"}
     hub_id["file"].write_text('["sky", "road"]')
-    with pytest.raises(ValueError, match=r"me/scenes/train, row 0, column 'mask'.*ids \[2\].*num_labels=2"):
-        load_dense_dataset("me/scenes", revision="v2")
+    refused(r"me/scenes/train, row 0, column 'mask'.*ids \[2\].*num_labels=2", "me/scenes", revision="v2")
 
 
-@pytest.mark.parametrize("error", [EntryNotFoundError("none"), LocalEntryNotFoundError("offline")])
-def test_class_names_that_the_repository_lacks(hub_id, error):
-    hub_id["file"] = error
-    assert load_dense_dataset("me/scenes", revision="v2")["train"].id2label[2] == "class_2"
-
-
-def test_class_names_that_cannot_be_fetched(hub_id, monkeypatch):
-    hub_id["file"] = LocalEntryNotFoundError("no connection")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+def test_class_names_that_are_not_there(hub_id, monkeypatch):
+    for error in (EntryNotFoundError("none"), LocalEntryNotFoundError("offline")):
+        hub_id["file"] = error
+        assert load_dense_dataset("me/scenes", revision="v2")["train"].id2label[2] == "class_2"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # a connection that failed
     with pytest.raises(HubError, match="data set me/scenes: .*http"):
         hub_names("me/scenes", "v2")

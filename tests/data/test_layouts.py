@@ -1,37 +1,26 @@
 import json
 import logging
 import shutil
+from functools import partial
 
 import numpy as np
+import pictures
 import pytest
+from pictures import save
 from PIL import Image
 
-from hf_bcd.data import load_dense_dataset
-from hf_bcd.data.sources.encodings import (
-    CITYSCAPES_COLOURS,
-    CITYSCAPES_IDS,
-    COCO_STUFF_10K_IDS,
-    COCO_THINGS,
-    VOC_COLOURS,
-)
+from hf_bcd.data import CATALOG, load_dense_dataset
+from hf_bcd.data.sources.catalog import CITYSCAPES_COLOURS, CITYSCAPES_IDS, VOC_COLOURS
+from hf_bcd.data.sources.coco import COCO_STUFF_10K_IDS, COCO_THINGS
 
 
-HEIGHT, WIDTH = 6, 8
-FRANKFURT = "frankfurt/frankfurt_000000_000294"
+SIZE = WIDTH, HEIGHT = 8, 6
+grid = partial(pictures.grid, shape=(HEIGHT, WIDTH))
 
 
-def save_image(path, size=(WIDTH, HEIGHT)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (9, 9, 9)).save(path)
-
-
-def save_mask(path, ids):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(ids, dtype=np.uint8)).save(path)
-
-
-def grid(*ids):
-    return np.resize(np.array(ids, dtype=np.uint8), (HEIGHT, WIDTH))
+def refused(name, root, message):
+    with pytest.raises(ValueError, match=message):
+        load_dense_dataset(name, data_dir=root)
 
 
 @pytest.fixture
@@ -44,50 +33,44 @@ def test_ade20k(shared_data):
     validation = load_dense_dataset("ade20k", data_dir=root)["validation"]
     assert len(validation) == 2 and validation.num_labels == 150 and validation.source == str(root)
     for index in range(2):
-        sample = validation[index]
+        label = validation[index]["label"]
         stored = np.asarray(Image.open(validation.rows[index].label_name))
-        assert np.array_equal(sample["label"], np.where(stored == 0, 255, stored.astype(int) - 1))
-        assert sample["label"][stored > 0].max() < 150 and (sample["label"] == 255).any()
+        assert np.array_equal(label, np.where(stored == 0, 255, stored.astype(int) - 1))
+        assert label[stored > 0].max() < 150 and (label == 255).any()
 
 
-def test_cityscapes_ids_are_the_train_ids_of_the_sample(frankfurt):
+def test_genuine_cityscapes(frankfurt):
     validation = load_dense_dataset("cityscapes", data_dir=frankfurt)["validation"]
-    train_ids = np.asarray(Image.open(frankfurt / f"gtFine/val/{FRANKFURT}_gtFine_labelTrainIds.png"))
+    file = frankfurt / "gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelTrainIds.png"
     label = validation[0]["label"]
     assert set(np.unique(label)) <= {*range(19), 255} and validation.id2label[13] == "car"
-    assert (label == train_ids).mean() > 0.997  # the two sample files were shrunk separately
-
-
-def test_cityscapes_tables_are_the_official_ones(frankfurt):
+    assert (label == np.asarray(Image.open(file))).mean() > 0.997  # the two sample files were shrunk separately
     rows = [row for row in json.loads((frankfurt / "labels_table.json").read_text()) if row["id"] >= 0]
     assert CITYSCAPES_IDS == tuple((row["id"], row["trainId"]) for row in rows)
     assert CITYSCAPES_COLOURS == tuple((tuple(row["color"]), row["id"]) for row in rows)
-    names = load_dense_dataset("cityscapes", data_dir=frankfurt)["val"].id2label
-    assert names == {row["trainId"]: row["name"] for row in rows if row["trainId"] != 255}
+    assert validation.id2label == {row["trainId"]: row["name"] for row in rows if row["trainId"] != 255}
 
 
 def write_cityscapes(root, suffix, mask, split="train", city="ulm"):
-    save_image(root / f"leftImg8bit/{split}/{city}/{city}_0_0_leftImg8bit.png")
-    save_mask(root / f"gtFine/{split}/{city}/{city}_0_0_gtFine_{suffix}.png", mask)
+    save(root / f"leftImg8bit/{split}/{city}/{city}_0_0_leftImg8bit.png", SIZE)
+    save(root / f"gtFine/{split}/{city}/{city}_0_0_gtFine_{suffix}.png", mask)
 
 
 def test_every_local_encoding_of_cityscapes_gives_the_same_map(tmp_path):
     train_ids = dict(CITYSCAPES_IDS)
     ids = grid(*(stored for stored in train_ids if stored != 18))  # 18 has the colour of 17
     expected = np.vectorize(train_ids.get)(ids)
-    colour_of = {stored: colour for colour, stored in CITYSCAPES_COLOURS}
-    coloured = np.array([[(*colour_of[stored], 255) for stored in row] for row in ids.tolist()])
+    colour_of = {stored: (*colour, 255) for colour, stored in CITYSCAPES_COLOURS}
     masks = {
         "ids": ("labelIds", ids),
         "three channels": ("labelIds", np.repeat(ids[..., None], 3, axis=2)),
         "train ids": ("labelTrainIds", expected),
-        "colours": ("color", coloured),
+        "colours": ("color", [[colour_of[stored] for stored in row] for row in ids.tolist()]),
     }
     for name, (suffix, mask) in masks.items():
         write_cityscapes(tmp_path / name, suffix, mask)
-        np.testing.assert_array_equal(
-            load_dense_dataset("cityscapes", data_dir=tmp_path / name)["train"][0]["label"], expected, err_msg=name
-        )
+        label = load_dense_dataset("cityscapes", data_dir=tmp_path / name)["train"][0]["label"]
+        np.testing.assert_array_equal(label, expected, err_msg=name)
 
 
 def test_cityscapes_prefers_ids_finds_cities_and_leaves_test_out(tmp_path):
@@ -102,18 +85,15 @@ def test_cityscapes_prefers_ids_finds_cities_and_leaves_test_out(tmp_path):
 
 def test_cityscapes_masks_of_another_encoding_under_the_name_of_ids(tmp_path):
     write_cityscapes(tmp_path, "labelIds", grid(0, 13, 255))
-    with pytest.raises(ValueError, match=r"ulm_0_0_gtFine_labelIds\.png: the mask holds ids \[255\]"):
-        load_dense_dataset("cityscapes", data_dir=tmp_path)
+    refused("cityscapes", tmp_path, r"ulm_0_0_gtFine_labelIds\.png: the mask holds ids \[255\]")
 
 
 def test_cityscapes_without_masks(tmp_path):
     write_cityscapes(tmp_path, "labelIds", grid(7))
-    save_image(tmp_path / "leftImg8bit/val/bonn/bonn_0_0_leftImg8bit.png")
-    with pytest.raises(ValueError, match="the splits train, validation do not all have masks.*gtFine_trainvaltest"):
-        load_dense_dataset("cityscapes", data_dir=tmp_path)
-    save_mask(tmp_path / "gtFine/val/bonn/bonn_1_0_gtFine_labelIds.png", grid(7))
-    with pytest.raises(ValueError, match="1 of 1 images in .*val have no mask and 1 of 1 masks"):
-        load_dense_dataset("cityscapes", data_dir=tmp_path)
+    save(tmp_path / "leftImg8bit/val/bonn/bonn_0_0_leftImg8bit.png", SIZE)
+    refused("cityscapes", tmp_path, "the splits train, validation do not all have masks.*gtFine_trainvaltest")
+    save(tmp_path / "gtFine/val/bonn/bonn_1_0_gtFine_labelIds.png", grid(7))
+    refused("cityscapes", tmp_path, "1 of 1 images in .*val have no mask and 1 of 1 masks")
 
 
 def write_voc(root, lists, folders=("SegmentationClass",)):
@@ -121,15 +101,15 @@ def write_voc(root, lists, folders=("SegmentationClass",)):
     for name, lines in lists.items():
         (root / f"ImageSets/Segmentation/{name}.txt").write_text("\n".join(lines) + "\n")
     for stem in ("a", "b", "c"):
-        save_image(root / f"JPEGImages/{stem}.jpg")
+        save(root / f"JPEGImages/{stem}.jpg", SIZE)
         for folder in folders:
-            save_mask(root / f"{folder}/{stem}.png", grid(0, 20, 255))
+            save(root / f"{folder}/{stem}.png", grid(0, 20, 255))
 
 
 @pytest.mark.parametrize("prefix", ["", "VOC2012", "VOCdevkit/VOC2012"])
 def test_voc2012_aug(tmp_path, prefix):
     # the widely used list of the augmented set has two paths in a line
-    lines = ["/JPEGImages/a.jpg /SegmentationClassAug/a.png", "/JPEGImages/c.jpg /SegmentationClassAug/c.png"]
+    lines = [f"/JPEGImages/{stem}.jpg /SegmentationClassAug/{stem}.png" for stem in "ac"]
     folders = ("SegmentationClass", "SegmentationClassAug")
     write_voc(tmp_path / prefix, {"trainaug": lines, "train": ["b"], "val": ["b"]}, folders)
     data = load_dense_dataset("voc2012_aug", data_dir=tmp_path)
@@ -147,8 +127,8 @@ def test_plain_voc_can_be_evaluated_but_not_trained_on(tmp_path, caplog):
 
 def test_voc_list_with_a_missing_file(tmp_path):
     write_voc(tmp_path, {"val": ["a", "d"]})
-    with pytest.raises(ValueError, match=r"val\.txt: lists 2 images, of which 1 have no image or no mask, such as d"):
-        load_dense_dataset("voc2012_aug", data_dir=tmp_path)
+    message = r"val\.txt: lists 2 images, of which 1 have no image or no mask, such as d"
+    refused("voc2012_aug", tmp_path, message)
 
 
 def test_genuine_voc_mask(shared_data, tmp_path):
@@ -161,73 +141,61 @@ def test_genuine_voc_mask(shared_data, tmp_path):
     assert np.unique(label).tolist() == [0, 9, 12, 255]
     assert (validation.id2label[9], validation.id2label[12]) == ("chair", "dog")
     mask = Image.open(root / "SegmentationClass/2007_000063.png")
-    save_mask(root / "SegmentationClass/2007_000063.png", np.asarray(mask.convert("RGB")))
+    save(root / "SegmentationClass/2007_000063.png", mask.convert("RGB"))
     assert np.array_equal(load_dense_dataset("voc2012_aug", data_dir=tmp_path)["val"][0]["label"], label)
-    palette = np.reshape(mask.getpalette(), (-1, 3)).tolist()
-    assert [list(colour) for colour, _ in VOC_COLOURS] == [palette[index] for _, index in VOC_COLOURS]
+    colours = np.reshape(mask.getpalette(), (-1, 3)).tolist()
+    assert [list(colour) for colour, _ in VOC_COLOURS] == [colours[index] for _, index in VOC_COLOURS]
 
 
 def test_coco_stuff_tables_are_the_official_ones(shared_data):
     lines = (shared_data / "format_samples/coco_stuff/labels.txt").read_text().splitlines()
     names = {int(index): name for index, name in (line.split(": ") for line in lines)}
-    things = json.loads(
-        (shared_data / "format_samples/coco/panopticapi_sample/panoptic_coco_categories.json").read_text()
-    )
-    assert COCO_THINGS == tuple(row["id"] for row in things if row["isthing"])
     present = [index for index in sorted(names) if index in COCO_THINGS or index > 91]
     assert COCO_STUFF_10K_IDS == ((0, 255), *((stored, index) for index, stored in enumerate(present)))
-    from hf_bcd.data import CATALOG
-
     assert CATALOG["coco_stuff_10k"].id2label == dict(enumerate(names[index] for index in present))
 
 
 def test_coco_stuff_10k_of_matlab_files(tmp_path):
     io = pytest.importorskip("scipy.io")
     ids = grid(0, 1, 11, 13, 90, 92, 182)
-    for stem in ("COCO_train2014_1", "COCO_train2014_2"):
-        save_image(tmp_path / f"images/{stem}.jpg")
-        (tmp_path / "annotations").mkdir(exist_ok=True)
-        io.savemat(tmp_path / f"annotations/{stem}.mat", {"S": ids.astype(np.uint16), "captions": ["x"]})
+    (tmp_path / "annotations").mkdir()
     (tmp_path / "imageLists").mkdir()
-    (tmp_path / "imageLists/train.txt").write_text("COCO_train2014_2\n")
-    (tmp_path / "imageLists/test.txt").write_text("COCO_train2014_1\n")
+    for index, split in ((1, "test"), (2, "train")):
+        save(tmp_path / f"images/COCO_train2014_{index}.jpg", SIZE)
+        mask = {"S": ids.astype(np.uint16), "captions": ["x"]}
+        io.savemat(tmp_path / f"annotations/COCO_train2014_{index}.mat", mask)
+        (tmp_path / f"imageLists/{split}.txt").write_text(f"COCO_train2014_{index}\n")
     data = load_dense_dataset("coco_stuff_10k", data_dir=tmp_path)
     assert list(data) == ["train", "test"] and data["train"].num_labels == 171
     assert data["train"].rows[0].image_name.endswith("COCO_train2014_2.jpg")
     assert np.array_equal(data["test"][0]["label"], grid(255, 0, 10, 11, 79, 80, 170))
-    save_mask(tmp_path / "annotations/COCO_train2014_1.png", ids)
+    save(tmp_path / "annotations/COCO_train2014_1.png", ids)
     (tmp_path / "annotations/COCO_train2014_1.mat").write_bytes(b"no MATLAB file")
-    with pytest.raises(ValueError, match=r"COCO_train2014_1\.mat: not a MATLAB file"):
-        load_dense_dataset("coco_stuff_10k", data_dir=tmp_path)
+    refused("coco_stuff_10k", tmp_path, r"COCO_train2014_1\.mat: not a MATLAB file")
     io.savemat(tmp_path / "annotations/COCO_train2014_1.mat", {"S": grid(12)})  # a thing that was never annotated
-    with pytest.raises(ValueError, match=r"COCO_train2014_1\.mat: the mask holds ids \[12\]"):
-        load_dense_dataset("coco_stuff_10k", data_dir=tmp_path)
+    refused("coco_stuff_10k", tmp_path, r"COCO_train2014_1\.mat: the mask holds ids \[12\]")
 
 
 def test_coco_stuff_10k_as_converted(tmp_path):
-    save_image(tmp_path / "images/train2014/COCO_train2014_1.jpg")
-    save_mask(tmp_path / "annotations/train2014/COCO_train2014_1_labelTrainIds.png", grid(0, 1, 171))
+    save(tmp_path / "images/train2014/COCO_train2014_1.jpg", SIZE)
+    save(tmp_path / "annotations/train2014/COCO_train2014_1_labelTrainIds.png", grid(0, 1, 171))
     train = load_dense_dataset("coco_stuff_10k", data_dir=tmp_path)["train"]
     assert np.array_equal(train[0]["label"], grid(255, 0, 170)) and train.id2label[170] == "wood"
 
 
 def test_camvid_as_it_is_downloaded(tmp_path):
-    for split, image, mask in (("train", "train", "trainannot"), ("validation", "val", "valannot")):
-        save_image(tmp_path / image / f"{split}_1.png")
-        save_mask(tmp_path / mask / f"{split}_1.png", grid(0, 10, 11))
+    for image in ("train", "val"):
+        save(tmp_path / image / "1.png", SIZE)
+        save(tmp_path / f"{image}annot" / "1.png", grid(0, 10, 11))
     data = load_dense_dataset("camvid", data_dir=tmp_path)
-    assert list(data) == ["train", "validation"] and data["val"].rows[0].label_name.endswith(
-        "valannot/validation_1.png"
-    )
+    assert list(data) == ["train", "validation"] and data["val"].rows[0].label_name.endswith("valannot/1.png")
     assert np.array_equal(data["train"][0]["label"], grid(0, 10, 255))
 
 
-@pytest.mark.parametrize("name", ["ade20k", "cityscapes", "coco", "coco_instances", "coco_stuff_10k", "voc2012_aug"])
+@pytest.mark.parametrize("name", [name for name in CATALOG if CATALOG[name].local])
 def test_folders_that_are_no_copy(tmp_path, name):
-    with pytest.raises(ValueError, match=f"not a copy of {name}. It must hold "):
-        load_dense_dataset(name, data_dir=tmp_path)
-    with pytest.raises(ValueError, match="absent: this folder does not exist"):
-        load_dense_dataset(name, data_dir=tmp_path / "absent")
+    refused(name, tmp_path, f"not a copy of {name}. It must hold ")
+    refused(name, tmp_path / "absent", "absent: this folder does not exist")
 
 
 def test_numbers_that_differ_and_masks_without_a_class_are_warned_of(tmp_path, caplog):

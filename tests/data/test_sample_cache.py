@@ -67,7 +67,7 @@ def test_every_sample_is_decoded_once():
     assert samples.reads == [1, 1, 1]
 
 
-def test_what_no_longer_fits_is_decoded_every_time():
+def test_samples_that_no_longer_fit_are_decoded_every_time():
     samples = Samples([(4, 4)] * 3)
     cache = SampleCache(samples, "name", capacity=2 * 4 * 16)
     for _ in range(2):

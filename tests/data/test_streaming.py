@@ -1,6 +1,5 @@
 """The stream of training data: who reads which rows, in which order, and what goes wrong."""
 
-import io
 import itertools
 import json
 import pickle
@@ -11,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pictures import encoded, grid, save
 from torch.utils.data import DataLoader
 
 from hf_bcd.data import CATALOG, DatasetSpec, DenseDataset, DenseStream, TrainTransform, load_dense_dataset
@@ -23,10 +22,8 @@ from hf_bcd.data.streaming import Part, StreamRows, share, shuffled
 NAMES = ["wall", "road", "tree"]
 
 
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+def red(value: int) -> np.ndarray:
+    return np.full((8, 8, 3), [value, 0, 0], np.uint8)
 
 
 def write_folder(
@@ -38,21 +35,16 @@ def write_folder(
     files = [(f"train-{i:05d}-of-{len(shards):05d}", rows) for i, rows in enumerate(shards)]
     for name, rows in [*files, ("validation-00000-of-00001", validation)]:
         taken = [next(number) for _ in range(rows)]
-        table = {
-            "image": [{"bytes": png(np.full((8, 8, 3), [k, 0, 0], np.uint8)), "path": None} for k in taken],
-            "label": [{"bytes": png(np.full((8, 8), k % 3, np.uint8)), "path": None} for k in taken],
+        table: dict[str, Any] = {
+            "image": [{"bytes": encoded(red(k)), "path": None} for k in taken],
+            "label": [{"bytes": encoded(grid(k % 3, shape=(8, 8))), "path": None} for k in taken],
         }
-        features = {"image": datasets.Image(), "label": datasets.Image()}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
         for column, value in columns.items():
             table[column], features[column] = [value] * rows, datasets.Value("string")
-        dataset = datasets.Dataset.from_dict(table, features=datasets.Features(features))
+        dataset = datasets.Dataset.from_dict(table, features=features)
         dataset.to_parquet(folder / "data" / f"{name}.parquet", batch_size=row_group or 100)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def stream_of(folder: Path, **options) -> DenseStream:
@@ -62,12 +54,7 @@ def stream_of(folder: Path, **options) -> DenseStream:
 
 
 def keep(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-    image, label = sample["image"], sample["label"]
-    return {
-        "pixel_values": torch.from_numpy(np.asarray(image)[0, 0, :1].astype(np.int64)),
-        "labels": torch.from_numpy(label[0, :1]),
-        "draw": torch.rand(1),
-    }
+    return {"pixel_values": torch.tensor([np.asarray(sample["image"])[0, 0, 0]]), "draw": torch.rand(1)}
 
 
 def numbers(samples) -> list[int]:
@@ -87,12 +74,10 @@ def test_readers_share_shards_without_gap_or_overlap(num_shards: int, readers: i
     assert sorted(read) == [(shard, row) for shard in range(num_shards) for row in range(rows)]
 
 
-def test_shards_are_read_by_one_reader_alone_where_they_divide_evenly() -> None:
-    parts = [share(4, reader, 2, seed=0, epoch=0) for reader in range(2)]
-    assert all(part.step == 1 for part in parts[0] + parts[1])
-    assert [len(p) for p in parts] == [2, 2]
-    odd = [share(5, reader, 2, seed=0, epoch=0) for reader in range(2)]
-    assert [[part.step for part in p] for p in odd] == [[1, 1, 2], [1, 1, 2]], "only the one left over is read twice"
+def test_shards_are_read_by_one_reader_where_they_divide_evenly() -> None:
+    for shards, steps in ((4, [1, 1]), (5, [1, 1, 2])):  # all readers read only the one left over
+        for reader in range(2):
+            assert [part.step for part in share(shards, reader, 2, seed=0, epoch=0)] == steps
 
 
 def test_the_buffer_keeps_every_row_and_moves_them() -> None:
@@ -110,37 +95,36 @@ def test_two_ranks_see_every_image_once_in_an_epoch(tmp_path: Path, shards: list
     stream = stream_of(write_folder(tmp_path / "d", shards, row_group=2), shuffle_buffer=4)
     transformed = stream.with_transform(keep, seed=3)
     seen, indices = [], []
+    options = {"multiprocessing_context": "fork"} if workers else {}
     for rank in range(2):
-        own = transformed.for_rank(rank, 2, workers)
-        options = {"multiprocessing_context": "fork"} if workers else {}
-        loader = DataLoader(own, batch_size=None, num_workers=workers, **options)
-        # one reader's epoch ends where its index would start again
-        samples, last = [], {}
+        loader = DataLoader(transformed.for_rank(rank, 2, workers), None, num_workers=workers, **options)
+        last: dict[int, float] = {}
         for sample in itertools.islice(loader, 40):
             reader = sample["index"] % (2 * max(1, workers))
             if sample["index"] < last.get(reader, -1):
-                last[reader] = float("inf")
+                last[reader] = float("inf")  # the end of this reader's epoch: its index starts again
             if last.get(reader, 0) != float("inf"):
                 last[reader] = sample["index"]
-                samples.append(sample)
-        seen += numbers(samples)
-        indices += [sample["index"] for sample in samples]
+                seen += numbers([sample])
+                indices.append(sample["index"])
     assert sorted(seen) == list(range(12))
     assert len(set(indices)) == 12
 
 
 def test_epochs_differ_in_order_and_transforms_and_repeat_exactly(tmp_path: Path) -> None:
     stream = stream_of(write_folder(tmp_path / "d", [6, 6]), shuffle_buffer=4)
-    samples = list(itertools.islice(stream.with_transform(keep, seed=3), 36))
-    epochs = [samples[:12], samples[12:24], samples[24:]]
-    assert [sorted(numbers(epoch)) for epoch in epochs] == [list(range(12))] * 3
-    assert len({tuple(numbers(epoch)) for epoch in epochs}) == 3
-    assert len({float(sample["draw"]) for sample in samples}) == 36
-    again = list(itertools.islice(stream.with_transform(keep, seed=3), 36))
-    assert numbers(again) == numbers(samples)
-    assert [float(s["draw"]) for s in again] == [float(s["draw"]) for s in samples]
-    other = list(itertools.islice(stream.with_transform(keep, seed=4), 12))
-    assert numbers(other) != numbers(samples[:12])
+
+    def run(seed: int) -> list[tuple[int, float]]:
+        samples = itertools.islice(stream.with_transform(keep, seed=seed), 36)
+        return [(int(sample["pixel_values"][0]), float(sample["draw"])) for sample in samples]
+
+    samples = run(3)
+    epochs = [[number for number, _ in samples[start : start + 12]] for start in (0, 12, 24)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 3
+    assert len(set(map(tuple, epochs))) == 3
+    assert len({draw for _, draw in samples}) == 36
+    assert run(3) == samples
+    assert [number for number, _ in run(4)[:12]] != epochs[0]
 
 
 def test_a_reader_without_rows_of_its_own_gets_some_later(tmp_path: Path) -> None:
@@ -158,13 +142,11 @@ def test_samples_are_those_of_the_stored_data_set(tmp_path: Path) -> None:
     assert isinstance(streamed["validation"], DenseDataset)
     assert repr(streamed) == "DenseDatasets(train: a stream, validation: 3)"
     for split in ("train", "validation"):
-        assert streamed[split].id2label == stored[split].id2label
-        assert (streamed[split].name, streamed[split].source) == (stored[split].name, stored[split].source)
-        pairs = list(zip(streamed[split], stored[split], strict=True))
-        assert len(pairs) == len(stored[split])
-        for new, old in pairs:
-            assert new["image"].tobytes() == old["image"].tobytes()
-            assert np.array_equal(new["label"], old["label"])
+        new, old = streamed[split], stored[split]
+        assert (new.id2label, new.name, new.source) == (old.id2label, old.name, old.source)
+        for new_sample, old_sample in zip(new, old, strict=True):
+            assert new_sample["image"].tobytes() == old_sample["image"].tobytes()
+            assert np.array_equal(new_sample["label"], old_sample["label"])
     assert {int(v) for sample in streamed["train"] for v in np.unique(sample["label"])} == {0, 1, 255}
 
 
@@ -187,28 +169,22 @@ def test_few_files_are_read_by_row_group(tmp_path: Path) -> None:
 
 def test_only_the_rows_wanted_of_other_splits_are_stored(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", [4], validation=6, caption="not needed")
-    assert len(load_dense_dataset(folder, streaming=True, id2label=NAMES, max_eval_samples=2)["validation"]) == 2
-    whole = load_dense_dataset(folder, streaming=True, id2label=NAMES)["validation"]
+    options: dict[str, Any] = {"streaming": True, "id2label": NAMES}
+    assert len(load_dense_dataset(folder, max_eval_samples=2, **options)["validation"]) == 2
+    whole = load_dense_dataset(folder, **options)["validation"]
     assert len(whole) == 6 and int(np.asarray(whole[5]["image"])[0, 0, 0]) == 9
     arrow = [path.stat().st_size for path in (tmp_path / "cache").rglob("*.arrow")]
     assert len(arrow) == 2, "train was stored, or the same rows twice"
-
-
-def test_changed_files_are_stored_anew(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "d", [4], validation=2)
-    assert len(load_dense_dataset(folder, streaming=True, id2label=NAMES)["validation"]) == 2
-    table = datasets.Dataset.from_parquet(str(folder / "data" / "validation-00000-of-00001.parquet"))
-    table.select([1]).to_parquet(folder / "data" / "validation-00000-of-00001.parquet")
-    assert len(load_dense_dataset(folder, streaming=True, id2label=NAMES)["validation"]) == 1
+    file = folder / "data" / "validation-00000-of-00001.parquet"  # a file that changes is stored anew
+    datasets.Dataset.from_parquet(str(file)).select([1]).to_parquet(file)
+    assert len(load_dense_dataset(folder, **options)["validation"]) == 1
 
 
 def test_an_image_folder_with_metadata_streams(tmp_path: Path) -> None:
-    folder = tmp_path / "d" / "train"
-    folder.mkdir(parents=True)
-    lines = []
+    folder, lines = tmp_path / "d" / "train", []
     for k in range(5):
-        (folder / f"{k}.png").write_bytes(png(np.full((8, 8, 3), [k, 0, 0], np.uint8)))
-        (folder / f"{k}_mask.png").write_bytes(png(np.full((8, 8), k % 3, np.uint8)))
+        save(folder / f"{k}.png", red(k))
+        save(folder / f"{k}_mask.png", grid(k % 3, shape=(8, 8)))
         lines.append(json.dumps({"file_name": f"{k}.png", "mask_file_name": f"{k}_mask.png"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     transformed = stream_of(tmp_path / "d").with_transform(keep)
@@ -219,25 +195,24 @@ def test_an_image_folder_with_metadata_streams(tmp_path: Path) -> None:
 def test_class_names_come_from_the_features(tmp_path: Path) -> None:
     label = datasets.Sequence(datasets.Sequence(datasets.ClassLabel(names=NAMES)))
     features = datasets.Features({"image": datasets.Image(), "label": label})
-    image = {"bytes": png(np.zeros((2, 2, 3), np.uint8)), "path": None}
-    table = datasets.Dataset.from_dict({"image": [image], "label": [[[0, 1], [2, 2]]]}, features=features)
+    image = {"bytes": encoded(red(0)), "path": None}
+    table = datasets.Dataset.from_dict({"image": [image], "label": [[[0, 1] * 4, [2, 2] * 4] * 4]}, features=features)
     (tmp_path / "d").mkdir()
     table.to_parquet(tmp_path / "d" / "train.parquet")
     stream = load_dense_dataset(tmp_path / "d", streaming=True)["train"]
     assert stream.id2label == dict(enumerate(NAMES))
-    assert next(iter(stream))["label"].tolist() == [[0, 1], [2, 2]]
+    assert next(iter(stream))["label"][:2, :2].tolist() == [[0, 1], [2, 2]]
 
 
 def test_errors_name_shard_row_and_column(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", [2, 3])
     with pytest.raises(ValueError, match=r"d/train, shard 1, row 0, column 'label': the mask holds ids \[2\]"):
         load_dense_dataset(folder, streaming=True, id2label=["wall", "road"])
-    damaged = datasets.Dataset.from_parquet(str(folder / "data" / "train-00001-of-00002.parquet"))
+    file = folder / "data" / "train-00001-of-00002.parquet"
+    damaged = datasets.Dataset.from_parquet(str(file))
     records = damaged.cast_column("image", datasets.Image(decode=False)).to_list()
     records[2]["image"] = {"bytes": b"no image", "path": "street.png"}
-    datasets.Dataset.from_list(records, features=damaged.features).to_parquet(
-        folder / "data" / "train-00001-of-00002.parquet"
-    )
+    datasets.Dataset.from_list(records, features=damaged.features).to_parquet(file)
     stream = stream_of(folder).with_transform(keep)
     with pytest.raises(ValueError, match=r"d/train, shard 1, row 2, column 'image' \(street.png\): cannot be decoded"):
         list(itertools.islice(stream, 5))
@@ -245,27 +220,24 @@ def test_errors_name_shard_row_and_column(tmp_path: Path) -> None:
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", [2])
-    with pytest.raises(ValueError, match="without class names.*--id2label"):
-        load_dense_dataset(folder, streaming=True)
-    with pytest.raises(ValueError, match="shuffle_buffer is 0"):
-        load_dense_dataset(folder, streaming=True, id2label=NAMES, shuffle_buffer=0)
-    with pytest.raises(ValueError, match="synthetic: .*Leave streaming out"):
-        load_dense_dataset("synthetic", streaming=True)
-    with pytest.raises(ValueError, match="Columns are image, label"):
-        load_dense_dataset(folder, streaming=True, id2label=NAMES, label_column="mask")
     for kind in ("images", "masks"):
-        (tmp_path / "p" / "train" / kind).mkdir(parents=True)
-        (tmp_path / "p" / "train" / kind / "0.png").write_bytes(png(np.zeros((4, 4), np.uint8)))
-    with pytest.raises(ValueError, match="p: .*Leave streaming out"):
-        load_dense_dataset(tmp_path / "p", streaming=True, id2label=NAMES)
-    empty = write_folder(tmp_path / "e", [0])
-    with pytest.raises(ValueError, match="'train' holds no images"):
-        load_dense_dataset(empty, streaming=True, id2label=NAMES)
+        save(tmp_path / f"p/train/{kind}/0.png", grid(0))
+    for source, options, message in (
+        (folder, {}, "without class names.*--id2label"),
+        (folder, {"id2label": NAMES, "shuffle_buffer": 0}, "shuffle_buffer is 0"),
+        (folder, {"id2label": NAMES, "label_column": "mask"}, "Columns are image, label"),
+        ("synthetic", {}, "synthetic: .*Leave streaming out"),
+        ("camvid", {"data_dir": tmp_path}, "Leave streaming out"),
+        (tmp_path / "p", {"id2label": NAMES}, "p: .*Leave streaming out"),
+        (write_folder(tmp_path / "e", [0]), {"id2label": NAMES}, "'train' holds no images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_dense_dataset(source, streaming=True, **options)
 
 
 def test_a_missing_mask_is_named(tmp_path: Path) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
-    image = {"bytes": png(np.zeros((2, 2, 3), np.uint8)), "path": "street.png"}
+    image = {"bytes": encoded(red(0)), "path": "street.png"}
     table = datasets.Dataset.from_dict({"image": [image], "label": [None]}, features=features)
     rows = StreamRows(table.to_iterable_dataset(), "image", "label", "d/train", "d", 10)
     with pytest.raises(ValueError, match="d/train, shard 0, row 0, column 'label': empty"):
@@ -273,19 +245,18 @@ def test_a_missing_mask_is_named(tmp_path: Path) -> None:
 
 
 def test_a_data_set_of_the_catalog_streams_from_the_first_copy_that_fits(tmp_path, monkeypatch, caplog) -> None:
+    files = {"train": "data/train-*.parquet", "validation": "data/val*.parquet"}
+    copies = [
+        HubSource(str(write_folder(tmp_path / name, [4, 3])), label_column=column, data_files=files)
+        for name, column in (("wrong", "mask"), ("right", "label"))
+    ]
     spec = DatasetSpec(
         source="https://example.org",
         licence="CC0",
         id2label=dict(enumerate(NAMES[1:])),
         rules={"ids": LabelRule(reduce_zero=True)},
         images={"train": 7, "validation": 3},
-        hub=tuple(
-            HubSource(repo=str(write_folder(tmp_path / name, [4, 3])), data_files=files, label_column=column)
-            for name, files, column in (
-                ("wrong", {"train": "data/train-*.parquet", "validation": "data/val*.parquet"}, "mask"),
-                ("right", {"train": "data/train-*.parquet", "validation": "data/val*.parquet"}, "label"),
-            )
-        ),
+        hub=tuple(copies),
     )
     monkeypatch.setitem(CATALOG, "known", spec)
     data = load_dense_dataset("known", streaming=True, max_eval_samples=2)
@@ -293,8 +264,6 @@ def test_a_data_set_of_the_catalog_streams_from_the_first_copy_that_fits(tmp_pat
     assert "images in" not in caplog.text  # fewer rows than there are were asked for
     assert data["train"].source == str(tmp_path / "right") and data["train"].id2label == {0: "road", 1: "tree"}
     assert [int(sample["label"][0, 0]) for sample in data["train"]] == [255, 0, 1, 255, 0, 1, 255]
-    with pytest.raises(ValueError, match="Leave streaming out"):
-        load_dense_dataset("camvid", data_dir=tmp_path, streaming=True)
 
 
 def test_a_pickled_stream_goes_to_spawned_workers(tmp_path: Path) -> None:

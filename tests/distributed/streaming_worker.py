@@ -27,9 +27,9 @@ def main() -> None:
         dataloader_num_workers=workers,
     )
     transform = run.train_dataset.transform
-    run.train_dataset.transform = lambda image, label: {
-        **transform(image, label),
-        "image": zlib.crc32(image.tobytes()),
+    run.train_dataset.transform = lambda sample: {
+        **transform(sample),
+        "image": zlib.crc32(sample["image"].tobytes()),
     }
     collate, images = run.data_collator, []
 

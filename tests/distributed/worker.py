@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tiny
 
+from hf_bcd.training.hardware import limit_threads
+
 
 class Press(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -21,6 +23,7 @@ class Press(TrainerCallback):
 
 
 def main() -> None:
+    limit_threads()  # as every command does
     folder, kind, batch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     options = {"max_steps": 5, "per_device_train_batch_size": batch, "train_sampling_strategy": "sequential"}
     if kind == "frozen":

@@ -6,15 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_bcd.figures.panels import (
-    DPI,
-    ERROR_COLOUR,
-    boundary_figure,
-    colorize,
-    comparison_figure,
-    palette,
-    relation_figure,
-)
+from hf_bcd.figures.bcd import boundary_figure, relation_figure
+from hf_bcd.figures.panels import DPI
+from hf_bcd.figures.segmentation import ERROR_COLOUR, colorize, comparison_figure, palette
 
 
 NAMES = {0: "sky", 1: "ground", 2: "pole"}
@@ -272,7 +266,7 @@ def test_maps_and_point_must_exist(tmp_path):
 @pytest.mark.slow
 def test_matplotlib_is_imported_for_figures_alone_and_pyplot_never(tmp_path):
     code = (
-        "import sys, numpy as np, hf_bcd.figures.panels as v\n"
+        "import sys, numpy as np, hf_bcd.figures.segmentation as v\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"v.boundary_figure(np.zeros((32, 32, 3), np.uint8), {{'b': np.eye(4)}}, {str(tmp_path / 'a.png')!r})\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"

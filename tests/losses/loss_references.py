@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_bcd.losses.base import Pair
 from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps, resize_nearest
@@ -31,12 +33,37 @@ def outputs_of(
     num_labels: int = 3,
     images: int = 2,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    rows: slice = slice(None),
 ) -> tuple[DenseOutput, DenseOutput, LabelMaps]:
-    """Outputs of both models, float32, and targets without void."""
-    teacher = student if teacher is None else teacher
-    outputs = (dense_output(s, images, size, num_labels, n) for s, n in ((student, seed), (teacher, seed + 100)))
-    labels = random_labels(images, size, size, num_labels=num_labels, seed=seed)
-    return *outputs, LabelMaps(labels, num_labels)
+    """Outputs of both models, the student's leaves with gradients, and targets without void; `rows` of the images."""
+    outputs = []
+    for specs, own_seed in ((student, seed), (student if teacher is None else teacher, seed + 100)):
+        whole = dense_output(specs, images, size, num_labels, own_seed)
+        features = {name: x[rows].to(dtype) for name, x in whole.features.items()}
+        outputs.append(DenseOutput(features, whole.logits[rows].to(dtype)))
+    for leaf in leaves(outputs[0]).values():
+        leaf.requires_grad_()
+    return *outputs, LabelMaps(random_labels(images, size, size, num_labels=num_labels, seed=seed)[rows], num_labels)
+
+
+def leaves(output: DenseOutput) -> dict[str, Tensor]:
+    return {"logits": output.logits, **output.features}
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators that run and the number of elements of the largest tensor that one of them returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
+        return result
 
 
 def masks_of(labels: Tensor, num_labels: int = 3, void: int = 255) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loss_references import dense_output, divergence, pair_of, randn, random_labels, random_mask, softmax
+from loss_references import divergence, outputs_of, pair_of, randn, random_labels, random_mask, softmax
 
 from hf_bcd.losses import CIRKDLoss, cirkd, cirkd_loss, cirkd_memory_loss
 from hf_bcd.losses.modules.memory import ClassMemory, spread_positions
@@ -14,7 +14,7 @@ from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
 
 
 STUDENT, TEACHER = {"stride_8": FeatureSpec(4, 8)}, {"stride_8": FeatureSpec(5, 8)}
-NUM_LABELS, SIZE = 3, 32
+NUM_LABELS = 3
 
 
 def build(**options: Any) -> CIRKDLoss:
@@ -22,17 +22,13 @@ def build(**options: Any) -> CIRKDLoss:
     return CIRKDLoss(pair_of(STUDENT, TEACHER, NUM_LABELS), **options).double()
 
 
-def batch(rows: slice = slice(None), seed: int = 0) -> tuple[DenseOutput, DenseOutput, LabelMaps]:
+def batch(seed: int = 0) -> tuple[DenseOutput, DenseOutput, LabelMaps]:
     """Two images whose maps have 4x4 positions, with void in one and without the last class in the other."""
-    outputs = []
-    for specs, s in ((STUDENT, seed), (TEACHER, seed + 100)):
-        output = dense_output(specs, 2, SIZE, NUM_LABELS, seed=s)
-        features = {level: x[rows].double().requires_grad_() for level, x in output.features.items()}
-        outputs.append(DenseOutput(features, output.logits[rows].double().requires_grad_()))
+    student, teacher, _ = outputs_of(STUDENT, TEACHER, seed=seed, dtype=torch.float64)
     labels = random_labels(2, 4, 4, num_labels=NUM_LABELS, seed=seed)
     labels[0, :2, 1:] = 255
     labels[1] = labels[1].clamp_max(1)
-    return *outputs, LabelMaps(labels.repeat_interleave(8, 1).repeat_interleave(8, 2)[rows], NUM_LABELS)
+    return student, teacher, LabelMaps(labels.repeat_interleave(8, 1).repeat_interleave(8, 2), NUM_LABELS)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -52,11 +48,8 @@ def test_a_value_worked_out_by_hand():
     # T = 1: ln(e + 1) - 1/2 - ln 2
     assert cirkd_loss(student, teacher, pool=1, temperature=1).item() == pytest.approx(0.120115, rel=1e-5)
     # a third image of void is a row and a column of zeros: 4.306898 · (2 of 3 rows) · (2 of 3 columns)
-    images, mask = (
-        (student.expand(3, -1, -1, -1), teacher.expand(3, -1, -1, -1)),
-        torch.ones(3, 1, 2, dtype=torch.bool),
-    )
-    mask[2] = False
+    images = (x.expand(3, -1, -1, -1) for x in (student, teacher))
+    mask = torch.tensor([True, True, False])[:, None, None].expand(3, 1, 2)
     assert cirkd_loss(*images, pool=1, mask=mask).item() == pytest.approx(4.306898 * 4 / 9, rel=1e-6)
 
 

@@ -6,7 +6,7 @@ import torch
 from loss_references import randn, random_mask
 
 from hf_bcd.losses import context_distillation_loss
-from hf_bcd.losses.context import context_relation, literal_relation, relation_features
+from hf_bcd.losses.context import context_relation, literal_relation
 
 
 MODES = pytest.mark.parametrize("mode", ["stable", "paper"])
@@ -30,21 +30,11 @@ def test_three_positions_by_hand():
 
     p = 1 / (1 + math.exp(-2 * math.sqrt(2)))
     entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
-    rows = [
-        math.log(2) - entropy,
-        (2 * p - 1) * 2 * math.sqrt(2),
-        -math.log(2) - math.log(p * (1 - p)) / 2,
-    ]
+    rows = [math.log(2) - entropy, (2 * p - 1) * 2 * math.sqrt(2), -math.log(2) - math.log(p * (1 - p)) / 2]
     student, teacher = features(1, -1, -1), features(1, 1, -1)
     assert context_distillation_loss(student, teacher).item() == pytest.approx(sum(rows) / 3, rel=1e-9)
     peak = context_relation(student, teacher).peak
     assert peak.item() == pytest.approx((p + p + 0.5) / 3, rel=1e-9)
-
-
-def test_relation_features_equal_plain_loops():
-    x = randn(2, 8, 3, 2) * 3 + 1
-    expected = [torch.from_numpy(reference.layer_norm(image.numpy())) for image in x]
-    torch.testing.assert_close(relation_features(x), torch.stack(expected))
 
 
 @MODES
@@ -89,44 +79,16 @@ def test_equal_features_give_zero_with_zero_gradient():
     assert gradient(loss, student).abs().max() < 1e-12
 
 
-def test_invariant_to_a_scale_of_every_position():
-    student, teacher = randn(2, 16, 3, 3, seed=1) * 30, randn(2, 16, 3, 3, seed=2) * 30
-    scale = 0.5 + random_mask(2, 1, 3, 3).double() * 7
-    expected = context_distillation_loss(student, teacher)
-    torch.testing.assert_close(context_distillation_loss(student * scale, teacher), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(context_distillation_loss(student, teacher * scale), expected, rtol=1e-5, atol=0)
-
-
-def test_invariant_to_an_orthogonal_rotation_of_the_channels():
-    """A layer norm singles out the mean over the channels: rotations that keep it change nothing."""
-    student, teacher = randn(2, 16, 3, 3, seed=1), randn(2, 16, 3, 3, seed=2)
+def test_invariant_to_a_scale_of_every_position_and_to_rotations_of_the_channels_that_keep_their_mean():
+    student, teacher = 30 * randn(2, 16, 3, 3, seed=1), 30 * randn(2, 16, 3, 3, seed=2)
     ones = torch.full((16, 1), 0.25, dtype=torch.float64)
-    centred = torch.linalg.qr(torch.cat([ones, randn(16, 15, seed=3)], dim=1)).Q[
-        :, 1:
-    ]  # basis of the other directions
-    rotation = centred @ torch.linalg.qr(randn(15, 15, seed=4)).Q @ centred.T + ones @ ones.T
+    basis = torch.linalg.qr(torch.cat([ones, randn(16, 15, seed=3)], dim=1)).Q[:, 1:]  # of the other directions
+    rotation = basis @ torch.linalg.qr(randn(15, 15, seed=4)).Q @ basis.T + ones @ ones.T
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(16, dtype=torch.float64))
-    rotated = torch.einsum("dc,bchw->bdhw", rotation, student)
-    assert not torch.allclose(rotated, student)
-    torch.testing.assert_close(
-        context_distillation_loss(rotated, teacher), context_distillation_loss(student, teacher), rtol=1e-9, atol=0
-    )
-
-
-def test_literal_form_is_invariant_to_any_rotation():
-    student, teacher = randn(2, 16, 3, 3, seed=1), randn(2, 16, 3, 3, seed=2)
-    rotated = torch.einsum("dc,bchw->bdhw", torch.linalg.qr(randn(16, 16, seed=3)).Q, student)
-    torch.testing.assert_close(literal_relation(rotated, teacher), literal_relation(student, teacher))
-
-
-@MODES
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck(mode, masked):
-    student, teacher = randn(2, 4, 2, 2, seed=1).requires_grad_(), randn(2, 3, 2, 2, seed=2)
-    mask = torch.tensor([[[True, False], [True, True]], [[False, False], [False, True]]]) if masked else None
-    assert torch.autograd.gradcheck(
-        lambda s: context_distillation_loss(s, teacher, tau=1.3, mask=mask, mode=mode), student
-    )
+    scale = 0.5 + random_mask(2, 1, 3, 3).double() * 7
+    turned = scale * torch.einsum("dc,bchw->bdhw", rotation, student)
+    expected = context_distillation_loss(student, teacher)
+    torch.testing.assert_close(context_distillation_loss(turned, teacher), expected, rtol=1e-5, atol=0)
 
 
 @MODES

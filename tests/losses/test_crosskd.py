@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_references import dense_output, divergence, pair_of, randn, random_labels, softmax
+from loss_references import divergence, outputs_of, pair_of, randn, random_labels, softmax
 from torch import Tensor
 
 from hf_bcd.losses import CrossKDLoss, crosskd_loss
@@ -32,11 +32,7 @@ def mixing_head(specs: dict[str, FeatureSpec]) -> Callable[[dict[str, Tensor]], 
 
 
 def batch(specs: dict[str, FeatureSpec] = STUDENT) -> tuple[DenseOutput, DenseOutput]:
-    """Student and teacher of two 32-pixel images in float64."""
-    pair = [dense_output(s, 2, 32, 3, seed=seed) for s, seed in ((specs, 0), (TEACHER, 100))]
-    for output in pair:
-        output.features = {name: x.double() for name, x in output.features.items()}
-    student, teacher = pair
+    student, teacher, _ = outputs_of(specs, TEACHER, dtype=torch.float64)
     teacher.head = mixing_head(TEACHER)
     teacher.logits = teacher.head(teacher.features)
     return student, teacher
@@ -58,7 +54,7 @@ def test_value_worked_out_by_hand() -> None:
 def reference(loss: CrossKDLoss, student: DenseOutput, teacher: DenseOutput, labels: np.ndarray, beta: float) -> float:
     """Plain loops over one level whose grids agree, and a head that is a 1x1 convolution."""
     (weight,) = (parameter.detach().numpy() for parameter in loss.pairs.parameters())
-    ours, theirs = (o.features["stride_8"].numpy() for o in (student, teacher))
+    ours, theirs = (o.features["stride_8"].detach().numpy() for o in (student, teacher))
     images, channels, height, width = theirs.shape
     spots = [(b, y, x) for b in range(images) for y in range(height) for x in range(width)]
     valid = [(b, y, x) for b, y, x in spots if labels[b, 8 * y + 4, 8 * x + 4] != 255]
@@ -97,19 +93,6 @@ def test_agrees_with_plain_loops(beta: float) -> None:
     assert loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_scale_and_offset_of_the_students_channels_do_not_matter() -> None:
-    torch.manual_seed(0)
-    loss = CrossKDLoss(pair_of(TEACHER)).double()  # projections that are the identity
-    student, teacher = batch(TEACHER)
-    labels = torch.zeros(2, 32, 32, dtype=torch.long)
-    value = loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item()
-    student.features = {name: 3 * x + torch.arange(x.shape[1])[:, None, None] for name, x in student.features.items()}
-    assert (
-        loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item() == pytest.approx(value, rel=1e-4)
-        and value > 1e-3
-    )
-
-
 def test_the_head_sees_the_teachers_own_features_where_void() -> None:
     """Also a head that mixes positions: what the student has there changes nothing, and agreement remains 0."""
     torch.manual_seed(0)
@@ -119,26 +102,9 @@ def test_the_head_sees_the_teachers_own_features_where_void() -> None:
     labels[:, :, :16] = 255
     value = loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item()
     for name, level in student.features.items():
-        changed = level.clone()
+        changed = level.detach().clone()
         changed[..., : level.shape[-1] // 2] = 100 * randn(*level.shape[:-1], level.shape[-1] // 2, seed=3)
         student.features[name] = changed
     assert loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item() == value > 1e-3
     student.features = dict(teacher.features)
     assert loss(student, teacher, LabelMaps(labels, 3))["crosskd"].item() < 1e-12
-
-
-def test_the_loss_falls_and_the_prediction_becomes_the_teachers() -> None:
-    torch.manual_seed(0)
-    loss = CrossKDLoss(pair_of(STUDENT, TEACHER)).double()
-    student, teacher = batch()
-    levels = {name: x.requires_grad_() for name, x in student.features.items()}
-    labels = torch.zeros(2, 32, 32, dtype=torch.long)
-    optimizer = torch.optim.Adam([*levels.values(), *loss.parameters()], 0.1)
-    values = []
-    for _ in range(40):
-        value = loss(student, teacher, LabelMaps(labels, 3))["crosskd"]
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        values.append(value.item())
-    assert values[-1] < values[0] / 10

@@ -6,7 +6,7 @@ import torch
 from loss_references import dense_output, pair_of, randn, random_labels, random_mask, softmax
 from torch import Tensor
 
-from hf_bcd.losses.fgd import FGDLoss, GlobalContext, activation_attention, attention_losses, fgd_loss
+from hf_bcd.losses.fgd import FGDLoss, GlobalContext, attention_losses, fgd_loss
 from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
 
 
@@ -94,14 +94,6 @@ def test_weights_are_the_official_ones_of_sums():
     focal = 5e-5 * error[:32].sum() / 2048 + 2.5e-5 * error[32:].sum() / 2048
     differences = np.abs(places_s - places_t).sum() + np.abs(channels_s - channels_t).sum()
     assert ours == pytest.approx(focal + 5e-5 * differences + 5e-7 * square.sum(), rel=1e-6)
-
-
-def test_attention_has_mean_one_over_valid_positions():
-    mask = random_mask(2, 4, 5)
-    spatial, channel = activation_attention(randn(2, 3, 4, 5), mask, 0.5)
-    torch.testing.assert_close(spatial.sum(dim=(1, 2)), mask.sum(dim=(1, 2)).double())
-    assert not spatial[~mask].any()
-    torch.testing.assert_close(channel.mean(dim=1), torch.ones(2).double())
 
 
 def test_global_context_equals_the_loops():

@@ -1,4 +1,4 @@
-"""What holds for every distillation loss, whatever it computes. Values are tested in a file for each."""
+"""Promises of every distillation loss, whatever it computes. Values are tested beside it."""
 
 import copy
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from host_sync import no_host_synchronisation
-from loss_references import Regions, dense_output, randn, random_labels
+from loss_references import Regions, leaves, outputs_of, randn, random_labels
 from torch import Tensor, nn
 
 from hf_bcd.losses import LOSSES, DistillationLoss, build_criterion, segmentation_loss
@@ -51,10 +51,10 @@ FLOORS = {
     ("bcd", "boundary"): "the teacher's boundary map is hard, the student's soft",
     ("bcd", "context"): "student and teacher have connectors of their own",
     ("bglsseg", "boundary"): "cross-entropy with the ground truth, of a head that starts at random",
-    ("cirkd", "memory_pixel"): "a head that is no identity stands behind the student alone",
-    ("cirkd", "memory_region"): "a head that is no identity stands behind the student alone",
+    ("cirkd", "memory_pixel"): "a head that is no identity stands behind the student only",
+    ("cirkd", "memory_region"): "a head that is no identity stands behind the student only",
     ("cwt", "cwt"): "its MLP starts at random",
-    ("fam", "fam"): "a spectral filter and a normalisation stand behind the student alone",
+    ("fam", "fam"): "a spectral filter and a normalisation stand behind the student only",
     ("ifd", "ifd"): "its projectors start at random, or they would remain equal",
     ("mgd", "mgd"): "its generator starts at random and sees a quarter of the positions",
     ("slimseg", "boundary"): "cross-entropy with the ground truth",
@@ -102,19 +102,12 @@ def with_head(teacher: DenseOutput) -> DenseOutput:
     return teacher
 
 
-def outputs(dtype: torch.dtype = torch.float32, student=STUDENT, teacher=TEACHER) -> tuple[DenseOutput, DenseOutput]:
+def outputs(
+    dtype: torch.dtype = torch.float32, student=STUDENT, teacher=TEACHER, rows: Any = slice(None)
+) -> tuple[DenseOutput, DenseOutput]:
     """Student with gradients and teacher, of four images."""
-    pair = [dense_output(specs, 4, SIZE, NUM_LABELS, seed=seed) for specs, seed in ((student, 0), (teacher, 100))]
-    for output in pair:
-        output.features = {level: x.to(dtype) for level, x in output.features.items()}
-        output.logits = output.logits.to(dtype)
-    for leaf in leaves(pair[0]).values():
-        leaf.requires_grad_()
-    return pair[0], with_head(pair[1])
-
-
-def leaves(output: DenseOutput) -> dict[str, Tensor]:
-    return {"logits": output.logits, **output.features}
+    ours, theirs, _ = outputs_of(student, teacher, size=SIZE, images=4, dtype=dtype, rows=rows)
+    return ours, with_head(theirs)
 
 
 def label_maps() -> LabelMaps:
@@ -137,7 +130,7 @@ def regions() -> Regions:
 def step(
     criterion: DistillationCriterion, student: DenseOutput, teacher: DenseOutput, targets: Targets
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Total of the distillation terms alone, and the terms."""
+    """Total of the distillation terms, and the terms."""
     task = {"loss_task": segmentation_loss(student.logits, label_maps().ids[: len(student.logits)])}
     total, terms = criterion(task, student, teacher, targets)
     distilled = {term: value for term, value in terms.items() if term != "loss_task"}
@@ -148,7 +141,7 @@ each_kind_of_targets = pytest.mark.parametrize("targets_of", [label_maps, region
 
 
 def ready(name: str, options: dict[str, Any], student=STUDENT, teacher=TEACHER) -> DistillationCriterion:
-    """What `build` builds, with something in its memory."""
+    """As `build`, with something in its memory."""
     criterion = build(name, options, student, teacher)
     if EVERY[name].keeps == "memory":
         step(criterion, *outputs(student=student, teacher=teacher), label_maps())
@@ -335,12 +328,29 @@ def test_scores_of_other_classes_are_refused(name, options):
 
 @each_loss
 def test_a_step_never_waits_for_the_device(name, options):
-    criterion, (student, teacher), labels = build(name, options), outputs(), label_maps()
+    criterion, (student, teacher), targets = build(name, options), outputs(), label_maps()
     with no_host_synchronisation():
         for _ in range(2):
-            step(criterion, student, teacher, labels)[0].backward()
+            step(criterion, student, teacher, targets)[0].backward()
             criterion.after_step()
     assert any(leaf.grad is not None and leaf.grad.any() for leaf in leaves(student).values())
+
+
+@pytest.mark.gpu
+@each_loss
+def test_cuda_reports_no_synchronisation(name, options):
+    criterion, pair = build(name, options).cuda(), outputs()
+    for output in pair:
+        output.features = {level: x.detach().cuda().requires_grad_() for level, x in output.features.items()}
+        output.logits = output.logits.detach().cuda().requires_grad_()
+    targets, task = LabelMaps(label_maps().ids.cuda(), NUM_LABELS), {"loss_task": pair[0].logits.square().mean()}
+    for mode in ("default", "error"):  # the first step lets the libraries set themselves up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            criterion(task, *pair, targets)[0].backward(retain_graph=True)
+            criterion.after_step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def advance(criterion: DistillationCriterion, steps: int, rows: slice = slice(None)) -> dict[str, Tensor]:
@@ -350,14 +360,9 @@ def advance(criterion: DistillationCriterion, steps: int, rows: slice = slice(No
         criterion.zero_grad()
         for part in range(2):
             order = torch.arange(4).roll(2 * number + part)[rows]
-            student, teacher = (
-                DenseOutput({level: x.detach()[order] for level, x in o.features.items()}, o.logits.detach()[order])
-                for o in outputs(torch.float64)
-            )
-            for leaf in leaves(student).values():
-                leaf.requires_grad_()
+            student, teacher = outputs(torch.float64, rows=order)
             targets = LabelMaps(label_maps().ids[order], NUM_LABELS)
-            total, terms = step(criterion, student, with_head(teacher), targets)
+            total, terms = step(criterion, student, teacher, targets)
             total.backward()
             found |= {f"{number} {part} {term}": value.detach() for term, value in terms.items()}
             given = {leaf: x.grad for leaf, x in leaves(student).items() if x.grad is not None}

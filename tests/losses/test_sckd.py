@@ -38,10 +38,14 @@ class Student(nn.Module):
         self.checkpointing = checkpointing
         self.double()
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> DenseOutput:
+    def forward(self, pixel_values: Tensor, targets: LabelMaps | None = None) -> DenseOutput:
         fine = self.fine(pixel_values.double()).tanh()
         coarse = checkpoint(self._stage, fine, use_reentrant=False) if self.checkpointing else self._stage(fine)
-        return DenseOutput({"stride_4": fine, "stride_8": coarse}, self.head(coarse))
+        output = DenseOutput({"stride_4": fine, "stride_8": coarse}, self.head(coarse))
+        if targets is not None:
+            task = segmentation_loss(output.logits, targets.ids, num_valid=targets.num_valid)
+            output.task_losses = {"loss_task": task}
+        return output
 
     def _stage(self, fine: Tensor) -> Tensor:
         return self.coarse(fine).tanh()
@@ -64,6 +68,16 @@ def build(threshold: float = 0.0, host: Any = KD, **options: Any) -> Distillatio
 
 def step(criterion: DistillationCriterion, output: DenseOutput, labels: Tensor, teacher: DenseOutput):
     return criterion({"loss_task": segmentation_loss(output.logits, labels)}, output, teacher, LabelMaps(labels, 3))
+
+
+def kd(output: DenseOutput, labels: Tensor, teacher: DenseOutput) -> Tensor:
+    loss = build_criterion(KD, SPECS, SPECS, num_labels=3).losses["kd"]
+    return loss(output, teacher, LabelMaps(labels, 3))["kd"]
+
+
+def cosine(point: Tensor, *losses: Tensor) -> float:
+    task, term = (torch.autograd.grad(loss, point, retain_graph=True)[0].flatten() for loss in losses)
+    return torch.cosine_similarity(task, term, dim=0).item()
 
 
 def test_gate_worked_out_by_hand() -> None:
@@ -92,74 +106,46 @@ def cosine_by_loops(output: DenseOutput, labels: np.ndarray, teacher: np.ndarray
     return product / math.sqrt(task_square * term_square)
 
 
-def reference_case() -> tuple[float, DenseOutput, Tensor, DenseOutput]:
-    """Labels at the logits' own resolution, so that no resize stands between."""
+def test_agrees_with_plain_loops() -> None:
+    """The cosine is that at the deepest level: the gate turns exactly there, and not where that of the logits lies."""
     pixel_values, labels, teacher = batch()
     student = Student()
     output = student(pixel_values)
+    # at the logits' own resolution, so that no resize stands between
     labels, teacher.logits = labels[:, ::8, ::8], teacher.logits[..., ::2, ::2]
-    cosine = cosine_by_loops(
-        output, labels.numpy(), teacher.logits.numpy(), student.head.weight.detach().numpy()[..., 0, 0]
-    )
-    return cosine, output, labels, teacher
-
-
-def test_agrees_with_plain_loops() -> None:
-    """The cosine is that at the deepest level: the gate turns exactly there, and not where that of the logits lies."""
-    cosine, output, labels, teacher = reference_case()
-    task, term = (
-        torch.autograd.grad(loss, output.logits, retain_graph=True)[0].flatten()
-        for loss in (
-            segmentation_loss(output.logits, labels),
-            build_criterion({"kd": {}}, SPECS, SPECS, num_labels=3).losses["kd"](
-                output, teacher, LabelMaps(labels, 3)
-            )["kd"],
-        )
-    )
-    assert abs(torch.cosine_similarity(task, term, dim=0).item() - cosine) > 1e-3
-    for margin, expected in ((-1e-6, True), (1e-6, False)):
-        _, terms = step(build(cosine + margin), output, labels, teacher)
-        assert (terms["sckd/kd/kd"].item() > 0) is expected
+    kernel = student.head.weight.detach().numpy()[..., 0, 0]
+    expected = cosine_by_loops(output, labels.numpy(), teacher.logits.numpy(), kernel)
+    of_logits = cosine(output.logits, segmentation_loss(output.logits, labels), kd(output, labels, teacher))
+    assert abs(of_logits - expected) > 1e-3
+    for margin, opens in ((-1e-6, True), (1e-6, False)):
+        _, terms = step(build(expected + margin), output, labels, teacher)
+        assert (terms["sckd/kd/kd"].item() > 0) is opens
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_teacher_counts_only_where_it_agrees_with_the_labels(sign: int) -> None:
     pixel_values, labels, teacher = batch()
     labels = labels.masked_fill(labels == 255, 0)
-    small = labels[:, 2::4, 2::4]
-    teacher.logits = 5.0 * sign * F.one_hot(small, 3).movedim(-1, 1).double()
+    teacher.logits = 5.0 * sign * F.one_hot(labels[:, 2::4, 2::4], 3).movedim(-1, 1).double()
     student = Student()
     output = student(pixel_values)
-    criterion = build(weight=7)
-    total, terms = step(criterion, output, labels, teacher)
-    ungated = build_criterion({"kd": {"weight": 7}}, SPECS, SPECS, num_labels=3)
-    alone, same = step(ungated, output, labels, teacher)
-    value = same["kd/kd"].item()
-    assert value > 0.1 and terms["sckd/kd/kd"].item() == (value if sign > 0 else 0)
-    assert total.item() == (alone.item() if sign > 0 else terms["loss_task"].item())
-    total.backward()
-    gradients = [parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None]
-    student.zero_grad()
-    output = student(pixel_values)
-    expected = step(ungated, output, labels, teacher)[0] if sign > 0 else segmentation_loss(output.logits, labels)
-    expected.backward()
-    assert len(gradients) == 6
-    for gradient, parameter in zip(gradients, student.parameters(), strict=True):
-        torch.testing.assert_close(gradient, parameter.grad)
+    total, terms = step(build(weight=7), output, labels, teacher)
+    value = kd(output, labels, teacher)
+    assert value > 0.1 and terms["sckd/kd/kd"].item() == (value.item() if sign > 0 else 0)
+    expected = segmentation_loss(output.logits, labels) + (7 * value if sign > 0 else 0)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-12)
+    found, wanted = (torch.autograd.grad(x, list(student.parameters()), retain_graph=True) for x in (total, expected))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_each_term_has_a_gate_of_its_own() -> None:
     pixel_values, labels, teacher = batch()
     output = Student()(pixel_values)
     hosts = {"kd": {}, "fitnet": {"level": "stride_8"}}
-    cosines, points = {}, [output.features["stride_8"], output.logits]
-    task = torch.autograd.grad(segmentation_loss(output.logits, labels), points, retain_graph=True)[0].flatten()
-    whole = build(-1, hosts)
-    for term, value in whole.losses["sckd"](
-        output, teacher, LabelMaps(labels, 3), task_loss=output.logits.sum()
-    ).items():
-        gradient = torch.autograd.grad(value, points[0], retain_graph=True)[0].flatten()
-        cosines[term] = torch.cosine_similarity(task, gradient, dim=0).item()
+    task = segmentation_loss(output.logits, labels)
+    given = output, teacher, LabelMaps(labels, 3)
+    every = build(-1, hosts).losses["sckd"](*given, task_loss=output.logits.sum())
+    cosines = {term: cosine(output.features["stride_8"], task, value) for term, value in every.items()}
     assert len(cosines) == 2 and abs(np.subtract(*cosines.values())) > 1e-3
     threshold = sum(cosines.values()) / 2
     _, terms = step(build(threshold, hosts), output, labels, teacher)
@@ -245,23 +231,19 @@ def test_hosts_keep_their_weights_their_decay_and_their_steps() -> None:
     hosts = {"bcd": SMALL_BCD | {"weight": {"context": 0.25}}}
     criterion = build(-1, hosts)
     assert criterion.weights == {"sckd/bcd/boundary": 3, "sckd/bcd/context": 0.25}
+    assert build(weight={"kd/kd": 2}, host={"kd": {"weight": 5}}).weights == {"sckd/kd/kd": 2}
     assert criterion.decays == {"sckd"} and not build().decays and not build(-1, hosts, decay=False).decays
-    pixel_values, labels, teacher = batch()
+    _, labels, teacher = batch()
     assert criterion.needs_calibration
     criterion.calibrate([(teacher, LabelMaps(labels, 3))], progress=lambda steps: list(steps)[:2])
-    assert not criterion.needs_calibration
-    total, terms = step(criterion, Student()(pixel_values), labels, teacher)
-    expected = terms["loss_task"] + 3 * terms["sckd/bcd/boundary"] + 0.25 * terms["sckd/bcd/context"]
-    assert total.item() == pytest.approx(expected.item(), rel=1e-9)
     loss: Any = criterion.losses["sckd"]
     temperature = loss.hosts.losses["bcd"].context_temperature
-    temperature.observe(torch.full([100_000], 0.9))  # many more rows than the step above had
+    temperature.observe(torch.tensor([0.9]))
     criterion.after_step()
     assert temperature.value.item() == pytest.approx(1.05)
     restored = build(-1, hosts)
     restored.load_state_dict(criterion.state_dict())
-    assert not restored.needs_calibration
-    assert build(weight={"kd/kd": 2}, host={"kd": {"weight": 5}}).weights == {"sckd/kd/kd": 2}
+    assert not criterion.needs_calibration and not restored.needs_calibration
 
 
 def test_a_gate_that_could_never_close_is_refused() -> None:
@@ -301,12 +283,12 @@ def train(threshold: float, rows: slice, ranks: int) -> dict[str, Any]:
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: counts.update({name: counts[name] + 1}))
     pixel_values, labels, teacher = batch(rows)
     teacher.head = head
-    num_valid = (batch()[1] != 255).sum() / ranks
+    targets = LabelMaps(labels, 3, num_valid=(batch()[1] != 255).sum() / ranks)
     values = {}
     for part in range(2):
         images = pixel_values.roll(part, dims=2)
         model.require_backward_grad_sync = part == 1  # as `no_sync` sets it
-        outputs = model(pixel_values=images, labels=labels, teacher_output=teacher, num_valid=num_valid)
+        outputs = model(pixel_values=images, targets=targets, teacher_output=teacher)
         outputs["loss"].backward()
         values |= {f"{part} {term}": value for term, value in outputs["terms"].items()}
     gradients = {name: parameter.grad for name, parameter in distiller.named_parameters()}
@@ -326,13 +308,8 @@ def cosines(rows: slice) -> list[float]:
     found = []
     for part in range(2):
         output = Student()(pixel_values.roll(part, dims=2))
-        kd = build_criterion({"kd": {}}, SPECS, SPECS, num_labels=3).losses["kd"](
-            output, teacher, LabelMaps(labels, 3)
-        )["kd"]
-        deepest = output.features["stride_8"]
-        task = torch.autograd.grad(segmentation_loss(output.logits, labels), deepest, retain_graph=True)[0]
-        term = torch.autograd.grad(kd, deepest)[0]
-        found.append(torch.cosine_similarity(task.flatten(), term.flatten(), dim=0).item())
+        losses = segmentation_loss(output.logits, labels), kd(output, labels, teacher)
+        found.append(cosine(output.features["stride_8"], *losses))
     return found
 
 

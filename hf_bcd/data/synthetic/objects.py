@@ -8,47 +8,23 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from .materials import (
-    BLOTCH,
-    BODIES,
-    BRICKWORK,
-    BUILDING,
-    CLOUD,
-    COLOURS,
-    FAR,
-    FLAT,
-    GRAIN,
-    GROUND,
-    PERSON,
-    POLE,
-    ROAD,
-    ROOFS,
-    SIDING,
-    SKY,
-    TREE,
-    VEHICLE,
-    Colour,
-    Point,
-    Position,
-    mix,
-    tint,
-)  # fmt: skip
+from . import materials as m
 from .scene import Scene
 
 
-def _rectangle(left: float, right: float, near: float, far: float) -> list[Position]:
+def _rectangle(left: float, right: float, near: float, far: float) -> list[m.Position]:
     """Corners of a rectangle on the ground."""
     return [(left, 0, near), (left, 0, far), (right, 0, far), (right, 0, near)]
 
 
 def paint_sky(scene: Scene) -> None:
-    low = mix(scene.haze, COLOURS["snow"], scene.random())
-    sky = scene.surface(SKY, scene.colour(SKY), 0, scene.pick((CLOUD, CLOUD, CLOUD, FLAT)), low)
+    low = m.mix(scene.haze, m.COLOURS["snow"], scene.random())
+    sky = scene.surface(m.SKY, scene.colour(m.SKY), 0, scene.pick((m.CLOUD, m.CLOUD, m.CLOUD, m.FLAT)), low)
     scene.draw.rectangle((0, 0, scene.width, scene.height), fill=sky)
 
 
 def paint_hills(scene: Scene, z: float) -> None:
-    surface = scene.surface(GROUND, scene.colour(GROUND), z / 10, BLOTCH, scene.uniform(-0.3, 0.3))
+    surface = scene.surface(m.GROUND, scene.colour(m.GROUND), z / 10, m.BLOTCH, scene.uniform(-0.3, 0.3))
     span = 1.2 * z * scene.width / scene.focal
     ridge = [scene.uniform(0.0, 0.07) * z for _ in range(10)]
     # Corners cut twice (Chaikin) round the ridge.
@@ -60,8 +36,10 @@ def paint_hills(scene: Scene, z: float) -> None:
 
 
 def paint_plain(scene: Scene) -> None:
-    plain = scene.surface(GROUND, scene.colour(GROUND), 12, scene.pick((GRAIN, BLOTCH)), scene.uniform(-0.35, 0.35))
-    scene.polygon(plain, _rectangle(-FAR, FAR, 0.8, FAR))
+    plain = scene.surface(
+        m.GROUND, scene.colour(m.GROUND), 12, scene.pick((m.GRAIN, m.BLOTCH)), scene.uniform(-0.35, 0.35)
+    )
+    scene.polygon(plain, _rectangle(-m.FAR, m.FAR, 0.8, m.FAR))
 
 
 def paint_road(scene: Scene) -> None:
@@ -74,22 +52,22 @@ def paint_road(scene: Scene) -> None:
         edge = [(scene.kerb(side, z) + left, 0, z) for z in depths]
         scene.polygon(surface, edge + [(x + right - left, y, z) for x, y, z in reversed(edge)])
 
-    colour, paved = scene.colour(ROAD), scene.style != "park"
-    asphalt = scene.surface(ROAD, colour, 10, GRAIN, scene.uniform(-0.15, 0.15))
+    colour, paved = scene.colour(m.ROAD), scene.style != "park"
+    asphalt = scene.surface(m.ROAD, colour, 10, m.GRAIN, scene.uniform(-0.15, 0.15))
     if paved and scene.chance(0.6):
         z = scene.uniform(9, 30)
-        scene.polygon(asphalt, _rectangle(-FAR, FAR, z, z + scene.uniform(5, 10)))
+        scene.polygon(asphalt, _rectangle(-m.FAR, m.FAR, z, z + scene.uniform(5, 10)))
     if paved:
-        width, flags = scene.uniform(1.6, 4.0), scene.colour(GROUND)
-        pavement = scene.surface(GROUND, flags, 10, GRAIN, scene.uniform(-0.2, 0.2))
-        joint = scene.surface(GROUND, tint(flags, 0.75), 10)
+        width, flags = scene.uniform(1.6, 4.0), scene.colour(m.GROUND)
+        pavement = scene.surface(m.GROUND, flags, 10, m.GRAIN, scene.uniform(-0.2, 0.2))
+        joint = scene.surface(m.GROUND, m.tint(flags, 0.75), 10)
         for side in (-1, 1):
             ribbon(pavement, side, 0, side * width)
             for z in [2 + 1.1 * i for i in range(12) if 2 + 1.1 * i < end]:
                 x = scene.kerb(side, z)
                 scene.bar(joint, (x, 0, z), (x + side * width, 0, z), 0)
     ribbon(asphalt, 0, -scene.road_half_width, scene.road_half_width)
-    paint = scene.surface(ROAD, mix(colour, COLOURS["snow"], scene.uniform(0.5, 0.9)), 10)
+    paint = scene.surface(m.ROAD, m.mix(colour, m.COLOURS["snow"], scene.uniform(0.5, 0.9)), 10)
     if paved and scene.chance(0.75):
         for z in [2 + 3.5 * i for i in range(14) if 4 + 3.5 * i < end]:
             scene.polygon(paint, _rectangle(scene.kerb(0, z) - 0.09, scene.kerb(0, z) + 0.09, z, z + 1.8))
@@ -110,7 +88,7 @@ def paint_skyline(scene: Scene) -> None:
         length = scene.uniform(5, 14)
         if not scene.chance(0.15 if square else 0.4):
             height = scene.uniform(3.5, 12.5) * (1 if square else scene.uniform(0.8, 2.0))
-            _facade(scene, (x, z), (x + length, z), height, scene.colour(BUILDING), scene.pick(ROOFS))
+            _facade(scene, (x, z), (x + length, z), height, scene.colour(m.BUILDING), scene.pick(m.ROOFS))
         x += length
 
 
@@ -123,26 +101,26 @@ def paint_terrace(scene: Scene, side: int) -> None:
         z = houses[-1][1] + (scene.uniform(2, 9) if scene.chance(0.4) else 0)
     light = scene.uniform(0.6, 0.85) if side == scene.sun_side else scene.uniform(0.85, 1.1)
     for near, far in reversed(houses):
-        height, wall = scene.uniform(4.5, 14), scene.colour(BUILDING)
+        height, wall = scene.uniform(4.5, 14), scene.colour(m.BUILDING)
         front = scene.kerb(side, (near + far) / 2) + side * (setback + scene.uniform(0, 0.6))
         if side == scene.sun_side:
             scene.shadow(_rectangle(front, front - side * 0.6 * height, near, far))
-        _facade(scene, (front, far), (front, near), height, tint(wall, light))
+        _facade(scene, (front, far), (front, near), height, m.tint(wall, light))
         left, right = sorted((front, front + side * 9))
-        _facade(scene, (left, near), (right, near), height, tint(wall, 0.8 * light), scene.pick(ROOFS))
+        _facade(scene, (left, near), (right, near), height, m.tint(wall, 0.8 * light), scene.pick(m.ROOFS))
 
 
-def _facade(scene: Scene, a: Point, b: Point, height: float, wall: Colour, roof: Iterable[Point] = ()) -> None:
+def _facade(scene: Scene, a: m.Point, b: m.Point, height: float, wall: m.Colour, roof: Iterable[m.Point] = ()) -> None:
     """Upright wall from ground point a to b (x, z): windows, a roof line, at times a passage to look through."""
     (ax, az), (bx, bz) = a, b
     length, z = math.hypot(bx - ax, bz - az), (az + bz) / 2
 
-    def at(u: float, y: float) -> Point:
+    def at(u: float, y: float) -> m.Point:
         return scene.project(ax + u * (bx - ax), y, az + u * (bz - az))
 
     vague = scene.chance(0.15)
-    texture = scene.pick((GRAIN, SIDING, SIDING, BRICKWORK, BRICKWORK))
-    surface = scene.surface(BUILDING, wall, z, texture, scene.uniform(-0.35, 0.25), vague)
+    texture = scene.pick((m.GRAIN, m.SIDING, m.SIDING, m.BRICKWORK, m.BRICKWORK))
+    surface = scene.surface(m.BUILDING, wall, z, texture, scene.uniform(-0.35, 0.25), vague)
     rise = scene.uniform(0.6, 1.4)
     outline = [(0, 0), (0, height), *((u, height + rise * y) for u, y in roof), (1, height), (1, 0)]
     left = right = 0.0
@@ -154,9 +132,9 @@ def _facade(scene: Scene, a: Point, b: Point, height: float, wall: Colour, roof:
         outline += [(right, 0), *arch, (left, 0)]
     scene.draw.polygon([at(u, y) for u, y in outline], fill=surface)
 
-    reflection = mix(wall, scene.haze, scene.uniform(0.35, 0.75))
-    glass = [scene.pick((tint(wall, 0.45), reflection)) for _ in range(2)]
-    panes = [scene.surface(BUILDING, colour, z, CLOUD, 0.3, vague) for colour in glass]
+    reflection = m.mix(wall, scene.haze, scene.uniform(0.35, 0.75))
+    glass = [scene.pick((m.tint(wall, 0.45), reflection)) for _ in range(2)]
+    panes = [scene.surface(m.BUILDING, colour, z, m.CLOUD, 0.3, vague) for colour in glass]
     columns, rows = min(9, int(length / scene.uniform(1.9, 3.2))), min(5, int((height - 0.6) / 2.9))
     half, tall, sill = scene.uniform(0.15, 0.35), scene.uniform(1.1, 2.0), scene.uniform(0.7, 1.1)
     for i in range(columns):
@@ -184,7 +162,7 @@ def place_plants(scene: Scene) -> None:
 def _tree(scene: Scene, x: float, z: float, kind: str) -> None:
     height, vague = scene.uniform(3.5, 8.5), kind != "bare" and scene.chance(0.2)
     (foot_x, foot_y), size = scene.project(x, 0, z), height * scene.scale(z)
-    bark = scene.surface(TREE, tint(scene.colour(TREE), 0.7), z, BLOTCH, -0.25, vague)
+    bark = scene.surface(m.TREE, m.tint(scene.colour(m.TREE), 0.7), z, m.BLOTCH, -0.25, vague)
     leaves = _leaves(scene, z, vague)
     scene.shadow((x + 0.3 * height * u, 0, z + 0.2 * height * v) for u, v in scene.blobs[0])
     if kind == "conifer":
@@ -199,7 +177,7 @@ def _tree(scene: Scene, x: float, z: float, kind: str) -> None:
             [(foot_x + u * size, foot_y - (0.12 + 0.88 * v) * size) for u, v in outline], fill=leaves[0]
         )
         return
-    forks: list[Point] = []
+    forks: list[m.Point] = []
     levels, angle = (5 if kind == "bare" else 4) - (z > 22), scene.uniform(-0.15, 0.15) - math.pi / 2
     _limb(scene, bark, (foot_x, foot_y), angle, 0.3 * size, 0.045 * size, levels, forks)
     if kind == "leafy":
@@ -207,7 +185,14 @@ def _tree(scene: Scene, x: float, z: float, kind: str) -> None:
 
 
 def _limb(
-    scene: Scene, bark: int, start: Point, angle: float, length: float, width: float, levels: int, forks: list[Point]
+    scene: Scene,
+    bark: int,
+    start: m.Point,
+    angle: float,
+    length: float,
+    width: float,
+    levels: int,
+    forks: list[m.Point],
 ) -> None:
     """Limb on the canvas that forks `levels` times; appends its outer forks and ends to `forks`."""
     end = (start[0] + length * math.cos(angle), start[1] + length * math.sin(angle))
@@ -223,12 +208,12 @@ def _limb(
 
 def _leaves(scene: Scene, z: float, vague: bool = False) -> tuple[int, int]:
     """Surfaces of dark and of sunlit leaves."""
-    crown = scene.colour(TREE)
-    dark, sunlit = (scene.surface(TREE, tint(crown, gain), z, BLOTCH, -0.3, vague) for gain in (0.8, 1.1))
+    crown = scene.colour(m.TREE)
+    dark, sunlit = (scene.surface(m.TREE, m.tint(crown, gain), z, m.BLOTCH, -0.3, vague) for gain in (0.8, 1.1))
     return dark, sunlit
 
 
-def _foliage(scene: Scene, leaves: tuple[int, int], centres: Sequence[Point], size: float) -> None:
+def _foliage(scene: Scene, leaves: tuple[int, int], centres: Sequence[m.Point], size: float) -> None:
     """Clumps of leaves with gaps between them: dark ones, then smaller sunlit ones above."""
     for surface, gain, lift in ((leaves[0], 1.0, 0.0), (leaves[1], 0.7, 0.35)):
         for i, (x, y) in enumerate(centres):
@@ -247,7 +232,7 @@ def paint_overhanging_limb(scene: Scene) -> None:
     """Limb of a tree outside the picture, across its upper part."""
     side, size, angle = scene.pick((0, 1)), scene.uniform(0.5, 0.9) * scene.height, scene.uniform(-0.2, 0.35)
     start, forks = (side * scene.width, scene.uniform(0.0, 0.25) * scene.height), []
-    bark = scene.surface(TREE, tint(scene.colour(TREE), 0.6), 3)
+    bark = scene.surface(m.TREE, m.tint(scene.colour(m.TREE), 0.6), 3)
     _limb(scene, bark, start, math.pi - angle if side else angle, 0.3 * size, 0.03 * size, 4, forks)
     if scene.chance(0.7):
         _foliage(scene, _leaves(scene, 3), forks, 0.06 * size)
@@ -255,7 +240,7 @@ def paint_overhanging_limb(scene: Scene) -> None:
 
 def place_poles(scene: Scene) -> None:
     for side in scene.pick(((-1, 1), (-1, 1), (-1,), (1,))):
-        colour, height, arm = scene.colour(POLE), scene.uniform(4.5, 7.5), -side * scene.uniform(0.8, 1.8)
+        colour, height, arm = scene.colour(m.POLE), scene.uniform(4.5, 7.5), -side * scene.uniform(0.8, 1.8)
         first, spacing, beside = scene.uniform(6, 10), scene.uniform(6, 12), side * scene.uniform(0.3, 1.2)
         carries_wires = scene.chance(0.35)
         # The line of poles goes on behind the camera: the nearest wires leave the picture.
@@ -275,9 +260,9 @@ def place_poles(scene: Scene) -> None:
         scene.place(z, _railing, z)
 
 
-def _pole(scene: Scene, x: float, z: float, height: float, arm: float, colour: Colour) -> None:
+def _pole(scene: Scene, x: float, z: float, height: float, arm: float, colour: m.Colour) -> None:
     """Lamp post with an arm of this length, or, without one, a mast with cross-bars."""
-    surface = scene.surface(POLE, colour, z, GRAIN, -0.2)
+    surface = scene.surface(m.POLE, colour, z, m.GRAIN, -0.2)
     scene.bar(surface, (x, 0, z), (x, height + (0 if arm else 0.6), z), 0.15)
     scene.shadow([(x - 0.1, 0, z), (x + 0.1, 0, z), (x - 3 * scene.sun_side, 0, z - 0.6)])
     if arm:
@@ -289,9 +274,9 @@ def _pole(scene: Scene, x: float, z: float, height: float, arm: float, colour: C
         scene.bar(surface, (x - 0.9, y, z), (x + 0.9, y, z), 0.07)
 
 
-def _wires(scene: Scene, a: Point, b: Point, height: float, colour: Colour) -> None:
+def _wires(scene: Scene, a: m.Point, b: m.Point, height: float, colour: m.Colour) -> None:
     """Two sagging wires between poles at (x, z)."""
-    surface = scene.surface(POLE, tint(colour, 0.6), (a[1] + b[1]) / 2)
+    surface = scene.surface(m.POLE, m.tint(colour, 0.6), (a[1] + b[1]) / 2)
     # Even steps in 1 / z are even steps in the picture.
     depths = [1 / ((1 - i / 8) / a[1] + i / 8 / b[1]) for i in range(9)]
     shares = [(z - a[1]) / (b[1] - a[1]) for z in depths]
@@ -304,13 +289,13 @@ def _wires(scene: Scene, a: Point, b: Point, height: float, colour: Colour) -> N
 
 
 def _sign_post(scene: Scene, x: float, z: float) -> None:
-    surface, height = scene.surface(POLE, scene.colour(POLE), z), scene.uniform(2.0, 2.8)
+    surface, height = scene.surface(m.POLE, scene.colour(m.POLE), z), scene.uniform(2.0, 2.8)
     scene.bar(surface, (x, 0, z), (x, height, z), 0.07)
     scene.bar(surface, (x - 0.3, height, z), (x + 0.3, height, z), 0.11)
 
 
 def _railing(scene: Scene, z: float) -> None:
-    surface, x = scene.surface(POLE, scene.colour(POLE), z), scene.visible_x(z)
+    surface, x = scene.surface(m.POLE, scene.colour(m.POLE), z), scene.visible_x(z)
     spacing, count, height = scene.uniform(0.35, 0.8), scene.pick((8, 11, 14)), scene.uniform(0.9, 1.2)
     for i in range(count + 1):
         scene.bar(surface, (x + spacing * i, 0, z), (x + spacing * i, height, z), 0.04)
@@ -325,7 +310,7 @@ def place_traffic(scene: Scene) -> None:
         x = min(max(scene.visible_x(z), left), right)
         scene.place(z, _person, x, z)
     for _ in range(int(scene.uniform(1, 6)) if scene.style != "park" else scene.pick((0, 0, 1))):
-        body, across = scene.pick(BODIES), scene.chance(0.35)
+        body, across = scene.pick(m.BODIES), scene.chance(0.35)
         # Long bodies keep away, or one of them fills the view.
         nearest, farthest = 5 + body[-1][0] * (0.6 + across), min(24, scene.far_limit - body[-1][0])
         if nearest > farthest:
@@ -339,11 +324,11 @@ def _person(scene: Scene, x: float, z: float) -> None:
     """Walking figure: head, torso or coat, arms, legs, at times a bag."""
     height, facing, vague = scene.uniform(1.45, 1.9), scene.pick((-1, 1)), scene.chance(0.2)
     (foot_x, foot_y), size = scene.project(x, 0, z), height * scene.scale(z)
-    coat, trousers, bag = (scene.surface(PERSON, scene.colour(PERSON), z, BLOTCH, -0.2, vague) for _ in range(3))
-    skin = scene.surface(PERSON, mix((226, 182, 150), (92, 62, 46), scene.random()), z, vague=vague)
+    coat, trousers, bag = (scene.surface(m.PERSON, scene.colour(m.PERSON), z, m.BLOTCH, -0.2, vague) for _ in range(3))
+    skin = scene.surface(m.PERSON, m.mix((226, 182, 150), (92, 62, 46), scene.random()), z, vague=vague)
     scene.shadow((x - 0.5 * scene.sun_side + 0.5 * u, 0, z + 0.3 * v) for u, v in scene.blobs[0])
 
-    def at(u: float, v: float) -> Point:
+    def at(u: float, v: float) -> m.Point:
         return foot_x + facing * u * size, foot_y - v * size
 
     stride, swing = scene.uniform(0.02, 0.14), scene.uniform(0.03, 0.17)
@@ -362,18 +347,18 @@ def _person(scene: Scene, x: float, z: float) -> None:
         scene.draw.rectangle((left, top, right, bottom), fill=bag)
 
 
-def _vehicle(scene: Scene, x: float, z: float, body: Sequence[Point], across: bool) -> None:
+def _vehicle(scene: Scene, x: float, z: float, body: Sequence[m.Point], across: bool) -> None:
     """Extruded side view, seen from the side (`across`) or from behind with x in its middle."""
-    length, height, width = body[-1][0], max(y for _, y in body), 2.3 if body is BODIES[-1] else 1.7
-    paint, facing = scene.colour(VEHICLE), scene.pick((-1, 1))
+    length, height, width = body[-1][0], max(y for _, y in body), 2.3 if body is m.BODIES[-1] else 1.7
+    paint, facing = scene.colour(m.VEHICLE), scene.pick((-1, 1))
     vague = scene.chance(0.2)
-    flank = scene.surface(VEHICLE, paint, z, GRAIN, scene.uniform(-0.15, 0.15), vague)
-    top = scene.surface(VEHICLE, tint(paint, scene.uniform(0.8, 1.2)), z, GRAIN, 0.1, vague)
-    glass = scene.surface(VEHICLE, mix(tint(paint, 0.3), scene.haze, scene.uniform(0.1, 0.6)), z, vague=vague)
-    tyre = scene.surface(VEHICLE, (40, 40, 44), z, vague=vague)
-    lamp = scene.surface(VEHICLE, scene.pick(((200, 40, 36), (250, 240, 200))), z, vague=vague)
+    flank = scene.surface(m.VEHICLE, paint, z, m.GRAIN, scene.uniform(-0.15, 0.15), vague)
+    top = scene.surface(m.VEHICLE, m.tint(paint, scene.uniform(0.8, 1.2)), z, m.GRAIN, 0.1, vague)
+    glass = scene.surface(m.VEHICLE, m.mix(m.tint(paint, 0.3), scene.haze, scene.uniform(0.1, 0.6)), z, vague=vague)
+    tyre = scene.surface(m.VEHICLE, (40, 40, 44), z, vague=vague)
+    lamp = scene.surface(m.VEHICLE, scene.pick(((200, 40, 36), (250, 240, 200))), z, vague=vague)
 
-    def at(along: float, y: float, side: float) -> Position:
+    def at(along: float, y: float, side: float) -> m.Position:
         # side runs from 0, the visible flank, to 1.
         if across:
             return x + facing * (along - length / 2), y, z + side * width
@@ -402,3 +387,23 @@ def _vehicle(scene: Scene, x: float, z: float, body: Sequence[Point], across: bo
         scene.polygon(glass, [at(*corner) for corner in corners])
         for left, right in ((0.04, 0.2), (0.8, 0.96)):
             scene.polygon(lamp, [at(0, 0.66, left), at(0, 0.82, left), at(0, 0.82, right), at(0, 0.66, right)])
+
+
+def paint_scene(scene: Scene) -> None:
+    """Paints one random scene, far to near."""
+    paint_sky(scene)
+    if scene.chance(0.8 if scene.style == "park" else 0.3):
+        paint_hills(scene, scene.pick((900.0, 400.0)))
+    paint_plain(scene)
+    if scene.style != "street" or scene.chance(0.6):
+        paint_skyline(scene)
+    paint_road(scene)
+    if scene.style == "street":
+        for side in scene.pick(((-1, 1), (-1, 1), (-1,), (1,))):
+            paint_terrace(scene, side)
+    place_plants(scene)
+    place_poles(scene)
+    place_traffic(scene)
+    scene.paint_placed()
+    if scene.chance(0.25):
+        paint_overhanging_limb(scene)

@@ -11,18 +11,7 @@ from torch.utils.data import Dataset
 from ...utils.messages import UserError
 from ..dataset import Sample
 from ..labels import IGNORE_INDEX
-from .objects import (
-    paint_hills,
-    paint_overhanging_limb,
-    paint_plain,
-    paint_road,
-    paint_sky,
-    paint_skyline,
-    paint_terrace,
-    place_plants,
-    place_poles,
-    place_traffic,
-)
+from .objects import paint_scene
 from .scene import Scene
 
 
@@ -95,23 +84,3 @@ class SyntheticScenes(Dataset[Sample]):
         paint_scene(scene)
         image, label = scene.render()
         return {"image": image, "label": self._merge[label]}
-
-
-def paint_scene(scene: Scene) -> None:
-    """Paints one random scene, far to near."""
-    paint_sky(scene)
-    if scene.chance(0.8 if scene.style == "park" else 0.3):
-        paint_hills(scene, scene.pick((900.0, 400.0)))
-    paint_plain(scene)
-    if scene.style != "street" or scene.chance(0.6):
-        paint_skyline(scene)
-    paint_road(scene)
-    if scene.style == "street":
-        for side in scene.pick(((-1, 1), (-1, 1), (-1,), (1,))):
-            paint_terrace(scene, side)
-    place_plants(scene)
-    place_poles(scene)
-    place_traffic(scene)
-    scene.paint_placed()
-    if scene.chance(0.25):
-        paint_overhanging_limb(scene)

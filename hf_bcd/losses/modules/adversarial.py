@@ -91,7 +91,7 @@ class Discriminator(nn.Module):
 
 
 def gradient_penalty(
-    judge: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor, share: float | Tensor
+    judge: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor, fraction: float | Tensor
 ) -> Tensor:
     """Squared deviation from one of the slope of `judge` between two maps (WGAN-GP, https://arxiv.org/abs/1704.00028).
 
@@ -99,12 +99,12 @@ def gradient_penalty(
         judge: maps `[B, ...]` to one number an image, `[B]`.
         student: `[B, ...]`.
         teacher: the same shape.
-        share: the slope is that at `share · teacher + (1 - share) · student`.
+        fraction: the slope is taken at `fraction · teacher + (1 - fraction) · student`.
 
     Returns:
         `(‖gradient of judge‖ - 1)²` of each image, `[B]`, differentiable with respect to what `judge` holds.
     """
-    between = torch.lerp(student, teacher, share).detach().requires_grad_()
+    between = torch.lerp(student, teacher, fraction).detach().requires_grad_()
     (slope,) = torch.autograd.grad(judge(between).sum(), between, create_graph=True)
     # 0 at a slope of 0, where the gradient of the root of a sum of squares is not finite
     return (torch.linalg.vector_norm(slope.flatten(1), dim=1) - 1).square()
@@ -117,7 +117,7 @@ class Adversary(nn.Module):
     Wasserstein distance. The discriminator learns on every batch that is seen with gradients, by
     `D(student) - D(teacher) + 10 · gradient_penalty`, and moves in `after_step`, by Adam with the official rates (4e-4;
     0.9, 0.99), which stay constant. Its weights are no trainable parameters, so the run's optimizer and data parallelism
-    leave them alone; they and Adam's moments are saved with the loss.
+    do not touch them; they and Adam's moments are saved with the loss.
 
     Args:
         num_labels: number of classes.
@@ -165,8 +165,8 @@ class Adversary(nn.Module):
         def judge(scores: Tensor) -> Tensor:
             return functional_call(self.discriminator, weights, (scores, mask))
 
-        share = self.noise.draw(1).to(student.dtype)
-        penalty = self.penalty_weight * gradient_penalty(judge, student, teacher, share)
+        fraction = self.noise.draw(1).to(student.dtype)
+        penalty = self.penalty_weight * gradient_penalty(judge, student, teacher, fraction)
         # images without a valid pixel: an exact 0, not a rounding error that Adam would blow up
         loss = (judge(student) - judge(teacher) + penalty).masked_fill(~mask.flatten(1).any(dim=1), 0).mean()
         gradients = torch.autograd.grad(loss, list(weights.values()))

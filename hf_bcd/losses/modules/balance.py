@@ -1,4 +1,4 @@
-"""How hard each term pulls at the student: gradient norms, and weights that follow from them."""
+"""Gradient norms of the terms at the student, and weights that follow from them."""
 
 from collections.abc import Mapping
 
@@ -65,7 +65,7 @@ class GradientBalance(nn.Module):
         self.measuring, self._ends = first <= step <= last, step == last
 
     def observe(self, squares: Tensor) -> None:
-        """Adds the squared norms `[1 + K]` of one forward pass, the task's first, to those of the current step."""
+        """Adds the squared norms `[1 + K]` of one forward pass, the task's first, to the sums of the current step."""
         # divided by ranks and accumulated batches the sum would be that of the whole batch; the ratios are the same
         self._squares = squares.detach() if self._squares is None else self._squares + squares.detach()
 

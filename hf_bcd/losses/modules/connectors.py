@@ -10,13 +10,7 @@ from ..ops.functional import at_least_float32, resize, spatial_size, standardize
 
 
 class Projection(nn.Conv2d):
-    """1x1 convolution; the identity at first where the channels agree, as a connector that need not do anything.
-
-    Args:
-        in_channels: the student's channels.
-        out_channels: the teacher's channels.
-        bias: whether it has one.
-    """
+    """1x1 convolution from the student's channels to the teacher's; the identity at first where both agree."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 1, bias=bias)
@@ -55,9 +49,6 @@ class BatchStandardize(nn.Module):
     """Batch normalisation with the statistics of the whole batch over all ranks, and of valid positions only.
 
     Unlike `nn.BatchNorm2d` it keeps no running statistics: connectors never run in evaluation.
-
-    Args:
-        channels: number of channels.
     """
 
     def __init__(self, channels: int) -> None:

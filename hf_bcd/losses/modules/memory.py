@@ -29,7 +29,7 @@ def spread_positions(classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def rank_by_rank(x: Tensor) -> Iterator[Tensor]:
-    """`x` of every rank, one after the other, so that no rank ever holds those of all."""
+    """`x` of every rank, one after the other, so that no rank ever holds all of them."""
     if not is_distributed():
         yield x
         return
@@ -108,7 +108,7 @@ class ClassMemory(nn.Module):
 
         Args:
             count: entries wanted of each class.
-            start: where in its ring a class begins, as a share: one number in [0, 1).
+            start: where in its ring a class begins: one number in [0, 1).
 
         Returns:
             `[K · count, channels]`, and which of them there are, `[K · count]`: a class may have fewer entries.

@@ -1,11 +1,11 @@
-"""Random numbers that all ranks share and that a resumed run repeats."""
+"""Random numbers that are equal on all ranks and that a resumed run repeats."""
 
 import torch
 from torch import Tensor, nn
 
 
 class SharedNoise(nn.Module):
-    """Uniform numbers in [0, 1) that depend on the seed and the optimizer step alone.
+    """Uniform numbers in [0, 1) that depend only on the seed and the optimizer step.
 
     The global generator differs between ranks, so two ranks would not equal one; a generator's state cannot be kept on
     the device. So the numbers come from a fixed table, read from another place at each step.

@@ -1,4 +1,4 @@
-"""How strongly and how softly the student follows its teacher over time."""
+"""Decay of the distillation terms, and temperatures that adapt, over the steps of a run."""
 
 import torch
 import torch.distributed as dist
@@ -49,11 +49,11 @@ class Temperature(nn.Module):
         self._observed: Tensor | None = None
 
     def observe(self, statistic: Tensor, rows: Tensor | None = None) -> None:
-        """Adds the statistics of one forward pass to those of the current step.
+        """Adds the statistics of one forward pass to the sums of the current step.
 
         Args:
             statistic: means over rows, one an image `[B]`.
-            rows: of how many rows each is the mean `[B]`, one by default. What is the mean of none does not count.
+            rows: of how many rows each is the mean `[B]`, one by default. A mean of none does not count.
         """
         statistic = statistic.detach().float()
         rows = torch.ones_like(statistic) if rows is None else rows.to(statistic)

@@ -29,7 +29,7 @@ def _borders(classes: Tensor, mask: Tensor, width: int) -> Tensor:
 
 
 def class_borders(classes: Tensor, mask: Tensor, *, width: int = 7) -> Tensor:
-    """How much every pixel lies on a border: on that of a class, if its window holds this class and valid pixels beside.
+    """Border strength of every pixel: its window holds a class and, beside it, valid pixels without this class.
 
     Args:
         classes: where each class is, `[B, K, H, W]`, boolean or in 0..1.
@@ -46,7 +46,7 @@ def class_borders(classes: Tensor, mask: Tensor, *, width: int = 7) -> Tensor:
 
 
 def class_border_shares(classes: Tensor, mask: Tensor, size: tuple[int, int], *, width: int = 7) -> Tensor:
-    """How much of every grid cell lies on the border of each class, see `class_borders`.
+    """Part of every grid cell that lies on the border of each class, see `class_borders`.
 
     Args:
         classes: as in `class_borders`.

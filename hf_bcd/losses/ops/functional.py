@@ -134,9 +134,9 @@ def pool_valid(x: Tensor, mask: Tensor, size: int | tuple[int, int]) -> tuple[Te
     Returns:
         Means `[B, C, ⌈h / size⌉, ⌈w / size⌉]`, 0 where a cell has no valid position, and which cells have any.
     """
-    share = F.avg_pool2d(mask[:, None].to(x.dtype), size, ceil_mode=True)
+    fraction = F.avg_pool2d(mask[:, None].to(x.dtype), size, ceil_mode=True)
     pooled = F.avg_pool2d(x.masked_fill(~mask[:, None], 0), size, ceil_mode=True)
-    return pooled / (share + (share == 0)), share[:, 0] > 0
+    return pooled / (fraction + (fraction == 0)), fraction[:, 0] > 0
 
 
 def divergence(
@@ -185,11 +185,7 @@ def class_means(features: Tensor, classes: Tensor) -> Tensor:
 
 
 def class_similarity(features: Tensor, classes: Tensor) -> Tensor:
-    """Cosine between each position's feature and the mean feature of every class in its image.
-
-    Args:
-        features: `[B, C, h, w]`.
-        classes: as in `class_means`.
+    """Cosine between each position's feature and the mean feature of every class in its image, see `class_means`.
 
     Returns:
         `[B, K, h, w]` in [-1, 1], 0 for a class that an image lacks.
@@ -202,7 +198,7 @@ def class_similarity(features: Tensor, classes: Tensor) -> Tensor:
 def moments(
     x: Tensor, dims: tuple[int, ...], mask: Tensor | None = None, over_ranks: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of the whole batch, over all ranks, differentiably; arguments as those of `standardize`.
+    """Moments of the whole batch, over all ranks, differentiably; arguments as of `standardize`.
 
     Returns:
         `x - mean` in the shape of `x`, the mean and the standard deviation, which is at least 1e-6; without a value that
@@ -238,7 +234,7 @@ def standardize(
 
 
 def row_weights(features: Tensor, mask: Tensor | None, mean: bool) -> Tensor:
-    """Weight of every row `[B, n]`: those of an image's valid rows add up to one, or are one each."""
+    """Weight of every row `[B, n]`: 1 / n for each of an image's n valid rows (none below two), or 1."""
     batch, positions, _ = features.shape
     if mask is None:
         mask = torch.ones(batch, positions, dtype=torch.bool, device=features.device)

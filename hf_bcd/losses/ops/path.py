@@ -1,7 +1,7 @@
 """Range of a scalar field along the line between two grid points (math behind Eq. 2 of the BCD paper).
 
 `max over p, q on a line of 1[|z_p - z_q| > theta]` equals `1[max z - min z > theta]`, so two reductions replace the
-loop over pairs. The lines are those of IRN (Ahn et al., CVPR 2019): all grid points of the bounding box whose
+loop over pairs. The lines are IRN's (Ahn et al., CVPR 2019): all grid points of the bounding box whose
 distance to the line is below one.
 """
 
@@ -45,7 +45,7 @@ def _line_shape(dy: int, dx: int) -> Shape:
 def _search_plan(radius: int) -> tuple[tuple[Step, ...], dict[tuple[int, int], int]]:
     """How every shape that lines of a radius have is a union of shifted shorter ones, and which shape each line has.
 
-    The extremes of a union are those of its parts, which may overlap. Almost always two parts are enough: a line
+    The extremes of a union are the extremes of its parts, which may overlap. Almost always two parts are enough: a line
     of any length then costs one maximum and one minimum a position.
 
     Returns:

@@ -1,9 +1,9 @@
 """Divergence between the self-relations of two feature maps, exactly and in linear memory.
 
-The relation of n positions is an n x n matrix, but a row of its softmax needs that row alone. So blocks of rows pass by:
-each yields its share of the loss and, because the gradient with respect to the Gram matrix is known in closed form
-(`q - p` for a Kullback-Leibler divergence), of the student's gradient too. What is kept for the backward pass is this
-gradient, as large as the features; nothing n x n ever exists. The products are those that autograd would do: a Gram
+The relation of n positions is an n x n matrix, but a row of its softmax needs only that row. So blocks of rows pass by:
+each yields its part of the loss and, because the gradient with respect to the Gram matrix is known in closed form
+(`q - p` for a Kullback-Leibler divergence), of the student's gradient too. The backward pass keeps only this
+gradient, as large as the features; nothing n x n ever exists. The products are autograd's: a Gram
 matrix each for student and teacher, and the student's features once as rows and once as columns of its own.
 """
 
@@ -189,7 +189,7 @@ _relation.register_autograd(_backward, setup_context=_keep_gradient)
 def stream_relation(
     student: Tensor, teacher: Tensor, tau: Tensor, mask: Tensor | None, literal: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_relation` returns, on any device, in plain PyTorch. Autograd must not record it."""
+    """The result of `_relation`, on any device, in plain PyTorch. Autograd must not record it."""
     dtype = student.dtype
     student = at_least_float32(student).contiguous()
     teacher = teacher.to(student.dtype).contiguous()

@@ -15,9 +15,9 @@ values, but four attentions and two backward passes cost three times the product
 (scaled_dot_product_attention, which then leaves its fast path, and returns no log-sum-exp) or compilation
 (flex_attention), and the divergence would be a small difference of bfloat16 outputs.
 
-What has been run: all kernels in Triton's interpreter on a CPU, against the PyTorch version, and Triton's compiler for
+Run so far: all kernels in Triton's interpreter on a CPU, against the PyTorch version, and Triton's compiler for
 compute capability 8.6, 9.0, 10.0 and 12.0, where they fit into shared memory and, in bfloat16, spill no register.
-What has not: any GPU; speed and tile sizes are untested.
+Not run so far: any GPU; speed and tile sizes are untested. Hence the comparison before the first use, see `relation`.
 """
 
 import math
@@ -219,7 +219,7 @@ def _shared_memory(device: torch.device) -> int:
 def stream_relation_triton(
     student: Tensor, teacher: Tensor, tau: Tensor, mask: Tensor | None, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `relation.stream_relation` returns for `literal=False`.
+    """The result of `relation.stream_relation` for `literal=False`.
 
     Products run in the features' precision, bfloat16 or float16, and add up in float32. Float32 features are split into
     three TF32 products, which keep float32's accuracy, or go through one where PyTorch's own products may

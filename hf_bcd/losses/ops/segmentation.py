@@ -16,7 +16,7 @@ def segmentation_loss(
         logits: `[B, num_labels, h, w]` at any stride.
         labels: class ids `[B, H, W]`, `ignore_index` where void.
         ignore_index: label that does not count.
-        num_valid: number of valid pixels to divide by, a scalar; those of `labels` by default. Ranks and accumulated
+        num_valid: number of valid pixels to divide by, a scalar; counted in `labels` by default. Ranks and accumulated
             batches with unequal void shares give the gradient of one large batch if all divide by the same number.
 
     Returns:
