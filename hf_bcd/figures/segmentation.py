@@ -1,6 +1,5 @@
 """Pictures of label maps: colours, comparisons of predictions, maps of wrong pixels."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,14 +72,12 @@ def comparison_figure(
     errors: Sequence[str] | None = None,
     ignore_index: int = 255,
 ) -> Path:
-    """Saves a row per sample: image, truth, each prediction with its mIoU, and maps of the wrong pixels.
-
-    The mIoU in a title is the mean, over the classes in truth or prediction of this one image, of intersection over
-    union.
+    """Saves a row per sample: image, truth, each prediction with its score, and maps of the wrong pixels.
 
     Args:
-        samples: mappings with `image` (RGB: PIL, uint8 `[H, W, 3]` or `[3, H, W]`), `label` (ids `[H, W]`) and
-            `predictions` (name -> ids `[H, W]`, in the order of the columns; the same names in each sample).
+        samples: mappings with `image` (RGB: PIL, uint8 `[H, W, 3]` or `[3, H, W]`), `label` (ids `[H, W]`),
+            `predictions` (name -> ids `[H, W]`, in the order of the columns; the same names in each sample) and
+            perhaps `scores` (name -> text above the prediction).
         id2label: names of the classes 0..num_labels-1.
         path: PNG file to write.
         errors: names of the predictions whose wrong pixels get a column; all by default.
@@ -114,8 +111,7 @@ def comparison_figure(
         present |= {int(id_) for labels in (truth, *maps.values()) for id_ in np.unique(labels)}
         row = [("input", "", pixels), ("truth", "", colorize(truth, colours, ignore_index))]
         for name, labels in maps.items():
-            score = f"mIoU {_mean_iou(labels, truth, len(id2label), ignore_index):.2f}"
-            row.append((name, score, colorize(labels, colours, ignore_index)))
+            row.append((name, sample.get("scores", {}).get(name, ""), colorize(labels, colours, ignore_index)))
         for name in errors:
             wrong = (maps[name] != truth) & (truth != ignore_index)
             share = wrong.sum() / max(1, (truth != ignore_index).sum())
@@ -156,17 +152,6 @@ def _label_map(
     if (unknown := ids[((ids < 0) | (ids >= num_labels)) & (ids != ignore_index)]).size:
         raise ValueError(f"{name} holds the ids {unknown.tolist()}; known are 0..{num_labels - 1} and {ignore_index}.")
     return labels.astype(np.int64)
-
-
-def _mean_iou(prediction: np.ndarray, label: np.ndarray, num_labels: int, ignore_index: int) -> float:
-    """Mean IoU over the classes of truth or prediction; a void prediction counts as wrong."""
-    valid = label != ignore_index
-    predicted = np.where(prediction == ignore_index, num_labels, prediction)[valid]
-    counts = np.bincount(label[valid] * (num_labels + 1) + predicted, minlength=num_labels * (num_labels + 1))
-    confusion = counts.reshape(num_labels, num_labels + 1)
-    hits = confusion.diagonal()
-    union = confusion.sum(1) + confusion[:, :num_labels].sum(0) - hits
-    return float((hits[union > 0] / union[union > 0]).mean()) if union.any() else math.nan
 
 
 def _error_map(pixels: np.ndarray, wrong: np.ndarray) -> np.ndarray:

@@ -121,7 +121,16 @@ class SemanticSegmentation(Task):
     def comparison(
         self, samples: Sequence[Mapping[str, Any]], id2label: Mapping[int, str], path: Path, errors: Sequence[str]
     ) -> None:
-        comparison_figure(samples, id2label, path, errors=errors)
+        def score(prediction: Tensor, label: np.ndarray) -> str:
+            metric = self.metric(len(id2label))
+            metric.update(prediction[None], torch.from_numpy(label)[None])
+            return f"{self.scores[0].title} {metric.compute()[self.scores[0].key]:.2f}"
+
+        scored = [
+            {**sample, "scores": {name: score(p, sample["label"]) for name, p in sample["predictions"].items()}}
+            for sample in samples
+        ]
+        comparison_figure(scored, id2label, path, errors=errors)
 
     def picture(self, sample: Mapping[str, Any], prediction: Tensor, num_labels: int) -> np.ndarray:
         return prediction_strip(sample["pixel_values"], sample["labels"], prediction.cpu(), num_labels)
