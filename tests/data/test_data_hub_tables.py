@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from pictures import refused
 from PIL import Image
 
 from hf_bcd.data import load_dense_dataset
@@ -32,11 +33,6 @@ def repo(tmp_path):
         (root / config).mkdir(parents=True)
         scenes(rows).to_parquet(root / config / "train-0.parquet")
     return root
-
-
-def refused(message, *arguments, **options):
-    with pytest.raises(ValueError, match=message):
-        load_dense_dataset(*arguments, **options)
 
 
 def test_one_of_several_configurations(repo):
