@@ -145,13 +145,10 @@ RUNS = {"counts": [6], "size": [2, 3]}
     [(RUNS, r"x: run lengths of size \[2, 3\] \(height, width\), but the image is \[3, 2\]")]
     + [(other, "x: neither polygons nor run lengths") for other in (None, 3, {"size": [3, 2]})],
 )
-def test_segmentations_that_are_none(segmentation, message):
+def test_segmentations_that_are_none(segmentation, message, monkeypatch):
     pytest.importorskip("pycocotools")
     with pytest.raises(ValueError, match=message):
         draw_instances([instance(1, segmentation)], 3, 2, "x")
-
-
-def test_pycocotools_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     with pytest.raises(ValueError, match=r"needs pycocotools: pip install 'hf_bcd\[coco\]'"):
         draw_instances([instance(1, box(0, 0, 1, 1))], 2, 2, "x")
