@@ -3,7 +3,10 @@
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from hf_bcd.data import load_dense_dataset
 
 
 def grid(*ids, shape=(2, 6)):
@@ -36,3 +39,8 @@ def save(path, picture):
     if isinstance(picture, tuple):
         picture = Image.new("RGB", picture, (10, 20, 30))
     (Image.fromarray(np.asarray(picture, np.uint8)) if not isinstance(picture, Image.Image) else picture).save(path)
+
+
+def refused(message, source, **options):
+    with pytest.raises(ValueError, match=message):
+        load_dense_dataset(source, **options)

@@ -48,24 +48,19 @@ def read(transformed, epochs=3, **options):
 
 
 def same(a, b):
-    return len(a) == len(b) and all(
-        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
-    )
+    return all(torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
 
 
-def test_sample_is_canonical(dataset):
+def test_sample_is_canonical_and_indices_count_from_both_ends(dataset):
     sample = dataset[1]
     assert sample["image"].mode == "RGB" and sample["image"].size == (SIZE, SIZE)
     assert sample["label"].dtype == np.uint8 and sample["label"].shape == (SIZE, SIZE)
     assert (dataset.num_labels, dataset.ignore_index, dataset.split) == (3, 255, "train")
-
-
-def test_iteration_ends_and_negative_indices_count_from_the_end(dataset):
-    assert len(list(dataset)) == 6
-    assert np.array_equal(dataset[-1]["label"], dataset[5]["label"])
+    assert len(list(dataset)) == 6 and np.array_equal(dataset[-1]["label"], dataset[5]["label"])
     transformed = dataset.with_transform(EvalTransform(SegformerImageProcessor(do_resize=False)))
-    assert [sample["index"] for sample in transformed] == list(range(6))
-    assert transformed[-1]["index"] == 5
+    assert [sample["index"] for sample in transformed] == list(range(6)) and transformed[-1]["index"] == 5
+    with pytest.raises(ValueError, match="seed is -1"):
+        TransformedDataset(dataset, transformed.transform, seed=-1)
 
 
 def test_select(dataset):
@@ -111,10 +106,11 @@ def test_samples_depend_only_on_seed_epoch_and_index(transformed, dataset):
     assert not torch.equal(twice[0]["pixel_values"], twice[1]["pixel_values"])
 
 
-def test_global_random_state_is_restored(transformed):
+def test_random_state_is_restored_and_a_pickled_copy_gives_the_same_samples(transformed):
+    copy = pickle.loads(pickle.dumps(transformed))
     torch.manual_seed(11)
     state = torch.get_rng_state()
-    transformed[0]
+    assert torch.equal(copy[2]["pixel_values"], transformed[2]["pixel_values"])
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -133,16 +129,6 @@ def test_workers_give_the_samples_of_the_main_process(transformed, options):
 def test_spawned_worker_gives_the_samples_of_the_main_process(transformed):
     options = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "spawn"}
     assert same(read(transformed, epochs=2, **options), read(transformed, epochs=2))
-
-
-def test_pickled_copy_gives_the_same_samples(transformed):
-    copy = pickle.loads(pickle.dumps(transformed))
-    assert torch.equal(copy[2]["pixel_values"], transformed[2]["pixel_values"])
-
-
-def test_negative_seed(dataset):
-    with pytest.raises(ValueError, match="seed is -1"):
-        TransformedDataset(dataset, EvalTransform(SegformerImageProcessor(do_resize=False)), seed=-1)
 
 
 def sample(index, image_size, label_size):

@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from pictures import refused
 from PIL import Image
 
 from hf_bcd.data import load_dense_dataset
@@ -34,11 +35,6 @@ def repo(tmp_path):
     return root
 
 
-def refused(message, *arguments, **options):
-    with pytest.raises(ValueError, match=message):
-        load_dense_dataset(*arguments, **options)
-
-
 def test_one_of_several_configurations(repo):
     (repo / "README.md").write_text(CONFIGS + "---\n")
     (repo / "id2label.json").write_text('["sky", "road", "car"]')
@@ -50,20 +46,14 @@ def test_one_of_several_configurations(repo):
     refused(r"'medium' not found. Available: \['small', 'large'\].*--dataset_config", repo, config="medium")
 
 
-def test_configurations_that_nothing_keeps_apart(repo):
+def test_repositories_that_are_no_table(repo):
     datasets.Dataset.from_dict({"number": [1]}).to_parquet(repo / "large/train-0.parquet")
     refused("repo: its files cannot be read as one table .*--dataset_config.*--data_dir", repo)
     assert len(load_dense_dataset(repo, data_dir="small")["train"]) == 1
-
-
-def test_cards_that_contradict_their_files(repo):
     shutil.rmtree(repo / "large")
-    info = "dataset_info:\n  splits:\n  - name: train\n    num_examples: 7\n"
+    info = "dataset_info:\n  splits:\n  - name: train\n    num_examples: 7\n"  # which contradicts the files
     (repo / "README.md").write_text(f"---\n{info}---\n")
     refused("repo: its files cannot be read as one table .NonMatchingSplitsSizesError: .*7", repo)
-
-
-def test_loading_scripts(repo):
     (repo / "repo.py").write_text("raise SystemExit('this was run')\n")
     refused("repo: the data set is a loading script.*refs/convert/parquet", repo)
 

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from pictures import encoded, orientation, palette, save
+from pictures import encoded, orientation, palette, refused, save
 from PIL import Image
 
 from hf_bcd.data import load_dense_dataset
@@ -46,11 +46,6 @@ def table(images, masks, **columns):
 
 def rotated_jpeg():
     return {"bytes": encoded(PHOTOGRAPH, format="JPEG", exif=orientation(6)), "path": "phone.jpg"}
-
-
-def refused(message, source, **options):
-    with pytest.raises(ValueError, match=message):
-        load_dense_dataset(source, **options)
 
 
 def test_masks_that_will_be_scored_are_all_read_before_training(folder):

@@ -65,6 +65,9 @@ def test_every_sample_is_decoded_once():
             assert np.array_equal(cache[index]["image"], np.asarray(expected["image"]))
             assert np.array_equal(cache[index]["label"], expected["label"])
     assert samples.reads == [1, 1, 1]
+    again = pickle.loads(pickle.dumps(cache))  # for a spawned worker: it is empty and works
+    assert np.array_equal(again[0]["label"], cache[0]["label"]) and again.capacity == cache.capacity
+    assert samples.reads == [1, 1, 1] and again.samples.reads == [2, 1, 1]
 
 
 def test_samples_that_no_longer_fit_are_decoded_every_time():
@@ -85,15 +88,6 @@ def test_forked_workers_share_the_memory():
     for batch in batches:
         for position, index in enumerate(batch["index"].tolist()):
             assert torch.equal(dataset[index]["pixel_values"], batch["pixel_values"][position])
-
-
-def test_a_copy_for_a_spawned_worker_is_empty_and_works():
-    samples = Samples([(4, 6), (5, 3)])
-    cache = SampleCache(samples, "name")
-    cache[0]
-    again = pickle.loads(pickle.dumps(cache))
-    assert again.samples.reads == samples.reads
-    assert np.array_equal(again[0]["label"], cache[0]["label"]) and again.capacity == cache.capacity
 
 
 def test_the_memory_is_announced(caplog, monkeypatch):

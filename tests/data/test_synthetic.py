@@ -156,17 +156,10 @@ def test_fewer_classes_merge_the_eight(num_classes):
         assert np.array_equal(merged[i]["label"], parents[full[i]["label"]])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"size": (16, 128)}, "16"),
-        ({"num_images": 0}, "num_images"),
-        ({"seed": -1}, "seed"),
-        ({"split": "val"}, "'val'.*validation"),
-        ({"num_classes": 9}, "num_classes is 9"),
-        ({"num_classes": 1}, "2 to 8"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"size": (16, 128)}, "16"), ({"num_images": 0}, "num_images"), ({"seed": -1}, "seed"),
+    ({"split": "val"}, "'val'.*validation"), ({"num_classes": 9}, "num_classes is 9"), ({"num_classes": 1}, "2 to 8"),
+])  # fmt: skip
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         SyntheticScenes(**arguments)

@@ -27,8 +27,6 @@ def espnet(num_labels=5, seed=0, **fields):
         ({"num_labels": 19, "decoder": False}, 0.3492, 349_193),
         ({"num_labels": 20}, 0.364, 365_109),
         ({"num_labels": 20, "decoder": False}, 0.349, 349_449),
-        ({"num_labels": 150}, None, 952_579),
-        ({"num_labels": 150, "decoder": False}, None, 382_729),
     ],
     ids=str,
 )
@@ -37,8 +35,7 @@ def test_parameter_counts(fields, published, ours):
     with torch.device("meta"):
         count = EspNetForSemanticSegmentation(EspNetConfig(**fields)).num_parameters()
     assert count == ours
-    if published is not None:
-        assert count / 1e6 == pytest.approx(published, rel=0.005)
+    assert count / 1e6 == pytest.approx(published, rel=0.005)
 
 
 @pytest.mark.parametrize("in_channels, out_channels, stride", [(64, 64, 1), (19, 64, 2), (10, 5, 1), (6, 3, 1)])
