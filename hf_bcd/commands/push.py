@@ -10,7 +10,7 @@ Checkpoints, optimizer states and logs stay here. Log in first with `hf auth log
 import argparse
 from pathlib import Path
 
-from ..hub.pushing import finished_files, name_in_examples, push_folder
+from ..hub.pushing import name_in_examples, push_folder, student_files
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def show(folder: Path, repo_id: str, revision: str | None) -> None:
     """Prints every file that a push would send with its size now, and the card as it would be sent."""
-    files = finished_files(folder)
+    files = student_files(folder)
     for path, file in files.items():
         print(f"{file.stat().st_size:>12,}  {path}")
     print(f"{sum(file.stat().st_size for file in files.values()):>12,}  bytes in {len(files)} files\n")

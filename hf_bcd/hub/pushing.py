@@ -57,7 +57,7 @@ def push_folder(
         HubError: if the folder holds no finished student, or the push fails; names the command to try again.
     """
     folder = Path(folder)
-    files = finished_files(folder, token)
+    files = student_files(folder, token)
     again = ["hf-bcd", "push", str(folder), repo_id, *(["--private"] if private else [])]
     again += ["--revision", revision] if revision else []
     try:
@@ -75,13 +75,7 @@ def push_folder(
 
 
 def name_in_examples(card: str, repo_id: str, revision: str | None = None) -> str:
-    """The card with examples that load the student from where it is pushed to, which is known only then.
-
-    Args:
-        card: contents of README.md.
-        repo_id: full name on the Hub.
-        revision: branch that is pushed to.
-    """
+    """The card with examples that load the student from the repository and branch of a push, known only then."""
     loaded = json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision not in (None, "main") else "")
     return PYTHON_BLOCK.sub(lambda block: LOADED_NAME.sub(lambda name: name[1] + loaded, block[0]), card)
 
@@ -113,11 +107,7 @@ def prepare_repository(
 def commit_files(
     files: Mapping[str, Path | bytes], repo_id: str, *, revision: str | None, token: str | None, commit_message: str
 ) -> CommitInfo:
-    """Uploads files or contents, by path in the repository, in one commit; unchanged ones are not sent again.
-
-    Raises:
-        HubError: if the Hub does not take them.
-    """
+    """Uploads files or contents, by path in the repository, in one commit; unchanged ones are not sent again."""
     operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in files.items()]
     with explained("model", repo_id, revision=revision), _bounded_waiting():
         # not `upload_folder`, which may split one push into several commits
@@ -149,32 +139,29 @@ def _bounded_waiting() -> Iterator[None]:
 # ---- What is pushed --------------------------------------------------------------------------------------------------
 
 
-def finished_files(folder: Path, token: str | None = None) -> dict[str, Path]:
-    """Files of a finished student by path in the repository: model, processor, code, card, results, figures, ONNX.
+def student_files(folder: Path, token: str | None = None, *, finished: bool = True) -> dict[str, Path]:
+    """Files of a student by path in the repository: model, processor, code, card, results, figures, ONNX.
+
+    Checkpoints, optimizer states and logs are left out.
+
+    Args:
+        folder: output folder of a run, or a checkpoint.
+        token: access token in use.
+        finished: whether there must be a card.
 
     Raises:
-        HubError: as `student_files`, or if there is no such folder or no card in it.
+        HubError: if there is no model or card, config.json names a local path, any text holds an access token, or the
+            card's YAML is not valid: nothing is pushed that belongs to this machine alone, or that the Hub cannot read.
     """
     if not folder.is_dir():
         raise HubError(f"{folder} is no folder; name the output folder of a finished run.")
-    files = student_files(folder, token)
-    if "README.md" not in files:
-        raise HubError(f"{folder} has no card README.md; a finished run of hf_bcd writes one.")
-    return files
-
-
-def student_files(folder: Path, token: str | None = None) -> dict[str, Path]:
-    """Likewise, of a checkpoint that may lack a card; other checkpoints, optimizer states and logs are left out.
-
-    Raises:
-        HubError: if there is no model, config.json names a local path, any text holds an access token, or the card's YAML
-            is not valid: nothing is pushed that belongs to this machine alone, or that the Hub cannot read.
-    """
     found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     weights = list(filter_repo_objects(found, allow_patterns=WEIGHTS))
     if not weights or "config.json" not in found:
         missing = "config.json" if weights else "model.safetensors"
         raise HubError(f"{folder} holds no finished student: {missing} is missing.")
+    if finished and "README.md" not in found:
+        raise HubError(f"{folder} has no card README.md; a finished run of hf_bcd writes one.")
     try:
         config = dict(json.loads((folder / "config.json").read_text()))
     except (TypeError, ValueError) as error:
@@ -249,7 +236,7 @@ def push_checkpoint(
     Raises:
         HubError: if the Hub does not take it.
     """
-    files = student_files(checkpoint, token)
+    files = student_files(checkpoint, token, finished=False)
     for file in sorted(checkpoint.rglob("*")) if path_in_repo is not None else ():
         if file.is_file() and file.name != "training_args.bin":  # pickled
             files[f"{path_in_repo}/{file.relative_to(checkpoint).as_posix()}"] = file
@@ -297,10 +284,6 @@ def fetch_checkpoint(source: str, folder: Path, *, token: str | None = None) -> 
 def last_checkpoint(paths: Iterable[str]) -> str | None:
     """The folder of the newest checkpoint among a repository's files."""
     folders = {path.split("/")[0] for path in paths if path.endswith("/trainer_state.json")}
-    if "last-checkpoint" in folders:
-        return "last-checkpoint"
-    return max(
-        (name for name in folders if re.fullmatch(r"checkpoint-\d+", name)),
-        key=lambda name: int(name[11:]),
-        default=None,
-    )
+    numbered = [name for name in folders if re.fullmatch(r"checkpoint-\d+", name)]
+    newest = max(numbered, key=lambda name: int(name.partition("-")[2]), default=None)
+    return "last-checkpoint" if "last-checkpoint" in folders else newest

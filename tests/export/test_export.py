@@ -27,7 +27,7 @@ from hf_bcd.card.usage import mention_export, onnx_section
 from hf_bcd.commands.export import main
 from hf_bcd.export import onnx as export
 from hf_bcd.export.exportable import LogitsModel, convolve_same, to_onnx, why_fixed
-from hf_bcd.hub.pushing import finished_files, name_in_examples, read_export
+from hf_bcd.hub.pushing import name_in_examples, read_export, student_files
 
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -301,7 +301,7 @@ def test_the_card_says_how_to_feed_a_file_of_one_size(student: Path, monkeypatch
 def test_a_push_takes_the_export_along_unless_it_is_of_other_weights(
     student: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert [path for path in finished_files(student) if path.startswith("onnx/")] == [
+    assert [path for path in student_files(student) if path.startswith("onnx/")] == [
         "onnx/export.json",
         "onnx/model.onnx",
     ]
@@ -311,7 +311,7 @@ def test_a_push_takes_the_export_along_unless_it_is_of_other_weights(
     try:
         with caplog.at_level(logging.WARNING):
             assert read_export(student) is None and onnx_section(student, "me/x") == ""
-            assert not any(path.startswith("onnx/") for path in finished_files(student))
+            assert not any(path.startswith("onnx/") for path in student_files(student))
         assert "belongs to other weights and is left out" in caplog.text
     finally:
         weights.write_bytes(content)

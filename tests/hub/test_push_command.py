@@ -11,7 +11,7 @@ from hub.server import MARKER_TOKEN, OTHER_TOKEN, HubServer
 from hub.student_folder import LEFT_OUT, finished, finished_timm
 
 from hf_bcd.hub.errors import HubError
-from hf_bcd.hub.pushing import finished_files, last_checkpoint, name_in_examples
+from hf_bcd.hub.pushing import last_checkpoint, name_in_examples, student_files
 
 
 Push = Callable[..., tuple[str, str]]
@@ -26,14 +26,14 @@ def titles(hub: HubServer, name: str) -> list[str]:
 
 
 def test_a_finished_student_is_pushed_and_nothing_else(tmp_path: Path) -> None:
-    assert list(finished_files(finished(tmp_path / "native"))) == NATIVE
+    assert list(student_files(finished(tmp_path / "native"))) == NATIVE
     folder = finished_timm(tmp_path / "timm")
-    assert list(finished_files(folder)) == sorted(NATIVE + CODE)
+    assert list(student_files(folder)) == sorted(NATIVE + CODE)
     assert all((folder / name).is_file() for name in LEFT_OUT)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")  # sharded, with an index
     (folder / "model.safetensors.index.json").write_text("{}")
     sharded = {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
-    assert set(finished_files(folder)) == {*NATIVE, *CODE, *sharded} - {"model.safetensors"}
+    assert set(student_files(folder)) == {*NATIVE, *CODE, *sharded} - {"model.safetensors"}
 
 
 def test_the_cards_examples_load_what_is_pushed() -> None:
@@ -84,7 +84,7 @@ def test_what_is_unfinished_or_private_is_refused(
     folder = finished_timm(tmp_path / "x")
     change(folder)
     with pytest.raises(HubError, match=message) as caught:
-        finished_files(folder, "of-another-form")
+        student_files(folder, "of-another-form")
     assert MARKER_TOKEN not in str(caught.value) and "\n" not in str(caught.value)
 
 
