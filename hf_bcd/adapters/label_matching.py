@@ -156,10 +156,7 @@ def match_labels(
 
 
 def read_synonyms(source: str | Path | Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:
-    """Reads which of the teacher's names stand for which class of the data set.
-
-    Args:
-        source: JSON file `{class of the data set: [names of the teacher's classes]}`, or its content; None is empty.
+    """Reads a JSON file `{class of the data set: [names of the teacher's classes]}`, or its content; None is empty.
 
     Raises:
         UserError: if the file is missing, no JSON, or of another form.

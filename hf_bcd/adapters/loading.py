@@ -169,8 +169,7 @@ def saved_size(name_or_path: str, *, revision: str | None = None, trust_remote_c
 
 def _check_complete(name_or_path: str, model: PreTrainedModel, missing: Collection[str]) -> None:
     """Refuses a bare backbone: its head would score, or teach, from random weights."""
-    absent = [name for name, _ in model.named_parameters() if name in missing]
-    if absent:
+    if absent := [name for name, _ in model.named_parameters() if name in missing]:
         raise UserError(
             f"{name_or_path} is no finished segmentation model: it lacks the weights of {len(absent)} parameters, such as "
             f"{absent[0]}. Name a model that was trained for segmentation."

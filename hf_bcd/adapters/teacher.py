@@ -68,8 +68,7 @@ class FrozenTeacher(nn.Module):
     def num_labels(self) -> int:
         return self.adapter.num_labels
 
-    def train(self, mode: bool = True) -> "FrozenTeacher":
-        """Stays in evaluation mode, whatever is asked."""
+    def train(self, mode: bool = True) -> "FrozenTeacher":  # it stays in evaluation mode, whatever is asked
         return super().train(False)
 
     def resize(self, pixel_values: Tensor) -> Tensor:
