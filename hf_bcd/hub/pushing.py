@@ -21,7 +21,7 @@ from .errors import HubError, cause_of, explained
 
 logger = logging.getLogger(__name__)
 
-LOCAL_PATH = re.compile(r"^(/|~|\.{1,2}/|[A-Za-z]:\\)")
+STARTS_AS_PATH = re.compile(r"^(/|~|\.{1,2}/|[A-Za-z]:\\)")
 # seconds: a connection that stays silent for longer is dead, and nobody waits longer in silence for a rate limit
 SILENCE, RATE_LIMIT_WAIT = 120, 30
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
@@ -190,7 +190,7 @@ def student_files(folder: Path, token: str | None = None, *, finished: bool = Tr
 
 def _local_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Local paths in a JSON value, each behind the keys that lead to it; class names may look like one."""
-    if isinstance(value, str) and LOCAL_PATH.match(value):
+    if isinstance(value, str) and STARTS_AS_PATH.match(value):
         yield key, value
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in items:
@@ -259,7 +259,7 @@ def fetch_checkpoint(source: str, folder: Path, *, token: str | None = None) -> 
     repo_id, _, given = source.partition("@")
     api, revision = HfApi(token=token), given or None
     with explained("model", repo_id, revision=revision):
-        name = last_checkpoint(api.list_repo_files(repo_id, revision=revision))
+        name = pushed_checkpoint(api.list_repo_files(repo_id, revision=revision))
         if name is None:
             raise HubError(
                 f"model {repo_id} holds no checkpoint, neither last-checkpoint/ nor checkpoint-N/; "
@@ -281,7 +281,7 @@ def fetch_checkpoint(source: str, folder: Path, *, token: str | None = None) -> 
     return str(target)
 
 
-def last_checkpoint(paths: Iterable[str]) -> str | None:
+def pushed_checkpoint(paths: Iterable[str]) -> str | None:
     """The folder of the newest checkpoint among a repository's files."""
     folders = {path.split("/")[0] for path in paths if path.endswith("/trainer_state.json")}
     numbered = [name for name in folders if re.fullmatch(r"checkpoint-\d+", name)]

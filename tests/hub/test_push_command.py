@@ -11,7 +11,7 @@ from hub.server import MARKER_TOKEN, OTHER_TOKEN, HubServer
 from hub.student_folder import LEFT_OUT, finished, finished_timm
 
 from hf_bcd.hub.errors import HubError
-from hf_bcd.hub.pushing import last_checkpoint, name_in_examples, student_files
+from hf_bcd.hub.pushing import name_in_examples, pushed_checkpoint, student_files
 
 
 Push = Callable[..., tuple[str, str]]
@@ -89,13 +89,13 @@ def test_what_is_unfinished_or_private_is_refused(
 
 
 def test_the_last_checkpoint_of_a_repository_is_found() -> None:
-    assert last_checkpoint(["README.md", "checkpoint-2/trainer_state.json", "checkpoint-10/trainer_state.json"]) == (
+    assert pushed_checkpoint(["README.md", "checkpoint-2/trainer_state.json", "checkpoint-10/trainer_state.json"]) == (
         "checkpoint-10"
     )
-    assert last_checkpoint(["checkpoint-2/trainer_state.json", "last-checkpoint/trainer_state.json"]) == (
+    assert pushed_checkpoint(["checkpoint-2/trainer_state.json", "last-checkpoint/trainer_state.json"]) == (
         "last-checkpoint"
     )
-    assert last_checkpoint(["config.json", "checkpoint-x/trainer_state.json", "checkpoint-3/config.json"]) is None
+    assert pushed_checkpoint(["config.json", "checkpoint-x/trainer_state.json", "checkpoint-3/config.json"]) is None
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(hub: HubServer, push: Push, tmp_path: Path) -> None:
