@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence, Sized
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import timm
+from transformers import TrainerState
 
 from ..adapters import DenseAdapter, LabelMap
 from ..adapters.base import REPO_ID
 from ..adapters.loading import ModelSpec
+from ..adapters.teacher import FrozenTeacher
 from ..card.escaping import shareable_recipe
 from ..card.model_card import write_card
 from ..card.record import RANDOM, DataRecord, ModelRecord, RunRecord
@@ -21,19 +23,36 @@ from ..data.sources.catalog import CATALOG
 from ..losses import DistillationLoss
 from ..losses.modules.schedules import Temperature
 from ..losses.recipe import options_of
+from ..tasks import Task
 from ..utils.costs import device_name
-from .config import PRESETS
-
-
-if TYPE_CHECKING:
-    from .trainer import BCDTrainer
+from .config import PRESETS, BCDConfig
+from .distiller import Distiller
+from .hub import HubCallback
 
 
 HEADS = {"psp": "PSPNet", "deeplabv3plus": "DeepLabV3+", "fpn": "FPN"}
 PACKAGES = ("transformers", "torch", "timm", "datasets", "accelerate", "huggingface_hub")
 
 
-def write_training_card(trainer: "BCDTrainer") -> None:
+class TrainedRun(Protocol):
+    """The facts of a trainer that a card is made of."""
+
+    args: BCDConfig
+    task: Task
+    teacher: FrozenTeacher | None
+    hub: HubCallback
+    state: TrainerState
+    optimizer: Any
+    train_dataset: Any
+
+    @property
+    def distiller(self) -> Distiller: ...
+
+    @property
+    def train_seconds(self) -> float: ...
+
+
+def write_training_card(trainer: TrainedRun) -> None:
     """Writes README.md beside a student that no run has reported: its training, without scores."""
     data: Any = getattr(trainer.train_dataset, "dataset", None)
     known: Any = {"train": data} if isinstance(data, DenseDataset | DenseStream) else None
@@ -42,7 +61,7 @@ def write_training_card(trainer: "BCDTrainer") -> None:
 
 
 def record_run(
-    trainer: "BCDTrainer",
+    trainer: TrainedRun,
     models: Mapping[str, DenseAdapter],
     results: Mapping[str, Any],
     data: Mapping[str, DenseDataset] | None,
@@ -131,7 +150,7 @@ def hub_dataset(split: DenseDataset) -> str | None:
     return split.source if REPO_ID.fullmatch(split.source) and not Path(split.source).exists() else None
 
 
-def record_methods(trainer: "BCDTrainer") -> dict[str, dict[str, Any]]:
+def record_methods(trainer: TrainedRun) -> dict[str, dict[str, Any]]:
     """Papers, changed options and last temperatures of the distillation methods, with those that one of them hosts."""
     args, records = trainer.args, {}
     recipe: Any = PRESETS[args.preset] if args.losses is None else args.losses
@@ -156,7 +175,7 @@ def class_words(found: LabelMap) -> str:
     return f"{total - len(found.missing)} of {total} are mapped to the teacher's {len(found.teacher)}{lacking}"
 
 
-def schedule_words(trainer: "BCDTrainer", augmented: bool = True) -> dict[str, str]:
+def schedule_words(trainer: TrainedRun, augmented: bool = True) -> dict[str, str]:
     """How the student was trained; `augmented` says whether its samples went through our augmentation."""
     args, warmup = trainer.args, trainer.args.get_warmup_steps(trainer.state.max_steps)
     scheduler, optimizer = (getattr(option, "value", option) for option in (args.lr_scheduler_type, args.optim))
@@ -193,7 +212,7 @@ def package_version() -> str:
     return version("hf_bcd") + (f" (commit {commit})" if commit else "")
 
 
-def hardware_words(trainer: "BCDTrainer") -> str:
+def hardware_words(trainer: TrainedRun) -> str:
     """The machine, and the time that the student took on it."""
     processes, seconds = trainer.args.world_size, timedelta(seconds=round(trainer.train_seconds))
     text = (f"{processes} processes on " if processes > 1 else "") + device_name(trainer.args.device)
