@@ -264,9 +264,9 @@ def test_maps_and_point_must_exist(tmp_path):
 
 
 @pytest.mark.slow
-def test_matplotlib_is_imported_for_figures_alone_and_pyplot_never(tmp_path):
+def test_matplotlib_is_imported_when_a_figure_is_drawn_and_pyplot_never(tmp_path):
     code = (
-        "import sys, numpy as np, hf_bcd.figures.segmentation as v\n"
+        "import sys, numpy as np, hf_bcd.figures.bcd as v\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"v.boundary_figure(np.zeros((32, 32, 3), np.uint8), {{'b': np.eye(4)}}, {str(tmp_path / 'a.png')!r})\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
