@@ -328,7 +328,7 @@ def test_two_ranks_decide_and_train_as_one(tmp_path: Path) -> None:
     thresholds = [sum(whole) / 2, whole[0] - 1e-6, whole[0] + 1e-6]
     assert min(half[0] for half in halves) < whole[0] - 1e-4 and abs(whole[0] - whole[1]) > 1e-4
     mp.spawn(work, args=(str(tmp_path), thresholds), nprocs=2)  # type: ignore[attr-defined]
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     decisions = []
     for case, threshold in enumerate(thresholds):
         one = train(threshold, slice(None), 1)
