@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from hf_bcd.data import load_dense_dataset
+from hf_bcd.utils.messages import UserError
 
 
 def grid(*ids, shape=(2, 6)):
@@ -42,5 +43,5 @@ def save(path, picture):
 
 
 def refused(message, source, **options):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_dense_dataset(source, **options)
