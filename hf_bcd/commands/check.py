@@ -7,11 +7,11 @@ hf-bcd check path/to/data --every_row
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..data import CATALOG, DenseDataset, DenseDatasets, load_dense_dataset
-from ..data.labels import IGNORE_INDEX
-from ..data.probing import PROBED_ROWS, examine
+from ..data.probing import PROBED_ROWS, judge, survey
 from ..utils.messages import UserError
 
 
@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--every_row", action="store_true", help="read all images and masks, not only the first ones")
     options = vars(parser.parse_args(argv))
     name, alias = options.pop("name"), options.pop("dataset_name")
-    source = name or alias or options.pop("data_dir")
+    source = name or alias
+    if source is None and (folder := options.pop("data_dir")):
+        source = Path(folder)
     if source is None:
         raise UserError("no data set: name one of the catalog, a Hub id or a folder.")
     print(check(source, **options))
@@ -69,11 +71,15 @@ def _lines(data: DenseDatasets, name: str, every_row: bool) -> Iterator[str]:
 
 
 def _split_lines(dataset: DenseDataset, rows: int) -> Iterator[str]:
-    found = examine(map(dataset.rows.__getitem__, range(rows)), dataset.rule, dataset.num_labels)
+    found = survey(map(dataset.rows.__getitem__, range(rows)), dataset.rule, dataset.num_labels)
     yield f"  of the first {rows}" if rows < len(dataset) else f"  of all {rows}"
-    yield f"  image sizes (width x height): {', '.join(f'{width}x{height}' for width, height in found.sizes)}"
-    yield f"  masks stored as: {', '.join(found.modes)}"
-    yield f"  ids stored: {', '.join(map(str, found.stored_ids))}"
+    yield f"  image sizes (width x height): {', '.join(f'{width}x{height}' for width, height in sorted(found.sizes))}"
+    yield f"  masks stored as: {', '.join(sorted(found.modes))}"
+    yield f"  ids stored: {', '.join(map(str, sorted(found.stored)))}"
     yield f"  void: {found.void_share:.1%} of the pixels"
-    for index in found.pixels[:IGNORE_INDEX].nonzero()[0].tolist():
+    for index in found.classes:
         yield f"  class {index:3d}: {found.pixels[index] / found.pixels.sum():6.1%}  {dataset.id2label[index]}"
+    whole = rows == len(dataset)
+    train = whole and dataset.split == "train"
+    for note in judge(found, dataset.id2label, dataset.source, whole=True) if train else dataset.notes:
+        yield f"  please check: {note}"

@@ -3,7 +3,6 @@
 from .cache import keep_in_memory
 from .dataset import DenseDataset, DenseDatasets, check_one_size, collate
 from .loading import load_dense_dataset
-from .probing import check_masks
 from .sources.catalog import CATALOG, DatasetSpec
 from .streaming import DenseStream, TransformedStream
 from .transforms import EvalTransform, TrainTransform
@@ -18,7 +17,6 @@ __all__ = [
     "EvalTransform",
     "TrainTransform",
     "TransformedStream",
-    "check_masks",
     "check_one_size",
     "collate",
     "keep_in_memory",

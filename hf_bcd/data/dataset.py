@@ -19,7 +19,16 @@ from .labels import IGNORE_INDEX, ColourId, LabelRule, decode_label
 
 TASK = "semantic-segmentation"
 Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-SPLIT_ALIASES = {"val": "validation", "valid": "validation"}
+SPLIT_ALIASES = {
+    "training": "train",
+    **dict.fromkeys(("val", "valid", "valid_seen", "dev", "eval", "evaluation"), "validation"),
+    "testing": "test",
+}
+
+
+def aliases_of(split: str) -> list[str]:
+    """Other names of a split."""
+    return [alias for alias, name in SPLIT_ALIASES.items() if name == split]
 
 
 class Row(NamedTuple):
@@ -30,15 +39,19 @@ class Row(NamedTuple):
     image_name: str
     label_name: str
 
+    def mask(self) -> Image.Image | np.ndarray:
+        """The mask, decoded; refused if its format does not keep ids."""
+        return (
+            self.label if isinstance(self.label, np.ndarray) else read_image(self.label, self.label_name, exact=True)
+        )
+
     def stored_ids(self, colours: Sequence[ColourId] = ()) -> np.ndarray:
-        """Decodes the mask to the ids that it stores, `[H, W]`; `colours` are those of a colour-coded mask."""
-        mask = self.label if isinstance(self.label, np.ndarray) else read_image(self.label, self.label_name)
-        if getattr(mask, "format", None) in ("JPEG", "MPO"):
-            raise UserError(
-                f"{self.label_name}: a mask stored as JPEG, whose compression changes ids. Store masks as PNG, from the "
-                "annotations themselves: converting this file would keep the wrong ids."
-            )
-        return decode_label(mask, self.label_name, colours)
+        """The ids that the mask stores, `[H, W]`; `colours` are those of a colour-coded mask."""
+        return decode_label(self.mask(), self.label_name, colours)
+
+
+class UnlabelledError(UserError):
+    """A row without a mask; of evaluation splits whose labels are withheld, all rows are so."""
 
 
 class Rows(Protocol):
@@ -90,7 +103,7 @@ def read_sample(row: Row, rule: LabelRule, num_labels: int) -> Sample:
     """
     label = rule.apply(row.stored_ids(rule.colours), num_labels, row.label_name)
     image = match_orientation(read_image(row.image, row.image_name), label.shape[::-1], row.image_name)
-    return {"image": to_rgb(image), "label": label}
+    return {"image": to_rgb(image, row.image_name), "label": label}
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +118,7 @@ class Split:
         id2label: names of the classes 0..num_labels-1.
         rule: how stored ids become class ids.
         revision: commit of a Hub id that is read, or the branch or tag that was named.
+        notes: what looks wrong with it, sentences that were logged and that the card repeats.
         task: what its samples are for, a key of `hf_bcd.tasks.TASKS`.
     """
 
@@ -115,6 +129,7 @@ class Split:
     id2label: dict[int, str]
     rule: LabelRule = field(default_factory=LabelRule)
     revision: str | None = None
+    notes: tuple[str, ...] = ()
 
     task: ClassVar[str] = TASK
     ignore_index: ClassVar[int] = IGNORE_INDEX
@@ -156,7 +171,7 @@ class DenseDataset(Split, Dataset[Sample]):
 
 
 class DenseDatasets(Mapping[str, DenseDataset]):
-    """Splits of a data set by name. `val` and `valid` stand for `validation`."""
+    """Splits of a data set by name; `val`, `dev`, `training` and others of `SPLIT_ALIASES` stand for the usual names."""
 
     def __init__(self, splits: Mapping[str, Any]):
         self._splits = dict(splits)

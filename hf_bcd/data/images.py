@@ -9,27 +9,79 @@ from PIL import ExifTags, Image, ImageOps
 from ..utils.messages import UserError
 
 
-def read_image(file: str | Path | bytes | Image.Image, name: str) -> Image.Image:
+# formats that give back the numbers they were given; WebP, TIFF and PPM have forms that do not
+EXACT_FORMATS = ("BMP", "GIF", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
+# Pillow stretches grey values of 2 and 4 bits over 0..255
+STRETCHED = {"L;2": 85, "L;4": 17}
+
+
+def read_image(file: str | Path | bytes | Image.Image, name: str, *, exact: bool = False) -> Image.Image:
     """Decodes a path or encoded bytes completely; an image stays as it is.
 
+    Args:
+        file: path, encoded bytes or image.
+        name: file or row, for error messages.
+        exact: whether the stored numbers matter, as in masks.
+
     Raises:
-        UserError: the file is missing, truncated or not an image; `name` says which file or row.
+        UserError: the file is missing, truncated, not an image, too large for Pillow's limit, or has 16 bits a colour,
+            of which Pillow keeps the high ones only; if `exact`, also if its format does not keep numbers.
     """
     if isinstance(file, Image.Image):
         return file
     try:
-        image = Image.open(io.BytesIO(file if isinstance(file, bytes) else Path(file).read_bytes()))
+        content = file if isinstance(file, bytes) else Path(file).read_bytes()
+        image = Image.open(io.BytesIO(content))
+        codec, *_, form = tuple(image.tile[0]) if getattr(image, "tile", None) else ("", "")
         image.load()
-        return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"{name}: {error} The limit is Pillow's, against files that fill the memory. Cut the image and its mask into "
+            "tiles; or, where you trust your files, set PIL.Image.MAX_IMAGE_PIXELS to more than its pixels in a script."
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{name}: cannot be decoded as an image ({error}). Replace or remove the file.") from error
+    form = str(form[0] if isinstance(form, tuple) and form else form)  # how the file packs its values
+    if ";16" in form and not image.mode.startswith("I"):
+        raise UserError(
+            f"{name}: {image.mode} with 16 bits a channel, of which decoding here loses the low ones. Store photographs "
+            "with 8 bits a channel, scaled by the range that their values really have, and masks as one channel of ids."
+        )
+    return _exact(image, codec, form, content, name) if exact else image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB version of an image of any mode; 16-bit grey values keep their high byte."""
-    if image.mode.startswith("I"):
-        # PIL clips 16-bit values at 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+def _exact(image: Image.Image, codec: str, form: str, content: bytes, name: str) -> Image.Image:
+    lossy = image.format not in EXACT_FORMATS or image.info.get("compression") in LOSSY_COMPRESSIONS
+    if lossy or (image.format == "WEBP" and content[12:16] != b"VP8L"):
+        raise UserError(
+            f"{name}: a mask stored as {image.format}, whose compression changes ids. Store masks as PNG, from the "
+            "annotations themselves: converting this file would keep the wrong ids."
+        )
+    if codec.startswith("ppm") or form.endswith(";I"):
+        raise UserError(
+            f"{name}: a mask whose stored values stand for shades ({image.format}, {codec} {form}), which decoding "
+            "stretches or inverts. Store masks as PNG of class ids."
+        )
+    return image.point([value // STRETCHED[form] for value in range(256)]) if form in STRETCHED else image
+
+
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """8-bit RGB version of an image of any mode.
+
+    Raises:
+        UserError: the values are not whole numbers in 0..255. Pipelines of transformers clip such values, and a model
+            would see another picture there than in training; `name` says which file or row.
+    """
+    if image.mode[0] in "IF":  # 16 or 32 bits, or floats
+        values = np.asarray(image)
+        pixels = values.clip(0, 255).astype(np.uint8)
+        if not np.array_equal(values, pixels):
+            raise UserError(
+                f"{name}: {values.dtype} values from {values.min():g} to {values.max():g}, but models take 8 bits, 0 to 255. "
+                "Store the images so, all scaled by the one range that they are measured in; pipelines would clip them."
+            )
+        image = Image.fromarray(pixels)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it

@@ -1,8 +1,8 @@
 """From a stored mask to class ids: decoding of the file's pixel format, then the data set's label rule."""
 
 import json
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,17 +11,17 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from ..utils.files import read_text
 from ..utils.messages import UserError
+from ..utils.text import shortened
 
-
-logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = 255
 MAX_LABELS = IGNORE_INDEX  # ids 0..254; 255 marks void pixels
 _TABLE_SIZE = 1 << 16  # every id that an 8-bit or 16-bit mask can hold
 
 ColourId = tuple[tuple[int, int, int], int]  # colour, and the id that it stands for
-NameSource = Mapping[int, str] | Mapping[str, str] | Sequence[str] | str | Path
+NameSource = Mapping[Any, Any] | Sequence[Any] | str | Path
 
 
 def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[ColourId] = ()) -> np.ndarray:
@@ -31,7 +31,8 @@ def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[Co
     their three channels are equal, as in several exports of Cityscapes, or if their colours are known.
 
     Args:
-        mask: image of mode `P`, `L`, `1`, `I`, `I;16`, `RGB` or opaque `RGBA`, or integer array `[H, W]` or `[H, W, 3]`.
+        mask: image of mode `P`, `L`, `1`, `I`, `I;16`, `RGB`, or opaque `LA` or `RGBA`; or integer array `[H, W]` or
+            `[H, W, 3]`.
         name: the file or row, for error messages.
         colours: ids by colour; of two ids with the same colour, the first is taken. An RGB mask whose channels are equal
             is still one of ids if these are among them.
@@ -42,8 +43,8 @@ def decode_label(mask: Image.Image | np.ndarray, name: str, colours: Sequence[Co
     ids = np.asarray(mask)
     if ids.dtype == bool:
         ids = ids.astype(np.uint8)
-    if colours and ids.ndim == 3 and ids.shape[-1] == 4 and (ids[..., 3] == 255).all():
-        ids = ids[..., :3]  # opaque RGBA
+    if ids.ndim == 3 and ids.shape[-1] in (2, 4) and (ids[..., -1] == 255).all():
+        ids = ids[..., 0] if ids.shape[-1] == 2 else ids[..., :3]  # opaque
     if ids.ndim == 3 and ids.shape[-1] == 3:
         equal = bool((ids == ids[..., :1]).all())
         if colours and not (equal and np.isin(ids[..., 0], [IGNORE_INDEX, *(index for _, index in colours)]).all()):
@@ -178,58 +179,53 @@ def _table(rule: LabelRule, num_labels: int) -> np.ndarray:
 
 
 def read_id2label(source: NameSource) -> dict[int, str]:
-    """Class names by id, from a mapping, a list of names or a JSON file of either.
+    """Class names by id, from a mapping, a list or a JSON file of either.
+
+    A list holds names in the order of ids, or objects with `id` and `name` as annotation tools write them; a mapping has
+    names, or objects with `name`, by id.
 
     Raises:
-        UserError: the ids are not 0..n-1, a name occurs twice, or there are more than 255 classes.
+        UserError: a name is no text, the ids are not 0..n-1, a name occurs twice, or there are fewer than two classes
+            or more than 255.
     """
     origin, names = "id2label", cast(Any, source)
     if isinstance(source, str | Path):
         origin = str(source)
         try:
-            names = json.loads(Path(source).read_text(encoding="utf-8"))
+            names = json.loads(read_text(Path(source)))
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"{origin}: not a readable JSON file of class names ({error}).") from error
-    try:
-        pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
-        id2label = dict(sorted((int(index), str(label)) for index, label in pairs))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{origin}: expected a list of class names or a mapping of ids to names ({error}).") from error
+    if not isinstance(names, Mapping | list | tuple):
+        raise UserError(
+            f"{origin}: a {type(names).__name__}; expected a list of class names or a mapping of ids to names."
+        )
+    id2label: dict[int, str] = {}
+    for key, value in names.items() if isinstance(names, Mapping) else enumerate(names):
+        index, label = key, value
+        if isinstance(value, Mapping):
+            index, label = value.get("id", key if isinstance(names, Mapping) else None), value.get("name")
+        if not isinstance(label, str) or not label.strip() or not str(index).isdecimal():
+            raise UserError(
+                f"{origin}: {key!r} has {shortened(repr(value))}. A class is an id and a name: a list of names, a mapping "
+                "such as {0: road}, or objects with id and name."
+            )
+        if int(index) in id2label:
+            raise UserError(f"{origin}: id {index} has two names, {id2label[int(index)]!r} and {label!r}; keep one.")
+        id2label[int(index)] = label
+    id2label = dict(sorted(id2label.items()))
     if list(id2label) != list(range(len(id2label))) or not 1 <= len(id2label) <= MAX_LABELS:
+        holes = sorted(set(range(max(id2label, default=0))) - id2label.keys())[:5]
+        missing = f"; {', '.join(map(str, holes))} {'have' if len(holes) > 1 else 'has'} no name" if holes else ""
         raise UserError(
             f"{origin}: class ids must be 0..n-1 with n at most {MAX_LABELS} (255 marks void pixels), got {len(id2label)} "
-            f"ids from {min(id2label, default=None)} to {max(id2label, default=None)}."
+            f"ids from {min(id2label, default=None)} to {max(id2label, default=None)}{missing}."
         )
-    twice = sorted({label for label in id2label.values() if list(id2label.values()).count(label) > 1})
+    if len(id2label) == 1:
+        raise UserError(
+            f"{origin}: one class, {id2label[0]!r}, which every pixel would get. Name what the other pixels are as a class "
+            "of its own, such as background."
+        )
+    twice = sorted(label for label, count in Counter(id2label.values()).items() if count > 1)
     if twice:
         raise UserError(f"{origin}: class names {twice} occur more than once; label2id would lose classes.")
     return id2label
-
-
-def infer_id2label(masks: Iterable[tuple[np.ndarray, str]], rule: LabelRule) -> dict[int, str]:
-    """Names `class_0` .. `class_n` for the ids 0 to the largest one that occurs in any mask after the label rule.
-
-    Args:
-        masks: stored ids `[H, W]` of every mask, with its file or row for error messages.
-        rule: the label rule.
-
-    Raises:
-        UserError: fewer than two classes occur.
-    """
-    counts = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
-    for ids, name in masks:
-        counts += np.bincount(rule.apply(ids, MAX_LABELS, name).ravel(), minlength=len(counts))
-    found = np.flatnonzero(counts[:IGNORE_INDEX]).tolist()
-    if not found or found[-1] == 0:
-        raise UserError(
-            f"No class beside {'0' if found else 'void'} occurs in any mask. 255 marks void pixels: if it stands for the "
-            "foreground in these masks, store the foreground as 1; if one class is right, pass id2label."
-        )
-    if 2 * len(found) <= found[-1]:
-        logger.warning(
-            "Of the ids 0..%d only %d occur in the masks, and the others become classes, too. If these are grey levels or "
-            "masks stored with loss, store ids instead; if not, pass id2label.",
-            found[-1],
-            len(found),
-        )
-    return {index: f"class_{index}" for index in range(found[-1] + 1)}

@@ -5,16 +5,25 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.messages import UserError
-from .dataset import SPLIT_ALIASES, DenseDataset, DenseDatasets, ReadRows, Row
-from .labels import LabelRule, NameSource, infer_id2label, read_id2label
-from .probing import examine, first_rows
+from .dataset import (
+    SPLIT_ALIASES,
+    DenseDataset,
+    DenseDatasets,
+    ReadRows,
+    Row,
+    UnlabelledError,
+    aliases_of,
+)
+from .labels import MAX_LABELS, LabelRule, NameSource, read_id2label
+from .probing import PROBED_ROWS, Survey, infer_id2label, is_labelled, judge, probed_rows, survey
 from .sources.catalog import CATALOG, open_known
-from .sources.layouts import pair_folders
+from .sources.layouts import has_file_pairs, pair_folders
 from .sources.tables import hub_names, load_tables, read_tables
 from .streaming import DenseStream, StreamRows, open_streams
 
@@ -27,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 NAME_FILES = ("id2label.json", "classes.json")
 METADATA_FILES = [f"{folder}metadata.{kind}" for folder in ("", "*/") for kind in ("csv", "jsonl", "parquet")]
-FOLDERS = {split: (f"{split}/images", f"{split}/masks") for split in ("train", "val", "valid", "validation", "test")}
+SPLIT_NAMES = [name for split in ("train", "validation", "test") for name in (split, *aliases_of(split))]
+FOLDERS = {split: (f"{split}/images", f"{split}/masks") for split in SPLIT_NAMES}
 SCENE_COUNTS = {"train": 1000, "validation": 200, "test": 200}
 SCENE_OPTIONS = ("size", "seed", "num_classes")
 
@@ -54,7 +64,7 @@ def load_dense_dataset(
         name_or_path: one of
             - a name in `CATALOG`, whose label rule and class names are known;
             - a folder with `{train,val,test}/{images,masks}`, where image and mask have the same stem, and
-              optionally `id2label.json` or `classes.json`;
+              optionally `id2label.json` or `classes.json`; a `Path` is always a folder;
             - a folder that `datasets.load_dataset` reads, such as an `imagefolder` whose `metadata.jsonl` has `file_name`
               and `mask_file_name`;
             - a Hub id `user/name`;
@@ -78,8 +88,8 @@ def load_dense_dataset(
         The splits that exist, usually `train`, `validation` and `test`.
 
     Raises:
-        UserError: the source does not exist or is incomplete, columns or class names cannot be found, or one of the
-            first rows cannot be read.
+        UserError: the source does not exist or is incomplete, columns or class names cannot be found, one of the rows
+            that are looked at cannot be read, or the masks do not agree with names and rule.
     """
     if scene_options and name_or_path != "synthetic":
         raise UserError(f"Arguments {', '.join(scene_options)} are for the data set 'synthetic' only.")
@@ -102,7 +112,7 @@ def load_dense_dataset(
         if name_or_path == "synthetic":
             return _load_scenes(**scene_options)
         opened = open_known(name_or_path, data_dir, open_tables, max_eval_samples if streaming else None)
-        return _assemble(name_or_path, *opened)
+        return _probed(_assemble(name_or_path, *opened))
 
     rule = LabelRule(reduce_zero=reduce_labels, void_ids=tuple(ignore_labels))
     hub_id = None
@@ -115,7 +125,7 @@ def load_dense_dataset(
             name, source = root.resolve().name, str(root)
             id2label = id2label or next((root / file for file in NAME_FILES if (root / file).is_file()), None)
             # Metadata may pair files of different names, so it goes before the pairing by stem.
-            described = any(next(root.glob(pattern), None) for pattern in METADATA_FILES)
+            described = any(has_file_pairs(file) for pattern in METADATA_FILES for file in root.glob(pattern))
             rows: Mapping[str, Any] = {} if described else pair_folders(root, FOLDERS)
             if rows and streaming:
                 raise _nothing_to_stream(root)
@@ -159,10 +169,36 @@ def _checked_hub_id(name: str) -> str:
 
 
 def _probed(data: DenseDatasets) -> DenseDatasets:
-    """Decodes the first rows of every split, so that faults of columns, masks or ids show now."""
-    for dataset in data.values():
-        examine(first_rows(dataset.rows), dataset.rule, dataset.num_labels)
-    return data
+    """Looks at some rows of every split: faults show now, and evaluation splits without labels are left out."""
+    kept: dict[str, DenseDataset] = {}
+    train: Survey | None = None
+    for split in sorted(data, key=lambda split: split != "train"):
+        dataset, notes = data[split], list[str]()
+        try:
+            rows = probed_rows(dataset.rows)
+            found = survey(rows, dataset.rule, dataset.num_labels, PROBED_ROWS)
+        except UnlabelledError as error:
+            if split == "train":
+                raise
+            logger.warning("%s: split %r is left out, since it has no labels. %s", dataset.source, split, error)
+            continue
+        if split == "train":
+            train = found
+            whole = hasattr(dataset, "__len__") and found.masks == len(dataset)
+            notes = judge(found, dataset.id2label, dataset.source, whole=whole)
+            for note in notes:
+                logger.warning("%s: %s. Please check this before training.", dataset.source, note)
+        elif not is_labelled(found, train):
+            logger.warning(
+                "%s: split %r is left out: the %d masks that were looked at store only %s, as where labels are withheld.",
+                dataset.source,
+                split,
+                found.masks,
+                ", ".join(map(str, sorted(found.stored))),
+            )
+            continue
+        kept[split] = replace(dataset, notes=tuple(notes))
+    return DenseDatasets({split: kept[split] for split in data if split in kept})
 
 
 def _assemble(
@@ -175,7 +211,7 @@ def _assemble(
 ) -> DenseDatasets:
     renamed = {SPLIT_ALIASES.get(split, split): rows for split, rows in splits.items()}
     if len(renamed) < len(splits):
-        raise UserError(f"{source}: several of the splits {', '.join(splits)} are validation splits; keep one.")
+        raise UserError(f"{source}: several of the splits {', '.join(splits)} stand for the same one; keep one.")
     for split, rows in renamed.items():
         if next(iter(rows), None) is None:
             raise UserError(f"{source}: split {split!r} holds no images.")
@@ -188,11 +224,15 @@ def _assemble(
     elif "train" in renamed:
         train = renamed["train"]
         logger.info("%s: no class names; reading all %d masks of 'train' for the largest id.", source, len(train))
-        masks = ((row.stored_ids(), row.label_name) for row in map(train.__getitem__, range(len(train))))
-        id2label = infer_id2label(masks, rule)
+        id2label = infer_id2label(
+            survey(map(train.__getitem__, range(len(train))), rule, MAX_LABELS, images=0), source
+        )
         logger.info("%s: %d classes found. Give id2label to name them and to start faster.", source, len(id2label))
     else:
-        raise UserError(f"{source}: without a split 'train', class names cannot be inferred; give id2label.")
+        raise UserError(
+            f"{source}: class names are inferred from a split 'train', but the splits are {', '.join(splits)}; rename the "
+            "one that is it, or give id2label (`--id2label`)."
+        )
     built: dict[str, Any] = {}
     for split, rows in renamed.items():
         kind: Any = DenseStream if isinstance(rows, StreamRows) else DenseDataset

@@ -10,14 +10,13 @@ from transformers import PreTrainedModel, set_seed
 
 from ..adapters import DenseAdapter, adapt, read_synonyms
 from ..adapters.loading import ModelSpec, build_model
-from ..data import DenseDataset, DenseDatasets, DenseStream, check_masks, keep_in_memory, load_dense_dataset
+from ..data import DenseDataset, DenseDatasets, DenseStream, keep_in_memory, load_dense_dataset
 from ..hub.pushing import fetch_checkpoint
 from ..training.checkpoints import last_checkpoint
 from ..training.config import BCDConfig
 from ..training.evaluation import evaluate
 from ..training.teaching import adopt_labels
 from ..training.trainer import BCDTrainer
-from ..utils.distributed import is_first_process
 from ..utils.messages import UserError
 from ..utils.yaml import parse_mapping
 from .arguments import DataArguments, ModelArguments
@@ -36,8 +35,8 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
     Raises:
         UserError: if neither a data set nor a folder is named, a limit is not positive, or there is no training split.
     """
-    source = args.dataset_name or args.data_dir
-    if source is None:
+    source = args.dataset_name or (args.data_dir and Path(args.data_dir))  # which is a folder, whatever it is called
+    if not source:
         raise UserError("no data: give --dataset_name (catalog name, Hub id or folder) or --data_dir.")
     for name in ("max_train_samples", "max_eval_samples"):
         if (limit := getattr(args, name)) is not None and limit < 1:
@@ -70,10 +69,6 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
 
     limits = {name: args.max_train_samples if name == "train" else args.max_eval_samples for name in data}
     splits = {name: cut(split, limits[name]) for name, split in data.items()}
-    if for_training and source != "synthetic" and is_first_process():
-        for name in ("validation", "test"):
-            if name in splits:
-                check_masks(splits[name].rows, splits[name].rule, splits[name].num_labels, name)
     if args.cache_images and for_training:
         splits |= {name: keep_in_memory(splits[name]) for name in ("train", "validation") if name in splits}
     return DenseDatasets(splits)

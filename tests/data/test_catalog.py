@@ -224,9 +224,8 @@ def test_masks_in_two_encodings(cityscapes):
     with pytest.raises(ValueError, match=message):
         cityscapes(grid(7, 26), grid(0, 255))
     for first, later, wrong in ((grid(7, 26), grid(0, 255), 255), (grid(0, 255), grid(7, 26), 26)):
-        train = cityscapes(*[first] * 4, later)
         with pytest.raises(ValueError, match=rf"row 4, column 'semantic_segmentation'.*ids \[{wrong}\]"):
-            train[4]
+            cityscapes(*[first] * 4, later)
 
 
 def test_the_first_copy_that_fits_is_taken(tmp_path, use_repos, caplog):

@@ -39,9 +39,9 @@ def test_a_folder(folder):
 
 
 def test_every_row_is_read_on_demand(folder):
-    save(folder / "train/masks/5.png", grid(7, shape=(2, 4)))
+    save(folder / "train/images/5.png", grid(7, shape=(3, 3)))
     assert "of the first 4" in check(folder)
-    with pytest.raises(ValueError, match=r"masks/5\.png.*7"):
+    with pytest.raises(ValueError, match=r"images/5\.png: the image is 3x3"):
         check(folder, every_row=True)
     for kind in ("images", "masks"):
         (folder / f"train/{kind}/5.png").unlink()

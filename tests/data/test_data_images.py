@@ -4,6 +4,7 @@ from pictures import encoded, orientation
 from PIL import Image
 
 from hf_bcd.data.images import match_orientation, read_image, to_rgb
+from hf_bcd.utils.messages import UserError
 
 
 def photograph(turn=1):
@@ -14,21 +15,25 @@ def photograph(turn=1):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16"])
 def test_every_mode_becomes_rgb(mode):
-    image = to_rgb(Image.new(mode, (4, 3)))
+    image = to_rgb(Image.new(mode, (4, 3)), "x")
     assert image.mode == "RGB" and image.size == (4, 3)
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped():
-    for kind in ("PNG", "TIFF"):
-        grey = read_image(encoded(np.array([[0, 0x80FF, 0xFFFF]], dtype=np.uint16), format=kind), "grey")
-        assert np.asarray(to_rgb(grey))[0].tolist() == [[0, 0, 0], [128, 128, 128], [255, 255, 255]]
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_read_where_a_pipeline_would_read_the_same(kind):
+    shallow = read_image(encoded(np.array([[0, 128, 255]], dtype=np.uint16), format=kind), "grey")
+    assert np.asarray(to_rgb(shallow, "grey"))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+    for values in ([0, 4095], [0, 65535]):
+        deep = read_image(encoded(np.array([values], dtype=np.uint16), format=kind), "grey")
+        with pytest.raises(UserError, match=rf"grey: uint16 values from 0 to {values[1]}, but models take 8 bits"):
+            to_rgb(deep, "grey")
 
 
 def test_palette_photograph_with_transparency():
     image = Image.new("P", (2, 1), 1)
     image.putpalette([0, 0, 0, 10, 20, 30])
     image = read_image(encoded(image, transparency=bytes([0, 128])), "p")
-    assert np.asarray(to_rgb(image))[0, 0].tolist() == [10, 20, 30]
+    assert np.asarray(to_rgb(image, "p"))[0, 0].tolist() == [10, 20, 30]
 
 
 def test_damaged_and_missing_files_are_named(tmp_path):

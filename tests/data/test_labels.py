@@ -5,7 +5,10 @@ import pytest
 from pictures import palette
 from PIL import Image
 
-from hf_bcd.data.labels import LabelRule, decode_label, infer_id2label, read_id2label
+from hf_bcd.data.dataset import Row
+from hf_bcd.data.labels import MAX_LABELS, LabelRule, decode_label, read_id2label
+from hf_bcd.data.probing import infer_id2label, survey
+from hf_bcd.utils.messages import UserError
 
 
 IDS = np.array([[0, 1, 2], [3, 2, 255]], dtype=np.uint8)
@@ -19,6 +22,9 @@ STORED = {
     "RGB-equal": Image.fromarray(np.repeat(IDS[..., None], 3, axis=2)),
     "array": IDS.astype(np.int64),
 }
+
+
+RULE = LabelRule()
 
 
 def row(*ids, kind=np.uint8):
@@ -132,7 +138,7 @@ def test_read_id2label(source, tmp_path):
         ({1: "sky", 2: "road"}, "0..n-1"),
         ({}, "0..n-1"),
         ([str(index) for index in range(256)], "at most 255"),
-        ({"sky": 0}, "mapping of ids to names"),
+        ({"sky": 0}, "'sky' has 0. A class is an id and a name"),
         (["sky", "sky"], "sky.*more than once"),
     ],
 )
@@ -150,15 +156,19 @@ def test_read_id2label_names_the_file(tmp_path, content):
 
 
 def test_infer_id2label_takes_the_largest_id_of_all_masks(caplog):
-    masks = [(row(0, 1), "a"), (row(4, 255), "b")]
-    assert list(infer_id2label(masks, LabelRule())) == [0, 1, 2, 3, 4]
-    assert infer_id2label(masks, LabelRule(reduce_zero=True))[3] == "class_3"
-    assert len(infer_id2label([(row(0, 1, 2, 4), "a")], LabelRule())) == 5 and not caplog.text
-    assert len(infer_id2label([(row(0, 120, 240), "a")], LabelRule())) == 241
-    assert "Of the ids 0..240 only 3 occur" in caplog.text  # grey levels
+    def inferred(*masks, rule=RULE):
+        return infer_id2label(survey((Row("", mask, "", "a") for mask in masks), rule, MAX_LABELS, images=0), "x")
+
+    assert list(inferred(row(0, 1), row(4, 255))) == [0, 1, 2, 3, 4]
+    assert inferred(row(0, 1), row(4, 255), rule=LabelRule(reduce_zero=True))[3] == "class_3"
+    assert len(inferred(row(0, 1, 2, 4))) == 5 and not caplog.text
+    assert len(inferred(row(0, 120, 240))) == 241
+    assert "of the ids 0..240 only 3 occur" in caplog.text  # grey levels
     for ids in (row(0, 255), row(255, 255)):
-        with pytest.raises(ValueError, match="255 marks void"):
-            infer_id2label([(ids, "a")], LabelRule())
+        with pytest.raises(UserError, match="255 marks void"):
+            inferred(ids)
+    with pytest.raises(UserError, match=r"ids up to 700, but without class names .* at most 255"):
+        inferred(row(0, 700, kind=np.uint16))
 
 
 @pytest.mark.parametrize(

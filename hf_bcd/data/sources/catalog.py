@@ -4,15 +4,16 @@ import logging
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...utils.messages import UserError
 from ..dataset import SPLIT_ALIASES
 from ..labels import IGNORE_INDEX, ColourId, LabelRule, read_id2label
-from ..probing import choose_encoding, examine, first_rows
+from ..probing import PROBED_ROWS, choose_encoding, survey
 from . import layouts
-from .coco import COCO_STUFF_10K_IDS
+from .coco import COCO_NAMES, COCO_STUFF_10K_IDS
 from .tables import hub_names, load_tables
 
 
@@ -104,7 +105,6 @@ CAMVID_NAMES = (
 # The 150 names of SceneParse150's objectInfo150.txt, each by the synonym that checkpoints on the Hub use.
 ADE20K_NAMES = _names("ade20k_id2label.json")
 ADE20K_LICENCE = "BSD-3-Clause; images for non-commercial research and education only (terms of ADE20K)"
-COCO_NAMES = _names("coco_id2label.json")  # 80 things, 53 kinds of stuff
 COCO_LICENCE = "annotations CC BY 4.0; images under the Flickr licence that each states, many of them non-commercial"
 
 # fmt: off
@@ -273,14 +273,13 @@ def _checked(
             f"{source} has no file id2label.json with the names of its classes, or it is not in the cache."
         )
     id2label = read_id2label(names)
-    first = {split: first_rows(rows) for split, rows in splits.items()}
+    first = {split: list(islice(rows, PROBED_ROWS)) for split, rows in splits.items()}
     together = [row for rows in first.values() for row in rows]
     rule = spec.rules[encoding or choose_encoding(together, spec.rules, len(id2label), source)]
     for split, rows in first.items():
         if not rows:
             raise UserError(f"{source}: split {split!r} holds no images.")
-        if examine(rows, rule, len(id2label)).void_share == 1:
-            logger.warning("%s: the first %d masks of %r are void throughout.", source, len(rows), split)
+        survey(rows, rule, len(id2label))
     for split, expected in spec.images.items():
         found = splits.get(split, ())
         if isinstance(found, Sized) and len(found) != min(expected, limit or expected):

@@ -1,6 +1,7 @@
 """COCO's ids and its json annotations, panoptic and per instance, as maps of class ids."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...utils.files import read_text
 from ...utils.messages import UserError
 from ..dataset import ReadRows, Row, Rows
 from ..images import read_image
-from ..labels import IGNORE_INDEX, pack_rgb
+from ..labels import IGNORE_INDEX, pack_rgb, read_id2label
 
 
 # The official names, and short ones of subsets in the same layout.
@@ -27,6 +29,8 @@ COCO_PANOPTIC = COCO_THINGS + (
     92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148, 149, 151, 154,
     155, 156, 159, 161, 166, 168, 171, 175, 176, 177, 178, 180, 181, *range(184, 201),
 )  # fmt: skip
+# 80 things, 53 kinds of stuff
+COCO_NAMES = read_id2label(Path(__file__).with_name("coco_id2label.json"))
 # labels.txt of COCO-Stuff: 0 is "unlabeled"; the ids of things that were never annotated do not occur.
 COCO_STUFF_10K_IDS = (
     (0, IGNORE_INDEX),
@@ -155,7 +159,7 @@ def _open_splits(root: Path, kind: str, read: Callable[[Path, Any, dict[int, str
         if images is None:
             raise UserError(f"{file} needs a folder with its images; expected {folders[0]}.")
         try:
-            content = json.loads(file.read_bytes())
+            content = json.loads(read_text(file))
             splits[split] = read(file, content, _image_paths(file, content["images"], images))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise UserError(f"{file}: not COCO's {kind} annotations ({error!r}).") from error
@@ -178,7 +182,7 @@ def _panoptic_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows
     items = []
     for annotation in content["annotations"]:
         pairs = sorted((segment["id"], segment["category_id"]) for segment in annotation["segments_info"])
-        _check_categories(file, (category for _, category in pairs), COCO_PANOPTIC)
+        _check_categories(file, content, (category for _, category in pairs), COCO_PANOPTIC)
         segments = np.array([segment for segment, _ in pairs], dtype=np.int32)
         ids = np.array([classes[category] for _, category in pairs], dtype=np.uint8)
         mask = str(file.with_suffix("") / annotation["file_name"])
@@ -188,7 +192,7 @@ def _panoptic_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows
 
 def _instance_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows:
     by_image = defaultdict(list)
-    _check_categories(file, (annotation["category_id"] for annotation in content["annotations"]), COCO_THINGS)
+    _check_categories(file, content, (one["category_id"] for one in content["annotations"]), COCO_THINGS)
     for annotation in content["annotations"]:
         kept = {key: annotation[key] for key in ("category_id", "iscrowd", "segmentation")}
         by_image[annotation["image_id"]].append(kept)
@@ -199,9 +203,22 @@ def _instance_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows
     return ReadRows(items, _read_instances)
 
 
-def _check_categories(file: Path, categories: Iterable[int], known: tuple[int, ...]) -> None:
+def _check_categories(file: Path, content: Any, categories: Iterable[int], known: tuple[int, ...]) -> None:
+    """Compares the categories that annotations use, and the names that the file gives them, with COCO's."""
     unknown = sorted(set(categories) - set(known))
     if unknown:
         raise UserError(
             f"{file}: categories {unknown} are none of COCO's {len(known)}. These are annotations of another set."
         )
+    official = dict(zip(COCO_PANOPTIC, COCO_NAMES.values(), strict=True))
+    for category in content.get("categories") or ():
+        index, name = category.get("id"), category.get("name")
+        if index in known and _letters(name) != _letters(official[index]):
+            raise UserError(
+                f"{file}: category {index} is {name!r} here, but {official[index]!r} in COCO. These are annotations of "
+                "another set in COCO's format: draw its masks as PNG files of class ids, and give their folder."
+            )
+
+
+def _letters(name: object) -> str:
+    return re.sub(r"[\W_]+", "", str(name).casefold())

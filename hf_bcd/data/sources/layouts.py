@@ -1,13 +1,16 @@
 """Images and masks as files in folders, and the official layouts of known data sets."""
 
+import csv
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ...utils.files import read_text
 from ...utils.messages import UserError
-from ..dataset import ReadRows, Row, Rows, read_files
+from ..dataset import SPLIT_ALIASES, ReadRows, Row, Rows, read_files
 from .coco import import_extra, open_instances, open_panoptic
 
 
@@ -25,6 +28,8 @@ def pair_folders(root: Path, folders: Mapping[str, tuple[str, str]]) -> dict[str
         root: folder of the data set.
         folders: folder of images and folder of masks of each split.
 
+    An evaluation split without any masks is left out, with a warning: its labels are withheld.
+
     Raises:
         UserError: a split is empty, or an image or mask has no partner.
     """
@@ -32,8 +37,29 @@ def pair_folders(root: Path, folders: Mapping[str, tuple[str, str]]) -> dict[str
     for split, names in folders.items():
         images, masks = (root / name for name in names)
         if images.is_dir():
+            labelled = masks.is_dir() and any(path.suffix.lower() in EXTENSIONS for path in masks.iterdir())
+            if not labelled and SPLIT_ALIASES.get(split, split) != "train" and any(images.iterdir()):
+                logger.warning("%s: split %r is left out, since %s holds no masks.", root, split, masks)
+                continue
             splits[split] = ReadRows(_pair(files_by_stem(images), files_by_stem(masks), images, masks), read_files)
     return splits
+
+
+def has_file_pairs(metadata: Path) -> bool:
+    """Whether a metadata file pairs images with masks, rather than to describe something else."""
+    if metadata.suffix == ".parquet":
+        from pyarrow.parquet import read_schema  # of `datasets`, and slow to import
+
+        columns: Any = read_schema(metadata).names
+    else:
+        lines = read_text(metadata).splitlines()
+        try:
+            columns = (
+                next(csv.reader(lines), ()) if metadata.suffix == ".csv" else json.loads(lines[0] if lines else "{}")
+            )
+        except ValueError as error:
+            raise UserError(f"{metadata}: its first line is no JSON ({error}).") from error
+    return "file_name" in columns and any(column != "file_name" and column.endswith("file_name") for column in columns)
 
 
 def _pair(images: Mapping[str, Path], masks: Mapping[str, Path], image_folder: Path, mask_folder: Path) -> Pairs:
@@ -52,7 +78,7 @@ def _pair(images: Mapping[str, Path], masks: Mapping[str, Path], image_folder: P
 
 def _pair_listed(list_file: Path, images: Mapping[str, Path], masks: Mapping[str, Path]) -> Pairs:
     """Pairs the images and masks that a text file lists, one stem or path of an image per line."""
-    stems = [Path(line.split()[0]).stem for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    stems = [Path(line.split()[0]).stem for line in read_text(list_file).splitlines() if line.strip()]
     missing = [stem for stem in stems if stem not in images or stem not in masks]
     if missing or not stems:
         example = f", such as {missing[0]}" if missing else ""

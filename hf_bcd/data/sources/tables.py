@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,14 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from ...hub.errors import explained
 from ...utils.messages import UserError
 from ...utils.text import shortened
-from ..dataset import Row
+from ..dataset import SPLIT_ALIASES, Row, UnlabelledError
 
 
 if TYPE_CHECKING:
     import datasets
 
+
+logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "pixel_values", "rgb", "img")
 LABEL_COLUMNS = (
@@ -58,15 +61,15 @@ class TableRows:
 
 def row_of(record: Mapping[str, Any], image_column: str, label_column: str, name: str) -> Row:
     """Takes image and mask, neither of which may be missing, out of a record of a table; `name` says where it is."""
-    image, image_name = _file(record, image_column, name)
-    label, label_name = _file(record, label_column, name)
+    image, image_name = _file(record, image_column, name, UserError)
+    label, label_name = _file(record, label_column, name, UnlabelledError)
     return Row(image, label, image_name, label_name)
 
 
-def _file(record: Mapping[str, Any], column: str, name: str) -> tuple[Any, str]:
+def _file(record: Mapping[str, Any], column: str, name: str, error: type[UserError]) -> tuple[Any, str]:
     value, name = record[column], f"{name}, column {column!r}"
     if value is None:
-        raise UserError(f"{name}: empty. Remove rows without image or mask.")
+        raise error(f"{name}: empty. Remove rows without image or mask.")
     if isinstance(value, dict):
         file = value["path"] if value["bytes"] is None else value["bytes"]
         return file, f"{name} ({value['path']})" if value["path"] else name
@@ -93,13 +96,24 @@ def read_tables(
     """
     import datasets
 
+    if isinstance(loaded, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise UserError(
+            f"{name}: got {type(loaded).__name__}; give its Hub id with streaming=True instead (`--streaming`)."
+        )
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
     if not isinstance(loaded, datasets.DatasetDict):
         raise UserError(f"{name}: expected a datasets.Dataset or DatasetDict, got {type(loaded).__name__}.")
     rows = {}
     for split, table in loaded.items():
-        columns = find_columns(table.features, image_column, label_column, name)
+        try:
+            columns = find_columns(table.features, image_column, label_column, name)
+        except UserError as error:
+            others = [columns for other, columns in rows.items() if other != split]
+            if not others or SPLIT_ALIASES.get(split, split) == "train" or others[0].label_column in table.features:
+                raise
+            logger.warning("%s: split %r is left out, since it has no labels. %s", name, split, error)
+            continue
         rows[str(split)] = TableRows(table, *columns, f"{name}/{split}")
     return rows
 
