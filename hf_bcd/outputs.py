@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .utils.messages import UserError
+
 
 IGNORE_INDEX = 255
 
@@ -75,12 +77,19 @@ class LabelMaps:
         ignore_index: id of void pixels.
         num_valid: number of valid pixels by which task losses divide, a scalar; by default of `ids`. Ranks and
             accumulated batches with unequal void shares give the gradient of one large batch if all divide by the same.
+
+    Raises:
+        UserError: on the CPU, if an id is neither a class nor `ignore_index`.
     """
 
     ids: Tensor
     num_labels: int
     ignore_index: int = IGNORE_INDEX
     num_valid: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids.device.type == "cpu":  # elsewhere looking would wait for the device
+            check_ids(self.ids, self.num_labels, self.ignore_index, "label maps")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -95,6 +104,29 @@ class LabelMaps:
         classes = torch.arange(self.num_labels, device=self.ids.device)
         ids = resize_nearest(self.ids, size)
         return (ids[:, None] == classes[:, None, None]) & (ids != self.ignore_index)[:, None]
+
+
+def check_ids(ids: Tensor, num_labels: int, ignore_index: int, name: str) -> None:
+    """Refuses class ids that are neither classes nor void; waits for the device.
+
+    Raises:
+        UserError: naming the ids, and `ignore_index` inside the classes.
+    """
+    if 0 <= ignore_index < num_labels:
+        raise UserError(
+            f"ignore_index {ignore_index} is one of the {num_labels} classes; choose a number beyond them."
+        )
+    low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
+    if 0 <= low and high < num_labels:
+        return
+    found = ids.unique().tolist()
+    wrong = [index for index in found if index != ignore_index and not 0 <= index < num_labels]
+    if wrong:
+        shown = ", ".join(map(str, wrong[:10])) + (", ..." if len(wrong) > 10 else "")
+        raise UserError(
+            f"{name} hold the ids [{shown}], which are neither one of the {num_labels} classes nor ignore_index="
+            f"{ignore_index}. Give void pixels the id {ignore_index}."
+        )
 
 
 def resize_nearest(x: Tensor, size: tuple[int, int]) -> Tensor:

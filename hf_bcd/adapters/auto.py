@@ -1,8 +1,11 @@
 """From a model of `transformers` to its adapter, its input statistics and its image processor."""
 
 import logging
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import transformers
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -60,33 +63,87 @@ def build_adapter(
 
 
 def adapt(model: PreTrainedModel | DenseAdapter) -> DenseAdapter:
-    """Adapts a model with the statistics of its own image processor; an adapter stays as it is."""
-    return model if isinstance(model, DenseAdapter) else build_adapter(model, *image_statistics(model))
+    """Adapts a model with the statistics of its own image processor; an adapter stays as it is.
+
+    Raises:
+        UserError: if there is no adapter for the model, or it shows the model other values than the image processor.
+    """
+    if isinstance(model, DenseAdapter):
+        return model
+    processor = own_processor(model)
+    adapter = build_adapter(model, *statistics_of(processor, model))
+    if processor is not None:
+        compare_inputs(adapter, processor)
+    return adapter
+
+
+def own_processor(model: PreTrainedModel) -> BaseImageProcessor | None:
+    """The image processor saved beside a model's weights, on disk or on the Hub (only in the cache when offline).
+
+    It is read at the commit that the weights came from if `load_segmentation_model` loaded them, else on the default
+    branch. None, with a warning, where a named model has none; a model built from a configuration has none beside it.
+    """
+    if not model.name_or_path:
+        return None
+    options = {"revision": getattr(model.config, "_commit_hash", None), "trust_remote_code": False}
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(model.name_or_path, **options)
+    except (OSError, ValueError) as error:
+        mean, std = adapter_class(model).family_statistics(model)
+        logger.warning(
+            f"No image processor beside {model.name_or_path!r}; images are normalised as is usual for "
+            f"{model.config.model_type}, by {mean}, {std} ({error})."
+        )
+        return None
 
 
 def image_statistics(model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Channel means and standard deviations that the model's weights expect, in RGB order, for images in 0..1.
 
-    Read from the image processor saved beside the weights, on disk or on the Hub (only in the cache when offline), at
-    the commit that the weights came from if `load_segmentation_model` loaded them, else on the default branch. Without
-    one, the family's own, with a warning. A model built from a configuration alone has nothing beside it.
+    Those of its `own_processor`; without one, the family's own.
     """
-    mean, std = adapter_class(model).family_statistics(model)
-    source = model.name_or_path
-    if source:
-        options = {"revision": getattr(model.config, "_commit_hash", None), "trust_remote_code": False}
-        try:
-            processor = transformers.AutoImageProcessor.from_pretrained(source, **options)
-        except (OSError, ValueError) as error:
-            logger.warning(
-                f"No image processor beside {source!r}; images are normalised as is usual for {model.config.model_type}, "
-                f"by {mean}, {std} ({error})."
-            )
-        else:
-            mean, std = processor.image_mean, processor.image_std
-            if not processor.do_normalize:
-                mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return statistics_of(own_processor(model), model)
+
+
+def statistics_of(processor: Any, model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The statistics of an image processor, whatever it multiplies 0..255 by, for images in 0..1."""
+    if processor is None:
+        mean, std = adapter_class(model).family_statistics(model)
+        return tuple(mean), tuple(std)
+    mean, std = processor.image_mean, processor.image_std
+    if not processor.do_normalize:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    if not math.isclose(factor, 1.0, rel_tol=1e-6):
+        mean, std = [value / factor for value in mean], [value / factor for value in std]
     return tuple(mean), tuple(std)
+
+
+def compare_inputs(adapter: DenseAdapter, processor: Any) -> None:
+    """Shows a picture to a model by its adapter and by its own image processor.
+
+    Raises:
+        UserError: if the values differ.
+    """
+    picture = torch.arange(3 * 64 * 64, dtype=torch.int32).remainder(256).to(torch.uint8).view(3, 64, 64)
+    kept = {step: False for step in ("do_resize", "do_center_crop", "do_pad") if getattr(processor, step, None)}
+    expected = processor(picture, return_tensors="pt", input_data_format="channels_first", **kept)["pixel_values"]
+    shown = adapter.normalize(picture[None])
+    if expected.shape != shown.shape or not torch.allclose(expected, shown, rtol=1e-3, atol=1e-3):
+        ranges = [
+            f"{values.min():.2f}..{values.max():.2f} of shape {list(values.shape)}" for values in (expected, shown)
+        ]
+        raise UserError(
+            f"{adapter.model.name_or_path}: its {type(processor).__name__} shows the model values {ranges[0]}, but models "
+            f"of type {adapter.model.config.model_type} are shown {ranges[1]} here (channels {adapter.channel_order}). Save "
+            "an image processor of the family's usual form beside the weights."
+        )
+    if kept.get("do_center_crop") is False:
+        logger.warning(
+            "%s: its image processor crops pictures to %s; here the model sees them whole.",
+            adapter.model.name_or_path,
+            processor.crop_size,
+        )
 
 
 def image_processor(adapter: DenseAdapter, *, shortest_edge: int | None) -> BaseImageProcessor:

@@ -15,6 +15,7 @@ from ..losses.ops.functional import resize
 from ..losses.ops.segmentation import segmentation_loss
 from ..outputs import DenseOutput, FeatureSpec, LabelMaps
 from ..utils.messages import UserError
+from ..utils.text import shortened
 from .label_matching import LabelMap, match_labels
 
 
@@ -60,6 +61,7 @@ class DenseAdapter(nn.Module, ABC):
         image_std: Sequence[float] | None = None,
     ):
         super().__init__()
+        check_channels(model)
         self.model: Any = model  # each family reaches for parts that PreTrainedModel does not declare
         default_mean, default_std = self.family_statistics(model)
         for name, values in (("image_mean", image_mean or default_mean), ("image_std", image_std or default_std)):
@@ -165,6 +167,34 @@ class DenseAdapter(nn.Module, ABC):
         return output
 
     @torch.no_grad()
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Runs the model on a black image `size` (height, width), as training and evaluation would.
+
+        Raises:
+            UserError: if it cannot take images of this size.
+        """
+        mode = self.training
+        pixel_values = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self.image_mean.device)
+        try:
+            self.eval()(pixel_values)
+        except UserError:
+            raise
+        except (RuntimeError, AssertionError, ValueError) as error:
+            made_for = getattr(getattr(self.model, "backbone", None), "pretrained_cfg", {}).get("input_size", ())
+            raise UserError(
+                f"{type(self.model).__name__} cannot take images of {size[0]}x{size[1]} pixels ({shortened(error)})."
+                + (
+                    f" Its backbone {self.model.config.backbone} was made for {made_for[-2]}x{made_for[-1]}. Train at that "
+                    "size (`--crop_size`, `--image_size`), or build it for another: options {backbone_kwargs: {img_size: "
+                    "...}}, for Swin also {strict_img_size: false}."
+                    if made_for
+                    else " Choose another crop_size or image_size, such as a multiple of 32."
+                )
+            ) from error
+        finally:
+            self.train(mode)
+
+    @torch.no_grad()
     def predict(self, pixel_values: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Class maps as `pipeline("image-segmentation")` computes them: logits brought to the size, then arg-max.
 
@@ -202,6 +232,17 @@ class DenseAdapter(nn.Module, ABC):
         if shortest_edge is not None:
             options["size"] = {"shortest_edge": shortest_edge, "longest_edge": 4 * shortest_edge}
         return options
+
+
+def check_channels(model: PreTrainedModel) -> None:
+    """Refuses models of pictures that have another number of channels than RGB's three."""
+    for config in (model.config, getattr(model.config, "backbone_config", None)):
+        channels = getattr(config, "num_channels", 3)
+        if channels not in (3, None):
+            raise UserError(
+                f"{type(model).__name__} {model.name_or_path} takes {channels} channels, but pictures are RGB here; choose a "
+                "model with num_channels=3."
+            )
 
 
 def cross_entropy(logits: Tensor, targets: LabelMaps) -> Tensor:

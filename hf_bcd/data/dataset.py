@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from ..utils.messages import UserError
 from .images import match_orientation, read_image, to_rgb
@@ -170,6 +170,31 @@ class DenseDataset(Split, Dataset[Sample]):
         return TransformedDataset(self, transform, seed, self.cache)
 
 
+def joined(dataset: Any) -> Any:
+    """A `Subset` (of `random_split` too) or `ConcatDataset` of `DenseDataset` as one `DenseDataset`; all else as it is.
+
+    Raises:
+        UserError: if data sets that are joined have other classes or another label rule.
+    """
+    if isinstance(dataset, Subset):
+        inner = joined(dataset.dataset)
+        return inner.select(dataset.indices) if isinstance(inner, DenseDataset) else dataset
+    if not isinstance(dataset, ConcatDataset):
+        return dataset
+    parts = [joined(part) for part in dataset.datasets]
+    if not all(isinstance(part, DenseDataset) for part in parts):
+        return dataset
+    first = parts[0]
+    for part in parts:
+        if (part.id2label, part.rule) != (first.id2label, first.rule):
+            raise UserError(
+                f"{first.name} and {part.name} cannot be joined: their classes are {list(first.id2label.values())[:5]} and "
+                f"{list(part.id2label.values())[:5]}, their label rules {first.rule.in_words()} and {part.rule.in_words()}."
+            )
+    names = "+".join(dict.fromkeys(part.name for part in parts))
+    return replace(first, rows=ConcatDataset([part.rows for part in parts]), name=names, cache=None)
+
+
 class DenseDatasets(Mapping[str, DenseDataset]):
     """Splits of a data set by name; `val`, `dev`, `training` and others of `SPLIT_ALIASES` stand for the usual names."""
 
@@ -254,6 +279,34 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _stack(tensors: list[Tensor]) -> Tensor | list[Tensor]:
     return torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
+
+
+def check_sample(sample: Any, name: str) -> None:
+    """Refuses a sample that no model here could use; `name` says which data set it comes from.
+
+    Models normalise images themselves, so that images which an image processor has normalised would be so twice.
+    """
+    form = "{'index': int, 'pixel_values': raw RGB 0..255 [3, H, W], 'labels': class ids [H, W]}"
+    advice = f"a sample must be {form}; load_dense_dataset makes such samples of images and masks"
+    keys = [key for key in ("index", "pixel_values", "labels") if not isinstance(sample, Mapping) or key not in sample]
+    if keys:
+        held = list(sample) if isinstance(sample, Mapping) else type(sample).__name__
+        raise UserError(f"{name}[0] holds {held} and lacks {', '.join(keys)}: {advice}.")
+    pixels, labels = sample["pixel_values"], sample["labels"]
+    for key, value, shape in (("pixel_values", pixels, "[3, H, W]"), ("labels", labels, "[H, W]")):
+        if not isinstance(value, Tensor):
+            raise UserError(f"{key} of {name}[0] is a {type(value).__name__}, not a tensor {shape}: {advice}.")
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or labels.ndim != 2:
+        shapes = f"pixel_values {list(pixels.shape)} and labels {list(labels.shape)}"
+        raise UserError(f"{name}[0] has {shapes}: {advice}.")
+    if labels.is_floating_point():
+        raise UserError(f"labels of {name}[0] are {labels.dtype}; class ids are integers.")
+    low, high = (float(value) for value in pixels.aminmax())
+    if low < 0 or high > 255 or (pixels.is_floating_point() and 0 < high <= 2):
+        raise UserError(
+            f"pixel_values of {name}[0] lie in {low:.2f}..{high:.2f}, as if scaled or normalised already; models here do "
+            f"that themselves: {advice}."
+        )
 
 
 def check_one_size(batch: Mapping[str, Any]) -> None:

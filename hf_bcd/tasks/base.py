@@ -102,6 +102,16 @@ class Task(ABC):
         """Shows a model its pictures as this image processor, which is saved beside it, will."""
 
     @abstractmethod
+    def check_sample(self, sample: Any, num_labels: int, name: str) -> None:
+        """Looks at a transformed sample of a data set from elsewhere; a `UserError` says what is not as here.
+
+        Args:
+            sample: what the data set gives.
+            num_labels: number of classes.
+            name: the data set, for error messages.
+        """
+
+    @abstractmethod
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Makes a batch of transformed samples."""
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from ..data import EvalTransform, TrainTransform, check_one_size, collate
+from ..data import EvalTransform, TrainTransform, check_one_size, check_sample, collate
 from ..figures.segmentation import comparison_figure, prediction_strip
 from ..metrics import SemanticMetrics
-from ..outputs import LabelMaps
+from ..outputs import IGNORE_INDEX, LabelMaps, check_ids
 from .base import Score, Task
 
 
@@ -89,6 +89,10 @@ class SemanticSegmentation(Task):
 
     def eval_transform(self, processor: BaseImageProcessor) -> Callable[..., Mapping[str, Any]]:
         return EvalTransform(processor)
+
+    def check_sample(self, sample: Any, num_labels: int, name: str) -> None:
+        check_sample(sample, name)
+        check_ids(sample["labels"], num_labels, IGNORE_INDEX, f"labels of {name}[0]")
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return collate(samples)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from ..losses.recipe import read_losses
 from ..utils.messages import UserError, as_user_error, unknown_key_message
@@ -21,6 +22,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 TEACHER_DTYPES = ("auto", "float32", "bfloat16")
 MAX_STEPS = 40_000
 POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
+# arguments that distillation or our own evaluation would ignore, with the value that says nothing
+UNUSED = {
+    "label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "remove_unused_columns": False, "use_liger_kernel": False,
+    "include_for_metrics": None, "batch_eval_metrics": False, "prediction_loss_only": False, "label_names": None,
+    "bf16_full_eval": False, "fp16_full_eval": False, "eval_accumulation_steps": None, "eval_use_gather_object": False,
+    "include_num_input_tokens_seen": "no",
+}  # fmt: skip
 # stands for the first score of the task, which the data decide
 FIRST_SCORE = "first_score"
 
@@ -172,12 +180,12 @@ class BCDConfig(TrainingArguments):
             raise UserError(
                 f"warmup_steps {self.warmup_steps} takes {warmup} of {self.max_steps} max_steps; lower it."
             )
-        for name, expected in (
-            ("label_smoothing_factor", 0.0),
-            ("neftune_noise_alpha", None),
-            ("remove_unused_columns", False),
-        ):
-            if getattr(self, name) != expected:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}, which segmentation does not have here; leave it out."
-                )
+        for name, expected in UNUSED.items():
+            if (given := getattr(self, name)) not in (expected, [] if expected is None else expected):
+                raise UserError(f"{name} is {given}, which would be ignored here; leave it out.")
+        available = {"tensorboard", *get_available_reporting_integrations()}
+        if missing := [name for name in self.report_to or () if name not in available]:
+            raise UserError(
+                f"report_to names {', '.join(missing)}, which cannot be imported here. Install it (pip install "
+                f"{missing[0]}), or report to {', '.join(sorted(available))} or none."
+            )

@@ -1,9 +1,10 @@
 """Scores of a model on a data set: predict, count, add up the counts of all processes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -25,6 +26,7 @@ def evaluate(
     *,
     processor: BaseImageProcessor | None = None,
     description: str = "Evaluation",
+    kept: list[tuple[Any, Any]] | None = None,
 ) -> dict[str, Any]:
     """Scores of a model on a data set, the same on all processes, which must all call this.
 
@@ -36,6 +38,7 @@ def evaluate(
         args: batch size, workers and size of the pictures.
         processor: image processor that shows the model its pictures; by default the one that `image_size` asks for.
         description: title of the progress bar.
+        kept: gets prediction and truth of every picture; then each process predicts all of them.
 
     Returns:
         The scores of the task's metric, and `num_samples`.
@@ -45,16 +48,21 @@ def evaluate(
     samples = with_transform(dataset, task.eval_transform(processor), args.seed)
     metric = task.metric(model.num_labels)
     with evaluated(model):
-        for batch in tqdm(part_of_process(samples, task, args), desc=description, disable=args.disable_tqdm):
+        loader = part_of_process(samples, task, args, whole=kept is not None)
+        for batch in tqdm(loader, desc=description, disable=args.disable_tqdm):
             batch = {name: moved(value, args) for name, value in batch.items()}
-            task.score(metric, predict_batch(model, task, batch), batch)
-    metric.gather()
+            predictions = predict_batch(model, task, batch)
+            task.score(metric, predictions, batch)
+            if kept is not None:
+                kept += zip((one.cpu() for one in predictions), (one.cpu() for one in batch["labels"]), strict=True)
+    if kept is None:
+        metric.gather()
     return {**metric.compute(), "num_samples": len(samples)}
 
 
-def part_of_process(samples: Any, task: Task, args: BCDConfig) -> DataLoader:
-    """A loader of every n-th sample for the n processes: nothing is padded, dropped or read twice."""
-    mine = Subset(samples, range(args.process_index, len(samples), args.world_size))
+def part_of_process(samples: Any, task: Task, args: BCDConfig, *, whole: bool = False) -> DataLoader:
+    """A loader of every n-th sample for the n processes, nothing padded, dropped or read twice; or of the `whole`."""
+    mine = samples if whole else Subset(samples, range(args.process_index, len(samples), args.world_size))
     workers = args.dataloader_num_workers
     return DataLoader(
         mine,
@@ -73,6 +81,12 @@ def predict_batch(model: DenseAdapter, task: Task, batch: Mapping[str, Any]) -> 
     if isinstance(pixel_values, Tensor):
         return model.predict(pixel_values, sizes)
     return [model.predict(one[None], [size])[0] for one, size in zip(pixel_values, sizes, strict=True)]
+
+
+def stacked(items: Sequence[Any]) -> Any:
+    """Maps of one size as one array, others as a list of arrays."""
+    arrays = [item.numpy() for item in items]
+    return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
 
 
 def moved(value: Any, args: BCDConfig) -> Any:

@@ -17,21 +17,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..adapters import DenseAdapter, image_processor
 from ..adapters.loading import load_adapter
-from ..data import DenseStream, TransformedStream
+from ..data import TransformedStream
 from ..outputs import DenseOutput
-from ..tasks import Score, task_of
+from ..tasks import task_of
 from ..utils.messages import UserError
 from . import checkpoints
 from .callbacks import DistillationCallback, FiniteCallback, InterruptCallback, PictureCallback, check_finite
-from .config import FIRST_SCORE, BCDConfig
+from .config import BCDConfig
 from .distiller import Distiller
-from .evaluation import evaluate, moved, predict_batch, with_transform
+from .evaluation import evaluate, moved, predict_batch, stacked, with_transform
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
+from .inherited import check_samples, one_set, refuse, settle_early_stopping, settle_evaluation
 from .recording import write_training_card
 from .teaching import prepare
 from .terms import TermMeans
@@ -89,10 +90,12 @@ class BCDTrainer(Trainer):
             args.n_gpu, 1
         )  # nn.DataParallel cannot carry the teacher's outputs; launch several processes
         fit_loaders(args)
+        refuse(kwargs)
+        train_dataset, eval_dataset = one_set(train_dataset), one_set(eval_dataset)
         first = next(iter(eval_dataset.values()), None) if isinstance(eval_dataset, Mapping) else eval_dataset
         reference = train_dataset if first is None else first
         self.task = task_of(reference)
-        _settle_evaluation(args, eval_dataset, self.task.scores[0])
+        settle_evaluation(args, eval_dataset, self.task)
         if isinstance(teacher_model, str):
             teacher_model = load_adapter(teacher_model)
         student, self.teacher, criterion = prepare(
@@ -106,14 +109,18 @@ class BCDTrainer(Trainer):
         if train_dataset is not None:
             self.hub.prepare()
         args.push_to_hub = False  # the callback does; the base class would push pickled arguments
+        train = with_transform(train_dataset, self.task.train_transform(args), args.seed)
+        evaluated = with_transform(eval_dataset, self.task.eval_transform(processor), args.seed)
+        if "data_collator" not in kwargs:
+            check_samples(self.task, student.num_labels, train_dataset=train, eval_dataset=evaluated)
         self.has_card, self.terms = False, TermMeans()
         self._restart_clock()
         super().__init__(
             model=distiller,
             args=args,
             data_collator=kwargs.pop("data_collator", self.task.collate),
-            train_dataset=with_transform(train_dataset, self.task.train_transform(args), args.seed),
-            eval_dataset=with_transform(eval_dataset, self.task.eval_transform(processor), args.seed),
+            train_dataset=train,
+            eval_dataset=evaluated,
             processing_class=processor,
             **kwargs,
         )
@@ -157,6 +164,7 @@ class BCDTrainer(Trainer):
         Raises:
             UserError: if there is no such checkpoint, or it lies beyond the end of this run.
         """
+        settle_early_stopping(self.args, self.callback_handler.callbacks, self.task.scores[0].key)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoints.last_checkpoint(self.args.output_dir or ".")
             if resume_from_checkpoint is None:
@@ -289,9 +297,21 @@ class BCDTrainer(Trainer):
     # ---- Evaluation and logging ----------------------------------------------------------------------------------
 
     def evaluation_loop(
-        self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        *args: Any,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
     ) -> EvalLoopOutput:
-        """Streams counts instead of gathering predictions, see `evaluate`; `predict` gives no predictions either."""
+        """Streams counts instead of gathering predictions, see `evaluate`; for `predict`, gives predictions and truth too.
+
+        They are `[N, H, W]` if all pictures have one size, else lists.
+        """
+        kept: list[tuple[Any, Any]] | None = (
+            None if prediction_loss_only else []
+        )  # which `evaluate` sets, `predict` not
         self._eval_dataloaders = {}  # of persistent workers the base class would hand out this one again for other data
         distiller, processor = self.distiller, self.processing_class
         scores = evaluate(
@@ -300,11 +320,13 @@ class BCDTrainer(Trainer):
             self.args,
             processor=processor,  # type: ignore[arg-type]
             description=description,
+            kept=kept,
         )
         number = scores.pop("num_samples")
         self._restart_clock()  # what it takes is not training time
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=number)  # type: ignore
+        predictions, truth = (None, None) if kept is None else map(stacked, zip(*kept, strict=True))
+        return EvalLoopOutput(predictions, truth, metrics, number)  # type: ignore[arg-type]
 
     def _pictures(self) -> Iterator[np.ndarray]:
         """Input, truth and prediction of the first evaluation images."""
@@ -397,21 +419,3 @@ class BCDTrainer(Trainer):
         """Writes README.md for `push_to_hub`, unless the run's report has; the base class knows no teacher."""
         if not self.has_card and self.is_world_process_zero():
             write_training_card(self)
-
-
-def _settle_evaluation(args: BCDConfig, eval_dataset: Any, first: Score) -> None:
-    """Changes arguments in place to what the evaluation data allow.
-
-    Raises:
-        UserError: if these are a stream, which never ends.
-    """
-    if isinstance(eval_dataset, DenseStream):
-        raise UserError(
-            f"eval_dataset is a stream of {eval_dataset.name}, which never ends; load it without streaming."
-        )
-    if eval_dataset is None and args.eval_strategy != "no":
-        logger.warning("no evaluation data, so training goes on without evaluations")
-        args.eval_strategy = IntervalStrategy.NO
-    if args.metric_for_best_model == FIRST_SCORE:
-        of = f"{next(iter(eval_dataset))}_" if isinstance(eval_dataset, Mapping) else ""
-        args.metric_for_best_model, args.greater_is_better = f"{of}{first.key}", first.higher_is_better

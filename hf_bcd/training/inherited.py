@@ -1,0 +1,93 @@
+"""What of `Trainer`'s promises holds here: each argument and data set is used, or refused before training."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch.utils.data import IterableDataset
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from ..data import DenseStream, joined
+from ..data.dataset import TransformedDataset, torch_seed
+from ..tasks import Task
+from ..utils.messages import UserError, unknown_key_message
+from .config import FIRST_SCORE, BCDConfig
+
+
+logger = logging.getLogger(__name__)
+
+REFUSED = {
+    "compute_metrics": "the data's task decides the scores, which are streamed; see `trainer.evaluate()`",
+    "preprocess_logits_for_metrics": "no logits are gathered; `trainer.predict(data).predictions` are label maps",
+    "compute_loss_func": "losses are given by name, `BCDConfig(losses={...})`; CONTRIBUTING shows how to add one",
+    "model_init": "give the model itself",
+}
+
+
+def refuse(arguments: Mapping[str, Any]) -> None:
+    """Refuses arguments of `Trainer` that have no meaning here; the `UserError` says what does the same."""
+    for name, instead in REFUSED.items():
+        if arguments.get(name) is not None:
+            raise UserError(f"BCDTrainer takes no {name}: {instead}.")
+
+
+def settle_evaluation(args: BCDConfig, eval_dataset: Any, task: Task) -> None:
+    """Changes arguments in place to what the evaluation data allow.
+
+    Raises:
+        UserError: if these are a stream, which never ends; or a best model is asked for without them, or by a score that
+            there is not.
+    """
+    if isinstance(eval_dataset, DenseStream):
+        raise UserError(
+            f"eval_dataset is a stream of {eval_dataset.name}, which never ends; load it without streaming."
+        )
+    if eval_dataset is None and args.eval_strategy != "no":
+        if args.load_best_model_at_end:
+            raise UserError(
+                "load_best_model_at_end compares evaluations, but there are no evaluation data; leave it out."
+            )
+        logger.warning("no evaluation data, so training goes on without evaluations")
+        args.eval_strategy = IntervalStrategy.NO
+    sets = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else [""]
+    known = {of + score.key: score for of in sets for score in task.scores}
+    if args.metric_for_best_model == FIRST_SCORE:
+        args.metric_for_best_model = next(iter(known))
+    if args.metric_for_best_model is not None:
+        name = args.metric_for_best_model.removeprefix("eval_")
+        if name not in known:
+            raise UserError(unknown_key_message("metric_for_best_model", args.metric_for_best_model, known))
+        args.greater_is_better = known[name].higher_is_better
+
+
+def settle_early_stopping(args: BCDConfig, callbacks: Iterable[Any], first_score: str) -> None:
+    """Gives early stopping the task's first score where no other is named; refuses it without evaluations."""
+    if any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks):
+        if args.eval_strategy == IntervalStrategy.NO:
+            raise UserError("EarlyStoppingCallback compares evaluations, but eval_strategy is no; set eval_strategy.")
+        if args.metric_for_best_model is None:
+            args.metric_for_best_model, args.greater_is_better = first_score, True
+
+
+def each(function: Any, dataset: Any) -> Any:
+    """A function of a data set, or of several by name."""
+    if isinstance(dataset, Mapping):
+        return {name: function(one) for name, one in dataset.items()}
+    return function(dataset)
+
+
+def one_set(dataset: Any) -> Any:
+    """A data set, or several by name, with their subsets and concatenations as one each; see `joined`."""
+    return each(joined, dataset)
+
+
+def check_samples(task: Task, num_labels: int, **datasets: Any) -> None:
+    """Looks at the first sample of data sets from elsewhere; a `UserError` says what no model here could use."""
+    for name, given in datasets.items():
+        for part, dataset in given.items() if isinstance(given, Mapping) else [("", given)]:
+            own = dataset is None or isinstance(dataset, TransformedDataset)
+            if not own and not isinstance(dataset, IterableDataset) and len(dataset):
+                with torch_seed(0):  # the data set's own random numbers must not move those of the run
+                    sample = dataset[0]
+                task.check_sample(sample, num_labels, f"{name}[{part!r}]" if part else name)
