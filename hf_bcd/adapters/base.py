@@ -102,6 +102,11 @@ class DenseAdapter(nn.Module, ABC):
         """Height and width of the only input size the model was made for, or `None` where any size will do."""
         return None
 
+    def size_as_teacher(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width to which a teacher's images `size` are resized: its own, or the next multiples."""
+        multiple = self.size_multiple
+        return self.fixed_size or (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
+
     def match(self, id2label: Mapping[int, str], synonyms: Mapping[str, Sequence[str]] | None = None) -> LabelMap:
         """Finds the model's classes for another label set, see `match_labels`; logits are in that one if it is complete."""
         label_map = match_labels(self.model.config.id2label, id2label, synonyms)

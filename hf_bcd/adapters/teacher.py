@@ -45,7 +45,7 @@ class FrozenTeacher(nn.Module):
         super().__init__()
         self.adapter = adapter.requires_grad_(False).eval()
         self.dtype = dtype
-        self.image_size = image_size or adapter.fixed_size
+        self.image_size = image_size
         self.label_map = adapter.match(student_id2label, label_synonyms)
         if "number" in self.label_map.rules.values():
             logger.warning(
@@ -73,11 +73,10 @@ class FrozenTeacher(nn.Module):
 
     def resize(self, pixel_values: Tensor) -> Tensor:
         """Resizes RGB images `[B, 3, H, W]` to the teacher's size; float32 with values 0..255 where it differs."""
-        multiple = self.adapter.size_multiple
-        height, width = self.image_size or (-(-size // multiple) * multiple for size in pixel_values.shape[-2:])
-        if (height, width) == tuple(pixel_values.shape[-2:]):
+        given = (pixel_values.shape[-2], pixel_values.shape[-1])
+        size = self.image_size or self.adapter.size_as_teacher(given)
+        if size == given:
             return pixel_values
-        size = (height, width)
         return F.interpolate(pixel_values.float(), size, mode="bilinear", align_corners=False, antialias=True)
 
     def _precision(self, device: torch.device) -> torch.autocast:

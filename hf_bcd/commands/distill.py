@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
     logging.basicConfig(level=logging.INFO if config.should_log else logging.ERROR, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # the Hub's client would log every request
     data = load_data(data_args)
-    student = build_student(model_args, data, config.seed)  # a wrong name fails before hours of teacher training
+    student = build_student(model_args, config, data)  # a wrong name fails before hours of teacher training
     HubCallback(config).prepare()
     baseline = load_baseline(model_args, data)
     models = {

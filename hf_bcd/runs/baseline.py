@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from transformers import set_seed
 from transformers.utils.hub import cached_file
 
-from ..adapters import DenseAdapter, read_synonyms
+from ..adapters import DenseAdapter, adapt, read_synonyms
 from ..adapters.loading import ModelSpec, build_model, commit_of, load_adapter
 from ..data import DenseDataset, DenseDatasets, DenseStream
 from ..hub.errors import explained
@@ -25,7 +25,7 @@ from ..utils.files import write_json
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import parse_mapping
 from .arguments import ModelArguments
-from .experiment import train_model
+from .experiment import check_sizes, train_model
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets
     if spec.name_or_path is not None:
         teacher = load_adapter(spec, trust_remote_code=args.trust_remote_code)
         label_map = teacher.match(data["train"].id2label, read_synonyms(args.label_synonyms))
+        teacher.check_size(teacher.size_as_teacher((config.crop_size, config.crop_size)))
         check_losses(teacher, label_map, config)  # fails here rather than after the baseline's training
         if args.teacher_training:
             logger.warning("%s is a finished teacher, so teacher_training is not used", spec.name_or_path)
@@ -142,7 +143,9 @@ def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDat
     else:
         logger.warning("training the %s in %s", role, folder)
         set_seed(config.seed)
-        train_model(build_model(spec, data["train"].id2label), None, config, data, role)
+        model = adapt(build_model(spec, data["train"].id2label))
+        check_sizes(model, config, data)
+        train_model(model, None, config, data, role)
         if config.should_save:
             write_json(folder / RECIPE_FILE, recipe)
     return load_adapter(ModelSpec(str(folder)))

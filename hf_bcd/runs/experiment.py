@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
-from ..adapters import DenseAdapter, adapt, read_synonyms
+from ..adapters import DenseAdapter, adapt, image_processor, read_synonyms
 from ..adapters.loading import ModelSpec, build_model
 from ..data import DenseDataset, DenseDatasets, DenseStream, keep_in_memory, load_dense_dataset
 from ..hub.pushing import fetch_checkpoint
+from ..tasks import task_of
 from ..training.checkpoints import last_checkpoint
 from ..training.config import BCDConfig
 from ..training.evaluation import evaluate
@@ -74,17 +75,28 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
     return DenseDatasets(splits)
 
 
-def build_student(args: ModelArguments, data: DenseDatasets, seed: int) -> DenseAdapter:
+def build_student(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> DenseAdapter:
     """Builds the untrained student for the data set's classes; the same seed gives the same weights.
 
     Raises:
-        UserError: if the arguments name no student.
+        UserError: if the arguments name no student, or it cannot take images as they are in training or evaluation.
     """
     if args.student is None:
         raise UserError("no student: give --student (Hub id, folder, or {backbone: ..., head: ...}).")
-    set_seed(seed)
+    set_seed(config.seed)
     spec = ModelSpec.parse(args.student, "student")
-    return adapt(build_model(spec, data["train"].id2label, trust_remote_code=args.trust_remote_code))
+    student = adapt(build_model(spec, data["train"].id2label, trust_remote_code=args.trust_remote_code))
+    check_sizes(student, config, data)
+    return student
+
+
+def check_sizes(model: DenseAdapter, config: BCDConfig, data: DenseDatasets) -> None:
+    """Runs a model on black images of the sizes that training and evaluation will show it, see `check_size`."""
+    model.check_size((config.crop_size, config.crop_size))
+    if (split := final_split(data)) is not None:
+        transform = task_of(data[split]).eval_transform(image_processor(model, shortest_edge=config.image_size))
+        height, width = transform(data[split][0])["pixel_values"].shape[-2:]
+        model.check_size((height, width))
 
 
 def train_model(

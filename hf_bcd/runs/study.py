@@ -265,7 +265,7 @@ def train_run(run: Run, shared: Shared) -> None:
     split = shared.study.split or final_split(data)
     if split is None or split not in data:
         raise UserError(f"the data set has the splits {', '.join(data)}, but the scores are to come from {split!r}.")
-    student = build_student(model_args, data, config.seed)
+    student = build_student(model_args, config, data)
     teacher, teacher_scores = shared.teacher(model_args, config, data, split)
     trainer = train_model(student, teacher, config, data, label_synonyms=model_args.label_synonyms)
     models = {"student": load_adapter(str(run.folder))}

@@ -57,6 +57,8 @@ def prepare(
     if student.label_map is None:
         adopt_labels(student.model, id2label)
     student.freeze_unused()
+    if to_train and hasattr(dataset, "with_transform"):  # which crops it
+        student.check_size((args.crop_size, args.crop_size))
     set_seed(args.seed)  # connectors start the same whatever ran before in this process
     if teacher is None:
         return Prepared(student, None, DistillationCriterion({}, {}, []))
