@@ -3,9 +3,7 @@
 import copy
 import dataclasses
 import hashlib
-import json
 import logging
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from transformers.utils.hub import cached_file
 
 from ..adapters import DenseAdapter, adapt, read_synonyms
 from ..adapters.loading import ModelSpec, build_model, commit_of, load_adapter
-from ..data import DenseDataset, DenseDatasets, DenseStream
+from ..data import DenseDatasets
 from ..hub.errors import explained
-from ..training.config import BCDConfig
+from ..training.checkpoints import data_key, differences
+from ..training.config import OUTCOME, BCDConfig
 from ..training.teaching import check_losses
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import parse_mapping
 from .arguments import ModelArguments
@@ -31,13 +30,6 @@ from .experiment import check_sizes, train_model
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.json"
-OUTCOME = (
-    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
-    "learning_rate", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "optim", "optim_args",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "bf16", "fp16", "load_best_model_at_end",
-    "metric_for_best_model", "crop_size", "image_size", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
-    "dataloader_drop_last", "train_sampling_strategy",
-)  # fmt: skip
 
 
 def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> DenseAdapter | None:
@@ -160,27 +152,13 @@ def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[s
     }
 
 
-def data_key(split: DenseDataset | DenseStream) -> dict[str, Any]:
-    """The key of a split's images."""
-    first = next(iter(split), None)
-    return {
-        "name": split.name,
-        "images": None if isinstance(split, DenseStream) else len(split),
-        "classes": list(split.id2label.values()),
-        "rule": str(split.rule),
-        "first_image": None if first is None else zlib.crc32(first["image"].tobytes()),
-    }
-
-
 def check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
     """Compares the recipe of a finished model with the present one."""
-    found = json.loads(path.read_text())
-    for key, value in json.loads(json.dumps(recipe)).items():
-        if found.get(key) != value:
-            raise UserError(
-                f"{path.parent} holds a model of another recipe: {key} is {found.get(key)} there and {value} here. "
-                "Choose another --output_dir, or remove that folder to train it again."
-            )
+    if found := differences(read_json(path), recipe):
+        raise UserError(
+            f"{path.parent} holds a model of another recipe: {found[0]}. Choose another --output_dir, or remove that folder "
+            "to train it again."
+        )
 
 
 def derive_config(config: BCDConfig, role: str, changes: Mapping[str, Any]) -> BCDConfig:

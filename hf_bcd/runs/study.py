@@ -19,11 +19,12 @@ from ..adapters import DenseAdapter, read_synonyms
 from ..adapters.loading import load_adapter
 from ..data import DenseDataset, DenseDatasets
 from ..losses.recipe import read_losses
+from ..training.checkpoints import data_key
 from ..training.config import BCDConfig
 from ..utils.files import write_json
 from ..utils.messages import UserError
 from .arguments import RECIPE_KEYS, DataArguments, ModelArguments, build_arguments, read_arguments
-from .baseline import data_key, prepare_teacher, teacher_key
+from .baseline import prepare_teacher, teacher_key
 from .experiment import build_student, evaluate_model, final_split, load_data, train_model
 from .recipes import merged, read_recipe
 from .report import write_report

@@ -131,7 +131,8 @@ def check_finite(values: Mapping[str, float], args: TrainingArguments, state: Tr
         last = last_checkpoint(args.output_dir or ".")
         raise FloatingPointError(
             f"{bad} at or before step {state.global_step}. Training stopped; the last good checkpoint is "
-            f"{last or 'none yet'}. Try a smaller learning rate, bf16 instead of fp16, or a smaller weight of this term."
+            f"{last or 'none yet'}. Resume with a smaller learning rate, bf16 instead of fp16 or a "
+            "smaller weight of this term (and `--resume_anyway true`)."
         )
 
 

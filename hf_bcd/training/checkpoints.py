@@ -1,25 +1,44 @@
 """Checkpoints: the student as `from_pretrained` reads it and, apart, what distillation keeps."""
 
+import errno
 import json
 import logging
-from collections.abc import Callable
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 
+from ..adapters import FrozenTeacher
 from ..adapters.loading import drop_foreign_code
+from ..data import DenseDataset, DenseStream, TransformedStream
+from ..data.dataset import TransformedDataset
+from ..utils.costs import count_parameters
+from ..utils.files import read_json, write_json
 from ..utils.messages import UserError
+from ..utils.text import shortened
+from ..utils.yaml import yaml_text
+from .config import OUTCOME, PRESETS, BCDConfig
 from .distiller import Distiller
 
 
 logger = logging.getLogger(__name__)
 
 DISTILLER_FILE = "distiller.safetensors"
+KEY_FILE = "run_key.json"
+ANYWAY = (
+    " Resume with the same options, data and processes, start anew in another folder, or add --resume_anyway true."
+)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -27,22 +46,50 @@ def last_checkpoint(folder: str | Path) -> str | None:
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     for path in sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
         try:
-            json.loads((path / TRAINER_STATE_NAME).read_text())  # which is written last
+            read_json(path / TRAINER_STATE_NAME)  # which is written last
             return str(path)
-        except (OSError, ValueError):
+        except UserError:
             logger.warning("%s was not written to its end, so it does not count as a checkpoint", path)
     return None
 
 
-def finished_state(checkpoint: str, total: int) -> TrainerState | None:
-    """State of a checkpoint that has all `total` steps of a run; None if there are steps left.
+def read_state(checkpoint: Path) -> TrainerState:
+    """The state of a checkpoint's trainer, after a look at every file: a damaged one is named before anything is trained.
+
+    Raises:
+        UserError: naming the file.
+    """
+    state = read_json(checkpoint / TRAINER_STATE_NAME)
+    for key in ("global_step", "max_steps"):
+        value = state.get(key) if isinstance(state, dict) else None
+        if type(value) is not int or value < 0:
+            raise UserError(f"{checkpoint / TRAINER_STATE_NAME}: {key} is {value!r}, which is no number of steps.")
+    for path in sorted(checkpoint.iterdir()):
+        check_readable(path)
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def check_readable(path: Path) -> None:
+    """Refuses weights or state that cannot be read, such as half a download; the `UserError` names the file."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                file.keys()
+        elif path.suffix in (".pt", ".pth"):
+            with warnings.catch_warnings(action="ignore"), safe_globals():
+                torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except Exception as error:  # of several libraries, all for a file that is damaged
+        raise UserError(f"{path}: damaged ({shortened(error)}). Resume from another checkpoint.") from error
+
+
+def finished_state(checkpoint: Path, state: TrainerState, total: int) -> TrainerState | None:
+    """The state of a checkpoint if it has all `total` steps of a run; None if there are steps left.
 
     The best checkpoint is looked for beside it, since the folder may have moved, and forgotten where it is gone.
 
     Raises:
         UserError: if the checkpoint lies beyond the end of this run.
     """
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     if state.global_step < total:
         return None
     if state.max_steps != total:  # neither the end of its own run nor of this one
@@ -52,28 +99,114 @@ def finished_state(checkpoint: str, total: int) -> TrainerState | None:
         )
     logger.warning("%s has all %d steps, so nothing is left to train", checkpoint, total)
     if state.best_model_checkpoint is not None:
-        best = Path(checkpoint).with_name(Path(state.best_model_checkpoint).name)
+        best = checkpoint.with_name(Path(state.best_model_checkpoint).name)
         state.best_model_checkpoint = str(best) if best.is_dir() else None
         if not best.is_dir():
             logger.warning("the best model %s is gone, so the last one stays", best)
     return state
 
 
-def save_student(distiller: Distiller, folder: Path, processor: Any, *, with_criterion: bool) -> None:
+def data_key(split: Any) -> dict[str, Any]:
+    """What tells a training set from others."""
+    if isinstance(split, TransformedDataset | TransformedStream):
+        split = split.dataset
+    if not isinstance(split, DenseDataset | DenseStream):
+        return {"images": len(split) if hasattr(split, "__len__") else None}
+    first = next(iter(split), None)
+    return {
+        "name": split.name,
+        "images": None if isinstance(split, DenseStream) else len(split),
+        "classes": list(split.id2label.values()),
+        "rule": str(split.rule),
+        "first_image": None if first is None else zlib.crc32(first["image"].tobytes()),
+    }
+
+
+def run_key(args: BCDConfig, distiller: Distiller, teacher: FrozenTeacher | None, dataset: Any) -> dict[str, Any]:
+    """All that decides how a run goes on from a checkpoint, without anything private."""
+    losses: Mapping[str, Any] = (PRESETS[args.preset] if args.losses is None else args.losses) if teacher else {}
+    key = {f"training.{name}": str(getattr(args, name)) for name in (*OUTCOME, "calibration_images", "teacher_dtype")}
+    if isinstance(dataset, TransformedStream):
+        key["training.dataloader_num_workers"] = args.dataloader_num_workers  # which divide it
+    key |= {f"losses.{name}": yaml_text(options or {}) for name, options in losses.items()}
+    for role, adapter in (("student", distiller.student), ("teacher", teacher and teacher.adapter)):
+        key[role] = (
+            None if adapter is None else f"{type(adapter.model).__name__}, {count_parameters(adapter)} parameters"
+        )
+    if teacher is not None:
+        weights = next(weight for weight in reversed(list(teacher.parameters())) if weight.ndim > 1)
+        key["teacher.weights"] = zlib.crc32(weights.detach().float().cpu().numpy().tobytes())
+    return {**key, **{f"data.{name}": value for name, value in data_key(dataset).items()}}
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Where two keys differ, in words; `expected` says how it is here."""
+    expected = json.loads(json.dumps(expected))
+    return [
+        f"{key} is {shortened(found.get(key))} there and {shortened(expected.get(key))} here"
+        for key in {**expected, **found}
+        if found.get(key) != expected.get(key)
+    ]
+
+
+def check_same_run(checkpoint: Path, key: Mapping[str, Any], ranks: int, *, anyway: bool) -> None:
+    """Compares a checkpoint with the run that is to go on from it.
+
+    Args:
+        checkpoint: the folder.
+        key: of `run_key`.
+        ranks: number of processes; 0 if nothing is left to train.
+        anyway: whether what would come out otherwise is only a warning.
+
+    Raises:
+        UserError: naming what is missing or differs.
+    """
+    random = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    needed = [KEY_FILE, *([OPTIMIZER_NAME, SCHEDULER_NAME, *random] if ranks else [])]
+    found = [f"it has no {name}" for name in needed if not (checkpoint / name).is_file()]
+    if (checkpoint / KEY_FILE).is_file():
+        found += differences(read_json(checkpoint / KEY_FILE), key)
+    if not found:
+        return
+    more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+    message = f"{checkpoint} would not go on as it would have: {'; '.join(found[:5])}{more}."
+    if not anyway:
+        raise UserError(f"{message}{ANYWAY}")
+    logger.warning("%s Resumed anyway.", message)
+
+
+@contextmanager
+def disk_checked(folder: str | None) -> Iterator[None]:
+    """Turns errors of a full disk inside the block, each library's own, into a `UserError` that names the folder."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(words in str(error) for words in ("No space left", "PytorchStreamWriter", "file write failed")):
+            raise UserError(
+                f"{folder}: cannot be written to ({shortened(error)}). Make room there, or lower --save_total_limit, and "
+                "continue from the last whole checkpoint with --resume_from_checkpoint true."
+            ) from error
+        raise
+
+
+def save_student(distiller: Distiller, folder: Path, processor: Any, key: Mapping[str, Any] | None = None) -> None:
     """Saves the student and its image processor; in checkpoints also connectors, temperatures and memories.
 
     Args:
         distiller: the unwrapped module.
         folder: created where missing.
         processor: image processor.
-        with_criterion: whether distillation is to go on from here.
+        key: of `run_key`, if distillation is to go on from here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for saved in (distiller.student.model, processor):
         drop_foreign_code(saved)
         saved.save_pretrained(folder)
-    if with_criterion and (state := criterion_state(distiller)):
-        save_file(state, folder / DISTILLER_FILE, metadata={"format": "pt"})
+    if key is not None:
+        write_json(folder / KEY_FILE, key)
+        if state := criterion_state(distiller):
+            save_file(state, folder / DISTILLER_FILE, metadata={"format": "pt"})
 
 
 def load_student(distiller: Distiller, folder: Path) -> None:

@@ -22,6 +22,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 TEACHER_DTYPES = ("auto", "float32", "bfloat16")
 MAX_STEPS = 40_000
 POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
+# arguments that decide how a model comes out
+OUTCOME = (
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
+    "learning_rate", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "bf16", "fp16", "load_best_model_at_end",
+    "metric_for_best_model", "crop_size", "image_size", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
+    "dataloader_drop_last", "train_sampling_strategy",
+)  # fmt: skip
 # arguments that distillation or our own evaluation would ignore, with the value that says nothing
 UNUSED = {
     "label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "remove_unused_columns": False, "use_liger_kernel": False,
@@ -112,6 +120,12 @@ class BCDConfig(TrainingArguments):
     )
     calibration_images: int = field(
         default=64, metadata={"help": "Training images that fit the teacher's boundary readout before step 1."}
+    )
+    resume_anyway: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although the checkpoint lacks files, or belongs to a run with other options or data."
+        },
     )
     log_gradients: bool = field(
         default=False,

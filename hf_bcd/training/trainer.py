@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -173,12 +173,19 @@ class BCDTrainer(Trainer):
             raise UserError(f"resume_from_checkpoint is {resume_from_checkpoint!r}, which is no folder.")
         if not resume_from_checkpoint:
             self.calibrate()
-        elif (output := self._load_finished(str(resume_from_checkpoint))) is not None:
+        elif (output := self._load_finished(Path(resume_from_checkpoint))) is not None:
             return output
         self.terms.reset()
         self._restart_clock()
-        with self.interrupt.listening(), single_values_accepted(self.student):
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        with (
+            self.interrupt.listening(),
+            single_values_accepted(self.student),
+            checkpoints.disk_checked(self.args.output_dir),
+        ):
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            except UserError as error:  # a picture that cannot be read, hours after the start
+                self._save_and_raise(error)
         check_finite(self.terms.read(), self.args, self.state)  # the steps since the last log
         if self.interrupt.requested:
             raise KeyboardInterrupt(
@@ -186,13 +193,27 @@ class BCDTrainer(Trainer):
             )
         return output
 
-    def _load_finished(self, checkpoint: str) -> TrainOutput | None:
-        """Takes student and state from a checkpoint of the last step; None if there are steps left."""
+    def _save_and_raise(self, error: UserError) -> NoReturn:
+        """Saves what is trained, as Ctrl-C does; loader workers' errors lose the traceback that they bring as text."""
+        step, message = self.state.global_step, str(error).rpartition("UserError: ")[2].strip()
+        if step and self.accelerator.num_processes == 1:  # others would wait for this rank
+            self._save_checkpoint(self.model, trial=None)
+            message += f" Step {step} is saved in {self.args.output_dir}: mend this, and resume."
+        raise UserError(message) from error
+
+    def _load_finished(self, checkpoint: Path) -> TrainOutput | None:
+        """Takes student and state from a checkpoint of the last step; None if there are steps left.
+
+        Raises:
+            UserError: if the checkpoint is damaged, not whole, or of another run, unless `resume_anyway`.
+        """
         total = self.args.max_steps
         if total <= 0:  # as the base class counts epochs
             steps = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
             total = math.ceil(self.args.num_train_epochs * steps)
-        state = checkpoints.finished_state(checkpoint, total)
+        state = checkpoints.finished_state(checkpoint, checkpoints.read_state(checkpoint), total)
+        ranks = 0 if state else self.args.world_size
+        checkpoints.check_same_run(checkpoint, self._key(), ranks, anyway=self.args.resume_anyway)
         if state is None:
             return None
         # the first rank wrote it
@@ -202,7 +223,7 @@ class BCDTrainer(Trainer):
         )
         self.state = state
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(best or checkpoint)
+        self._load_from_checkpoint(best or str(checkpoint))
         self.create_optimizer()  # the card names its options
         return TrainOutput(state.global_step, 0.0, {})
 
@@ -372,7 +393,12 @@ class BCDTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
-            checkpoints.save_student(self.distiller, folder, self.processing_class, with_criterion=self.is_in_train)
+            with checkpoints.disk_checked(str(folder)):
+                key = self._key() if self.is_in_train else None
+                checkpoints.save_student(self.distiller, folder, self.processing_class, key)
+
+    def _key(self) -> dict[str, Any]:
+        return checkpoints.run_key(self.args, self.distiller, self.teacher, self.train_dataset)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoints.load_student(self.distiller, Path(resume_from_checkpoint))

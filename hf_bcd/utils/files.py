@@ -22,6 +22,18 @@ def read_text(path: Path) -> str:
         ) from error
 
 
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}).") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file as UTF-8, so that a reader never sees half of it."""
     part = path.with_name(path.name + ".part")

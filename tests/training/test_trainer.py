@@ -593,7 +593,7 @@ def test_a_run_can_go_on_with_another_learning_rate(tmp_path: Path, caplog: pyte
     first = tiny.trainer(tmp_path, learning_rate=0.04, **options)
     first.add_callback(tiny.StopAt(2))
     first.train()
-    second = tiny.trainer(tmp_path, learning_rate=0.004, **options)
+    second = tiny.trainer(tmp_path, learning_rate=0.004, resume_anyway=True, **options)
     second.train(resume_from_checkpoint=True)
     rates = tiny.history(second, "learning_rate")
     expected = [rate * (1 - step / 4) ** 0.9 for step, rate in enumerate((0.04, 0.04, 0.004, 0.004))]
@@ -613,7 +613,7 @@ def test_a_checkpoint_of_another_run_is_refused(changes: dict, message: str, tmp
     options = {"teacher": None, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
     tiny.trainer(tmp_path, **options).train()
     changes = {key: value() if callable(value) else value for key, value in changes.items()}
-    run = tiny.trainer(tmp_path, **(options | changes))
+    run = tiny.trainer(tmp_path, **(options | changes), resume_anyway=True)
     with pytest.raises(ValueError, match=message):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
