@@ -3,13 +3,16 @@
 import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..utils.files import read_json
 from ..utils.messages import UserError
+from ..utils.text import shortened
 from . import generic
 from .base import DenseAdapter
 from .mask2former import Mask2FormerAdapter
@@ -86,9 +89,14 @@ def own_processor(model: PreTrainedModel) -> BaseImageProcessor | None:
     if not model.name_or_path:
         return None
     options = {"revision": getattr(model.config, "_commit_hash", None), "trust_remote_code": False}
+    file = Path(model.name_or_path) / "preprocessor_config.json"
+    if file.is_file() and not isinstance(read_json(file), dict):
+        raise UserError(f"{file}: no image processor's configuration, which is a JSON object.")
     try:
         return transformers.AutoImageProcessor.from_pretrained(model.name_or_path, **options)
     except (OSError, ValueError) as error:
+        if file.is_file():
+            raise UserError(f"{file}: the model's image processor cannot be loaded ({shortened(error)}).") from error
         mean, std = adapter_class(model).family_statistics(model)
         logger.warning(
             f"No image processor beside {model.name_or_path!r}; images are normalised as is usual for "

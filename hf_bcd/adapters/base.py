@@ -61,12 +61,16 @@ class DenseAdapter(nn.Module, ABC):
         image_std: Sequence[float] | None = None,
     ):
         super().__init__()
-        check_channels(model)
+        check_config(model)
         self.model: Any = model  # each family reaches for parts that PreTrainedModel does not declare
         default_mean, default_std = self.family_statistics(model)
         for name, values in (("image_mean", image_mean or default_mean), ("image_std", image_std or default_std)):
             if len(values) != 3:
                 raise UserError(f"{name} has {len(values)} values {list(values)}; give one for each of R, G and B")
+            if name == "image_std" and min(values) <= 0:
+                raise UserError(
+                    f"image_std is {list(values)}; images cannot be divided by that, so it must be positive"
+                )
             # not persistent: the state dict of an adapter holds only the model's weights
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.feature_specs: dict[str, FeatureSpec] = self.find_feature_specs()
@@ -239,8 +243,13 @@ class DenseAdapter(nn.Module, ABC):
         return options
 
 
-def check_channels(model: PreTrainedModel) -> None:
-    """Refuses models of pictures that have another number of channels than RGB's three."""
+def check_config(model: PreTrainedModel) -> None:
+    """Refuses models of pictures that are not RGB, and models that can give one answer only."""
+    if model.config.num_labels < 2:
+        raise UserError(
+            f"{type(model).__name__} {model.name_or_path} has {model.config.num_labels} class, which every pixel would get; "
+            "choose a model with a class for the background too."
+        )
     for config in (model.config, getattr(model.config, "backbone_config", None)):
         channels = getattr(config, "num_channels", 3)
         if channels not in (3, None):

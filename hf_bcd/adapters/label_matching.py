@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, cat
 
+from ..utils.files import read_text
 from ..utils.messages import UserError
 
 
@@ -168,7 +169,7 @@ def read_synonyms(source: str | Path | Mapping[str, Sequence[str]] | None) -> di
     if isinstance(source, str | Path):
         where = f"label_synonyms {source}"
         try:
-            content = json.loads(Path(source).read_text(encoding="utf-8"))
+            content = json.loads(read_text(Path(source)))
         except OSError as error:
             raise UserError(f"{where}: cannot be read ({error.strerror}).") from error
         except ValueError as error:

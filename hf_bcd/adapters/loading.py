@@ -1,7 +1,7 @@
 """Builds models from a recipe's description of them."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,9 @@ from transformers.utils.hub import cached_file
 
 from ..hub.errors import explained
 from ..models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationModel
+from ..utils.files import check_readable
 from ..utils.messages import UserError, as_user_error, unknown_key_message
+from ..utils.text import shortened
 from .auto import adapt
 from .base import DenseAdapter
 
@@ -93,7 +95,7 @@ def load_segmentation_model(
             no weights for a part of the model, or transformers has no segmentation class for the model's type.
     """
     changes = {} if new_labels is None else {"ignore_mismatched_sizes": True, **new_labels}
-    with explained("model", name_or_path, revision=revision), _code_refused(name_or_path):
+    with explained("model", name_or_path, revision=revision), _readable(name_or_path):
         commit = commit_of(name_or_path, revision)
         source: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(name_or_path, **source)
@@ -106,6 +108,7 @@ def load_segmentation_model(
                 model, loaded = auto_class.from_pretrained(name_or_path, **source, **changes, output_loading_info=True)
                 if new_labels is None:
                     _check_complete(name_or_path, model, loaded["missing_keys"])
+                _check_mismatches(name_or_path, loaded["mismatched_keys"])
                 drop_foreign_code(model)
                 model.config._commit_hash = commit  # where `image_statistics` and the card look for it; never saved
                 return model
@@ -176,17 +179,39 @@ def _check_complete(name_or_path: str, model: PreTrainedModel, missing: Collecti
         )
 
 
+def _check_mismatches(name_or_path: str, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Refuses weights that differ from the configuration in more than the number of classes, which would start at random."""
+    for name, stored, expected in mismatched:
+        if tuple(stored)[1:] != tuple(expected)[1:]:
+            raise UserError(
+                f"{name_or_path}: config.json and the weights disagree: {name} is {list(stored)} in the file and "
+                f"{list(expected)} by the configuration. They belong to different models; fetch both again."
+            )
+
+
 @contextmanager
-def _code_refused(name_or_path: str) -> Iterator[None]:
+def _readable(name_or_path: str) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
-        if "trust_remote_code=True" not in str(error):
-            raise
-        raise UserError(
-            f"model {name_or_path} only runs with the code in its own repository. Read that code first, then add "
-            "--trust_remote_code true."
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch raise all kinds of errors for a broken file
+        if "trust_remote_code=True" in str(error):
+            raise UserError(
+                f"model {name_or_path} only runs with the code in its own repository. Read that code first, then add "
+                "--trust_remote_code true."
+            ) from error
+        if isinstance(error, OSError) and not Path(name_or_path).is_dir():
+            raise  # of the Hub
+        for path in sorted(Path(name_or_path).glob("*")):
+            check_readable(path, "Fetch it again.")
+        if "ignore_mismatched_sizes" in str(error):
+            raise UserError(
+                f"{name_or_path}: config.json and the weights disagree in shapes or in the number of classes. They belong to "
+                "different models; fetch both again."
+            ) from error
+        said = shortened(f"{type(error).__name__}: {error}")
+        raise UserError(f"{name_or_path}: the model cannot be loaded. {said}") from error
 
 
 def build_model(spec: ModelSpec, id2label: Mapping[int, str], *, trust_remote_code: bool = False) -> PreTrainedModel:

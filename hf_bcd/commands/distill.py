@@ -10,19 +10,31 @@ Without --teacher the student is trained by itself. Everything a run produces li
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo
 
 from ..adapters import read_synonyms
 from ..adapters.loading import load_adapter
 from ..card.usage import fill
-from ..runs.arguments import build_arguments, read_arguments
-from ..runs.baseline import load_baseline, prepare_baseline, prepare_teacher
-from ..runs.experiment import build_student, evaluate_model, final_split, load_data, train_model
+from ..runs.arguments import DataArguments, ModelArguments, build_arguments, read_arguments
+from ..runs.baseline import check_untrained, load_baseline, prepare_baseline, prepare_teacher
+from ..runs.experiment import (
+    alone_in,
+    build_student,
+    checkpoint_of,
+    evaluate_model,
+    final_split,
+    load_data,
+    train_model,
+)
 from ..runs.report import metrics_table, write_report
+from ..training.config import BCDConfig
 from ..training.hardware import limit_threads
 from ..training.hub import HubCallback
+from ..training.teaching import build_losses
 
 
 def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
@@ -37,14 +49,24 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
     limit_threads()
     logging.basicConfig(level=logging.INFO if config.should_log else logging.ERROR, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # the Hub's client would log every request
+    with alone_in(str(config.output_dir), config):
+        distill(model_args, data_args, config, recipe)
+
+
+def distill(
+    model_args: ModelArguments, data_args: DataArguments, config: BCDConfig, recipe: Mapping[str, Any]
+) -> None:
+    """Trains, scores, reports and pushes; `recipe` is what the arguments were built from, for the card."""
+    checkpoint_of(config, "student")  # a wrong name fails before hours of teacher training
     data = load_data(data_args)
-    student = build_student(model_args, config, data)  # a wrong name fails before hours of teacher training
+    student = build_student(model_args, config, data)
     HubCallback(config).prepare()
     baseline = load_baseline(model_args, data)
-    models = {
-        "teacher": prepare_teacher(model_args, config, data),
-        "baseline": baseline or prepare_baseline(model_args, config, data),
-    }
+    check_untrained(model_args, config, data, student)
+    models = {"teacher": prepare_teacher(model_args, config, data)}
+    if models["teacher"] is not None:
+        build_losses(student, models["teacher"], config)
+    models["baseline"] = baseline or prepare_baseline(model_args, config, data)
     trainer = train_model(student, models["teacher"], config, data, label_synonyms=model_args.label_synonyms)
     models["student"] = load_adapter(str(config.output_dir))  # the saved student is scored
 
@@ -58,8 +80,8 @@ def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
             else:
                 scores[name] = evaluate_model(model, config, data[split], synonyms)
     if config.should_save:
-        write_report(trainer, found, scores, data, split, recipe)
         print(metrics_table(scores, trainer.task))
+        write_report(trainer, found, scores, data, split, recipe)
         call = fill(trainer.task.call, Path(str(config.output_dir)), str(config.output_dir))
         print(f"import hf_bcd\nfrom transformers import pipeline\n{call}")
     if config.push_to_hub and isinstance(commit := trainer.push_to_hub(), CommitInfo):  # None on further ranks

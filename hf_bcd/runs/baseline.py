@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from transformers import set_seed
@@ -19,7 +20,7 @@ from ..data import DenseDatasets
 from ..hub.errors import explained
 from ..training.checkpoints import data_key, differences
 from ..training.config import OUTCOME, BCDConfig
-from ..training.teaching import check_losses
+from ..training.teaching import build_losses, check_losses
 from ..utils.files import read_json, write_json
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import parse_mapping
@@ -30,6 +31,18 @@ from .experiment import check_sizes, train_model
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.json"
+
+
+def check_untrained(args: ModelArguments, config: BCDConfig, data: DenseDatasets, student: DenseAdapter) -> None:
+    """Builds the losses with a teacher that is yet to be trained here, so that their own checks come before that.
+
+    Raises:
+        UserError: as the losses do.
+    """
+    spec = None if args.teacher is None else ModelSpec.parse(args.teacher, "teacher")
+    if spec is not None and spec.name_or_path is None:
+        with torch.random.fork_rng(devices=[]):
+            build_losses(student, adapt(build_model(spec, data["train"].id2label)), config)
 
 
 def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> DenseAdapter | None:

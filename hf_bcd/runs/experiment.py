@@ -1,11 +1,16 @@
 """The steps of a run: data, teacher, undistilled baseline, distilled student, scores, report, push."""
 
 import logging
+import os
+import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from huggingface_hub.utils import WeakFileLock
 from transformers import PreTrainedModel, set_seed
 
 from ..adapters import DenseAdapter, adapt, image_processor, read_synonyms
@@ -18,6 +23,7 @@ from ..training.config import BCDConfig
 from ..training.evaluation import evaluate
 from ..training.teaching import adopt_labels
 from ..training.trainer import BCDTrainer
+from ..utils.files import write_text
 from ..utils.messages import UserError
 from ..utils.yaml import parse_mapping
 from .arguments import DataArguments, ModelArguments
@@ -88,6 +94,40 @@ def build_student(args: ModelArguments, config: BCDConfig, data: DenseDatasets) 
     student = adapt(build_model(spec, data["train"].id2label, trust_remote_code=args.trust_remote_code))
     check_sizes(student, config, data)
     return student
+
+
+@contextmanager
+def alone_in(folder: str | Path, config: BCDConfig, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other runs out of a folder, whose files would mix; the ranks of this one enter together.
+
+    The system itself holds the lock, so that of a process that died is free.
+
+    Args:
+        folder: created where missing.
+        config: tells which process is the first one.
+        wait: for the end of the other run, instead of refusing.
+
+    Raises:
+        UserError: another process is in the folder; names it and its machine.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if config.process_index == 0:
+            owner = folder / "_lock_owner"
+            try:
+                stack.enter_context(WeakFileLock(folder / "_lock", timeout=1))
+            except TimeoutError:
+                who = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+                if not wait:
+                    raise UserError(
+                        f"{folder} is in use by {who}; wait for it, or choose another --output_dir."
+                    ) from None
+                logger.warning("%s is in use by %s; waiting for it", folder, who)
+                stack.enter_context(WeakFileLock(folder / "_lock"))
+            write_text(owner, f"process {os.getpid()} on {platform.node()}")
+        PartialState().wait_for_everyone()
+        yield
 
 
 def check_sizes(model: DenseAdapter, config: BCDConfig, data: DenseDatasets) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import read_text
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import read_yaml
 
@@ -29,7 +30,7 @@ def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
         if path.resolve() in [earlier.resolve() for earlier in chain]:
             raise UserError(f"a recipe is its own base: {' -> '.join(map(str, [*chain, path]))}.")
         chain.append(path)
-        recipe = read_yaml(path.read_text(), str(path)) or {}
+        recipe = read_yaml(read_text(path), str(path)) or {}
         if not isinstance(recipe, dict):
             raise UserError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}.")
         base = recipe.pop("base", None)

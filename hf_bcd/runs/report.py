@@ -1,5 +1,6 @@
 """A finished run's results.json, pictures and model card, all from numbers that it measured."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from ..training.recording import hub_dataset, record_run
 from ..training.trainer import BCDTrainer
 from ..utils.costs import device_name, measure_costs
 from ..utils.files import write_json
+from ..utils.text import shortened
 
+
+logger = logging.getLogger(__name__)
 
 NUM_PICTURES = 4
 
@@ -77,6 +81,7 @@ def write_report(
     folder = Path(trainer.args.output_dir or ".")
     results: dict[str, Any] = dict(scores)
     figures: list[str] = []
+    write_json(folder / "results.json", results)  # nothing that follows may lose the scores
     if split is not None:
         if "student" in scores:
             results["protocol"] = protocol(data[split], trainer.distiller.student, trainer.args, scores["student"])
@@ -84,8 +89,10 @@ def write_report(
                 results["protocol"]["dataset_revision"] = data[split].revision
             results["protocol"] |= measured_costs(trainer, {name: models[name] for name in scores}, data[split])
         write_json(folder / "results.json", results)
-        figures = write_figures(trainer, models, data[split], folder / "figures")
-    write_json(folder / "results.json", results)
+        try:
+            figures = write_figures(trainer, models, data[split], folder / "figures")
+        except Exception as error:  # whatever a picture's shape does to a figure, the run stands
+            logger.warning("no figures, because one failed: %s", shortened(f"{type(error).__name__}: {error}"))
     if trainer.teacher is not None and not trainer.teacher.label_map.is_identity:
         write_json(folder / "label_map.json", trainer.teacher.label_map.to_dict())
     paths = [f"figures/{name}" for name in figures]

@@ -5,15 +5,13 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import PartialState
-from huggingface_hub.utils import WeakFileLock
 
 from ..adapters import DenseAdapter, read_synonyms
 from ..adapters.loading import load_adapter
@@ -21,11 +19,11 @@ from ..data import DenseDataset, DenseDatasets
 from ..losses.recipe import read_losses
 from ..training.checkpoints import data_key
 from ..training.config import BCDConfig
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json, write_text
 from ..utils.messages import UserError
 from .arguments import RECIPE_KEYS, DataArguments, ModelArguments, build_arguments, read_arguments
-from .baseline import prepare_teacher, teacher_key
-from .experiment import build_student, evaluate_model, final_split, load_data, train_model
+from .baseline import check_untrained, prepare_teacher, teacher_key
+from .experiment import alone_in, build_student, evaluate_model, final_split, load_data, train_model
 from .recipes import merged, read_recipe
 from .report import write_report
 
@@ -63,8 +61,8 @@ class Run:
         path = self.folder / RESULT_FILE
         if not path.is_file():  # written last
             return None
-        result = json.loads(path.read_text())
-        for key in sorted({*self.arguments, *result["arguments"]}):
+        result = read_json(path)
+        for key in sorted({*self.arguments, *result["arguments"]} - {"hub_token"}):  # which earlier versions wrote
             found, expected = result["arguments"].get(key), json.loads(json.dumps(self.arguments.get(key)))
             if found != expected:
                 raise UserError(
@@ -83,12 +81,14 @@ class Study:
         folder: output folder of all runs.
         split: split of the final scores; `test` where it is labelled, else `validation`, by default.
         runs: all runs, seed by seed.
+        token: access token of the Hub, which no run's arguments hold, so that it is neither written nor compared.
     """
 
     name: str
     folder: Path
     split: str | None
     runs: list[Run]
+    token: str | None = field(default=None, repr=False)
 
 
 def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] = ()) -> Study:
@@ -125,9 +125,14 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             raise UserError(f"{path}: reference is {name!r}; choose one of {', '.join(variations)}.")
     names = sorted(variations, key=lambda name: name not in references.values())  # they run first
     folder = output_dir or Path(recipe.get("output_dir") or f"runs/studies/{path.stem}")
-    runs = []
+    runs: list[Run] = []
+    token = None
     for seed in seeds:
         for name in names:
+            if not re.fullmatch(r"\w[\w.+-]*", str(name)):  # it becomes a folder
+                raise UserError(
+                    f"{path}: a run is called {name!r}; a name has letters, digits, and . + - _ between them."
+                )
             own = {key: value for key, value in (variations[name] or {}).items() if key != "reference"}
             if unknown := set(own) - set(RECIPE_KEYS):
                 raise UserError(f"{path}: run {name!r} has the unknown key {sorted(unknown)[0]!r}.")
@@ -135,6 +140,7 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             given |= dict.fromkeys(
                 (key for key, value in own.items() if value is None)
             )  # also with --teacher.weights W
+            token = given.pop("hub_token", None) or token
             given.pop("resume_from_checkpoint", None)  # as the message after Ctrl-C says; every run does
             try:
                 read_losses(given.get("losses") or {})  # now, not after the runs before it
@@ -143,7 +149,7 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             run_folder = folder / str(name) / f"seed_{seed}"
             fixed = {"output_dir": str(run_folder), "seed": seed, "with_baseline": False}
             runs.append(Run(str(name), seed, references[name], run_folder, {**given, **fixed}))
-    return Study(path.stem, folder, split, runs)
+    return Study(path.stem, folder, split, runs, token)
 
 
 @dataclass
@@ -176,7 +182,7 @@ class Shared:
         name = digest(key)
         folder = self.study.folder / "teachers" / name
         own.output_dir = str(folder)
-        with alone_in(folder, config):
+        with alone_in(folder, config, wait=True):
             if name not in self.teachers:
                 model = prepare_teacher(args, own, data)
                 assert model is not None
@@ -199,7 +205,7 @@ class Shared:
         key = {**teacher, **{f"scored.{key}": value for key, value in scored.items()}}
         path = folder / f"scores-{digest(key)}.json"
         if path.is_file():
-            found = json.loads(path.read_text())
+            found = read_json(path)
             if found["key"] != json.loads(json.dumps(key)):
                 raise UserError(f"{path} holds the scores of another teacher or split; remove it to score this one.")
             return found["scores"]
@@ -212,24 +218,6 @@ class Shared:
 def digest(key: Mapping[str, Any]) -> str:
     """A short name for what a mapping says, the same in every process."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def alone_in(folder: Path, config: BCDConfig) -> Iterator[None]:
-    """Keeps other processes that share a study out of a folder; the ranks of this one enter together.
-
-    The system itself holds the lock, so that of a process that died is free.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        if config.process_index == 0:
-            try:
-                stack.enter_context(WeakFileLock(folder / "lock", timeout=1))
-            except TimeoutError:
-                logger.warning("another process is training or scoring the teacher in %s; waiting for it", folder)
-                stack.enter_context(WeakFileLock(folder / "lock"))
-        PartialState().wait_for_everyone()
-        yield
 
 
 def run_study(study: Study, part: tuple[int, int] = (1, 1)) -> list[str]:
@@ -260,13 +248,21 @@ def run_study(study: Study, part: tuple[int, int] = (1, 1)) -> list[str]:
 
 def train_run(run: Run, shared: Shared) -> None:
     """Trains, scores and reports one student; writes its `study.json` last."""
-    model_args, data_args, config = build_arguments(run.arguments)
+    model_args, data_args, config = build_arguments({**run.arguments, "hub_token": shared.study.token})
+    with alone_in(run.folder, config):
+        _train_run(run, shared, model_args, data_args, config)
+
+
+def _train_run(
+    run: Run, shared: Shared, model_args: ModelArguments, data_args: DataArguments, config: BCDConfig
+) -> None:
     config.resume_from_checkpoint = "true"  # the last checkpoint of its folder, if there is one
     data = shared.load_data(data_args)
     split = shared.study.split or final_split(data)
     if split is None or split not in data:
         raise UserError(f"the data set has the splits {', '.join(data)}, but the scores are to come from {split!r}.")
     student = build_student(model_args, config, data)
+    check_untrained(model_args, config, data, student)
     teacher, teacher_scores = shared.teacher(model_args, config, data, split)
     trainer = train_model(student, teacher, config, data, label_synonyms=model_args.label_synonyms)
     models = {"student": load_adapter(str(run.folder))}
@@ -277,10 +273,10 @@ def train_run(run: Run, shared: Shared) -> None:
     reference = run.folder.parent.parent / run.reference / run.folder.name
     if run.name != run.reference and (reference / RESULT_FILE).is_file() and teacher is not None:
         models["baseline"] = load_adapter(str(reference))
-        scores["baseline"] = json.loads((reference / RESULT_FILE).read_text())["scores"]
+        scores["baseline"] = read_json(reference / RESULT_FILE)["scores"]
     if config.should_save:
         recipe = run.folder / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(run.arguments, sort_keys=False, allow_unicode=True))
+        write_text(recipe, yaml.safe_dump(run.arguments, sort_keys=False, allow_unicode=True))
         write_report(trainer, models, scores, data, split, run.arguments)
         result = {
             "arguments": run.arguments,

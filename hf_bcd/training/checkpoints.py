@@ -3,28 +3,25 @@
 import errno
 import json
 import logging
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import safe_globals
 
 from ..adapters import FrozenTeacher
 from ..adapters.loading import drop_foreign_code
 from ..data import DenseDataset, DenseStream, TransformedStream
 from ..data.dataset import TransformedDataset
 from ..utils.costs import count_parameters
-from ..utils.files import read_json, write_json
+from ..utils.files import check_readable, read_json, write_json
 from ..utils.messages import UserError
 from ..utils.text import shortened
 from ..utils.yaml import yaml_text
@@ -65,21 +62,8 @@ def read_state(checkpoint: Path) -> TrainerState:
         if type(value) is not int or value < 0:
             raise UserError(f"{checkpoint / TRAINER_STATE_NAME}: {key} is {value!r}, which is no number of steps.")
     for path in sorted(checkpoint.iterdir()):
-        check_readable(path)
+        check_readable(path, "Resume from another checkpoint.")
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-
-
-def check_readable(path: Path) -> None:
-    """Refuses weights or state that cannot be read, such as half a download; the `UserError` names the file."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                file.keys()
-        elif path.suffix in (".pt", ".pth"):
-            with warnings.catch_warnings(action="ignore"), safe_globals():
-                torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except Exception as error:  # of several libraries, all for a file that is damaged
-        raise UserError(f"{path}: damaged ({shortened(error)}). Resume from another checkpoint.") from error
 
 
 def finished_state(checkpoint: Path, state: TrainerState, total: int) -> TrainerState | None:

@@ -64,17 +64,22 @@ def prepare(
         return Prepared(student, None, DistillationCriterion({}, {}, []))
     frozen = freeze(adapt(teacher), student.id2label, args, synonyms)
     check_losses(frozen.adapter, frozen.label_map, args)
-    criterion = build_criterion(
-        args.loss_options,
-        student.feature_specs,
-        frozen.feature_specs,
-        num_labels=student.num_labels,
-        seed=args.seed,
-        offers=offers_of(frozen.adapter, args),
-        head_levels=frozen.adapter.head_levels,
-    )
+    criterion = build_losses(student, frozen.adapter, args)
     criterion.log_gradients = args.log_gradients
     return Prepared(student, frozen, criterion)
+
+
+def build_losses(student: DenseAdapter, teacher: DenseAdapter, args: BCDConfig) -> DistillationCriterion:
+    """The losses between two models; a `UserError` says which option or level is wrong."""
+    return build_criterion(
+        args.loss_options,
+        student.feature_specs,
+        teacher.feature_specs,
+        num_labels=student.num_labels,
+        seed=args.seed,
+        offers=offers_of(teacher, args),
+        head_levels=teacher.head_levels,
+    )
 
 
 def adopt_labels(model: PreTrainedModel, id2label: Mapping[int, str] | None) -> None:

@@ -1,10 +1,18 @@
 """Text files: UTF-8 both ways, and never seen half written."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+
 from .messages import UserError
+from .text import shortened
+
+
+LFS_POINTER = b"version https://git-lfs"
 
 
 def read_text(path: Path) -> str:
@@ -32,6 +40,36 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}).") from error
+
+
+def check_readable(path: Path, remedy: str) -> None:
+    """Refuses weights or state that cannot be read, such as half a download.
+
+    Args:
+        path: file of safetensors, or of tensors that `torch.save` wrote; others pass.
+        remedy: a sentence for the error message.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
+        return
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{path}: a Git LFS pointer in the place of the file; run `git lfs pull`, or download the file."
+            )
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as content:
+                content.keys()
+        else:
+            from transformers.trainer_pt_utils import safe_globals  # numpy's random state is no tensor
+
+            with warnings.catch_warnings(action="ignore"), safe_globals():
+                torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # several libraries raise all kinds of errors for a damaged file
+        raise UserError(f"{path}: damaged ({shortened(error) or type(error).__name__}). {remedy}") from error
 
 
 def write_text(path: Path, text: str) -> None:
