@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from ..outputs import DenseOutput, Targets
@@ -15,32 +15,22 @@ from .context import context_relation, literal_relation
 from .modules.aggregate import SelfRelationHead, StudentHead, TeacherHead
 from .modules.schedules import Temperature
 from .ops.functional import at_least_float32, grid_size, resize, spatial_size
-from .ops.path import line_offsets
+from .ops.path import line_ends, line_offsets
 
 
 TeacherHeadKind = Literal["calibrated", "orthogonal", "logits"]
 
 
 def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor:
-    """Soft boundary map of class scores: the least affinity `1 - <p_i, p_j>` to any position of the disc.
+    """Soft boundary map `[B, h, w]` in 0..1 of class scores `[B, num_labels, h, w]`.
 
-    Args:
-        logits: class scores `[B, num_labels, h, w]`.
-        radius: as in `path_offsets`.
-        mask: `[B, h, w]`, True where valid.
-
-    Returns:
-        `[B, h, w]` in 0..1.
+    It is the largest `1 - <p_i, p_j>` to any valid position j of the disc of `radius`.
     """
-    reach, (height, width) = radius - 1, logits.shape[-2:]
     probabilities = at_least_float32(logits).softmax(dim=1)
-    padded = nn.functional.pad(probabilities, [reach] * 4)
-    padded_mask = nn.functional.pad(mask, [reach] * 4)
     boundary = torch.zeros_like(probabilities[:, 0])
-    for dy, dx in line_offsets(radius):
-        rows, columns = slice(reach + dy, reach + dy + height), slice(reach + dx, reach + dx + width)
-        difference = 1 - (probabilities * padded[:, :, rows, columns]).sum(dim=1)
-        boundary = torch.maximum(boundary, difference.masked_fill(~padded_mask[:, rows, columns], 0))
+    for other, valid in zip(line_ends(probabilities, radius), line_ends(mask, radius), strict=True):
+        difference = 1 - (probabilities * other).sum(dim=1)
+        boundary = torch.maximum(boundary, difference.masked_fill(~valid, 0))
     return boundary
 
 
@@ -175,7 +165,6 @@ class BCDLoss(DistillationLoss):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether `calibrate` must run before the first step."""
         return self.teacher_head_kind != "logits" and not bool(self.teacher_head.calibrated)
 
     @torch.no_grad()
@@ -185,13 +174,7 @@ class BCDLoss(DistillationLoss):
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
         num_steps: int = 250,
     ) -> None:
-        """Fits the teacher's boundary readout and threshold to the teacher's own classes, once, before training.
-
-        Args:
-            batches: the teacher's outputs on some training images, and their targets.
-            progress: wraps the steps, e.g. in a progress bar.
-            num_steps: Adam steps of the fit.
-        """
+        """Fits the teacher's boundary readout and threshold to its own classes, see `TeacherHead.calibrate`."""
         prepared = []
         for teacher, targets in batches:
             size = grid_size(targets.size, self.stride)

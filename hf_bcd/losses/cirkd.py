@@ -19,6 +19,7 @@ from .ops.functional import (
     divergence,
     full_precision,
     image_means,
+    on_teacher_grid,
     pool_valid,
     resize,
     spatial_size,
@@ -91,13 +92,12 @@ def cirkd_memory_loss(
     Returns:
         Scalar >= 0 in nat, 0 without a valid vector; float32 or float64.
     """
-    ours, theirs = _unit_rows(at_least_float32(student)), _unit_rows(at_least_float32(teacher).detach())
-    if mask is None:
-        mask = torch.ones_like(teacher[:, 0], dtype=torch.bool)
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
     columns = None if memory_mask is None else memory_mask[None]
-    vectors = memory.detach().to(ours.dtype)[None]
-    rows = _row_divergence(ours, theirs.to(ours.dtype), vectors, vectors, columns, temperature)
-    return image_means(rows, mask.flatten(1)).mean()
+    vectors = memory.detach().to(student.dtype)[None]
+    rows = (_unit_rows(student), _unit_rows(teacher.to(student.dtype)))
+    divergences = _row_divergence(*rows, vectors, vectors, columns, temperature)
+    return image_means(divergences, mask.flatten(1)).mean()
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class CIRKDLoss(DistillationLoss):
 
     Of a class, an image gives 16 evenly spaced pixels and one region; the memories keep the latest 20,000 and 2,000 of
     each class, or, in this proportion, as many as `memory_mib` allows: `(pixels + regions) · classes · channels · 4`
-    bytes (`memory_bytes`) on every rank and in each checkpoint. About 4,096 pixels and 1,024 regions are compared at a
+    bytes on every rank and in each checkpoint. About 4,096 pixels and 1,024 regions are compared at a
     step, as many of each class, from a place in its memory that changes from step to step. All these numbers are the
     official ones. New vectors wait until the end of a step: 17 · classes · channels · 4 bytes an image.
 
@@ -188,12 +188,10 @@ class CIRKDLoss(DistillationLoss):
     )
     reference = "yang2022cross"
 
+    # of pixels and regions: how many are remembered of a class at most, and compared at a step, all classes together
     max_entries = (20_000, 2_000)
-    """Pixels and regions that are remembered of a class at most."""
     samples: tuple[int, int] = (4_096, 1_024)
-    """Pixels and regions that are compared at a step, all classes together."""
-    pixels_an_image = 16
-    """Pixels that an image adds to the memory of a class."""
+    pixels_an_image = 16  # for the memory of a class
 
     def __init__(
         self,
@@ -226,11 +224,6 @@ class CIRKDLoss(DistillationLoss):
                 "MiB for one region and ten pixels of each class."
             )
         return int(part * pixels), int(part * regions)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of both memories."""
-        return self.pixels.num_bytes + self.regions.num_bytes
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         theirs = at_least_float32(teacher.features[self.level]).detach()

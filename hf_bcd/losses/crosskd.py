@@ -21,13 +21,7 @@ from .ops.functional import (
 def match_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Gives every channel of the student's map the mean and deviation of the teacher's, over the batch of all ranks.
 
-    Args:
-        student: `[B, C, h, w]`.
-        teacher: `[B, C, h, w]`, constant.
-        mask: `[B, 1, h, w]`, True where a position counts.
-
-    Returns:
-        `(student - mean) / (std + 1e-6) · std_teacher + mean_teacher`, `[B, C, h, w]`.
+    Maps are `[B, C, h, w]`, the mask `[B, 1, h, w]` is True where a position counts.
     """
     _, mean, deviation = moments(teacher, (0, 2, 3), mask)
     return standardize(student, (0, 2, 3), mask, eps=1e-6) * deviation + mean

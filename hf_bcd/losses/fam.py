@@ -19,16 +19,13 @@ def _interpolation(frequencies: Tensor, nodes: int) -> Tensor:
 
 
 def spectral_filter(x: Tensor, spectrum: Tensor, cutoff: float) -> Tensor:
-    """Weights the high frequencies of every channel: `Re IFFT(HPF · W · FFT(x))`.
+    """Weights the high frequencies of every channel of `x` `[B, C, h, w]`: `Re IFFT(HPF · W · FFT(x))`.
 
     Args:
-        x: `[B, C, h, w]`, float32 or float64.
+        x: float32 or float64.
         spectrum: real and imaginary part of W at F x F frequencies, even over [-1/2, 1/2] cycles a position along each
             axis, interpolated to the grid's: `[2, C, F, F]`.
         cutoff: HPF removes the frequencies below this fraction of the highest along both axes.
-
-    Returns:
-        `[B, C, h, w]`.
     """
     rows, columns = (torch.fft.fftfreq(side, dtype=x.dtype, device=x.device) for side in x.shape[-2:])
     nodes = spectrum.shape[-1]

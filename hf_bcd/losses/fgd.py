@@ -19,12 +19,7 @@ from .ops.functional import (
 
 
 def activation_attention(x: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Positions and channels in which a map is active.
-
-    Args:
-        x: features `[B, C, h, w]`.
-        mask: `[B, h, w]`, True where valid.
-        temperature: T, > 0.
+    """Positions and channels in which a map `[B, C, h, w]` is active.
 
     Returns:
         `n · softmax over the n valid positions of mean_c |x| / T`, `[B, h, w]`, 0 where void, and

@@ -15,10 +15,7 @@ from ..ops.path import path_range
 class FeatureAggregator(nn.Module):
     """Fuses the levels of a hierarchy: 1x1 convolution each, bilinear to one grid, concatenation, 3x3 convolution.
 
-    Args:
-        specs: the levels to fuse.
-        channels: output channels.
-        reduced_channels: channels of each level before the concatenation.
+    Each level has `reduced_channels` before the concatenation; `channels` come out.
     """
 
     def __init__(self, specs: Mapping[str, FeatureSpec], channels: int = 256, reduced_channels: int = 64) -> None:
@@ -63,12 +60,6 @@ class TeacherHead(nn.Module):
     Trained jointly it would collapse within some 50 steps: a constant target is the easiest one to match. So the
     convolutions are seeded random orthogonal maps, which keep the Gram matrix, and only the 1x1 readout is fitted, once
     and before training, to separate the teacher's own arg-max classes.
-
-    Args:
-        specs: the teacher's feature levels.
-        channels: as in `FeatureAggregator`.
-        reduced_channels: as in `FeatureAggregator`.
-        seed: seed of the random maps.
     """
 
     z_mean: Tensor
@@ -173,9 +164,7 @@ class TeacherHead(nn.Module):
 class SelfRelationHead(nn.Module):
     """The operator O of Eq. 4 as its reference [85] (SERE) has it, with batch statistics synchronised over ranks.
 
-    Args:
-        channels: channels of the aggregated features.
-        predictor: add the student's 1x1 convolution, normalisation and ReLU.
+    The student's has a `predictor` on top: 1x1 convolution, normalisation and ReLU.
     """
 
     def __init__(self, channels: int, predictor: bool) -> None:

@@ -13,14 +13,9 @@ FIRST_STEP, LAST_STEP = 50, 150
 
 
 def squared_gradients(terms: Mapping[str, Tensor], features: Tensor) -> Tensor:
-    """Squared norms of the gradients of several scalars with respect to one map of the student.
+    """Squared norms of the gradients of K scalars with respect to one map of the student: `[K]`, float32.
 
-    Args:
-        terms: name -> scalar with a graph, which is kept.
-        features: map that they depend on, e.g. the student's last stage `[B, C, h, w]`.
-
-    Returns:
-        `[K]` in the order of `terms`, float32; 0 for a term that does not depend on the map.
+    Their graphs are kept; a term that does not depend on the map has 0.
     """
     squares = []
     for value in terms.values():

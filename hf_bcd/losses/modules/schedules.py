@@ -31,9 +31,6 @@ class Temperature(nn.Module):
     After each step: if the mean over rows of the teacher's largest probability, after temperature, exceeds 0.5, the
     temperature grows by 5 % for the next step, up to 4 (Phuong & Lampert, ICCV 2019, which the BCD paper follows; for
     `paper` losses the statistic is the range of the teacher's item divided by the temperature).
-
-    Args:
-        initial: temperature of the first step.
     """
 
     threshold = 0.5
@@ -49,12 +46,7 @@ class Temperature(nn.Module):
         self._observed: Tensor | None = None
 
     def observe(self, statistic: Tensor, rows: Tensor | None = None) -> None:
-        """Adds the statistics of one forward pass to the sums of the current step.
-
-        Args:
-            statistic: means over rows, one an image `[B]`.
-            rows: of how many rows each is the mean `[B]`, one by default. A mean of none does not count.
-        """
+        """Adds an image's mean over rows `[B]`, and over how many `[B]` (one by default), to the current step."""
         statistic = statistic.detach().float()
         rows = torch.ones_like(statistic) if rows is None else rows.to(statistic)
         observed = torch.stack([(statistic * rows).masked_fill(rows == 0, 0).sum(), rows.sum()])

@@ -124,12 +124,7 @@ def unit_maps(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def pool_valid(x: Tensor, mask: Tensor, size: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Averages cells of `size` over their valid positions; the last cells are smaller where `size` does not divide.
-
-    Args:
-        x: `[B, C, h, w]`.
-        mask: `[B, h, w]`, True where valid.
-        size: side, or height and width, of a cell.
+    """Averages cells of `size` over the valid positions of `x` `[B, C, h, w]`; the last cells may be smaller.
 
     Returns:
         Means `[B, C, ⌈h / size⌉, ⌈w / size⌉]`, 0 where a cell has no valid position, and which cells have any.
@@ -171,25 +166,18 @@ def divergence(
 
 
 def class_means(features: Tensor, classes: Tensor) -> Tensor:
-    """Mean feature of every class in every image.
+    """Mean feature of every class in every image: `[B, K, C]`, 0 for a class that an image lacks.
 
     Args:
         features: `[B, C, h, w]`.
         classes: where each class is, `[B, K, h, w]`, boolean or in 0..1; see `Targets.class_masks`.
-
-    Returns:
-        `[B, K, C]`, 0 for a class that an image lacks.
     """
     weight = classes.flatten(2).to(features.dtype)
     return weight @ features.flatten(2).mT / weight.sum(dim=2, keepdim=True).clamp_min(1e-6)
 
 
 def class_similarity(features: Tensor, classes: Tensor) -> Tensor:
-    """Cosine between each position's feature and the mean feature of every class in its image, see `class_means`.
-
-    Returns:
-        `[B, K, h, w]` in [-1, 1], 0 for a class that an image lacks.
-    """
+    """Cosine `[B, K, h, w]` between each position's feature and the mean of every class in its image, `class_means`."""
     means = unit_vectors(class_means(features, classes), dim=2)
     # K numbers a position instead of a map of means with its C
     return (means @ unit_vectors(features.flatten(2), dim=1)).unflatten(2, spatial_size(features))
