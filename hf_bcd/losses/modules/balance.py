@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...utils.distributed import is_distributed
+from ...utils.distributed import all_reduce_sum
 
 
 FIRST_STEP, LAST_STEP = 50, 150
@@ -68,9 +67,7 @@ class GradientBalance(nn.Module):
         """Ends an optimizer step, on all ranks at once; the last one of the measurement sets the weights."""
         if self._squares is None:
             return
-        if is_distributed():
-            dist.all_reduce(self._squares)
-        self.sums += self._squares.sqrt()
+        self.sums += all_reduce_sum(self._squares).sqrt()
         self._squares = None
         if self._ends:
             task, terms = self.sums[0], self.sums[1:]

@@ -1,10 +1,9 @@
 """Decay of the distillation terms, and temperatures that adapt, over the steps of a run."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...utils.distributed import is_distributed
+from ...utils.distributed import all_reduce_sum
 
 
 def decay(step: int, total: int) -> float:
@@ -56,9 +55,6 @@ class Temperature(nn.Module):
         """Ends an optimizer step: the mean over all ranks and accumulated batches decides on the next temperature."""
         if self._observed is None:
             return
-        if is_distributed():
-            dist.all_reduce(self._observed)
-        mean = self._observed[0] / self._observed[1]
+        (total, rows), self._observed = all_reduce_sum(self._observed), None
         grown = (self.value * self.growth).clamp_max(self.maximum)
-        self.value.copy_(torch.where(mean > self.threshold, grown, self.value))
-        self._observed = None
+        self.value.copy_(torch.where(total / rows > self.threshold, grown, self.value))
