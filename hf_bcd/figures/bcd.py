@@ -26,10 +26,7 @@ def boundary_figure(
     Args:
         image: RGB image: PIL, uint8 `[H, W, 3]` or uint8 `[3, H, W]`.
         maps: title -> field `[h, w]` at any resolution, resized bilinearly.
-        path: PNG file to write.
-
-    Returns:
-        The path of the picture.
+        path: PNG file to write; it is returned.
 
     Raises:
         ValueError: there is no map, or a map is not two-dimensional and finite.
@@ -50,19 +47,13 @@ def relation_figure(
     """Saves the relations of one pixel to all positions, such as teacher's and student's, with the pixel marked.
 
     Each map has its own scale, from 0 or its minimum to its 99th percentile: the maps' patterns are compared, not
-    their sharpness.
+    their sharpness. The rest is as in `boundary_figure`.
 
     Args:
-        image: RGB image: PIL, uint8 `[H, W, 3]` or uint8 `[3, H, W]`.
+        image: as there.
         relations: title -> the pixel's row of the relation matrix as a map `[h, w]`, resized bilinearly.
-        point: row and column of the pixel in the image.
-        path: PNG file to write.
-
-    Returns:
-        The path of the picture.
-
-    Raises:
-        ValueError: there is no map, a map is not two-dimensional and finite, or the point lies outside the image.
+        point: row and column of the pixel in the image; outside of it, a ValueError.
+        path: as there.
     """
     pixels = rgb(image)
     if not (0 <= point[0] < pixels.shape[0] and 0 <= point[1] < pixels.shape[1]):

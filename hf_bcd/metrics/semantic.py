@@ -34,11 +34,6 @@ class SemanticMetrics:
         no_images = torch.empty(0, 1, 1, dtype=torch.int64)
         self._totals = {name: count.sum(0) for name, count in self.counts(no_images, no_images).items()}
 
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shape of one image's entry in each of `counts`, in their order."""
-        return {name: total.shape for name, total in self._totals.items()}
-
     def counts(self, predictions: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Counts of a batch, one row per image; leaves the totals as they are.
 
