@@ -31,7 +31,9 @@ class LogitsModel(nn.Module):
             bins = layer.output_size if isinstance(layer, nn.AdaptiveAvgPool2d) else None
             if isinstance(bins, int) and bins > 1:
                 vars(layer).update(forward=partial(average_bins, bins=bins))
-            elif type(layer) is Conv2dSame or (tensorflow and isinstance(layer, nn.Conv2d) and max(layer.stride) > 1):
+            elif isinstance(layer, nn.Conv2d) and (
+                type(layer) is Conv2dSame or (tensorflow and max(layer.stride) > 1)
+            ):
                 padded = partial(same_convolution, layer, list(layer.stride))
                 # with stride and kernel 1, so that whoever pads for this layer adds nothing
                 vars(layer).update(forward=padded, stride=(1, 1), kernel_size=(1, 1))

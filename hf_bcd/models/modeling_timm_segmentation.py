@@ -113,8 +113,8 @@ class TimmSegmentationModel(SegmentationModel):
         if getattr(self.backbone, "output_fmt", None) == "NHWC":
             maps = [x.permute(0, 3, 1, 2) for x in maps]
         features = dict(zip(self.nominal_strides, maps, strict=True))
-        used = self.training and self.auxiliary_head is not None
-        return maps, self.head(features), self.auxiliary_head(features) if used else None
+        auxiliary_head = self.auxiliary_head if self.training else None
+        return maps, self.head(features), None if auxiliary_head is None else auxiliary_head(features)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -35,7 +35,8 @@ class SegmentationModel(PreTrainedModel):
         super().__init_subclass__(**kwargs)
         # lets pipeline("image-segmentation") know the class; here, not in the package, so that remote code does so too
         names: Any = MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
-        names.setdefault(cls.config_class.model_type, cls.__name__)
+        config_class: Any = cls.config_class
+        names.setdefault(config_class.model_type, cls.__name__)
 
     def score(self, pixel_values: Tensor) -> tuple[Sequence[Tensor], Tensor, Tensor | None]:
         """Feature maps from fine to coarse, logits, and auxiliary logits in training mode where there is such a head."""
