@@ -59,7 +59,6 @@ class BCDLoss(DistillationLoss):
     needs = frozenset({"features"})  # of the targets, void positions only
     decays = True
     transfers = "semantic boundaries and pixel-to-pixel relations of all levels"
-    source = "https://huggingface.co/papers/2401.13174"
     checked = "the paper's equations (no official code); `stable` mode is our reading of them"
     reference = "zhang2024bcd"
 

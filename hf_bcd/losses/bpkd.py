@@ -56,7 +56,6 @@ class BPKDLoss(DistillationLoss):
     weights = {"body": 3.0, "edge": 0.5}
     needs = frozenset({"logits", "labels"})
     transfers = "where each class is active inside objects, class scores along their borders"
-    source = "https://arxiv.org/abs/2306.08075"
     checked = (
         "no official training code; formula compared with two third-party implementations, which differ in n_c: we count "
         "positions; weights are ours, as the paper's 20 and 100 belong to a reduction that is not public; void has no border"

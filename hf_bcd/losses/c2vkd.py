@@ -98,7 +98,6 @@ class C2VKDLoss(DistillationLoss):
     weights = {"target": 0.5, "others": 0.5, "features": 0.1, "covariance": 0.1}
     needs = frozenset({"logits", "features", "labels"})
     transfers = "true class and other classes of each pixel, features and their covariance between positions"
-    source = "https://arxiv.org/abs/2310.07265"
     checked = (
         "official script for the feature terms and weights, DKD's official code (mdistiller) for the decoupled loss, "
         "whose file C2VKD did not release; with its weights the feature and covariance terms are next to nothing (1e-3 and 1e-7 "

@@ -179,7 +179,6 @@ class CIRKDLoss(DistillationLoss):
     needs = frozenset({"logits", "features", "labels"})
     transfers = "similarities of pixels across images, and to remembered pixels and regions"
     keeps = "memory"
-    source = "https://arxiv.org/abs/2204.06986"
     checked = (
         "official code: same weights, temperatures and memories; but features of the backbone, stride 16 and all ranks' "
         "images in the batch relation (there: 8, one rank's), void pixels left out, pixels remembered under their own "

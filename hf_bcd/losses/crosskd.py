@@ -66,7 +66,6 @@ class CrossKDLoss(DistillationLoss):
     weights = {"crosskd": 1.0}  # official, on a sum over positive anchors divided by their number
     needs = frozenset({"features", "head"})
     transfers = "what the teacher's head makes of the features"
-    source = "https://arxiv.org/abs/2306.11369"
     checked = (
         "official code (detectors): same rescaling of each channel, weight and beta; softmax and KL for sigmoid and BCE, "
         "and the place where the student's features enter, are ours"

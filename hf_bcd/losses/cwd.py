@@ -47,7 +47,6 @@ class CWDLoss(DistillationLoss):
     weights = {"cwd": 3.0}
     needs = frozenset({"logits"})
     transfers = "where each channel is active"
-    source = "https://arxiv.org/abs/2011.13256"
     checked = "official code (TorchDistiller): same reduction, weight and temperature; void pixels left out"
     reference = "shu2021channel"
 

@@ -54,7 +54,6 @@ class DISTLoss(DistillationLoss):
     weights = {"inter": 1.0, "intra": 1.0}
     needs = frozenset({"logits"})
     transfers = "ranking of the classes in each pixel, and of the pixels in each class"
-    source = "https://arxiv.org/abs/2205.10536"
     checked = (
         "official segmentation code (DIST_KD): same formula and weights; intra-class within an image instead of a "
         "device's batch, void pixels left out, no term on auxiliary heads"

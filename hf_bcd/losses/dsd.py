@@ -91,7 +91,6 @@ class DSDLoss(DistillationLoss):
     weights = {"pixel": 1e3 / (64 * 128), "category": 10.0}
     needs = frozenset({"features", "logits"})
     transfers = "how attention changes between levels, and which classes go together"
-    source = "https://arxiv.org/abs/2107.08591"
     checked = "CIRKD's re-implementation: residual attention; the category term follows the paper's text; our reading"
     reference = "feng2021double"
 

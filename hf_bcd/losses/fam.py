@@ -96,7 +96,6 @@ class FAMLoss(DistillationLoss):
     weights = {"fam": 1.0}
     needs = frozenset({"features"})
     transfers = "features and their high frequencies at every level"
-    source = "https://arxiv.org/abs/2403.05894"
     checked = (
         "official code, for classification: same filter, branches, reduction and ImageNet weight; factorised spectral "
         "weights and void pixels ours, no cross-stage attention, no warm-up"

@@ -118,7 +118,6 @@ class FGDLoss(DistillationLoss):
     }
     needs = frozenset({"features", "labels"})
     transfers = "features of objects and background where the teacher is active, its attention, global context"
-    source = "https://arxiv.org/abs/2111.11837"
     checked = "official code, defined for detection; class masks instead of boxes and means instead of sums are ours"
     reference = "yang2022focal"
 

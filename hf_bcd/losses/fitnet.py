@@ -39,7 +39,6 @@ class FitNetLoss(DistillationLoss):
     weights = {"fitnet": 1.0}
     needs = frozenset({"features"})
     transfers = "features of each position"
-    source = "https://arxiv.org/abs/1412.6550"
     checked = "CIRKD's official code: same reduction, weight 1 for its 10; official FitNets sum over channels; void pixels left out"
     reference = "romero2015fitnets"
 

@@ -51,7 +51,6 @@ class IFVDLoss(AdversarialLoss):
     borrowed = frozenset({"kd", "adversarial"})
     needs = frozenset({"logits", "features", "labels"})
     transfers = "how features vary within each class, class scores, and the look of a whole score map"
-    source = "https://arxiv.org/abs/2001.03349"
     checked = (
         "official code: same terms, reductions and discriminator layers, weights but for the variation, 50 for its 200; void "
         "pixels left out"

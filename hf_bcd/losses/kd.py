@@ -37,7 +37,6 @@ class KDLoss(DistillationLoss):
     weights = {"kd": 1.0}
     needs = frozenset({"logits"})
     transfers = "class scores of each pixel"
-    source = "https://arxiv.org/abs/1503.02531"
     checked = "the pixel-wise term of CIRKD's official code, same reduction, void pixels left out"
     reference = "hinton2015distilling"
 

@@ -45,7 +45,6 @@ class PKDLoss(DistillationLoss):
     weights = {"pkd": 6.0}
     needs = frozenset({"features"})
     transfers = "the pattern of each channel over the batch"
-    source = "https://arxiv.org/abs/2207.02039"
     checked = (
         "official code (MMRazor): same formula, weight of its two-stage detectors for each level; deviations are biased "
         "and statistics run over all ranks; void pixels left out"

@@ -62,7 +62,6 @@ class SCKDLoss(DistillationLoss):
     needs = frozenset({"logits", "task_loss"})
     nested = {"host": {"kd": {}}}
     transfers = "what its host does, where that agrees with the task"
-    source = "https://doi.org/10.1109/ICCV48922.2021.00501"
     checked = "no official code: the paper's gate and threshold; where gradients are compared is our reading"
     reference = "zhu2021student"
 

@@ -74,7 +74,6 @@ class SKDLoss(AdversarialLoss):
     needs = frozenset({"logits", "features"})
     transfers = "class scores of each pixel, similarity of regions, and the look of a whole score map"
     adversarial = "holistic"
-    source = "https://arxiv.org/abs/1903.04197"
     checked = (
         "official code: same pair term and discriminator layers; pixel term as in the paper; Adam and, with it, the "
         "holistic weight as in IFVD's code; void pixels left out"

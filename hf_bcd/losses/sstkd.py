@@ -128,7 +128,6 @@ class SSTKDLoss(AdversarialLoss):
     transfers = (
         "low-level texture: directional detail and intensity statistics; class scores and their look as a whole"
     )
-    source = "https://arxiv.org/abs/2305.03944"
     checked = (
         "no official code: our reading of contourlet decomposition and, after STLNet's code, of intensity equalisation "
         "(without learned layers); weights unverified"

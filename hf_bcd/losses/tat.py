@@ -114,7 +114,6 @@ class TATLoss(DistillationLoss):
     weights = {"patch_group": 0.1, "anchor": 0.04}
     needs = frozenset({"features"})
     transfers = "features, each rebuilt from all of the student's"
-    source = "https://arxiv.org/abs/2205.10793"
     checked = (
         "official code (TaT-seg): same attention, normalisation, reduction and weights; padded, not cropped; voids"
     )

@@ -190,13 +190,9 @@ class Adversary(nn.Module):
 
 
 class AdversarialLoss(DistillationLoss):
-    """A method that has an `Adversary` on the class scores as one of its terms.
+    """A method that has an `Adversary` on the class scores as one of its terms."""
 
-    Attributes:
-        adversarial: name of this term.
-    """
-
-    adversarial: ClassVar[str] = "adversarial"
+    adversarial: ClassVar[str] = "adversarial"  # name of this term
     keeps = "discriminator"
 
     def __init__(self, pair: Pair, discriminator_channels: int) -> None:
