@@ -51,7 +51,6 @@ def push_folder(
         private: visibility of a repository that is created now; True also refuses one that exists and is public.
         revision: branch to push to.
         token: access token; the stored one by default.
-        commit_message: first line of the commit.
 
     Raises:
         HubError: if the folder holds no finished student, or the push fails; names the command to try again.

@@ -23,11 +23,9 @@ def bpkd_loss(
       softmax(Z_student[:, i] · M[:, i] / T))` over classes.
 
     Args:
-        student: class scores `[B, K, h, w]`.
-        teacher: class scores `[B, K, h', w']`, to whose grid the student's are resized; they receive no gradient.
+        student: class scores `[B, K, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
         edges: M, `[B, K, h', w']` in [0, 1], see `class_border_shares`.
         temperature: T, > 0.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         The two terms, scalars >= 0 in nat, 0 for equal scores; float32 or float64.

@@ -43,11 +43,9 @@ def fgd_loss(
     positions and channels, see `activation_attention`.
 
     Args:
-        student: features `[B, C, h, w]`.
-        teacher: `[B, C, h', w']`, to whose grid the student's are resized; receives no gradient.
+        student: features `[B, C, h, w]`; `teacher` and `mask`, which bounds the attention, are as in `on_teacher_grid`.
         regions: `[B, K, h', w']`, boolean or in 0..1; an empty one counts 0.
         temperature: T, > 0.
-        mask: `[B, h', w']`, True where the attention may look.
 
     Returns:
         Scalar >= 0, 0 for equal features; float32 or float64.

@@ -15,10 +15,8 @@ def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, mask:
     classes.
 
     Args:
-        student: class scores `[B, K, h, w]`.
-        teacher: class scores `[B, K, h', w']`, to whose grid the student's are resized; they receive no gradient.
+        student: class scores `[B, K, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
         temperature: T, > 0.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         Scalar >= 0 in nat, 0 for equal scores; float32 or float64.

@@ -20,9 +20,7 @@ def pkd_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
     `1 - r`, r being Pearson's correlation.
 
     Args:
-        student: features `[B, C, h, w]`, projected to the teacher's channels.
-        teacher: features `[B, C, h', w']`, to whose grid the student's are resized; they receive no gradient.
-        mask: `[B, h', w']`, True where valid.
+        student: features `[B, C, h, w]`, projected to the teacher's channels; the rest is as in `on_teacher_grid`.
 
     Returns:
         Scalar >= 0, 0 for channels that differ by a positive factor and a constant; float32 or float64.

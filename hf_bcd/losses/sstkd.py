@@ -81,12 +81,10 @@ def sstkd_loss(
     - `statistics`: mean over images and valid positions of that of `equalized_intensity`.
 
     Args:
-        student: `[B, C, h, w]`, resized to the teacher's grid.
-        teacher: `[B, C, h', w']`; receives no gradient.
+        student: `[B, C, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
         pyramid_levels: levels of the Laplacian pyramid, > 0.
         directions: bands of a level, > 0.
         intensity_levels: levels of intensity, >= 2.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         The two terms, scalars >= 0, 0 for equal features; float32 or float64.

@@ -58,16 +58,14 @@ def average_bins(x: Tensor, bins: int) -> Tensor:
     The cells are those of `adaptive_avg_pool2d`, whose ONNX export with dynamic height and width cannot be run;
     two matrix products can.
     """
-    rows, columns = (_bin_weights(size, bins).to(x) for size in x.shape[-2:])
+
+    def weights(size: int) -> Tensor:  # of each position in the mean of each bin, `[bins, size]`
+        position, index = torch.arange(size), torch.arange(bins)[:, None]
+        start, end = index * size // bins, ((index + 1) * size + bins - 1) // bins
+        return ((position >= start) & (position < end)) / (end - start)
+
+    rows, columns = (weights(size).to(x) for size in x.shape[-2:])
     return rows @ (x @ columns.T)
-
-
-def _bin_weights(size: int, bins: int) -> Tensor:
-    """Weight `[bins, size]` of each position in the mean of each bin."""
-    position, index = torch.arange(size), torch.arange(bins)[:, None]
-    start, end = index * size // bins, ((index + 1) * size + bins - 1) // bins
-    inside = (position >= start) & (position < end)
-    return inside / (end - start)
 
 
 class PSPHead(nn.Module):

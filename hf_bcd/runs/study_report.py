@@ -77,10 +77,10 @@ def score_table(results: Results, task: Task) -> str:
         cells = [score.text(scores[score.key]) for score in task.headline]
         rows.append([f"teacher {number}" if number else "teacher", "", *cells, ""])
     for name, seeds in results.items():
-        cells = [
-            _with_spread(*mean_and_deviation([one["scores"][score.key] for one in seeds.values()]), score)
-            for score in task.headline
-        ]
+        cells = []
+        for score in task.headline:
+            mean, deviation = mean_and_deviation([one["scores"][score.key] for one in seeds.values()])
+            cells.append(score.text(mean) + ("" if deviation is None else f" ± {score.text(deviation)}"))
         minutes = statistics.fmean([one["train_seconds"] for one in seeds.values()]) / 60
         rows.append([name, str(len(seeds)), *cells, f"{minutes:.1f}"])
     return _markdown(header, rows)
@@ -117,10 +117,6 @@ def _teachers(results: Results) -> list[tuple[int, Mapping[str, Any]]]:
             if one["teacher"] and one["teacher"] not in distinct:
                 distinct.append(one["teacher"])
     return [(number if len(distinct) > 1 else 0, scores) for number, scores in enumerate(distinct, 1)]
-
-
-def _with_spread(mean: float, deviation: float | None, score: Score) -> str:
-    return score.text(mean) if deviation is None else f"{score.text(mean)} ± {score.text(deviation)}"
 
 
 def _interval(difference: tuple[float, float | None] | None, score: Score) -> str:

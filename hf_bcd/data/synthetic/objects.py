@@ -279,12 +279,9 @@ def _wires(scene: Scene, a: m.Point, b: m.Point, height: float, colour: m.Colour
     surface = scene.surface(m.POLE, m.tint(colour, 0.6), (a[1] + b[1]) / 2)
     # Even steps in 1 / z are even steps in the picture.
     depths = [1 / ((1 - i / 8) / a[1] + i / 8 / b[1]) for i in range(9)]
-    shares = [(z - a[1]) / (b[1] - a[1]) for z in depths]
+    path = [((z - a[1]) / (b[1] - a[1]), z) for z in depths]
     for shift in (-0.8, 0.8):
-        points = [
-            (a[0] + t * (b[0] - a[0]) + shift, height - 3.6 * t * (1 - t), z)
-            for t, z in zip(shares, depths, strict=True)
-        ]
+        points = [(a[0] + t * (b[0] - a[0]) + shift, height - 3.6 * t * (1 - t), z) for t, z in path]
         scene.line(surface, [scene.project(*point) for point in points], 0)
 
 

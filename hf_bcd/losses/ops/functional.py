@@ -64,7 +64,7 @@ def on_teacher_grid(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tu
 
     Args:
         student: `[B, C, h, w]`.
-        teacher: `[B, C, h', w']`.
+        teacher: `[B, C, h', w']`, which receives no gradient.
         mask: boolean `[B, h', w']`, True where valid; None for everywhere.
 
     Returns:
