@@ -161,14 +161,12 @@ def student_files(folder: Path, token: str | None = None, *, finished: bool = Tr
         raise HubError(f"{folder / 'config.json'} holds no mapping: {error}") from error
     for key, value in _local_paths(config):
         raise HubError(f"{folder / 'config.json'}: {key} is the local path {value!r}; remove it, nobody else has it.")
-    modules = {
-        f"{str(value).split('.')[0]}.py" for value in config.get("auto_map", {}).values() if "--" not in str(value)
-    }
+    classes = [str(value) for value in config.get("auto_map", {}).values()]
+    modules = {f"{name.split('.')[0]}.py" for name in classes if "--" not in name}
     modules |= {Path(file).name for name in modules & {*found} for file in get_relative_import_files(folder / name)}
     export = [ONNX_MODEL, f"{ONNX_MODEL}.data", ONNX_REPORT] if read_export(folder) else []
-    names = filter_repo_objects(
-        found, allow_patterns=[*weights, *STUDENT_FILES, *modules, *export], ignore_patterns="*.part"
-    )
+    wanted = [*weights, *STUDENT_FILES, *modules, *export]
+    names = filter_repo_objects(found, allow_patterns=wanted, ignore_patterns="*.part")
     files = {name: folder / name for name in sorted(names)}
     for file in files.values():
         if file.suffix in (".json", ".md", ".py") and redacted(text := file.read_text(), token=token) != text:

@@ -14,14 +14,12 @@ from .modules.connectors import BatchStandardize
 from .modules.memory import ClassMemory, spread_positions
 from .modules.noise import SharedNoise
 from .ops.functional import (
-    at_least_float32,
     class_means,
     divergence,
     full_precision,
     image_means,
     on_teacher_grid,
     pool_valid,
-    resize,
     spatial_size,
     unit_vectors,
 )
@@ -41,11 +39,9 @@ def cirkd_loss(
     Besides the pooled features of all ranks it needs some 8 · `BLOCK_BYTES` of memory, however large the batch is.
 
     Args:
-        student: features `[B, C, h, w]`.
-        teacher: features `[B, C', h', w']`, to whose grid the student's are resized; they receive no gradient.
+        student: features `[B, C, h, w]`; `teacher`, with any channels, and `mask` are as in `on_teacher_grid`.
         temperature: T, > 0.
         pool: side of the cells whose valid pixels are averaged first; time and gathered bytes fall with it.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         Scalar >= 0 in nat, 0 where student and teacher relate pixels alike; float32 or float64.
@@ -53,13 +49,7 @@ def cirkd_loss(
     Raises:
         ValueError: if the batches differ. All ranks must show batches and grids of one size.
     """
-    if len(student) != len(teacher):
-        raise ValueError(
-            f"student has {len(student)} images and teacher {len(teacher)}; both must see the same batch."
-        )
-    student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
-    if mask is None:
-        mask = torch.ones_like(teacher[:, 0], dtype=torch.bool)
+    student, teacher, mask = on_teacher_grid(student, teacher, mask, same_channels=False)
     (ours, valid), (theirs, _) = (pool_valid(x, mask, pool) for x in (student, teacher.to(student.dtype)))
     ours, theirs, valid = _unit_rows(ours), _unit_rows(theirs), valid.flatten(1)
     columns = _of_all_ranks(valid.to(ours.dtype)) > 0
@@ -225,10 +215,9 @@ class CIRKDLoss(DistillationLoss):
         return int(part * pixels), int(part * regions)
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
-        theirs = at_least_float32(teacher.features[self.level]).detach()
+        ours, theirs = student.features[self.level], teacher.features[self.level]
         size = spatial_size(theirs)
-        ours = resize(at_least_float32(student.features[self.level]), size)
-        mask = targets.valid(size)
+        ours, theirs, mask = on_teacher_grid(ours, theirs, targets.valid(size), same_channels=False)
         if self.training:
             self._observe(theirs, targets.class_masks(size) >= 0.5)
         projected = self.head(ours, mask)

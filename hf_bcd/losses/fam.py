@@ -9,7 +9,7 @@ from ..outputs import DenseOutput, Targets
 from ..utils.messages import UserError
 from .base import DistillationLoss, Pair
 from .modules.connectors import BatchStandardize, Projection
-from .ops.functional import at_least_float32, full_precision, mean_squared_error, resize, spatial_size
+from .ops.functional import full_precision, mean_squared_error, on_teacher_grid, spatial_size
 
 
 def _interpolation(frequencies: Tensor, nodes: int) -> Tensor:
@@ -68,16 +68,14 @@ def fam_loss(student: Tensor, teacher: Tensor, attention: FrequencyAttention, *,
     """Frequency attention: `mean over images, valid positions and channels of (attention(s) - t)²`.
 
     Args:
-        student: features `[B, C_s, h, w]`.
-        teacher: features `[B, C_t, h', w']`, to whose grid the student's are resized; receives no gradient.
+        student: features `[B, C_s, h, w]`; `teacher` `[B, C_t, h', w']` and `mask` are as in `on_teacher_grid`.
         attention: trained along with the student.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         Scalar >= 0; float32 or float64.
     """
-    student = resize(at_least_float32(student), spatial_size(teacher))
-    return mean_squared_error(attention(student, mask), at_least_float32(teacher).detach(), mask)
+    student, teacher, mask = on_teacher_grid(student, teacher, mask, same_channels=False)
+    return mean_squared_error(attention(student, mask), teacher, mask)
 
 
 class FAMLoss(DistillationLoss):

@@ -90,9 +90,8 @@ class PSPHead(nn.Module):
     def forward(self, features: dict[int, Tensor]) -> Tensor:
         """Logits at the stride of the last map."""
         x = features[max(features)]
-        pooled = [
-            resize_like(pool(average_bins(x, bins)), x) for pool, bins in zip(self.pools, self.bins, strict=True)
-        ]
+        branches = zip(self.pools, self.bins, strict=True)
+        pooled = [resize_like(pool(average_bins(x, bins)), x) for pool, bins in branches]
         return self.classifier(self.bottleneck(torch.cat([x, *pooled], dim=1)))
 
 

@@ -173,9 +173,8 @@ def _tree(scene: Scene, x: float, z: float, kind: str) -> None:
         flank = list(zip(reaches, heights, strict=True))
         outline = [(scene.uniform(0.85, 1.1) * u, v) for u, v in flank] + [(0.0, 1.0)]
         outline += [(-scene.uniform(0.85, 1.1) * u, v) for u, v in reversed(flank)]
-        scene.draw.polygon(
-            [(foot_x + u * size, foot_y - (0.12 + 0.88 * v) * size) for u, v in outline], fill=leaves[0]
-        )
+        points = [(foot_x + u * size, foot_y - (0.12 + 0.88 * v) * size) for u, v in outline]
+        scene.draw.polygon(points, fill=leaves[0])
         return
     forks: list[m.Point] = []
     levels, angle = (5 if kind == "bare" else 4) - (z > 22), scene.uniform(-0.15, 0.15) - math.pi / 2

@@ -22,9 +22,8 @@ class FeatureAggregator(nn.Module):
         super().__init__()
         if not specs:
             raise ValueError("no feature levels to aggregate; the model's adapter must offer at least one.")
-        self.reduce = nn.ModuleDict(
-            {name: nn.Conv2d(spec.channels, reduced_channels, 1) for name, spec in specs.items()}
-        )
+        convolutions = {name: nn.Conv2d(spec.channels, reduced_channels, 1) for name, spec in specs.items()}
+        self.reduce = nn.ModuleDict(convolutions)
         self.fuse = nn.Conv2d(reduced_channels * len(specs), channels, 3, padding=1)
 
     def forward(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
@@ -43,7 +42,7 @@ class FeatureAggregator(nn.Module):
 class StudentHead(nn.Module):
     """The student's aggregated features and boundary scalar; trained with the student, dropped at export."""
 
-    def __init__(self, specs: Mapping[str, FeatureSpec], channels: int = 256, reduced_channels: int = 64) -> None:
+    def __init__(self, specs: Mapping[str, FeatureSpec], channels: int, reduced_channels: int) -> None:
         super().__init__()
         self.aggregate = FeatureAggregator(specs, channels, reduced_channels)
         self.readout = nn.Conv2d(channels, 1, 1)
@@ -67,9 +66,7 @@ class TeacherHead(nn.Module):
     theta: Tensor
     calibrated: Tensor
 
-    def __init__(
-        self, specs: Mapping[str, FeatureSpec], channels: int = 256, reduced_channels: int = 64, seed: int = 0
-    ) -> None:
+    def __init__(self, specs: Mapping[str, FeatureSpec], channels: int, reduced_channels: int, seed: int) -> None:
         super().__init__()
         self.aggregate = FeatureAggregator(specs, channels, reduced_channels)
         self.readout = nn.Conv2d(channels, 1, 1)

@@ -59,13 +59,16 @@ def spatial_size(x: Tensor) -> tuple[int, int]:
     return x.shape[-2], x.shape[-1]
 
 
-def on_teacher_grid(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def on_teacher_grid(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, *, same_channels: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Brings two maps together for a loss: the student's resized to the teacher's grid, so that no target is blurred.
 
     Args:
         student: `[B, C, h, w]`.
         teacher: `[B, C, h', w']`, which receives no gradient.
         mask: boolean `[B, h', w']`, True where valid; None for everywhere.
+        same_channels: whether channels are compared one by one, so that their numbers must agree.
 
     Returns:
         Student, teacher (constant) and mask on the teacher's grid, maps in float32 or float64.
@@ -73,11 +76,10 @@ def on_teacher_grid(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tu
     Raises:
         ValueError: if batch, channels or the mask's size differ.
     """
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree in batch and channels; "
-            "project one of them first."
-        )
+    agree, words = (2, "batch and channels; project one of them first") if same_channels else (1, "batch")
+    if student.shape[:agree] != teacher.shape[:agree]:
+        shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        raise ValueError(f"{shapes} must agree in {words}.")
     if mask is None:
         mask = torch.ones_like(teacher[:, 0], dtype=torch.bool)
     if mask.shape != teacher[:, 0].shape:
