@@ -7,24 +7,7 @@ from ..outputs import DenseOutput, Targets
 from ..utils.messages import UserError
 from .base import DistillationLoss, Pair
 from .modules.connectors import FeaturePair
-from .ops.functional import (
-    divergence,
-    full_precision,
-    image_means,
-    moments,
-    on_teacher_grid,
-    spatial_size,
-    standardize,
-)
-
-
-def match_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Gives every channel of the student's map the mean and deviation of the teacher's, over the batch of all ranks.
-
-    Maps are `[B, C, h, w]`, the mask `[B, 1, h, w]` is True where a position counts.
-    """
-    _, mean, deviation = moments(teacher, (0, 2, 3), mask)
-    return standardize(student, (0, 2, 3), mask, eps=1e-6) * deviation + mean
+from .ops.functional import divergence, full_precision, image_means, match_moments, on_teacher_grid, spatial_size
 
 
 @full_precision

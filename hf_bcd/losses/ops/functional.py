@@ -223,6 +223,15 @@ def standardize(
     return centred / (deviation + eps)
 
 
+def match_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Gives every channel of the student's map the mean and deviation of the teacher's, over the batch of all ranks.
+
+    Maps are `[B, C, h, w]`, the mask `[B, 1, h, w]` is True where a position counts.
+    """
+    _, mean, deviation = moments(teacher, (0, 2, 3), mask)
+    return standardize(student, (0, 2, 3), mask, eps=1e-6) * deviation + mean
+
+
 def row_weights(features: Tensor, mask: Tensor | None, mean: bool) -> Tensor:
     """Weight of every row `[B, n]`: 1 / n for each of an image's n valid rows (none below two), or 1."""
     batch, positions, _ = features.shape
