@@ -14,6 +14,10 @@ from ..utils.messages import UserError
 from .ops.functional import full_precision
 
 
+CalibrationBatches = Sequence[tuple[DenseOutput, Targets]]  # the teacher's outputs on some training images
+Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps steps, e.g. in a progress bar
+
+
 @dataclass(frozen=True)
 class Pair:
     """Student and teacher, as far as a loss knows them before the first forward pass."""
@@ -119,9 +123,7 @@ class DistillationLoss(nn.Module, ABC):
         """Whether `calibrate` must run before the first step."""
         return False
 
-    def calibrate(
-        self, batches: Sequence[tuple[DenseOutput, Targets]], progress: Callable[[Iterable[int]], Iterable[int]] = iter
-    ) -> None:
+    def calibrate(self, batches: CalibrationBatches, progress: Progress = iter) -> None:
         """Prepares the loss from the teacher's outputs on some training images."""
 
     def after_step(self) -> None:

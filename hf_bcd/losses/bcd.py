@@ -1,6 +1,5 @@
 """Boundary and context distillation (BCD), https://huggingface.co/papers/2401.13174."""
 
-from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -9,7 +8,7 @@ from torch.profiler import record_function
 
 from ..outputs import DenseOutput, Targets
 from ..utils.messages import UserError
-from .base import DistillationLoss, Pair, check_positive
+from .base import CalibrationBatches, DistillationLoss, Pair, Progress, check_positive
 from .boundary import Mode, boundary_divergence, boundary_strength, check_mode, different_neighbour, spatial_divergence
 from .context import context_relation, literal_relation
 from .modules.aggregate import SelfRelationHead, StudentHead, TeacherHead
@@ -104,27 +103,20 @@ class BCDLoss(DistillationLoss):
         student_features = self.student_head.aggregate(student.features, size)
         teacher_features = self.teacher_head(teacher.features, size)
         with record_function("bcd/boundary"):
-            boundary = self._boundary(student, teacher, student_features, teacher_features, mask)
+            hard_teacher = self.teacher_boundary(teacher, teacher_features, mask)
+            boundary = self._boundary(student, student_features, hard_teacher, mask)
         with record_function("bcd/context"):
             context = self._context(student_features, teacher_features, mask)
         return {"boundary": boundary, "context": context}
 
-    def _boundary(
-        self,
-        student: DenseOutput,
-        teacher: DenseOutput,
-        student_features: Tensor,
-        teacher_features: Tensor,
-        mask: Tensor,
-    ) -> Tensor:
+    def _boundary(self, student: DenseOutput, features: Tensor, hard_teacher: Tensor, mask: Tensor) -> Tensor:
         tau = self.boundary_temperature.value.clone()  # autograd keeps it, and `after_step` writes in place
-        hard_teacher = self.teacher_boundary(teacher, teacher_features, mask)
         if self.teacher_head_kind == "logits":
             logits = resize(at_least_float32(student.logits), spatial_size(mask))
             soft = class_affinity_boundary(logits, self.radius, mask)
             divergence = spatial_divergence(soft, hard_teacher, tau=tau, mask=mask)
         else:
-            field = self.student_head.boundary_field(student_features, mask)
+            field = self.student_head.boundary_field(features, mask)
             strength, theta = boundary_strength(field, self.radius, mask), self.teacher_head.theta
             divergence = boundary_divergence(strength, hard_teacher, theta, self.kappa, tau, mask, self.mode)
         peak = self._peak(hard_teacher, mask, tau)
@@ -167,25 +159,15 @@ class BCDLoss(DistillationLoss):
         return self.teacher_head_kind != "logits" and not bool(self.teacher_head.calibrated)
 
     @torch.no_grad()
-    def calibrate(
-        self,
-        batches: Sequence[tuple[DenseOutput, Targets]],
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-        num_steps: int = 250,
-    ) -> None:
+    def calibrate(self, batches: CalibrationBatches, progress: Progress = iter, num_steps: int = 250) -> None:
         """Fits the teacher's boundary readout and threshold to its own classes, see `TeacherHead.calibrate`."""
         prepared = []
         for teacher, targets in batches:
             size = grid_size(targets.size, self.stride)
             classes = resize(at_least_float32(teacher.logits), size).argmax(dim=1)
             prepared.append((self.teacher_head(teacher.features, size), classes, targets.valid(size)))
-        self.teacher_head.calibrate(
-            prepared,
-            radius=self.radius,
-            fit_readout=self.teacher_head_kind == "calibrated",
-            num_steps=num_steps,
-            progress=progress,
-        )
+        fit = {"fit_readout": self.teacher_head_kind == "calibrated", "num_steps": num_steps, "progress": progress}
+        self.teacher_head.calibrate(prepared, radius=self.radius, **fit)
 
     def after_step(self) -> None:
         self.boundary_temperature.update()

@@ -66,8 +66,3 @@ class SegmentationMetric(evaluate.Metric):
 def _as_tensor(class_map: Any) -> Tensor:
     # The copy spares torch's warning about read-only arrays, such as views of PIL images.
     return class_map if isinstance(class_map, Tensor) else torch.from_numpy(np.array(class_map))
-
-
-def load_evaluate_metric(num_labels: int, ignore_index: int = 255) -> evaluate.Metric:
-    """`SemanticMetrics(num_labels, ignore_index)` as a metric of `evaluate`; needs no network."""
-    return SegmentationMetric(num_labels, ignore_index)

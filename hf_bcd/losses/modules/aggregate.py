@@ -1,15 +1,20 @@
 """Aggregated features X^c of a feature hierarchy (BCD paper, Sec. IV-A) and the heads that read them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...outputs import FeatureSpec
+from ..base import Progress
 from ..boundary import boundary_strength, different_neighbour, pair_differences
 from ..ops.functional import at_least_float32, resize, standardize
 from ..ops.path import path_range
+
+
+# batches of aggregated features `[B, C, h, w]`, the teacher's arg-max classes `[B, h, w]` and the valid mask
+Samples = list[tuple[Tensor, Tensor, Tensor]]
 
 
 class FeatureAggregator(nn.Module):
@@ -92,22 +97,13 @@ class TeacherHead(nn.Module):
         return (self.readout(aggregated).squeeze(1) - self.z_mean) / (self.z_std + 1e-5)
 
     def calibrate(
-        self,
-        batches: list[tuple[Tensor, Tensor, Tensor]],
-        *,
-        radius: int,
-        fit_readout: bool,
-        num_steps: int = 250,
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+        self, batches: Samples, *, radius: int, fit_readout: bool, num_steps: int = 250, progress: Progress = iter
     ) -> None:
         """Fits the readout, then its statistics and the boundary threshold theta. Needs no ground truth.
 
         Args:
-            batches: aggregated features `[B, C, h, w]`, the teacher's arg-max classes `[B, h, w]` and the valid mask.
             radius: radius of the lines between the positions of a pair.
-            fit_readout: whether to fit the readout, or to keep the random one.
-            num_steps: Adam steps of the fit.
-            progress: wraps the steps, e.g. in a progress bar.
+            fit_readout: whether to fit the readout by `num_steps` of Adam, or to keep the random one.
 
         Raises:
             ValueError: if no position is valid.
@@ -132,13 +128,7 @@ class TeacherHead(nn.Module):
         self.theta.copy_((strength[max(rank - 1, 0)] + strength[min(rank, len(strength) - 1)]) / 2)
         self.calibrated.fill_(True)
 
-    def _fit_readout(
-        self,
-        batches: list[tuple[Tensor, Tensor, Tensor]],
-        radius: int,
-        num_steps: int,
-        progress: Callable[[Iterable[int]], Iterable[int]],
-    ) -> None:
+    def _fit_readout(self, batches: Samples, radius: int, num_steps: int, progress: Progress) -> None:
         """Balanced BCE between the range on a line and "its ends differ in class", as IRN trains its boundary."""
         # the optimizer's step size presumes features of unit scale; the scale is folded into the weights afterwards
         scale = torch.cat([aggregated.flatten() for aggregated, _, _ in batches]).std().clamp_min(1e-12)
