@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .panels import grey, grid, rgb, save, short, to_numpy
+from .panels import Field, grey, grid, rgb, save, short, to_numpy
 
 
 FIRST_COLOURS = (
@@ -47,7 +47,7 @@ def _colour_distance(colours: np.ndarray, colour: np.ndarray) -> np.ndarray:
     return np.sqrt((weights * difference**2).sum(-1))
 
 
-def colorize(label_map: np.ndarray | Tensor, colours: np.ndarray, ignore_index: int = 255) -> np.ndarray:
+def colorize(label_map: Field, colours: np.ndarray, ignore_index: int = 255) -> np.ndarray:
     """Label map `[H, W]` as an RGB image, uint8 `[H, W, 3]`, in `colours` of `palette`; void pixels are white.
 
     Raises:
