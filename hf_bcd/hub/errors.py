@@ -57,7 +57,7 @@ def cause_of(error: BaseException, kind: str, name: str, revision: str | None = 
     def first(*types: type[BaseException]) -> Any:
         return next((link for link in chain if isinstance(link, types)), None)
 
-    # `datasets` keeps only its own words, because it raises `from None`, and transformers its own
+    # `datasets` keeps only its own words, because it raises `from None`; transformers too has words of its own
     words = next((str(link) for link in chain if type(link).__name__ == "DatasetNotFoundError"), "")
     lacking = first(errors.EntryNotFoundError) or (error if "does not appear to have" in str(error) else None)
     answers = [link for link in chain if isinstance(link, errors.HfHubHTTPError)]

@@ -81,9 +81,7 @@ class DistillationLoss(nn.Module, ABC):
     # these five a class states for its default options; an instance whose options change them has its own
     weights: Mapping[str, float]  # term -> weight that belongs to its reduction
     shares: Mapping[str, float] = {}  # term -> share of the task's gradient that `weight: auto` aims at, where known
-    borrowed: frozenset[str] = (
-        frozenset()
-    )  # terms of other methods, whose weights a recipe's single number leaves alone
+    borrowed: frozenset[str] = frozenset()  # other methods' terms; a recipe's single number leaves their weights alone
     # what it reads of `logits` (in the student's classes), `features`, `labels`, `task_loss` and `head` (the teacher's)
     needs: frozenset[str]
     decays: bool = False  # whether r(t) multiplies it unless a recipe says otherwise

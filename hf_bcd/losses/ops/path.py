@@ -110,7 +110,7 @@ def path_range(z: Tensor, radius: int, directions: Directions = "disc", mask: Te
 
     Args:
         z: scalar field `[B, H, W]`.
-        radius: as `directions` in `path_offsets`.
+        radius: radius and `directions` are as in `path_offsets`.
         mask: `[B, H, W]`, True where valid. The part of a line that leaves the image or is not valid does not count; a
             line with no valid point has range 0.
 
