@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..models.modeling_timm_segmentation import AUXILIARY_LOSS_WEIGHT
+from ..models.segmentation_model import AUXILIARY_LOSS_WEIGHT
 from ..outputs import DenseOutput, FeatureSpec, LabelMaps
 from ..utils.messages import UserError
 from .base import HALF_MEAN, HALF_STD, DenseAdapter, cross_entropy, stage_features, stage_specs

@@ -27,19 +27,12 @@ IDENTIFIERS = frozenset((
 
 
 class Licence(NamedTuple):
-    """Terms of a model.
+    """Terms of a model."""
 
-    Attributes:
-        identifier: of the Hub, such as `mit`; `other` for terms that have none.
-        name: what people call them.
-        link: where they stand.
-        commercial: False if they forbid commercial use.
-    """
-
-    identifier: str
+    identifier: str  # of the Hub, such as `mit`; `other` for terms that have none
     name: str
     link: str | None = None
-    commercial: bool = True
+    commercial: bool = True  # False if they forbid commercial use
 
 
 # checkpoints whose terms are easily overlooked, by the beginning of their id; sources: NVlabs/SegFormer (LICENSE),
@@ -77,12 +70,9 @@ def licence_of(repo_id: str) -> Licence | None:
     except (OSError, ValueError, yaml.YAMLError) as error:  # HubError, or a card that is none
         logger.info("the licence of %s is unknown, because its card cannot be read: %s", repo_id, error)
         return None
-    stated = card.get("license")
-    return (
-        from_identifier(stated, card.get("license_name"), card.get("license_link"))
-        if isinstance(stated, str)
-        else None
-    )
+    if not isinstance(stated := card.get("license"), str):
+        return None
+    return from_identifier(stated, card.get("license_name"), card.get("license_link"))
 
 
 def from_identifier(identifier: str, name: str | None = None, address: str | None = None) -> Licence:
@@ -96,11 +86,7 @@ def from_identifier(identifier: str, name: str | None = None, address: str | Non
 
 
 def student_licence(sources: Sequence[Licence | None]) -> dict[str, str]:
-    """Metadata of a card whose model rests on others: the strictest of their terms, nothing where one is unknown.
-
-    Args:
-        sources: terms of the weights that the student started from, and of its teacher.
-    """
+    """Metadata of a card whose model rests on others: the strictest of their terms, nothing where one is unknown."""
     names = {terms and terms.name for terms in sources}
     strictest = next((terms for terms in sources if terms and not terms.commercial), None)
     if strictest is None and (len(names) != 1 or None in names):

@@ -25,12 +25,7 @@ NUM_WORST = 5
 
 
 def write_card(folder: Path, record: RunRecord) -> None:
-    """Writes README.md beside the saved student.
-
-    Args:
-        folder: the run's folder.
-        record: all that the card says.
-    """
+    """Writes README.md beside the student that is saved in `folder`."""
     student, teacher = record.models["student"], record.models.get("teacher")
     bases = [model for model in (student, teacher) if model is not None]
     licences = {model.start: licence_of(model.start) for model in bases if model.start}
@@ -101,12 +96,7 @@ def worst_classes(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def card_metadata(record: RunRecord, licence: Mapping[str, str]) -> ModelCardData:
-    """The card's YAML, in which no value has a second line that could end it; fractions are in percent, as in the tables.
-
-    Args:
-        record: the run.
-        licence: of `student_licence`.
-    """
+    """The card's YAML, in which no value has a second line that could end it; fractions are in percent, as in the tables."""
     task, data, protocol = TASKS[record.task], record.data, record.results.get("protocol", {})
     student, teacher = record.models["student"], record.models.get("teacher")
     scores, name = finite(record.results.get("student", {})), one_line(protocol.get("dataset", ""))

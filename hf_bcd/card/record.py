@@ -39,42 +39,23 @@ class DataRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run.
+    """A run; what is empty or None is not known, or there is none."""
 
-    Attributes:
-        repository: name by which readers load the student.
-        task: key of `TASKS`.
-        id2label: the classes that the student predicts.
-        models: the `student`, and `teacher` and `baseline` where they exist.
-        data: None where nothing is known of the training data.
-        results: contents of results.json.
-        figures: paths of pictures, relative to the student's folder.
-        snippets: code that runs the student, with its output.
-        weights: weight of each distillation term.
-        decays: losses that r(t) multiplies.
-        methods: `source`, `citation`, changed `options` and last `temperatures` of each method, hosted ones too.
-        classes: the student's classes among the teacher's, in words; empty where they are the same.
-        schedule: the training of the student, in words.
-        recipe: one recipe that does the same, without anything private.
-        versions: packages, and the commit of this one.
-        hardware: machine and time, in words.
-        token: access token in use, which no text may hold.
-    """
-
-    repository: str
-    task: str
+    repository: str  # name by which readers load the student
+    task: str  # key of `TASKS`
     id2label: Mapping[int, str]
-    models: Mapping[str, ModelRecord]
+    models: Mapping[str, ModelRecord]  # the `student`, and `teacher` and `baseline` where they exist
     data: DataRecord | None = None
-    results: Mapping[str, Any] = field(default_factory=dict)
-    figures: Sequence[str] = ()
-    snippets: Sequence[str] = ()
-    weights: Mapping[str, float] = field(default_factory=dict)
-    decays: Sequence[str] = ()
+    results: Mapping[str, Any] = field(default_factory=dict)  # contents of results.json
+    figures: Sequence[str] = ()  # paths of pictures, relative to the student's folder
+    snippets: Sequence[str] = ()  # code that runs the student, with its output
+    weights: Mapping[str, float] = field(default_factory=dict)  # of each distillation term
+    decays: Sequence[str] = ()  # losses that r(t) multiplies
+    # `source`, `citation`, changed `options` and last `temperatures` of each method, hosted ones too
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    classes: str = ""
-    schedule: Mapping[str, str] = field(default_factory=dict)
-    recipe: str = ""
+    classes: str = ""  # the student's among the teacher's, in words; empty where they are the same
+    schedule: Mapping[str, str] = field(default_factory=dict)  # the training of the student, in words
+    recipe: str = ""  # one that does the same, without anything private
     versions: Mapping[str, str] = field(default_factory=dict)
-    hardware: str = ""
-    token: str | None = field(default=None, repr=False)
+    hardware: str = ""  # machine and time, in words
+    token: str | None = field(default=None, repr=False)  # access token in use, which no text may hold

@@ -29,12 +29,6 @@ def usage_snippets(folder: Path, repository: str, templates: Sequence[str], pict
     """Code that loads and runs a student, each piece with its output for a picture.
 
     Without a picture, or where it does not run, the code appears without output; the latter is a warning.
-
-    Args:
-        folder: the saved student.
-        repository: name by which readers load it.
-        templates: the task's snippets.
-        picture: picture to try it on.
     """
     snippets = [fill(template, folder, repository) for template in templates]
     printed = [""] * len(templates)

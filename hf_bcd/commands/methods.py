@@ -10,9 +10,8 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
-from itertools import zip_longest
 from pathlib import Path
-from textwrap import fill, indent, wrap
+from textwrap import fill, indent
 from typing import Any
 
 from .. import losses
@@ -42,7 +41,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args(argv)
     costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}  # measured in a checkout, not in the wheel
-    print(page(args.method, costs) if args.method is not None else table(costs, args.markdown))
+    if args.method is not None:
+        print(page(args.method, costs))
+    elif args.markdown:
+        print(table(costs))
+    else:
+        print(*(summary(name, costs) for name in sorted(LOSSES)), fill(explanation(costs), WIDTH), sep="\n\n")
 
 
 def reference_criterion(recipe: Mapping[str, Any]) -> DistillationCriterion:
@@ -69,35 +73,27 @@ def describe(name: str, costs: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def setting(costs: Mapping[str, Any]) -> str:
-    """What the costs were measured with."""
-    threads = f", threads: {costs['threads']}" if "threads" in costs else ""
-    pixels = f"batch {costs['batch']} of {costs['side']} x {costs['side']} pixels"
-    return f"{pixels}, {costs['dtype']}, {costs['device']}{threads}, PyTorch {costs['torch']}"
-
-
-def table(costs: Mapping[str, Any], markdown: bool = False) -> str:
-    """All methods, for a terminal or as docs/methods.md."""
-    rows = [describe(name, costs) for name in sorted(LOSSES)]
-    explanation = (
+def explanation(costs: Mapping[str, Any]) -> str:
+    """What the numbers of a list mean, and what they were measured with."""
+    text = (
         "Extra parameters: those trained with the student + others (frozen, of a discriminator, in a memory), for "
         f"PSPNet-101 -> PSPNet-18 with {NUM_LABELS} classes; the student that comes out has none of them."
     )
-    if costs:
-        explanation += (
-            f" ms and MiB: forward and backward of the method alone and what ends its step; {setting(costs)}."
-        )
-    if not markdown:
-        widths = [9, 24, 17, 12, *([6, 6] if costs else [])]
-        widths.append(WIDTH - sum(widths) - 2 * len(widths))
-        lines = [*_wrapped(list(rows[0]), widths), "-" * WIDTH]
-        for row in rows:
-            lines += [*_wrapped(list(row.values()), widths), " " * (widths[0] + 2) + LOSSES[row["method"]].source]
-        return "\n".join([*lines, "", fill(explanation, WIDTH)])
+    if not costs:
+        return text
+    threads = f", threads: {costs['threads']}" if "threads" in costs else ""
+    pixels = f"batch {costs['batch']} of {costs['side']} x {costs['side']} pixels"
+    setting = f"{pixels}, {costs['dtype']}, {costs['device']}{threads}, PyTorch {costs['torch']}"
+    return f"{text} ms and MiB: forward and backward of the method alone and what ends its step; {setting}."
+
+
+def table(costs: Mapping[str, Any]) -> str:
+    """All methods, as docs/methods.md."""
+    rows = [describe(name, costs) for name in sorted(LOSSES)]
     introduction = (
         "Each is a key of a recipe's `losses`, alone or beside others: `losses: {bcd: {}, ifvd: {weight: 20}}`. "
         "`hf-bcd methods KEY` prints one with its options, weights, equation and citation. Default weights are the "
-        f"official ones, converted to our reductions, unless the last column says otherwise. {explanation}"
+        f"official ones, converted to our reductions, unless the last column says otherwise. {explanation(costs)}"
     )
     lines = [
         "# Distillation methods\n",
@@ -112,11 +108,12 @@ def table(costs: Mapping[str, Any], markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _wrapped(cells: list[str], widths: list[int]) -> list[str]:
-    """One row of text columns, as many lines as its longest cell needs."""
-    parts = [wrap(cell, width) for cell, width in zip(cells, widths, strict=True)]
-    lines = zip_longest(*parts, fillvalue="")
-    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+def summary(name: str, costs: Mapping[str, Any]) -> str:
+    """A method in a few lines."""
+    cls, row = LOSSES[name], describe(name, costs)
+    measured = "".join(f"; {row[unit]} {unit}" for unit in ("ms", "MiB") if row.get(unit))
+    facts = f"needs: {row['needs']}; extra parameters (M): {row['extra parameters (M)']}{measured}"
+    return f"{name}: {cls.transfers}\n{cls.source}\n{facts}\n" + fill(f"checked: {cls.checked}", WIDTH)
 
 
 def page(name: str, costs: Mapping[str, Any]) -> str:
@@ -127,21 +124,19 @@ def page(name: str, costs: Mapping[str, Any]) -> str:
     """
     if name not in LOSSES:
         raise UserError(unknown_key_message("method", name, LOSSES))
-    cls, row, default = LOSSES[name], describe(name, costs), read_losses({name: {}})[name]
+    cls, default = LOSSES[name], read_losses({name: {}})[name]
     weights, options, texts = dict(default.weights), options_of(cls), argument_help(cls)
     lines = [f"{key} = {yaml_text(value)}: {texts[key]}" for key, value in options.items()]
     lines.append(f"weight = {yaml_text(weights)}: a number for each term, or one for all of its own")
     lines.append(f"decay = {yaml_text(default.decays)}: whether r(t) multiplies it")
     written = {key: value for key, value in options.items() if value is not None} | {"weight": weights}
-    measured = f"\ncost: {row['ms']} ms, {row['MiB']} MiB; {setting(costs)}" if row.get("ms") else ""
     blocks = [
-        f"{name}: {cls.transfers}\n{cls.source}",
+        summary(name, costs),
+        fill(explanation(costs), WIDTH),
         description(cls),
         *(f"{function.__name__}\n{indent(description(function), '  ')}" for function in functions_of(cls)),
-        f"needs: {row['needs']}\nextra parameters (M): {row['extra parameters (M)']}{measured}",
         "options and their defaults:\n"
         + "\n".join(fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in lines),
-        fill(f"checked: {cls.checked}", WIDTH),
         f"in a recipe:\n  losses: {yaml_text({name: {}})}\nor with its defaults written out:\n"
         f"  losses: {yaml_text({name: written})}",
         cls.citation,

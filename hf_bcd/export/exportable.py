@@ -5,9 +5,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.conv2d_same import Conv2dSame, conv2d_same
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..models.heads import average_bins
@@ -21,10 +20,7 @@ class LogitsModel(nn.Module):
 
     Pyramid pooling becomes two matrix products, since an exported `adaptive_avg_pool2d` only runs at the size it was
     exported with. TensorFlow's padding becomes an attribute of the convolution: computed from the size, it makes the
-    shapes of a deep network terms so large that exporting does not come to an end.
-
-    Args:
-        model: the model, of which a copy is taken.
+    shapes of a deep network terms so large that exporting does not come to an end. The model itself stays as it is.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -32,12 +28,9 @@ class LogitsModel(nn.Module):
         self.model = copy.deepcopy(model)
         tensorflow = getattr(model.config, "tf_padding", False)  # MobileNetV2 of transformers
         for layer in self.model.modules():
-            if (
-                isinstance(layer, nn.AdaptiveAvgPool2d)
-                and isinstance(layer.output_size, int)
-                and layer.output_size > 1
-            ):
-                vars(layer).update(forward=partial(average_bins, bins=layer.output_size))
+            bins = layer.output_size if isinstance(layer, nn.AdaptiveAvgPool2d) else None
+            if isinstance(bins, int) and bins > 1:
+                vars(layer).update(forward=partial(average_bins, bins=bins))
             elif isinstance(layer, nn.Conv2d) and (
                 type(layer) is Conv2dSame or (tensorflow and max(layer.stride) > 1)
             ):
@@ -68,16 +61,8 @@ def same_convolution(layer: nn.Conv2d, stride: list[int], x: Tensor) -> Tensor:
 
 @torch.library.custom_op("hf_bcd::convolve_same", mutates_args=())
 def convolve_same(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> Tensor:
-    """Convolution without bias whose output has the input's size divided by the stride, rounded up.
-
-    The padding that this takes is divided evenly, an odd row or column going below or to the right.
-    """
-    padding = []
-    for axis in (1, 0):
-        size, kernel, step, spread = x.shape[2 + axis], weight.shape[2 + axis], stride[axis], dilation[axis]
-        total = max(0, (-(-size // step) - 1) * step + (kernel - 1) * spread + 1 - size)
-        padding += [total // 2, total - total // 2]
-    return F.conv2d(F.pad(x, padding), weight, None, stride, 0, dilation, groups)
+    """Convolution without bias whose output has the input's size divided by the stride, rounded up."""
+    return conv2d_same(x, weight, None, (stride[0], stride[1]), (0, 0), (dilation[0], dilation[1]), groups)
 
 
 @convolve_same.register_fake
@@ -90,10 +75,7 @@ def _(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups:
 def to_onnx(model: LogitsModel, pixel_values: Tensor, dynamic_size: bool) -> Any:
     """The model as an `ONNXProgram` with free batch, and perhaps height and width.
 
-    Args:
-        model: the model.
-        pixel_values: an example `[B, 3, H, W]` with at least two images, for 1 is exported as a constant.
-        dynamic_size: leave height and width open.
+    The example `[B, 3, H, W]` has at least two images, for 1 is exported as a constant.
 
     Raises:
         torch.onnx.errors.OnnxExporterError: if that cannot be done.

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from .panels import DPI, GAP, cell_size, grey, place, rgb, save, title, to_numpy
+from .panels import DPI, GAP, Field, Picture, cell_size, grey, place, rgb, save, title, to_numpy
 
 
 if TYPE_CHECKING:
@@ -18,18 +17,13 @@ if TYPE_CHECKING:
 MARK_COLOUR = "#39e6ff"
 
 
-def boundary_figure(
-    image: Image.Image | np.ndarray | Tensor, maps: Mapping[str, np.ndarray | Tensor], path: str | Path
-) -> Path:
+def boundary_figure(image: Picture, maps: Mapping[str, Field], path: str | Path) -> Path:
     """Saves boundary maps, such as the teacher's b^T and the student's b^S, over the image on one colour scale.
 
     Args:
-        image: RGB image: PIL, uint8 `[H, W, 3]` or uint8 `[3, H, W]`.
-        maps: title -> field `[h, w]` at any resolution, resized bilinearly.
-        path: PNG file to write.
-
-    Returns:
-        The path of the picture.
+        image: RGB image.
+        maps: title -> field, resized bilinearly.
+        path: PNG file to write; it is returned.
 
     Raises:
         ValueError: there is no map, or a map is not two-dimensional and finite.
@@ -41,28 +35,15 @@ def boundary_figure(
     return save(_heat_panels(rgb(image), scaled, (low, max(high, low + 1e-12)), "boundary"), path)
 
 
-def relation_figure(
-    image: Image.Image | np.ndarray | Tensor,
-    relations: Mapping[str, np.ndarray | Tensor],
-    point: tuple[int, int],
-    path: str | Path,
-) -> Path:
+def relation_figure(image: Picture, relations: Mapping[str, Field], point: tuple[int, int], path: str | Path) -> Path:
     """Saves the relations of one pixel to all positions, such as teacher's and student's, with the pixel marked.
 
     Each map has its own scale, from 0 or its minimum to its 99th percentile: the maps' patterns are compared, not
-    their sharpness.
+    their sharpness. The rest is as in `boundary_figure`.
 
     Args:
-        image: RGB image: PIL, uint8 `[H, W, 3]` or uint8 `[3, H, W]`.
-        relations: title -> the pixel's row of the relation matrix as a map `[h, w]`, resized bilinearly.
-        point: row and column of the pixel in the image.
-        path: PNG file to write.
-
-    Returns:
-        The path of the picture.
-
-    Raises:
-        ValueError: there is no map, a map is not two-dimensional and finite, or the point lies outside the image.
+        relations: title -> the pixel's row of the relation matrix as a map.
+        point: row and column of the pixel in the image; outside of it, a ValueError.
     """
     pixels = rgb(image)
     if not (0 <= point[0] < pixels.shape[0] and 0 <= point[1] < pixels.shape[1]):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 DPI = 150
 GAP = 10
 
+Picture = Image.Image | np.ndarray | Tensor  # RGB: PIL, uint8 [H, W, 3] or uint8 [3, H, W]
+Field = np.ndarray | Tensor  # [h, w] at any resolution
+
 
 def to_numpy(values: Any) -> np.ndarray:
     """Tensor or array as an array in main memory."""
@@ -27,7 +30,7 @@ def to_numpy(values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
-def rgb(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
+def rgb(image: Picture) -> np.ndarray:
     """Image as uint8 `[H, W, 3]`."""
     pixels = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else to_numpy(image)
     if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] != 3:

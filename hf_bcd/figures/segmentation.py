@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .panels import grey, grid, rgb, save, short, to_numpy
+from .panels import Field, grey, grid, rgb, save, short, to_numpy
 
 
 FIRST_COLOURS = (
@@ -47,13 +47,8 @@ def _colour_distance(colours: np.ndarray, colour: np.ndarray) -> np.ndarray:
     return np.sqrt((weights * difference**2).sum(-1))
 
 
-def colorize(label_map: np.ndarray | Tensor, colours: np.ndarray, ignore_index: int = 255) -> np.ndarray:
-    """Label map `[H, W]` as an RGB image, uint8 `[H, W, 3]`; void pixels are white.
-
-    Args:
-        label_map: class ids `[H, W]`.
-        colours: one colour for each class, uint8 `[num_labels, 3]`.
-        ignore_index: id of void pixels.
+def colorize(label_map: Field, colours: np.ndarray, ignore_index: int = 255) -> np.ndarray:
+    """Label map `[H, W]` as an RGB image, uint8 `[H, W, 3]`, in `colours` of `palette`; void pixels are white.
 
     Raises:
         ValueError: the map is not two-dimensional or has ids without a colour.
@@ -79,12 +74,9 @@ def comparison_figure(
             `predictions` (name -> ids `[H, W]`, in the order of the columns; the same names in each sample) and
             perhaps `scores` (name -> text above the prediction).
         id2label: names of the classes 0..num_labels-1.
-        path: PNG file to write.
+        path: PNG file to write; it is returned.
         errors: names of the predictions whose wrong pixels get a column; all by default.
         ignore_index: id of void pixels.
-
-    Returns:
-        The path of the picture.
 
     Raises:
         ValueError: there is no sample, names differ between samples, sizes differ within a sample, or ids are unknown.
@@ -123,17 +115,7 @@ def comparison_figure(
 
 
 def prediction_strip(pixel_values: Tensor, labels: Tensor, prediction: Tensor, num_labels: int) -> np.ndarray:
-    """Input, truth and prediction side by side.
-
-    Args:
-        pixel_values: uint8 `[3, h, w]`.
-        labels: class ids `[H, W]`.
-        prediction: class ids `[H, W]`.
-        num_labels: number of classes.
-
-    Returns:
-        uint8 `[H, 3 W, 3]`.
-    """
+    """Input uint8 `[3, h, w]`, truth and prediction `[H, W]` side by side: uint8 `[H, 3 W, 3]`."""
     height, width = prediction.shape
     image = Image.fromarray(pixel_values.permute(1, 2, 0).numpy()).resize((width, height))
     colours = palette(num_labels)

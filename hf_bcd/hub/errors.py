@@ -28,12 +28,7 @@ class HubError(UserError):
 
 @contextmanager
 def explained(kind: str, name: str, *, revision: str | None = None) -> Iterator[None]:
-    """Turns errors about one repository into a `HubError` of one line without tokens; others pass.
-
-    Args:
-        kind: `model` or `data set`.
-        name: Hub id.
-        revision: branch, tag or commit that was asked for.
+    """Turns errors about one repository, a `model` or `data set`, into a `HubError` of one line; others pass.
 
     Raises:
         HubError: instead of what huggingface_hub, transformers or datasets raise about the repository.
@@ -62,15 +57,11 @@ def cause_of(error: BaseException, kind: str, name: str, revision: str | None = 
     def first(*types: type[BaseException]) -> Any:
         return next((link for link in chain if isinstance(link, types)), None)
 
-    # `datasets` keeps only its own words, because it raises `from None`
+    # `datasets` keeps only its own words, because it raises `from None`; transformers too has words of its own
     words = next((str(link) for link in chain if type(link).__name__ == "DatasetNotFoundError"), "")
-    lacking = first(errors.EntryNotFoundError) or (
-        error if "does not appear to have" in str(error) else None
-    )  # transformers
-    answered = next(
-        (e for e in chain if isinstance(e, errors.HfHubHTTPError) and not isinstance(e, errors.EntryNotFoundError)),
-        None,
-    )
+    lacking = first(errors.EntryNotFoundError) or (error if "does not appear to have" in str(error) else None)
+    answers = [link for link in chain if isinstance(link, errors.HfHubHTTPError)]
+    answered = next((link for link in answers if not isinstance(link, errors.EntryNotFoundError)), None)
     if first(errors.GatedRepoError) or "is a gated dataset" in words:
         text = f"{subject} is gated: accept its terms on {page}, then {LOG_IN}."
     elif first(errors.RevisionNotFoundError) or words.startswith("Revision"):

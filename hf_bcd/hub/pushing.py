@@ -51,7 +51,6 @@ def push_folder(
         private: visibility of a repository that is created now; True also refuses one that exists and is public.
         revision: branch to push to.
         token: access token; the stored one by default.
-        commit_message: first line of the commit.
 
     Raises:
         HubError: if the folder holds no finished student, or the push fails; names the command to try again.
@@ -111,9 +110,8 @@ def commit_files(
     operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in files.items()]
     with explained("model", repo_id, revision=revision), _bounded_waiting():
         # not `upload_folder`, which may split one push into several commits
-        return HfApi(token=token).create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision, num_threads=2
-        )
+        options = {"commit_message": commit_message, "revision": revision, "num_threads": 2}
+        return HfApi(token=token).create_commit(repo_id, operations, **options)
 
 
 @contextmanager
@@ -142,12 +140,7 @@ def _bounded_waiting() -> Iterator[None]:
 def student_files(folder: Path, token: str | None = None, *, finished: bool = True) -> dict[str, Path]:
     """Files of a student by path in the repository: model, processor, code, card, results, figures, ONNX.
 
-    Checkpoints, optimizer states and logs are left out.
-
-    Args:
-        folder: output folder of a run, or a checkpoint.
-        token: access token in use.
-        finished: whether there must be a card.
+    Checkpoints, optimizer states and logs are left out. In a `finished` run's folder there must be a card.
 
     Raises:
         HubError: if there is no model or card, config.json names a local path, any text holds an access token, or the
@@ -168,14 +161,12 @@ def student_files(folder: Path, token: str | None = None, *, finished: bool = Tr
         raise HubError(f"{folder / 'config.json'} holds no mapping: {error}") from error
     for key, value in _local_paths(config):
         raise HubError(f"{folder / 'config.json'}: {key} is the local path {value!r}; remove it, nobody else has it.")
-    modules = {
-        f"{str(value).split('.')[0]}.py" for value in config.get("auto_map", {}).values() if "--" not in str(value)
-    }
+    classes = [str(value) for value in config.get("auto_map", {}).values()]
+    modules = {f"{name.split('.')[0]}.py" for name in classes if "--" not in name}
     modules |= {Path(file).name for name in modules & {*found} for file in get_relative_import_files(folder / name)}
     export = [ONNX_MODEL, f"{ONNX_MODEL}.data", ONNX_REPORT] if read_export(folder) else []
-    names = filter_repo_objects(
-        found, allow_patterns=[*weights, *STUDENT_FILES, *modules, *export], ignore_patterns="*.part"
-    )
+    wanted = [*weights, *STUDENT_FILES, *modules, *export]
+    names = filter_repo_objects(found, allow_patterns=wanted, ignore_patterns="*.part")
     files = {name: folder / name for name in sorted(names)}
     for file in files.values():
         if file.suffix in (".json", ".md", ".py") and redacted(text := file.read_text(), token=token) != text:
@@ -225,13 +216,7 @@ def push_checkpoint(
 ) -> CommitInfo:
     """Pushes a checkpoint's student and, in the same commit, the files to resume from it.
 
-    Args:
-        checkpoint: folder of the checkpoint.
-        path_in_repo: folder in the repository for the whole checkpoint; None pushes only the student.
-        repo_id: `user/name` of a repository that exists.
-        revision: branch to push to.
-        token: access token; the stored one by default.
-        step: optimizer steps done.
+    These go to a folder `path_in_repo`; where that is None, only the student is pushed.
 
     Raises:
         HubError: if the Hub does not take it.
@@ -247,10 +232,7 @@ def push_checkpoint(
 def fetch_checkpoint(source: str, folder: Path, *, token: str | None = None) -> str:
     """Downloads the last checkpoint that a run has pushed, to `folder/checkpoint-N`, and returns that path.
 
-    Args:
-        source: `user/name`, or `user/name@revision`.
-        folder: output folder of the run that continues.
-        token: access token; the stored one by default.
+    `source` is `user/name`, or `user/name@revision`.
 
     Raises:
         HubError: if the repository cannot be read, holds no checkpoint, or `folder` holds another checkpoint of that

@@ -42,7 +42,6 @@ class ATLoss(DistillationLoss):
     weights = {"at": 1e4 / (64 * 128)}
     needs = frozenset({"features"})
     transfers = "where a feature level is active"
-    source = "https://arxiv.org/abs/1612.03928"
     checked = "official code and CIRKD's: same maps; sum over positions with CIRKD's weight / n; void pixels left out"
     reference = "zagoruyko2017paying"
 

@@ -14,23 +14,19 @@ from ..utils.messages import UserError
 from .ops.functional import full_precision
 
 
+CalibrationBatches = Sequence[tuple[DenseOutput, Targets]]  # the teacher's outputs on some training images
+Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps steps, e.g. in a progress bar
+
+
 @dataclass(frozen=True)
 class Pair:
-    """Student and teacher, as far as a loss knows them before the first forward pass.
+    """Student and teacher, as far as a loss knows them before the first forward pass."""
 
-    Attributes:
-        student: feature levels of the student, from fine to coarse.
-        teacher: feature levels of the teacher.
-        num_labels: number of the student's classes.
-        head_levels: the teacher's levels that its head reads.
-        seed: seed of whatever a loss draws at random.
-    """
-
-    student: Mapping[str, FeatureSpec]
+    student: Mapping[str, FeatureSpec]  # feature levels, from fine to coarse
     teacher: Mapping[str, FeatureSpec]
-    num_labels: int
-    head_levels: tuple[str, ...]
-    seed: int = 0
+    num_labels: int  # number of the student's classes
+    head_levels: tuple[str, ...]  # the teacher's levels that its head reads
+    seed: int = 0  # of whatever a loss draws at random
 
     @property
     def levels(self) -> list[str]:
@@ -69,43 +65,34 @@ class _Citation:
         return references()[owner.reference]
 
 
+class _Source:
+    def __get__(self, instance: Any, owner: Any) -> str:
+        return owner.citation.partition("url={")[2].partition("}")[0]
+
+
 class DistillationLoss(nn.Module, ABC):
     """A distillation method: named terms, unweighted, of two models' outputs.
 
     A subclass takes the pair and, by keyword, the options of a recipe. Each term is a mean over images of one number an
     image, so that ranks and accumulated batches add up to the whole batch, and 0 with a gradient where no pixel is
     valid. Maths runs outside autocast, in float32 (float64 for float64 input).
-
-    Attributes:
-        weights: term -> weight that belongs to its reduction.
-        shares: term -> share of the task's gradient that `weight: auto` aims at; empty where nothing is known of it.
-        borrowed: terms of other methods that it goes with; a recipe's single number does not change their weights.
-        needs: which of `logits` (in the student's classes), `features`, `labels`, `task_loss` and `head` (the teacher's,
-            as a function of its levels) it reads.
-        decays: whether r(t) multiplies it unless a recipe says otherwise.
-        nested: option -> losses that it hosts by default; a recipe names others, and the loss gets their criterion.
-        transfers: the knowledge that it transfers, in a few words.
-        keeps: state beside connectors: `discriminator`, `memory`, or nothing.
-        source: address of the paper.
-        checked: what our version was compared with, and where it is our own reading.
-        reference: key of its BibTeX entry in references.bib.
-        citation: that entry; a method from elsewhere states its own.
-
-    A class states the first five for its default options; an instance whose options change them has its own.
     """
 
-    weights: Mapping[str, float]
-    shares: Mapping[str, float] = {}
-    borrowed: frozenset[str] = frozenset()
+    # these five a class states for its default options; an instance whose options change them has its own
+    weights: Mapping[str, float]  # term -> weight that belongs to its reduction
+    shares: Mapping[str, float] = {}  # term -> share of the task's gradient that `weight: auto` aims at, where known
+    borrowed: frozenset[str] = frozenset()  # other methods' terms; a recipe's single number leaves their weights alone
+    # what it reads of `logits` (in the student's classes), `features`, `labels`, `task_loss` and `head` (the teacher's)
     needs: frozenset[str]
-    decays: bool = False
+    decays: bool = False  # whether r(t) multiplies it unless a recipe says otherwise
+    # option -> losses that it hosts by default; a recipe names others, and the loss gets their criterion
     nested: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    transfers: ClassVar[str]
-    keeps: ClassVar[str] = ""
-    source: ClassVar[str]
-    checked: ClassVar[str]
-    reference: ClassVar[str]
-    citation: ClassVar[Any] = _Citation()
+    transfers: ClassVar[str]  # the knowledge that it transfers, in a few words
+    keeps: ClassVar[str] = ""  # state beside connectors: `discriminator`, `memory`, or nothing
+    checked: ClassVar[str]  # what our version was compared with, and where it is our own reading
+    reference: ClassVar[str]  # key of its BibTeX entry in references.bib, which has the address of the paper
+    citation: ClassVar[Any] = _Citation()  # that entry, and the address; a method from elsewhere states its own
+    source: ClassVar[Any] = _Source()
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
@@ -134,9 +121,7 @@ class DistillationLoss(nn.Module, ABC):
         """Whether `calibrate` must run before the first step."""
         return False
 
-    def calibrate(
-        self, batches: Sequence[tuple[DenseOutput, Targets]], progress: Callable[[Iterable[int]], Iterable[int]] = iter
-    ) -> None:
+    def calibrate(self, batches: CalibrationBatches, progress: Progress = iter) -> None:
         """Prepares the loss from the teacher's outputs on some training images."""
 
     def after_step(self) -> None:

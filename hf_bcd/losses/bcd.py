@@ -1,46 +1,35 @@
 """Boundary and context distillation (BCD), https://huggingface.co/papers/2401.13174."""
 
-from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from ..outputs import DenseOutput, Targets
 from ..utils.messages import UserError
-from .base import DistillationLoss, Pair, check_positive
+from .base import CalibrationBatches, DistillationLoss, Pair, Progress, check_positive
 from .boundary import Mode, boundary_divergence, boundary_strength, check_mode, different_neighbour, spatial_divergence
 from .context import context_relation, literal_relation
 from .modules.aggregate import SelfRelationHead, StudentHead, TeacherHead
 from .modules.schedules import Temperature
 from .ops.functional import at_least_float32, grid_size, resize, spatial_size
-from .ops.path import line_offsets
+from .ops.path import line_ends, line_offsets
 
 
 TeacherHeadKind = Literal["calibrated", "orthogonal", "logits"]
 
 
 def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor:
-    """Soft boundary map of class scores: the least affinity `1 - <p_i, p_j>` to any position of the disc.
+    """Soft boundary map `[B, h, w]` in 0..1 of class scores `[B, num_labels, h, w]`.
 
-    Args:
-        logits: class scores `[B, num_labels, h, w]`.
-        radius: as in `path_offsets`.
-        mask: `[B, h, w]`, True where valid.
-
-    Returns:
-        `[B, h, w]` in 0..1.
+    It is the largest `1 - <p_i, p_j>` to any valid position j of the disc of `radius`.
     """
-    reach, (height, width) = radius - 1, logits.shape[-2:]
     probabilities = at_least_float32(logits).softmax(dim=1)
-    padded = nn.functional.pad(probabilities, [reach] * 4)
-    padded_mask = nn.functional.pad(mask, [reach] * 4)
     boundary = torch.zeros_like(probabilities[:, 0])
-    for dy, dx in line_offsets(radius):
-        rows, columns = slice(reach + dy, reach + dy + height), slice(reach + dx, reach + dx + width)
-        difference = 1 - (probabilities * padded[:, :, rows, columns]).sum(dim=1)
-        boundary = torch.maximum(boundary, difference.masked_fill(~padded_mask[:, rows, columns], 0))
+    for other, valid in zip(line_ends(probabilities, radius), line_ends(mask, radius), strict=True):
+        difference = 1 - (probabilities * other).sum(dim=1)
+        boundary = torch.maximum(boundary, difference.masked_fill(~valid, 0))
     return boundary
 
 
@@ -69,7 +58,6 @@ class BCDLoss(DistillationLoss):
     needs = frozenset({"features"})  # of the targets, void positions only
     decays = True
     transfers = "semantic boundaries and pixel-to-pixel relations of all levels"
-    source = "https://huggingface.co/papers/2401.13174"
     checked = "the paper's equations (no official code); `stable` mode is our reading of them"
     reference = "zhang2024bcd"
 
@@ -115,27 +103,20 @@ class BCDLoss(DistillationLoss):
         student_features = self.student_head.aggregate(student.features, size)
         teacher_features = self.teacher_head(teacher.features, size)
         with record_function("bcd/boundary"):
-            boundary = self._boundary(student, teacher, student_features, teacher_features, mask)
+            hard_teacher = self.teacher_boundary(teacher, teacher_features, mask)
+            boundary = self._boundary(student, student_features, hard_teacher, mask)
         with record_function("bcd/context"):
             context = self._context(student_features, teacher_features, mask)
         return {"boundary": boundary, "context": context}
 
-    def _boundary(
-        self,
-        student: DenseOutput,
-        teacher: DenseOutput,
-        student_features: Tensor,
-        teacher_features: Tensor,
-        mask: Tensor,
-    ) -> Tensor:
+    def _boundary(self, student: DenseOutput, features: Tensor, hard_teacher: Tensor, mask: Tensor) -> Tensor:
         tau = self.boundary_temperature.value.clone()  # autograd keeps it, and `after_step` writes in place
-        hard_teacher = self.teacher_boundary(teacher, teacher_features, mask)
         if self.teacher_head_kind == "logits":
             logits = resize(at_least_float32(student.logits), spatial_size(mask))
             soft = class_affinity_boundary(logits, self.radius, mask)
             divergence = spatial_divergence(soft, hard_teacher, tau=tau, mask=mask)
         else:
-            field = self.student_head.boundary_field(student_features, mask)
+            field = self.student_head.boundary_field(features, mask)
             strength, theta = boundary_strength(field, self.radius, mask), self.teacher_head.theta
             divergence = boundary_divergence(strength, hard_teacher, theta, self.kappa, tau, mask, self.mode)
         peak = self._peak(hard_teacher, mask, tau)
@@ -175,35 +156,18 @@ class BCDLoss(DistillationLoss):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether `calibrate` must run before the first step."""
         return self.teacher_head_kind != "logits" and not bool(self.teacher_head.calibrated)
 
     @torch.no_grad()
-    def calibrate(
-        self,
-        batches: Sequence[tuple[DenseOutput, Targets]],
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-        num_steps: int = 250,
-    ) -> None:
-        """Fits the teacher's boundary readout and threshold to the teacher's own classes, once, before training.
-
-        Args:
-            batches: the teacher's outputs on some training images, and their targets.
-            progress: wraps the steps, e.g. in a progress bar.
-            num_steps: Adam steps of the fit.
-        """
+    def calibrate(self, batches: CalibrationBatches, progress: Progress = iter, num_steps: int = 250) -> None:
+        """Fits the teacher's boundary readout and threshold to its own classes, see `TeacherHead.calibrate`."""
         prepared = []
         for teacher, targets in batches:
             size = grid_size(targets.size, self.stride)
             classes = resize(at_least_float32(teacher.logits), size).argmax(dim=1)
             prepared.append((self.teacher_head(teacher.features, size), classes, targets.valid(size)))
-        self.teacher_head.calibrate(
-            prepared,
-            radius=self.radius,
-            fit_readout=self.teacher_head_kind == "calibrated",
-            num_steps=num_steps,
-            progress=progress,
-        )
+        fit = {"fit_readout": self.teacher_head_kind == "calibrated", "num_steps": num_steps, "progress": progress}
+        self.teacher_head.calibrate(prepared, radius=self.radius, **fit)
 
     def after_step(self) -> None:
         self.boundary_temperature.update()

@@ -47,7 +47,6 @@ class BGLSSegLoss(DistillationLoss):
     borrowed = frozenset({"kd"})
     needs = frozenset({"logits", "features", "labels"})
     transfers = "class scores of each pixel; borders of the ground truth through an auxiliary head"
-    source = "https://doi.org/10.1109/TMM.2024.3372835"
     checked = "no official code; our reading as a teacher-student method, weights, width and head are ours"
     reference = "zhou2024boundary"
 

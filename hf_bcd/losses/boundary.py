@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..utils.messages import UserError
 from .ops.functional import at_least_float32, divergence, full_precision
-from .ops.path import line_offsets, path_range
+from .ops.path import line_ends, path_range
 
 
 Mode = Literal["stable", "paper"]
@@ -24,16 +24,7 @@ def boundary_strength(z: Tensor, radius: int = 3, mask: Tensor | None = None) ->
 
 
 def different_neighbour(classes: Tensor, radius: int = 3, mask: Tensor | None = None) -> Tensor:
-    """Positions with another class inside the disc of `radius`: the boundary of a class map.
-
-    Args:
-        classes: integer map `[B, H, W]`.
-        radius: as in `path_offsets`.
-        mask: `[B, H, W]`, True where valid; other positions never differ from anything.
-
-    Returns:
-        Boolean `[B, H, W]`.
-    """
+    """Where an integer map `[B, H, W]` has another class inside the disc of `radius`; void differs from nothing."""
     differs, _ = pair_differences(classes, radius, "disc", mask)
     return differs.any(dim=1)
 
@@ -41,46 +32,20 @@ def different_neighbour(classes: Tensor, radius: int = 3, mask: Tensor | None = 
 def pair_differences(
     classes: Tensor, radius: int, directions: Literal["disc", "half"], mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Whether the two ends of every line belong to different classes, and whether both ends are valid.
+    """Whether the two ends of every line of an integer map `[B, H, W]` differ in class, and whether both are valid.
 
-    Args:
-        classes: integer map `[B, H, W]`.
-        radius: as in `path_offsets`.
-        directions: as in `path_offsets`.
-        mask: `[B, H, W]`, True where valid.
-
-    Returns:
-        Two boolean tensors `[B, D, H, W]`; the first is False wherever the second is.
+    Both are boolean `[B, D, H, W]` with D as in `path_offsets`; the first is False wherever the second is.
     """
-    reach = radius - 1
-    height, width = classes.shape[-2:]
     valid = torch.ones_like(classes, dtype=torch.bool) if mask is None else mask
-    padded = torch.nn.functional.pad(classes, [reach] * 4)
-    padded_valid = torch.nn.functional.pad(valid, [reach] * 4)
-    differs, both = [], []
-    for dy, dx in line_offsets(radius, directions):
-        rows, columns = slice(reach + dy, reach + dy + height), slice(reach + dx, reach + dx + width)
-        pair_valid = valid & padded_valid[:, rows, columns]
-        both.append(pair_valid)
-        differs.append(pair_valid & (classes != padded[:, rows, columns]))
-    return torch.stack(differs, dim=1), torch.stack(both, dim=1)
+    both = torch.stack([valid & other for other in line_ends(valid, radius, directions)], dim=1)
+    differs = torch.stack([classes != other for other in line_ends(classes, radius, directions)], dim=1)
+    return differs & both, both
 
 
 def spatial_divergence(
     student: Tensor, teacher: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None, entropy: bool = True
 ) -> Tensor:
-    """KL divergence between two fields read as distributions over the positions of each image.
-
-    Args:
-        student: `[B, H, W]`.
-        teacher: `[B, H, W]`, constant.
-        tau: temperature, > 0.
-        mask: `[B, H, W]`, True where valid.
-        entropy: subtract the teacher's entropy (KL) or not (cross-entropy, as Eq. 3 is printed).
-
-    Returns:
-        `[B]`: the sum over positions, in nat; 0 for an image without a valid position.
-    """
+    """`divergence` between two fields `[B, H, W]`, read as distributions over the positions of each image: `[B]`."""
     mask = None if mask is None else mask.flatten(1)
     return divergence(student.flatten(1), teacher.flatten(1), dim=1, tau=tau, mask=mask, entropy=entropy)
 

@@ -23,11 +23,9 @@ def bpkd_loss(
       softmax(Z_student[:, i] · M[:, i] / T))` over classes.
 
     Args:
-        student: class scores `[B, K, h, w]`.
-        teacher: class scores `[B, K, h', w']`, to whose grid the student's are resized; they receive no gradient.
+        student: class scores `[B, K, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
         edges: M, `[B, K, h', w']` in [0, 1], see `class_border_shares`.
         temperature: T, > 0.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         The two terms, scalars >= 0 in nat, 0 for equal scores; float32 or float64.
@@ -56,7 +54,6 @@ class BPKDLoss(DistillationLoss):
     weights = {"body": 3.0, "edge": 0.5}
     needs = frozenset({"logits", "labels"})
     transfers = "where each class is active inside objects, class scores along their borders"
-    source = "https://arxiv.org/abs/2306.08075"
     checked = (
         "no official training code; formula compared with two third-party implementations, which differ in n_c: we count "
         "positions; weights are ours, as the paper's 20 and 100 belong to a reduction that is not public; void has no border"

@@ -31,11 +31,9 @@ def dkd_loss(
     - `others`: `T² · KL` between their softmaxes over the classes other than y.
 
     Args:
-        student: class scores `[B, K, h, w]`.
-        teacher: class scores `[B, K, h', w']`, to whose grid the student's are resized; they receive no gradient.
+        student: class scores `[B, K, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
         classes: where each class is, `[B, K, h', w']`: boolean, or in 0..1 and there from one half on.
         temperature: T, > 0.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         The two terms, scalars >= 0 in nat, 0 for equal scores; float32 or float64.
@@ -62,9 +60,7 @@ def c2vkd_feature_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None 
     The n x n matrices are never built: `‖S Sᵀ - T Tᵀ‖² = ‖Sᵀ S‖² + ‖Tᵀ T‖² - 2 ‖Sᵀ T‖²` takes three C x C ones.
 
     Args:
-        student: `[B, C, h, w]`.
-        teacher: `[B, C, h', w']`, to whose grid the student's are resized; receives no gradient.
-        mask: `[B, h', w']`, True where valid.
+        student: `[B, C, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
 
     Returns:
         The two terms, scalars >= 0 but for rounding, 0 for equal features; float32 or float64. Pairs run
@@ -98,7 +94,6 @@ class C2VKDLoss(DistillationLoss):
     weights = {"target": 0.5, "others": 0.5, "features": 0.1, "covariance": 0.1}
     needs = frozenset({"logits", "features", "labels"})
     transfers = "true class and other classes of each pixel, features and their covariance between positions"
-    source = "https://arxiv.org/abs/2310.07265"
     checked = (
         "official script for the feature terms and weights, DKD's official code (mdistiller) for the decoupled loss, "
         "whose file C2VKD did not release; with its weights the feature and covariance terms are next to nothing (1e-3 and 1e-7 "

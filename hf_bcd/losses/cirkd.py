@@ -14,13 +14,12 @@ from .modules.connectors import BatchStandardize
 from .modules.memory import ClassMemory, spread_positions
 from .modules.noise import SharedNoise
 from .ops.functional import (
-    at_least_float32,
     class_means,
     divergence,
     full_precision,
     image_means,
+    on_teacher_grid,
     pool_valid,
-    resize,
     spatial_size,
     unit_vectors,
 )
@@ -40,11 +39,9 @@ def cirkd_loss(
     Besides the pooled features of all ranks it needs some 8 · `BLOCK_BYTES` of memory, however large the batch is.
 
     Args:
-        student: features `[B, C, h, w]`.
-        teacher: features `[B, C', h', w']`, to whose grid the student's are resized; they receive no gradient.
+        student: features `[B, C, h, w]`; `teacher`, with any channels, and `mask` are as in `on_teacher_grid`.
         temperature: T, > 0.
         pool: side of the cells whose valid pixels are averaged first; time and gathered bytes fall with it.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         Scalar >= 0 in nat, 0 where student and teacher relate pixels alike; float32 or float64.
@@ -52,13 +49,7 @@ def cirkd_loss(
     Raises:
         ValueError: if the batches differ. All ranks must show batches and grids of one size.
     """
-    if len(student) != len(teacher):
-        raise ValueError(
-            f"student has {len(student)} images and teacher {len(teacher)}; both must see the same batch."
-        )
-    student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
-    if mask is None:
-        mask = torch.ones_like(teacher[:, 0], dtype=torch.bool)
+    student, teacher, mask = on_teacher_grid(student, teacher, mask, same_channels=False)
     (ours, valid), (theirs, _) = (pool_valid(x, mask, pool) for x in (student, teacher.to(student.dtype)))
     ours, theirs, valid = _unit_rows(ours), _unit_rows(theirs), valid.flatten(1)
     columns = _of_all_ranks(valid.to(ours.dtype)) > 0
@@ -91,13 +82,12 @@ def cirkd_memory_loss(
     Returns:
         Scalar >= 0 in nat, 0 without a valid vector; float32 or float64.
     """
-    ours, theirs = _unit_rows(at_least_float32(student)), _unit_rows(at_least_float32(teacher).detach())
-    if mask is None:
-        mask = torch.ones_like(teacher[:, 0], dtype=torch.bool)
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
     columns = None if memory_mask is None else memory_mask[None]
-    vectors = memory.detach().to(ours.dtype)[None]
-    rows = _row_divergence(ours, theirs.to(ours.dtype), vectors, vectors, columns, temperature)
-    return image_means(rows, mask.flatten(1)).mean()
+    vectors = memory.detach().to(student.dtype)[None]
+    rows = (_unit_rows(student), _unit_rows(teacher.to(student.dtype)))
+    divergences = _row_divergence(*rows, vectors, vectors, columns, temperature)
+    return image_means(divergences, mask.flatten(1)).mean()
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -155,7 +145,7 @@ class CIRKDLoss(DistillationLoss):
 
     Of a class, an image gives 16 evenly spaced pixels and one region; the memories keep the latest 20,000 and 2,000 of
     each class, or, in this proportion, as many as `memory_mib` allows: `(pixels + regions) · classes · channels · 4`
-    bytes (`memory_bytes`) on every rank and in each checkpoint. About 4,096 pixels and 1,024 regions are compared at a
+    bytes on every rank and in each checkpoint. About 4,096 pixels and 1,024 regions are compared at a
     step, as many of each class, from a place in its memory that changes from step to step. All these numbers are the
     official ones. New vectors wait until the end of a step: 17 · classes · channels · 4 bytes an image.
 
@@ -179,7 +169,6 @@ class CIRKDLoss(DistillationLoss):
     needs = frozenset({"logits", "features", "labels"})
     transfers = "similarities of pixels across images, and to remembered pixels and regions"
     keeps = "memory"
-    source = "https://arxiv.org/abs/2204.06986"
     checked = (
         "official code: same weights, temperatures and memories; but features of the backbone, stride 16 and all ranks' "
         "images in the batch relation (there: 8, one rank's), void pixels left out, pixels remembered under their own "
@@ -188,12 +177,10 @@ class CIRKDLoss(DistillationLoss):
     )
     reference = "yang2022cross"
 
+    # of pixels and regions: how many are remembered of a class at most, and compared at a step, all classes together
     max_entries = (20_000, 2_000)
-    """Pixels and regions that are remembered of a class at most."""
     samples: tuple[int, int] = (4_096, 1_024)
-    """Pixels and regions that are compared at a step, all classes together."""
-    pixels_an_image = 16
-    """Pixels that an image adds to the memory of a class."""
+    pixels_an_image = 16  # for the memory of a class
 
     def __init__(
         self,
@@ -227,16 +214,10 @@ class CIRKDLoss(DistillationLoss):
             )
         return int(part * pixels), int(part * regions)
 
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of both memories."""
-        return self.pixels.num_bytes + self.regions.num_bytes
-
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
-        theirs = at_least_float32(teacher.features[self.level]).detach()
+        ours, theirs = student.features[self.level], teacher.features[self.level]
         size = spatial_size(theirs)
-        ours = resize(at_least_float32(student.features[self.level]), size)
-        mask = targets.valid(size)
+        ours, theirs, mask = on_teacher_grid(ours, theirs, targets.valid(size), same_channels=False)
         if self.training:
             self._observe(theirs, targets.class_masks(size) >= 0.5)
         projected = self.head(ours, mask)

@@ -9,17 +9,12 @@ from .ops.relation import Relation, literal_divergence, relation_divergence
 
 
 def relation_features(features: Tensor) -> Tensor:
-    """The operator O of Eq. 4 in stable mode: every position normalised over its channels.
+    """The operator O of Eq. 4 in stable mode: every position normalised over its channels, `[B, H·W, C]`.
 
-    Args:
-        features: aggregated features `[B, C, H, W]`.
-
-    Returns:
-        `[B, H·W, C]`, scaled so that inner products are `O(x)ᵀO(x)/sqrt(C)`: between -sqrt(C) and sqrt(C).
+    Scaled so that inner products are `O(x)ᵀO(x)/sqrt(C)`: between -sqrt(C) and sqrt(C).
     """
     channels = features.shape[1]
-    positions = features.flatten(2).mT
-    return F.layer_norm(positions, (channels,), eps=1e-5) / channels**0.25
+    return F.layer_norm(features.flatten(2).mT, (channels,), eps=1e-5) / channels**0.25
 
 
 def _check_same_grid(student: Tensor, teacher: Tensor) -> None:
@@ -46,13 +41,7 @@ def context_relation(
 def literal_relation(
     student: Tensor, teacher: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None
 ) -> Tensor:
-    """Eq. 4 and 5 as printed: a softmax over a softmax, summed over all pairs of positions.
-
-    Arguments are as in `context_distillation_loss`, features after O.
-
-    Returns:
-        `[B]`: cross-entropy summed over rows, about n·log(n) for n positions whatever the student does.
-    """
+    """`literal_divergence` of features after O, `[B]`; arguments are as in `context_distillation_loss`."""
     # features over C^(1/4) have the inner products of Eq. 4, over sqrt(C)
     student, teacher = (x.flatten(2).mT / x.shape[1] ** 0.25 for x in (student, teacher))
     return literal_divergence(student, teacher, tau=tau, mask=None if mask is None else mask.flatten(1))

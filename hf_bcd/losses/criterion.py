@@ -1,13 +1,13 @@
 """The criterion gives loss terms their weights, and knows no method."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..outputs import DenseOutput, Targets
-from .base import DistillationLoss
+from .base import CalibrationBatches, DistillationLoss, Progress
 from .modules.balance import GradientBalance, squared_gradients
 from .modules.schedules import decay
 
@@ -132,9 +132,7 @@ class DistillationCriterion(nn.Module):
     def needs_calibration(self) -> bool:
         return any(loss.needs_calibration for loss in self.by_name().values())
 
-    def calibrate(
-        self, batches: Sequence[tuple[DenseOutput, Targets]], progress: Callable[[Iterable[int]], Iterable[int]] = iter
-    ) -> None:
+    def calibrate(self, batches: CalibrationBatches, progress: Progress = iter) -> None:
         """Prepares every loss that needs it from the teacher's outputs on some training images."""
         for loss in self.by_name().values():
             if loss.needs_calibration:

@@ -7,30 +7,7 @@ from ..outputs import DenseOutput, Targets
 from ..utils.messages import UserError
 from .base import DistillationLoss, Pair
 from .modules.connectors import FeaturePair
-from .ops.functional import (
-    divergence,
-    full_precision,
-    image_means,
-    moments,
-    on_teacher_grid,
-    spatial_size,
-    standardize,
-)
-
-
-def match_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Gives every channel of the student's map the mean and deviation of the teacher's, over the batch of all ranks.
-
-    Args:
-        student: `[B, C, h, w]`.
-        teacher: `[B, C, h, w]`, constant.
-        mask: `[B, 1, h, w]`, True where a position counts.
-
-    Returns:
-        `(student - mean) / (std + 1e-6) · std_teacher + mean_teacher`, `[B, C, h, w]`.
-    """
-    _, mean, deviation = moments(teacher, (0, 2, 3), mask)
-    return standardize(student, (0, 2, 3), mask, eps=1e-6) * deviation + mean
+from .ops.functional import divergence, full_precision, image_means, match_moments, on_teacher_grid, spatial_size
 
 
 @full_precision
@@ -72,7 +49,6 @@ class CrossKDLoss(DistillationLoss):
     weights = {"crosskd": 1.0}  # official, on a sum over positive anchors divided by their number
     needs = frozenset({"features", "head"})
     transfers = "what the teacher's head makes of the features"
-    source = "https://arxiv.org/abs/2306.11369"
     checked = (
         "official code (detectors): same rescaling of each channel, weight and beta; softmax and KL for sigmoid and BCE, "
         "and the place where the student's features enter, are ours"

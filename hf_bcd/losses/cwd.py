@@ -22,10 +22,8 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, mask
     positions of an image.
 
     Args:
-        student: scores or features `[B, C, h, w]`.
-        teacher: `[B, C, h', w']`, to whose grid the student's are resized; receives no gradient.
+        student: scores or features `[B, C, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
         temperature: T, > 0.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         Scalar >= 0 in nat, 0 for channels that differ by a constant; float32 or float64.
@@ -47,7 +45,6 @@ class CWDLoss(DistillationLoss):
     weights = {"cwd": 3.0}
     needs = frozenset({"logits"})
     transfers = "where each channel is active"
-    source = "https://arxiv.org/abs/2011.13256"
     checked = "official code (TorchDistiller): same reduction, weight and temperature; void pixels left out"
     reference = "shu2021channel"
 

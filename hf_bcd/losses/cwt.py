@@ -44,7 +44,6 @@ class CWTLoss(DistillationLoss):
     weights = {"cwt": 0.01}
     needs = frozenset({"features"})
     transfers = "features of each position"
-    source = "https://arxiv.org/abs/2303.13212"
     checked = "the paper's formula, as no code is public; width of the hidden layer and the weight are our reading"
     reference = "liu2023simple"
 

@@ -28,9 +28,7 @@ def dist_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -
       image with fewer than two counts 0.
 
     Args:
-        student: class scores `[B, K, h, w]`.
-        teacher: class scores `[B, K, h', w']`, to whose grid the student's are resized; they receive no gradient.
-        mask: `[B, h', w']`, True where valid.
+        student: class scores `[B, K, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
 
     Returns:
         The two terms, scalars in [0, 2], float32 or float64. Equal scores give 0 but for the 1e-8 in the official
@@ -54,7 +52,6 @@ class DISTLoss(DistillationLoss):
     weights = {"inter": 1.0, "intra": 1.0}
     needs = frozenset({"logits"})
     transfers = "ranking of the classes in each pixel, and of the pixels in each class"
-    source = "https://arxiv.org/abs/2205.10536"
     checked = (
         "official segmentation code (DIST_KD): same formula and weights; intra-class within an image instead of a "
         "device's batch, void pixels left out, no term on auxiliary heads"

@@ -61,10 +61,8 @@ def category_similarity_loss(
     teacher's `softmax(z / T)` over classes, the cosine runs over the valid positions.
 
     Args:
-        student: class scores `[B, K, h, w]`.
-        teacher: class scores `[B, K, h', w']`, to whose grid the student's are resized; they receive no gradient.
+        student: class scores `[B, K, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
         temperature: T, > 0.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         Scalar in [0, 1]; float32 or float64.
@@ -91,7 +89,6 @@ class DSDLoss(DistillationLoss):
     weights = {"pixel": 1e3 / (64 * 128), "category": 10.0}
     needs = frozenset({"features", "logits"})
     transfers = "how attention changes between levels, and which classes go together"
-    source = "https://arxiv.org/abs/2107.08591"
     checked = "CIRKD's re-implementation: residual attention; the category term follows the paper's text; our reading"
     reference = "feng2021double"
 

@@ -9,7 +9,7 @@ from ..outputs import DenseOutput, Targets
 from ..utils.messages import UserError
 from .base import DistillationLoss, Pair
 from .modules.connectors import BatchStandardize, Projection
-from .ops.functional import at_least_float32, full_precision, mean_squared_error, resize, spatial_size
+from .ops.functional import full_precision, mean_squared_error, on_teacher_grid, spatial_size
 
 
 def _interpolation(frequencies: Tensor, nodes: int) -> Tensor:
@@ -19,16 +19,13 @@ def _interpolation(frequencies: Tensor, nodes: int) -> Tensor:
 
 
 def spectral_filter(x: Tensor, spectrum: Tensor, cutoff: float) -> Tensor:
-    """Weights the high frequencies of every channel: `Re IFFT(HPF · W · FFT(x))`.
+    """Weights the high frequencies of every channel of `x` `[B, C, h, w]`: `Re IFFT(HPF · W · FFT(x))`.
 
     Args:
-        x: `[B, C, h, w]`, float32 or float64.
+        x: float32 or float64.
         spectrum: real and imaginary part of W at F x F frequencies, even over [-1/2, 1/2] cycles a position along each
             axis, interpolated to the grid's: `[2, C, F, F]`.
         cutoff: HPF removes the frequencies below this fraction of the highest along both axes.
-
-    Returns:
-        `[B, C, h, w]`.
     """
     rows, columns = (torch.fft.fftfreq(side, dtype=x.dtype, device=x.device) for side in x.shape[-2:])
     nodes = spectrum.shape[-1]
@@ -71,16 +68,14 @@ def fam_loss(student: Tensor, teacher: Tensor, attention: FrequencyAttention, *,
     """Frequency attention: `mean over images, valid positions and channels of (attention(s) - t)²`.
 
     Args:
-        student: features `[B, C_s, h, w]`.
-        teacher: features `[B, C_t, h', w']`, to whose grid the student's are resized; receives no gradient.
+        student: features `[B, C_s, h, w]`; `teacher` `[B, C_t, h', w']` and `mask` are as in `on_teacher_grid`.
         attention: trained along with the student.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         Scalar >= 0; float32 or float64.
     """
-    student = resize(at_least_float32(student), spatial_size(teacher))
-    return mean_squared_error(attention(student, mask), at_least_float32(teacher).detach(), mask)
+    student, teacher, mask = on_teacher_grid(student, teacher, mask, same_channels=False)
+    return mean_squared_error(attention(student, mask), teacher, mask)
 
 
 class FAMLoss(DistillationLoss):
@@ -99,7 +94,6 @@ class FAMLoss(DistillationLoss):
     weights = {"fam": 1.0}
     needs = frozenset({"features"})
     transfers = "features and their high frequencies at every level"
-    source = "https://arxiv.org/abs/2403.05894"
     checked = (
         "official code, for classification: same filter, branches, reduction and ImageNet weight; factorised spectral "
         "weights and void pixels ours, no cross-stage attention, no warm-up"

@@ -19,12 +19,7 @@ from .ops.functional import (
 
 
 def activation_attention(x: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Positions and channels in which a map is active.
-
-    Args:
-        x: features `[B, C, h, w]`.
-        mask: `[B, h, w]`, True where valid.
-        temperature: T, > 0.
+    """Positions and channels in which a map `[B, C, h, w]` is active.
 
     Returns:
         `n · softmax over the n valid positions of mean_c |x| / T`, `[B, h, w]`, 0 where void, and
@@ -48,11 +43,9 @@ def fgd_loss(
     positions and channels, see `activation_attention`.
 
     Args:
-        student: features `[B, C, h, w]`.
-        teacher: `[B, C, h', w']`, to whose grid the student's are resized; receives no gradient.
+        student: features `[B, C, h, w]`; `teacher` and `mask`, which bounds the attention, are as in `on_teacher_grid`.
         regions: `[B, K, h', w']`, boolean or in 0..1; an empty one counts 0.
         temperature: T, > 0.
-        mask: `[B, h', w']`, True where the attention may look.
 
     Returns:
         Scalar >= 0, 0 for equal features; float32 or float64.
@@ -123,7 +116,6 @@ class FGDLoss(DistillationLoss):
     }
     needs = frozenset({"features", "labels"})
     transfers = "features of objects and background where the teacher is active, its attention, global context"
-    source = "https://arxiv.org/abs/2111.11837"
     checked = "official code, defined for detection; class masks instead of boxes and means instead of sums are ours"
     reference = "yang2022focal"
 

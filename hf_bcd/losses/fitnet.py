@@ -15,9 +15,7 @@ def fitnet_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None)
     `mean over images, valid positions and channels of (s - t)²`.
 
     Args:
-        student: features `[B, C, h, w]`, projected to the teacher's channels.
-        teacher: features `[B, C, h', w']`, to whose grid the student's are resized; they receive no gradient.
-        mask: `[B, h', w']`, True where valid.
+        student: features `[B, C, h, w]`, projected to the teacher's channels; the rest is as in `on_teacher_grid`.
 
     Returns:
         Scalar >= 0, 0 for equal features; float32 or float64.
@@ -39,7 +37,6 @@ class FitNetLoss(DistillationLoss):
     weights = {"fitnet": 1.0}
     needs = frozenset({"features"})
     transfers = "features of each position"
-    source = "https://arxiv.org/abs/1412.6550"
     checked = "CIRKD's official code: same reduction, weight 1 for its 10; official FitNets sum over channels; void pixels left out"
     reference = "romero2015fitnets"
 

@@ -43,7 +43,6 @@ class IFDLoss(DistillationLoss):
     weights = {"ifd": 5.0}
     needs = frozenset({"features"})
     transfers = "direction of each position's features"
-    source = "https://arxiv.org/abs/2210.15274"
     checked = (
         "official code (classification): same ensemble and cosine; our reading for maps is 1x1 projectors, a mean over valid "
         "positions and weight 5 for the official 25"

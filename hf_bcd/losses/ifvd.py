@@ -6,7 +6,7 @@ from ..outputs import DenseOutput, Targets
 from .base import Pair
 from .kd import kd_loss
 from .modules.adversarial import AdversarialLoss
-from .ops.functional import at_least_float32, class_similarity, full_precision, resize, spatial_size, weighted_means
+from .ops.functional import class_similarity, full_precision, on_teacher_grid, spatial_size, weighted_means
 
 
 @full_precision
@@ -29,7 +29,7 @@ def ifvd_loss(student: Tensor, teacher: Tensor, classes: Tensor) -> Tensor:
     """
     if classes.shape[0] != teacher.shape[0] or spatial_size(classes) != spatial_size(teacher):
         raise ValueError(f"classes are {tuple(classes.shape)} for a teacher of {tuple(teacher.shape)}.")
-    student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
+    student, teacher, _ = on_teacher_grid(student, teacher, None, same_channels=False)
     error = (class_similarity(student, classes) - class_similarity(teacher, classes)).square()
     return weighted_means(error, classes.to(error.dtype)).mean()
 
@@ -51,7 +51,6 @@ class IFVDLoss(AdversarialLoss):
     borrowed = frozenset({"kd", "adversarial"})
     needs = frozenset({"logits", "features", "labels"})
     transfers = "how features vary within each class, class scores, and the look of a whole score map"
-    source = "https://arxiv.org/abs/2001.03349"
     checked = (
         "official code: same terms, reductions and discriminator layers, weights but for the variation, 50 for its 200; void "
         "pixels left out"

@@ -15,10 +15,8 @@ def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, mask:
     classes.
 
     Args:
-        student: class scores `[B, K, h, w]`.
-        teacher: class scores `[B, K, h', w']`, to whose grid the student's are resized; they receive no gradient.
+        student: class scores `[B, K, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
         temperature: T, > 0.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         Scalar >= 0 in nat, 0 for equal scores; float32 or float64.
@@ -37,7 +35,6 @@ class KDLoss(DistillationLoss):
     weights = {"kd": 1.0}
     needs = frozenset({"logits"})
     transfers = "class scores of each pixel"
-    source = "https://arxiv.org/abs/1503.02531"
     checked = "the pixel-wise term of CIRKD's official code, same reduction, void pixels left out"
     reference = "hinton2015distilling"
 

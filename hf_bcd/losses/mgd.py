@@ -54,7 +54,6 @@ class MGDLoss(DistillationLoss):
     weights = {"mgd": 0.005}
     needs = frozenset({"features"})
     transfers = "features of each position, generated from other positions"
-    source = "https://arxiv.org/abs/2205.01529"
     checked = (
         "official code for segmentation: same mask ratio, generator and reduction, weight 0.005 for the official 0.082; one "
         "mask for all images, a trained 1x1 also where channels agree; void pixels left out"

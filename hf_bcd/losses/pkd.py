@@ -20,9 +20,7 @@ def pkd_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
     `1 - r`, r being Pearson's correlation.
 
     Args:
-        student: features `[B, C, h, w]`, projected to the teacher's channels.
-        teacher: features `[B, C, h', w']`, to whose grid the student's are resized; they receive no gradient.
-        mask: `[B, h', w']`, True where valid.
+        student: features `[B, C, h, w]`, projected to the teacher's channels; the rest is as in `on_teacher_grid`.
 
     Returns:
         Scalar >= 0, 0 for channels that differ by a positive factor and a constant; float32 or float64.
@@ -45,7 +43,6 @@ class PKDLoss(DistillationLoss):
     weights = {"pkd": 6.0}
     needs = frozenset({"features"})
     transfers = "the pattern of each channel over the batch"
-    source = "https://arxiv.org/abs/2207.02039"
     checked = (
         "official code (MMRazor): same formula, weight of its two-stage detectors for each level; deviations are biased "
         "and statistics run over all ranks; void pixels left out"

@@ -40,42 +40,18 @@ from .tat import TATLoss
 
 
 LOSSES: dict[str, type[DistillationLoss]] = {
-    "at": ATLoss,
-    "bcd": BCDLoss,
-    "bglsseg": BGLSSegLoss,
-    "bpkd": BPKDLoss,
-    "c2vkd": C2VKDLoss,
-    "cirkd": CIRKDLoss,
-    "crosskd": CrossKDLoss,
-    "cwd": CWDLoss,
-    "cwt": CWTLoss,
-    "dist": DISTLoss,
-    "dsd": DSDLoss,
-    "fam": FAMLoss,
-    "fgd": FGDLoss,
-    "fitnet": FitNetLoss,
-    "ifd": IFDLoss,
-    "ifvd": IFVDLoss,
-    "kd": KDLoss,
-    "mgd": MGDLoss,
-    "pkd": PKDLoss,
-    "sckd": SCKDLoss,
-    "skd": SKDLoss,
-    "slimseg": SlimSegLoss,
-    "sstkd": SSTKDLoss,
-    "tat": TATLoss,
-}
+    "at": ATLoss, "bcd": BCDLoss, "bglsseg": BGLSSegLoss, "bpkd": BPKDLoss, "c2vkd": C2VKDLoss, "cirkd": CIRKDLoss,
+    "crosskd": CrossKDLoss, "cwd": CWDLoss, "cwt": CWTLoss, "dist": DISTLoss, "dsd": DSDLoss, "fam": FAMLoss,
+    "fgd": FGDLoss, "fitnet": FitNetLoss, "ifd": IFDLoss, "ifvd": IFVDLoss, "kd": KDLoss, "mgd": MGDLoss,
+    "pkd": PKDLoss, "sckd": SCKDLoss, "skd": SKDLoss, "slimseg": SlimSegLoss, "sstkd": SSTKDLoss, "tat": TATLoss,
+}  # fmt: skip
 # every student and teacher offer these of what a loss may need, see `DistillationLoss.needs`
 ALWAYS_OFFERED = frozenset({"features", "labels", "logits", "task_loss"})
 # names of what an option may be, for messages
 TYPES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a name",
-    Sequence: "a list of names",
+    bool: "true or false", int: "a whole number", float: "a number", str: "a name", Sequence: "a list of names",
     NoneType: "null",
-}
+}  # fmt: skip
 # a loss is built for these once, on the meta device, before anybody knows the models: its options must suit one of them
 _LEVELS = {name: FeatureSpec(1, 8) for name in ("stem", "stride_4", "stride_8", "stride_16", "stride_32")}
 _PROBES = [Pair(_LEVELS, _LEVELS, num_labels, tuple(_LEVELS)) for num_labels in (1, 2**16)]
@@ -83,25 +59,15 @@ _PROBES = [Pair(_LEVELS, _LEVELS, num_labels, tuple(_LEVELS)) for num_labels in 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """A loss as a recipe asks for it; all of it is checked.
-
-    Attributes:
-        name: its key in `LOSSES`.
-        cls: its class.
-        options: arguments of the class beside the pair; nested losses are read as well.
-        needs: see `DistillationLoss.needs`.
-        weights: term -> weight, where `measured` the first one.
-        decays: whether r(t) multiplies its terms.
-        measured: whether weights are measured in training.
-    """
+    """A loss as a recipe asks for it; all of it is checked. Its needs, weights and decay are those of an instance."""
 
     name: str
     cls: type[DistillationLoss]
-    options: Mapping[str, Any]
+    options: Mapping[str, Any]  # arguments of the class beside the pair; nested losses are read as well
     needs: frozenset[str]
     weights: Mapping[str, float]
     decays: bool
-    measured: bool
+    measured: bool  # whether weights are measured in training, after which `weights` no longer hold
 
     def build(self, pair: Pair) -> DistillationLoss:
         """The loss between two models."""

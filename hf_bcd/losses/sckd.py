@@ -1,6 +1,6 @@
 """Student customised distillation (Zhu and Wang, ICCV 2021, https://doi.org/10.1109/ICCV48922.2021.00501)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..outputs import DenseOutput, Targets
 from ..utils.distributed import all_reduce_sum
 from ..utils.messages import UserError
-from .base import DistillationLoss, Pair
+from .base import CalibrationBatches, DistillationLoss, Pair, Progress
 from .ops.functional import at_least_float32
 
 
@@ -62,7 +62,6 @@ class SCKDLoss(DistillationLoss):
     needs = frozenset({"logits", "task_loss"})
     nested = {"host": {"kd": {}}}
     transfers = "what its host does, where that agrees with the task"
-    source = "https://doi.org/10.1109/ICCV48922.2021.00501"
     checked = "no official code: the paper's gate and threshold; where gradients are compared is our reading"
     reference = "zhu2021student"
 
@@ -122,9 +121,7 @@ class SCKDLoss(DistillationLoss):
     def needs_calibration(self) -> bool:
         return self.hosts.needs_calibration
 
-    def calibrate(
-        self, batches: Sequence[tuple[DenseOutput, Targets]], progress: Callable[[Iterable[int]], Iterable[int]] = iter
-    ) -> None:
+    def calibrate(self, batches: CalibrationBatches, progress: Progress = iter) -> None:
         self.hosts.calibrate(batches, progress)
 
     def after_step(self) -> None:

@@ -7,16 +7,7 @@ from ..outputs import DenseOutput, Targets
 from .base import Pair, check_positive
 from .kd import kd_loss
 from .modules.adversarial import AdversarialLoss
-from .ops.functional import (
-    at_least_float32,
-    full_precision,
-    image_means,
-    mask_fill_value,
-    on_teacher_grid,
-    resize,
-    spatial_size,
-    unit_vectors,
-)
+from .ops.functional import full_precision, image_means, mask_fill_value, on_teacher_grid, spatial_size, unit_vectors
 
 
 @full_precision
@@ -27,16 +18,13 @@ def skd_loss(student: Tensor, teacher: Tensor, *, nodes: int = 2, mask: Tensor |
     the loss is the mean over images and pairs (i, j) of `(a_ij(student) - a_ij(teacher))²`.
 
     Args:
-        student: features `[B, C, h, w]`, resized to the teacher's grid.
-        teacher: `[B, C', h', w']`; receives no gradient.
+        student: features `[B, C, h, w]`; `teacher`, with any channels, and `mask` are as in `on_teacher_grid`.
         nodes: windows along each axis, > 0; a window without a valid position does not count.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
         Scalar in [0, 4], 0 for features that differ by a rotation; float32 or float64.
     """
-    student, teacher = resize(at_least_float32(student), spatial_size(teacher)), at_least_float32(teacher).detach()
-    *_, mask = on_teacher_grid(student[:, :1], teacher[:, :1], mask)  # the numbers of channels may differ
+    student, teacher, mask = on_teacher_grid(student, teacher, mask, same_channels=False)
     window = [-(-length // nodes) for length in spatial_size(teacher)]
 
     def pool(x: Tensor) -> Tensor:
@@ -74,7 +62,6 @@ class SKDLoss(AdversarialLoss):
     needs = frozenset({"logits", "features"})
     transfers = "class scores of each pixel, similarity of regions, and the look of a whole score map"
     adversarial = "holistic"
-    source = "https://arxiv.org/abs/1903.04197"
     checked = (
         "official code: same pair term and discriminator layers; pixel term as in the paper; Adam and, with it, the "
         "holistic weight as in IFVD's code; void pixels left out"

@@ -43,7 +43,6 @@ class SlimSegLoss(DistillationLoss):
     borrowed = frozenset({"kd"})
     needs = frozenset({"logits", "labels"})
     transfers = "class scores of each pixel; the ground truth once more near borders"
-    source = "https://arxiv.org/abs/2207.06242"
     checked = "no official code; our reading as a teacher-student method, weights and width are ours"
     reference = "xue2022slimseg"
 

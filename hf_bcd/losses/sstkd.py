@@ -1,7 +1,6 @@
 """Structural and statistical texture distillation (Ji et al., CVPR 2022, https://arxiv.org/abs/2305.03944)."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +17,8 @@ from .ops.functional import class_similarity, full_precision, image_means, on_te
 def directional_bands(x: Tensor, directions: int) -> Tensor:
     """Directional filter bank: ideal wedges of the frequency plane, centred at multiples of π / directions.
 
-    Args:
-        x: `[B, C, h, w]`, read as periodic.
-        directions: number of wedges.
-
-    Returns:
-        `[directions, B, C, h, w]` with the sum `x`; orthogonal but for waves of half the sampling rate.
+    `[B, C, h, w]`, read as periodic, gives `[directions, B, C, h, w]` with the sum `x`; bands are orthogonal but for
+    waves of half the sampling rate.
     """
     height, width = spatial_size(x)
     options = {"dtype": x.dtype, "device": x.device}
@@ -37,15 +32,7 @@ def contourlet(x: Tensor, *, levels: int = 2, directions: int = 4) -> list[Tenso
     """Contourlet decomposition: the directional bands of each level of a Laplacian pyramid.
 
     A level is `x - up(down(x))` with bilinear halving and doubling, and the next level that of `down(x)`. Bands are not
-    decimated.
-
-    Args:
-        x: `[B, C, h, w]`.
-        levels: levels of the pyramid, > 0.
-        directions: bands of a level, > 0.
-
-    Returns:
-        Bands of each level, `[directions, B, C, h / 2^level, w / 2^level]` with sizes rounded up.
+    decimated: `[B, C, h, w]` gives `[directions, B, C, h / 2^level, w / 2^level]` a level, sizes rounded up.
     """
     bands = []
     for _ in range(levels):
@@ -63,13 +50,7 @@ def equalized_intensity(features: Tensor, mask: Tensor, *, levels: int = 128) ->
     equalised value is the fraction of positions below it and half of its own, as in histogram equalisation, and a
     position's that of its two levels.
 
-    Args:
-        features: `[B, C, h, w]`.
-        mask: `[B, h, w]`, True where valid.
-        levels: number of levels, >= 2.
-
-    Returns:
-        `[B, h, w]` in [0, 1]; of no meaning where void.
+    Features `[B, C, h, w]` and mask `[B, h, w]` give `[B, h, w]` in [0, 1], of no meaning where void.
     """
     intensity, valid = class_similarity(features, mask[:, None]).flatten(1), mask.flatten(1)
     # a cosine lies within -1 and 1
@@ -83,13 +64,6 @@ def equalized_intensity(features: Tensor, mask: Tensor, *, levels: int = 128) ->
     return (belongs @ (fraction.cumsum(dim=1) - fraction / 2)[:, :, None]).view_as(mask)
 
 
-class Texture(NamedTuple):
-    """Terms of `sstkd_loss`."""
-
-    structure: Tensor
-    statistics: Tensor
-
-
 @full_precision
 def sstkd_loss(
     student: Tensor,
@@ -99,22 +73,21 @@ def sstkd_loss(
     directions: int = 4,
     intensity_levels: int = 128,
     mask: Tensor | None = None,
-) -> Texture:
+) -> dict[str, Tensor]:
     """Structural and statistical texture distillation of low-level features.
 
-    structure: mean over images, pyramid levels, valid positions and channels of the squared difference of `contourlet`,
-    summed over directions. statistics: mean over images and valid positions of that of `equalized_intensity`.
+    - `structure`: mean over images, pyramid levels, valid positions and channels of the squared difference of
+      `contourlet`, summed over directions.
+    - `statistics`: mean over images and valid positions of that of `equalized_intensity`.
 
     Args:
-        student: `[B, C, h, w]`, resized to the teacher's grid.
-        teacher: `[B, C, h', w']`; receives no gradient.
+        student: `[B, C, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
         pyramid_levels: levels of the Laplacian pyramid, > 0.
         directions: bands of a level, > 0.
         intensity_levels: levels of intensity, >= 2.
-        mask: `[B, h', w']`, True where valid.
 
     Returns:
-        Two scalars >= 0, 0 for equal features; float32 or float64.
+        The two terms, scalars >= 0, 0 for equal features; float32 or float64.
     """
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     # the decomposition is linear: once, of the difference
@@ -124,7 +97,8 @@ def sstkd_loss(
         for bands in contourlet(difference, levels=pyramid_levels, directions=directions)
     ]
     ours, theirs = (equalized_intensity(x, mask, levels=intensity_levels) for x in (student, teacher))
-    return Texture(torch.stack(structure).mean(), image_means((ours - theirs).square(), mask).mean())
+    statistics = image_means((ours - theirs).square(), mask).mean()
+    return {"structure": torch.stack(structure).mean(), "statistics": statistics}
 
 
 class SSTKDLoss(AdversarialLoss):
@@ -152,7 +126,6 @@ class SSTKDLoss(AdversarialLoss):
     transfers = (
         "low-level texture: directional detail and intensity statistics; class scores and their look as a whole"
     )
-    source = "https://arxiv.org/abs/2305.03944"
     checked = (
         "no official code: our reading of contourlet decomposition and, after STLNet's code, of intensity equalisation "
         "(without learned layers); weights unverified"
@@ -185,4 +158,4 @@ class SSTKDLoss(AdversarialLoss):
         mask = targets.valid(spatial_size(teacher.logits))
         texture = sstkd_loss(ours, theirs, mask=targets.valid(spatial_size(theirs)), **self.options)
         response = {"response": kd_loss(student.logits, teacher.logits, mask=mask)}
-        return texture._asdict() | response | self.adversarial_term(student.logits, teacher.logits, mask)
+        return texture | response | self.adversarial_term(student.logits, teacher.logits, mask)

@@ -14,7 +14,6 @@ from .ops.functional import (
     mask_fill_value,
     on_teacher_grid,
     pool_valid,
-    resize,
     spatial_size,
     standardize,
 )
@@ -114,7 +113,6 @@ class TATLoss(DistillationLoss):
     weights = {"patch_group": 0.1, "anchor": 0.04}
     needs = frozenset({"features"})
     transfers = "features, each rebuilt from all of the student's"
-    source = "https://arxiv.org/abs/2205.10793"
     checked = (
         "official code (TaT-seg): same attention, normalisation, reduction and weights; padded, not cropped; voids"
     )
@@ -132,10 +130,9 @@ class TATLoss(DistillationLoss):
         self.key.bias.requires_grad_(False)  # softmax would cancel it
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
-        target = at_least_float32(teacher.features[self.level]).detach()
+        ours, target = student.features[self.level], teacher.features[self.level]
         size = spatial_size(target)
-        ours = resize(at_least_float32(student.features[self.level]), size)
-        mask = targets.valid(size)
+        ours, target, mask = on_teacher_grid(ours, target, targets.valid(size), same_channels=False)
         maps = (self.query(ours, mask), self.key(target, mask), self.value(ours, mask), target)
         cell = (-(-size[0] // self.anchors), -(-size[1] // self.anchors))
         pooled = [pool_valid(x, mask, cell) for x in maps]

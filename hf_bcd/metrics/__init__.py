@@ -1,21 +1,15 @@
 """Streaming segmentation metrics from integer counts."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .semantic import SemanticMetrics
-
-
-if TYPE_CHECKING:
-    from .evaluate_modules import load_evaluate_metric
 
 
 __all__ = ["SemanticMetrics", "load_evaluate_metric"]
 
 
-def __getattr__(name: str) -> Any:
-    # `evaluate` is an optional dependency and takes seconds to import.
-    if name == "load_evaluate_metric":
-        from .evaluate_modules import load_evaluate_metric
+def load_evaluate_metric(num_labels: int, ignore_index: int = 255) -> Any:
+    """`SemanticMetrics(num_labels, ignore_index)` as a metric of `evaluate`; needs no network."""
+    from .evaluate_modules import SegmentationMetric  # an optional dependency, which takes seconds to import
 
-        return load_evaluate_metric
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return SegmentationMetric(num_labels, ignore_index)

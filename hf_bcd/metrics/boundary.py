@@ -17,12 +17,7 @@ BAND_WIDTH = 0.02
 
 
 def boundary_counts(truth: Tensor, prediction: Tensor, num_labels: int) -> dict[str, Tensor]:
-    """Counts contour and band pixels per image and class.
-
-    Args:
-        truth: true classes `[B, H, W]`, signed integers.
-        prediction: predicted classes `[B, H, W]`, the same dtype.
-        num_labels: number of classes C.
+    """Counts contour and band pixels per image and class of two maps `[B, H, W]` of one signed integer type.
 
     Returns:
         int64 counts: `true_contour` and `predicted_contour` `[B, C, 4]`, contour pixels whose nearest contour pixel
@@ -54,8 +49,7 @@ def boundary_counts(truth: Tensor, prediction: Tensor, num_labels: int) -> dict[
 def boundary_scores(totals: dict[str, Tensor]) -> dict[str, float]:
     """Boundary F and Boundary IoU, each the mean over the classes that have a boundary in either map.
 
-    Args:
-        totals: the counts of `boundary_counts`, summed over images.
+    `totals` are the counts of `boundary_counts`, summed over images.
     """
     true_within = totals["true_contour"].double().cumsum(1)
     predicted_within = totals["predicted_contour"].double().cumsum(1)
@@ -79,9 +73,6 @@ def contour(classes: Tensor) -> Tensor:
     """Pixels with a 4-neighbour of another class, bool `[B, H, W]`.
 
     Ignored pixels are never contour and make none, and neither does the image's border.
-
-    Args:
-        classes: signed integer map `[B, H, W]`.
     """
     edges = torch.zeros_like(classes, dtype=torch.bool)
     for dim in (1, 2):
@@ -102,7 +93,7 @@ def contour_reach(true_contour: Tensor, predicted_contour: Tensor, num_labels: i
 
     Args:
         true_contour: class of each true contour pixel `[B, H, W]`, -1 elsewhere.
-        predicted_contour: the same of the prediction, in the same dtype.
+        predicted_contour: the same of the prediction.
         num_labels: number of classes.
 
     Returns:
@@ -148,10 +139,6 @@ def band(classes: Tensor, radius: int) -> Tensor:
     "Boundary IoU"), where ignored pixels and the outside of the image do not erode. A pixel is in the band of its own
     class exactly if the square window of that radius around it holds a pixel of another class, that is, if the
     largest and the smallest class in the window differ.
-
-    Args:
-        classes: signed integer map `[B, H, W]`.
-        radius: erosions, at least 1.
     """
     ignored = classes < 0
     lowest = torch.iinfo(classes.dtype).min

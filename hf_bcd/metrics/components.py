@@ -7,19 +7,12 @@ from torch import Tensor
 
 
 class Components(NamedTuple):
-    """The K components of a batch of maps, numbered in the order of their first pixels.
+    """The K components of a batch of maps, numbered in the order of their first pixels."""
 
-    Attributes:
-        run_of_pixel: horizontal run of each pixel, `[B, H, W]`.
-        component_of_run: component of each run, in [0, K); -1 where the map is negative.
-        sizes: pixels of each component, `[K]`.
-        first: row-major index of each component's first pixel into the flattened batch, `[K]`.
-    """
-
-    run_of_pixel: Tensor
-    component_of_run: Tensor
-    sizes: Tensor
-    first: Tensor
+    run_of_pixel: Tensor  # horizontal run of each pixel, `[B, H, W]`
+    component_of_run: Tensor  # in [0, K); -1 where the map is negative
+    sizes: Tensor  # pixels of each component, `[K]`
+    first: Tensor  # row-major index of each component's first pixel into the flattened batch, `[K]`
 
     @property
     def ids(self) -> Tensor:
@@ -32,13 +25,10 @@ class Components(NamedTuple):
 
 
 def label_components(classes: Tensor) -> Components:
-    """Labels the 8-connected components of equal class in a batch of maps.
+    """Labels the 8-connected components of equal class in integer maps `[B, H, W]`; negative pixels belong to none.
 
     Works on the graph of horizontal runs, which has far fewer nodes than pixels. It takes one device sync per round of
     merging, and rounds grow about with the logarithm of the number of runs, also for long snakes.
-
-    Args:
-        classes: signed integer map `[B, H, W]`; negative pixels belong to no component.
     """
     starts = torch.ones_like(classes, dtype=torch.bool)
     starts[..., 1:] = classes[..., 1:] != classes[..., :-1]

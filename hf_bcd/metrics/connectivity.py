@@ -15,12 +15,7 @@ def connectivity_counts(truth: Tensor, prediction: Tensor, num_labels: int) -> d
     """Sums over the true regions of each image and class.
 
     A region R is an 8-connected component of one true class with at least 64 pixels, P its pixels predicted as that
-    class, and the pieces of R the 8-connected components of P.
-
-    Args:
-        truth: true classes `[B, H, W]`, -1 at ignored pixels.
-        prediction: predicted classes `[B, H, W]`, -1 at ignored pixels.
-        num_labels: number of classes C.
+    class, and the pieces of R the 8-connected components of P. Maps are `[B, H, W]`, -1 at ignored pixels.
 
     Returns:
         int64 `[B, C]` each: `regions`, their number; `missed`, how many have an empty P; `fragments`, pieces of at least 1 %
@@ -54,10 +49,7 @@ def connectivity_counts(truth: Tensor, prediction: Tensor, num_labels: int) -> d
 
 
 def connectivity_scores(totals: dict[str, Tensor]) -> dict[str, float]:
-    """Means over the regions of a class, then over the classes that have regions.
-
-    Args:
-        totals: the counts of `connectivity_counts`, summed over images.
+    """Means over the regions of a class, then over the classes that have regions, of counts summed over images.
 
     Returns:
         `completeness`, `connectivity` (over regions with non-empty P) and `missed` in [0, 1]; `fragments` per region.

@@ -17,10 +17,6 @@ class SegmentationMetric(evaluate.Metric):
 
     `evaluate` would write every map to an Arrow file and read all of them back at the end. This metric keeps
     integer counts only.
-
-    Args:
-        num_labels: number of classes C.
-        ignore_index: label of pixels that do not count.
     """
 
     def __init__(self, num_labels: int, ignore_index: int = 255):
@@ -37,11 +33,7 @@ class SegmentationMetric(evaluate.Metric):
         )
 
     def add(self, *, prediction: Any = None, reference: Any = None) -> None:
-        """Counts one image.
-
-        Args:
-            prediction: predicted classes `[H, W]`: a tensor, an array or nested lists.
-            reference: true classes `[H, W]`.
+        """Counts one image: predicted and true classes `[H, W]`, each a tensor, an array or nested lists.
 
         Raises:
             ValueError: if `SemanticMetrics.counts` rejects the maps.
@@ -49,11 +41,7 @@ class SegmentationMetric(evaluate.Metric):
         self._metrics.update(_as_tensor(prediction)[None], _as_tensor(reference)[None])
 
     def add_batch(self, *, predictions: Sequence[Any] | None = None, references: Sequence[Any] | None = None) -> None:
-        """Counts a batch of images, which may differ in size.
-
-        Args:
-            predictions: predicted classes, one `[H, W]` map per image.
-            references: true classes, one `[H, W]` map per image.
+        """Counts a batch of images, which may differ in size; of each, maps as for `add`.
 
         Raises:
             ValueError: if there are not as many predictions as references, or `SemanticMetrics.counts` rejects a map.
@@ -67,12 +55,7 @@ class SegmentationMetric(evaluate.Metric):
             self.add(prediction=prediction, reference=reference)
 
     def compute(self, *, predictions: Sequence[Any] | None = None, references: Sequence[Any] | None = None) -> dict:
-        """Results over everything added, as `SemanticMetrics.compute` gives them; then starts afresh.
-
-        Args:
-            predictions: maps to add first, as for `add_batch`.
-            references: maps to add first, as for `add_batch`.
-        """
+        """Adds maps, if there are any, gives `SemanticMetrics.compute` over everything added, and starts afresh."""
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
         results = self._metrics.compute()
@@ -83,13 +66,3 @@ class SegmentationMetric(evaluate.Metric):
 def _as_tensor(class_map: Any) -> Tensor:
     # The copy spares torch's warning about read-only arrays, such as views of PIL images.
     return class_map if isinstance(class_map, Tensor) else torch.from_numpy(np.array(class_map))
-
-
-def load_evaluate_metric(num_labels: int, ignore_index: int = 255) -> evaluate.Metric:
-    """The metrics of `SemanticMetrics` as a metric of `evaluate`; needs no network.
-
-    Args:
-        num_labels: number of classes C.
-        ignore_index: label of pixels that do not count.
-    """
-    return SegmentationMetric(num_labels, ignore_index)

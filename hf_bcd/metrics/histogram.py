@@ -5,14 +5,9 @@ from torch import Tensor
 
 
 def image_histograms(values: Tensor, size: int) -> Tensor:
-    """Counts how often each value occurs in each image.
+    """How often each value occurs in each image: int64 `[B, size]`.
 
-    Args:
-        values: integers in [0, size], `[B, ...]`, of a type that holds `B·(size + 1)`; `size` is not counted.
-        size: number of bins.
-
-    Returns:
-        int64 counts `[B, size]`.
+    Values are integers in [0, size], `[B, ...]`, of a type that holds `B·(size + 1)`; `size` itself is not counted.
     """
     batch = values.shape[0]
     # what is not counted gets a bin of its own: selecting the others first would cost a device sync

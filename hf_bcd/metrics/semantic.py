@@ -1,6 +1,5 @@
 """Streaming metrics of semantic segmentation over a data set."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,11 +33,6 @@ class SemanticMetrics:
         no_images = torch.empty(0, 1, 1, dtype=torch.int64)
         self._totals = {name: count.sum(0) for name, count in self.counts(no_images, no_images).items()}
 
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shape of one image's entry in each of `counts`, in their order."""
-        return {name: total.shape for name, total in self._totals.items()}
-
     def counts(self, predictions: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Counts of a batch, one row per image; leaves the totals as they are.
 
@@ -49,7 +43,7 @@ class SemanticMetrics:
         Returns:
             int64 tensors on the device of the maps, each with leading dimension B and of a shape that depends on C
             only: `confusion` `[B, C, C]` (truth, prediction) and the entries of `boundary_counts` and
-            `connectivity_counts`. They can be gathered across processes and trimmed before `add`.
+            `connectivity_counts`.
 
         Raises:
             ValueError: if the maps differ in shape, are not integer `[B, H, W]`, or hold ids out of range.
@@ -72,26 +66,8 @@ class SemanticMetrics:
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Adds a batch of maps; arguments and errors as for `counts`."""
-        self.add(self.counts(predictions, labels))
-
-    def add(self, counts: Mapping[str, Tensor]) -> None:
-        """Adds per-image counts, such as `counts` gathered from all processes.
-
-        Args:
-            counts: for each name of `counts` a tensor with one row per image.
-
-        Raises:
-            ValueError: if a name is missing or a shape does not fit.
-        """
-        for name, total in self._totals.items():
-            if name not in counts or counts[name].shape[1:] != total.shape:
-                found = tuple(counts[name].shape) if name in counts else "nothing"
-                raise ValueError(
-                    f"counts['{name}']: expected [images, {', '.join(map(str, total.shape))}], got {found}; "
-                    f"pass what SemanticMetrics(num_labels={self.num_labels}).counts returned, before any summing"
-                )
-        for name, total in self._totals.items():
-            self._totals[name] = total.to(counts[name].device) + counts[name].sum(0)
+        for name, counts in self.counts(predictions, labels).items():
+            self._totals[name] = self._totals[name].to(counts.device) + counts.sum(0)
 
     def gather(self) -> None:
         """Adds up the totals of all processes, which must all call this; the identity in a single one."""

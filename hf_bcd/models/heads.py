@@ -58,16 +58,14 @@ def average_bins(x: Tensor, bins: int) -> Tensor:
     The cells are those of `adaptive_avg_pool2d`, whose ONNX export with dynamic height and width cannot be run;
     two matrix products can.
     """
-    rows, columns = (_bin_weights(size, bins).to(x) for size in x.shape[-2:])
+
+    def weights(size: int) -> Tensor:  # of each position in the mean of each bin, `[bins, size]`
+        position, index = torch.arange(size), torch.arange(bins)[:, None]
+        start, end = index * size // bins, ((index + 1) * size + bins - 1) // bins
+        return ((position >= start) & (position < end)) / (end - start)
+
+    rows, columns = (weights(size).to(x) for size in x.shape[-2:])
     return rows @ (x @ columns.T)
-
-
-def _bin_weights(size: int, bins: int) -> Tensor:
-    """Weight `[bins, size]` of each position in the mean of each bin."""
-    position, index = torch.arange(size), torch.arange(bins)[:, None]
-    start, end = index * size // bins, ((index + 1) * size + bins - 1) // bins
-    inside = (position >= start) & (position < end)
-    return inside / (end - start)
 
 
 class PSPHead(nn.Module):
@@ -92,9 +90,8 @@ class PSPHead(nn.Module):
     def forward(self, features: dict[int, Tensor]) -> Tensor:
         """Logits at the stride of the last map."""
         x = features[max(features)]
-        pooled = [
-            resize_like(pool(average_bins(x, bins)), x) for pool, bins in zip(self.pools, self.bins, strict=True)
-        ]
+        branches = zip(self.pools, self.bins, strict=True)
+        pooled = [resize_like(pool(average_bins(x, bins)), x) for pool, bins in branches]
         return self.classifier(self.bottleneck(torch.cat([x, *pooled], dim=1)))
 
 

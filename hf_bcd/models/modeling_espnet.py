@@ -5,13 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import PreTrainedModel, initialization
-from transformers.modeling_outputs import SemanticSegmenterOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
-from transformers.utils.generic import can_return_tuple
+from transformers import initialization
 
 from .configuration_espnet import EspNetConfig
+from .segmentation_model import SegmentationModel
 
 
 DILATIONS = (1, 2, 4, 8, 16)
@@ -132,7 +129,7 @@ class EspNetDecoder(nn.Module):
         return self.classifier(self.merge_fine(torch.cat([x, fine], dim=1)))
 
 
-class EspNetForSemanticSegmentation(PreTrainedModel):
+class EspNetForSemanticSegmentation(SegmentationModel):
     """ESPNet, or its encoder ESPNet-C, for semantic segmentation.
 
     Every convolution and its place follow the publication, and so do the parameter counts (see `EspNetConfig`).
@@ -149,12 +146,8 @@ class EspNetForSemanticSegmentation(PreTrainedModel):
 
     config_class = EspNetConfig
     config: EspNetConfig
-    main_input_name = "pixel_values"
-    input_modalities = "image"
     feature_channels = FEATURE_CHANNELS
     feature_strides = FEATURE_STRIDES
-    # `forward` takes further arguments but does not scale its loss by `num_items_in_batch`, as Trainer would assume
-    accepts_loss_kwargs = False
 
     def __init__(self, config: EspNetConfig):
         super().__init__(config)
@@ -166,53 +159,12 @@ class EspNetForSemanticSegmentation(PreTrainedModel):
             self.classifier = conv(FEATURE_CHANNELS[-1], num_labels, 1)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: Any,
-    ) -> SemanticSegmenterOutput:
-        """Class scores per pixel.
-
-        Args:
-            pixel_values: normalised images `[B, 3, H, W]`, any size.
-            labels: class per pixel `[B, H, W]`. The loss is the mean cross-entropy of the logits brought to that size;
-                ignored pixels do not count.
-            output_hidden_states: return the encoder's maps of strides 2, 4 and 8, `[B, C, h, w]` each.
-            kwargs: `return_dict=False` for a tuple; others are ignored, as in the models of transformers.
-
-        Returns:
-            Logits `[B, num_labels, H, W]`, or at stride 8 without the decoder; the loss and the maps if asked for.
-
-        Raises:
-            ValueError: the labels are not of shape `[B, H, W]`.
-        """
+    def score(self, pixel_values: Tensor) -> tuple[tuple[Tensor, ...], Tensor, None]:
+        """Maps of strides 2, 4 and 8, and logits at the input's size, or at stride 8 without the decoder."""
         maps = self.encoder(pixel_values)
         if self.config.decoder:
-            logits = crop(self.decoder(*maps), pixel_values.shape[-2:])
-        else:
-            logits = self.classifier(maps[-1])
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        return SemanticSegmenterOutput(
-            loss=None if labels is None else self._cross_entropy(logits, labels),
-            logits=logits,
-            hidden_states=maps if output_hidden_states else None,
-        )
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if labels.ndim != 3 or len(labels) != len(logits):
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}, expected ({len(logits)}, height, width); "
-                "give one class index per pixel and no channel axis"
-            )
-        ignore_index = self.config.semantic_loss_ignore_index
-        logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-        # a batch without any labelled pixel gives 0, not NaN
-        return total / (labels != ignore_index).sum().clamp_min(1)
+            return maps, crop(self.decoder(*maps), pixel_values.shape[-2:]), None
+        return maps, self.classifier(maps[-1]), None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -223,10 +175,3 @@ class EspNetForSemanticSegmentation(PreTrainedModel):
             initialization.constant_(module.weight, PRELU_SLOPE)
         else:
             super()._init_weights(module)
-
-
-# lets pipeline("image-segmentation") know the class; here, not in the package, so that it also runs as remote code
-MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.setdefault(
-    EspNetConfig.model_type,  # pyright: ignore[reportArgumentType]
-    EspNetForSemanticSegmentation.__name__,  # pyright: ignore[reportArgumentType]
-)

@@ -3,7 +3,7 @@
 import logging
 import os
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,39 +12,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import PreTrainedModel, initialization
-from transformers.modeling_outputs import SemanticSegmenterOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
-from transformers.utils.generic import can_return_tuple
+from transformers import initialization
 
 from .configuration_timm_segmentation import OUTPUT_STRIDES, TimmSegmentationConfig
 from .heads import HEADS, FCNHead
+from .segmentation_model import SegmentationModel
 
 
 logger = logging.getLogger(__name__)
 
-# Zhao et al., PSPNet, Sec. 5.2
-AUXILIARY_LOSS_WEIGHT = 0.4
 # what timm's constructors raise for arguments they do not take
 TIMM_ERRORS = (AssertionError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-@dataclass
-class TimmSegmentationOutput(SemanticSegmenterOutput):
-    """Output of `TimmSegmentationModel`.
-
-    Attributes:
-        loss: scalar, if labels were given.
-        logits: `[B, num_labels, h, w]` at the stride of the head.
-        hidden_states: every feature map of the backbone from fine to coarse, `[B, C, h, w]` each, on request.
-        auxiliary_logits: `[B, num_labels, h, w]` of the auxiliary head, in training mode only.
-    """
-
-    auxiliary_logits: Tensor | None = None
-
-
-class TimmSegmentationModel(PreTrainedModel):
+class TimmSegmentationModel(SegmentationModel):
     """Any timm backbone that gives feature maps, with a PSPNet, DeepLabV3+ or light FPN head.
 
     Building the model from a configuration, and `from_pretrained` on a folder, never touch the network;
@@ -68,11 +49,7 @@ class TimmSegmentationModel(PreTrainedModel):
     config_class = TimmSegmentationConfig
     config: TimmSegmentationConfig
     backbone: Any
-    main_input_name = "pixel_values"
-    input_modalities = "image"
     supports_gradient_checkpointing = True
-    # `forward` takes further arguments but does not scale its loss by `num_items_in_batch`, as Trainer would assume
-    accepts_loss_kwargs = False
 
     def __init__(self, config: TimmSegmentationConfig):
         super().__init__(config)
@@ -102,12 +79,7 @@ class TimmSegmentationModel(PreTrainedModel):
 
     @classmethod
     def from_backbone(
-        cls,
-        backbone: str,
-        *,
-        pretrained: bool = False,
-        weights: str | os.PathLike[str] | None = None,
-        **config: Any,
+        cls, backbone: str, *, pretrained: bool = False, weights: str | os.PathLike[str] | None = None, **config: Any
     ) -> "TimmSegmentationModel":
         """A new model, in training mode, whose backbone may start from weights for classification.
 
@@ -135,60 +107,14 @@ class TimmSegmentationModel(PreTrainedModel):
             load_backbone_weights(model.backbone, weights, model.config)
         return model
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: Any,
-    ) -> TimmSegmentationOutput:
-        """Class scores per pixel.
-
-        Args:
-            pixel_values: normalised images `[B, 3, H, W]`, any size.
-            labels: class per pixel `[B, H, W]`. The loss is the mean cross-entropy of the logits brought to that size,
-                plus 0.4 times that of the auxiliary logits in training mode; ignored pixels do not count.
-            output_hidden_states: return the backbone's feature maps.
-            kwargs: `return_dict=False` for a tuple; others are ignored, as in the models of transformers.
-
-        Raises:
-            ValueError: the labels are not of shape `[B, H, W]`.
-        """
+    def score(self, pixel_values: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """The backbone's maps, logits at the stride of the head, and those of the auxiliary head in training mode."""
         maps = self.backbone(pixel_values)
         if getattr(self.backbone, "output_fmt", None) == "NHWC":
             maps = [x.permute(0, 3, 1, 2) for x in maps]
         features = dict(zip(self.nominal_strides, maps, strict=True))
-        logits = self.head(features)
-        auxiliary_logits = None
-        if self.training and self.auxiliary_head is not None:
-            auxiliary_logits = self.auxiliary_head(features)
-
-        loss = None
-        if labels is not None:
-            loss = self._cross_entropy(logits, labels)
-            if auxiliary_logits is not None:
-                loss = loss + AUXILIARY_LOSS_WEIGHT * self._cross_entropy(auxiliary_logits, labels)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        return TimmSegmentationOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=tuple(maps) if output_hidden_states else None,
-            auxiliary_logits=auxiliary_logits,
-        )
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if labels.ndim != 3 or len(labels) != len(logits):
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}, expected ({len(logits)}, height, width); "
-                "give one class index per pixel and no channel axis"
-            )
-        ignore_index = self.config.semantic_loss_ignore_index
-        logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-        # a batch without any labelled pixel gives 0, not NaN
-        return total / (labels != ignore_index).sum().clamp_min(1)
+        auxiliary_head = self.auxiliary_head if self.training else None
+        return maps, self.head(features), None if auxiliary_head is None else auxiliary_head(features)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -302,10 +228,3 @@ def load_backbone_weights(backbone: nn.Module, path: str | os.PathLike[str], con
 def _plain(key: str) -> str:
     # feature extractors of timm may hold the whole model as `body` or `model`, or its `stages.0` as `stages_0`
     return key.removeprefix("body.").removeprefix("model.").replace("_", ".")
-
-
-# lets pipeline("image-segmentation") know the class; here, not in the package, so that it also runs as remote code
-MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.setdefault(
-    TimmSegmentationConfig.model_type,  # pyright: ignore[reportArgumentType]
-    TimmSegmentationModel.__name__,  # pyright: ignore[reportArgumentType]
-)

@@ -74,7 +74,6 @@ def write_report(
         trainer: the trainer of the student.
         models: `teacher`, `baseline` and `student`, as far as they exist.
         scores: of the models that were evaluated.
-        data: the data set.
         split: the split of the scores; None when there is none to evaluate on.
         recipe: content of the command line and the recipes that it names, where there was one.
     """

@@ -45,11 +45,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 def paired_difference(
     values: Mapping[int, float], reference: Mapping[int, float]
 ) -> tuple[float, float | None] | None:
-    """Mean difference to the reference over the seeds that both have, and half of its 95 % interval (Student's t).
-
-    Returns:
-        None without a common seed; no interval for a single one.
-    """
+    """Mean difference to the reference over common seeds, if any, and half of its 95 % interval (Student's t), if several."""
     differences = [value - reference[seed] for seed, value in values.items() if seed in reference]
     if not differences:
         return None
@@ -76,20 +72,15 @@ def write_csv(results: Results, path: Path) -> None:
 def score_table(results: Results, task: Task) -> str:
     """Means and deviations over seeds as Markdown; the teachers' scores come first."""
     header = ["run", "seeds", *(score.title for score in task.headline), "minutes"]
-    rows = [
-        [
-            f"teacher {number}" if number else "teacher",
-            "",
-            *(score.text(scores[score.key]) for score in task.headline),
-            "",
-        ]
-        for number, scores in _teachers(results)
-    ]
+    rows = []
+    for number, scores in _teachers(results):
+        cells = [score.text(scores[score.key]) for score in task.headline]
+        rows.append([f"teacher {number}" if number else "teacher", "", *cells, ""])
     for name, seeds in results.items():
-        cells = [
-            _with_spread(*mean_and_deviation([one["scores"][score.key] for one in seeds.values()]), score)
-            for score in task.headline
-        ]
+        cells = []
+        for score in task.headline:
+            mean, deviation = mean_and_deviation([one["scores"][score.key] for one in seeds.values()])
+            cells.append(score.text(mean) + ("" if deviation is None else f" ± {score.text(deviation)}"))
         minutes = statistics.fmean([one["train_seconds"] for one in seeds.values()]) / 60
         rows.append([name, str(len(seeds)), *cells, f"{minutes:.1f}"])
     return _markdown(header, rows)
@@ -98,10 +89,7 @@ def score_table(results: Results, task: Task) -> str:
 def difference_table(results: Results, references: Mapping[str, str], task: Task) -> str:
     """Each run's difference to its reference, paired by seed, with 95 % intervals, as Markdown.
 
-    Args:
-        results: finished runs.
-        references: name of a run -> name of the run that it is compared with.
-        task: says which scores are compared.
+    `references` has the name of a run -> name of the run that it is compared with.
     """
     rows, paired = [], [score for score in task.scores if score.paired]
     for name, seeds in results.items():
@@ -110,9 +98,7 @@ def difference_table(results: Results, references: Mapping[str, str], task: Task
             continue
         cells = []
         for score in paired:
-            own, other = (
-                {seed: one["scores"][score.key] for seed, one in runs.items()} for runs in (seeds, reference)
-            )
+            own, other = ({seed: one["scores"][score.key] for seed, one in x.items()} for x in (seeds, reference))
             cells.append(_interval(paired_difference(own, other), score))
         rows.append([f"{name} − {references[name]}", str(len(set(seeds) & set(reference))), *cells])
     return _markdown(["difference", "seeds", *(score.title for score in paired)], rows) if rows else ""
@@ -131,10 +117,6 @@ def _teachers(results: Results) -> list[tuple[int, Mapping[str, Any]]]:
             if one["teacher"] and one["teacher"] not in distinct:
                 distinct.append(one["teacher"])
     return [(number if len(distinct) > 1 else 0, scores) for number, scores in enumerate(distinct, 1)]
-
-
-def _with_spread(mean: float, deviation: float | None, score: Score) -> str:
-    return score.text(mean) if deviation is None else f"{score.text(mean)} ± {score.text(deviation)}"
 
 
 def _interval(difference: tuple[float, float | None] | None, score: Score) -> str:

@@ -22,18 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class HubCallback(TrainerCallback):
-    """Pushes finished students and loadable checkpoints: no pickled arguments, one commit each.
-
-    Args:
-        args: folder, repository, strategy and token, as they are now.
-
-    Attributes:
-        repo_id: repository that the run pushes to, by its full name once that is known.
-    """
+    """Pushes finished students and loadable checkpoints, as the arguments say now: no pickle, one commit each."""
 
     def __init__(self, args: TrainingArguments) -> None:
         self.folder = Path(args.output_dir or ".")
-        self.repo_id = args.hub_model_id or self.folder.absolute().name
+        self.repo_id = args.hub_model_id or self.folder.absolute().name  # the full name, once it is known
         self.private, self.revision, self.token = args.hub_private_repo, args.hub_revision, args.hub_token
         self.strategy, self.every_one = HubStrategy(args.hub_strategy), args.hub_always_push
         self.wanted, self.first = args.push_to_hub, args.process_index == 0

@@ -73,9 +73,9 @@ def record_run(
     Args:
         trainer: the trainer of the student.
         models: `teacher` and `baseline`, those that exist.
-        results: contents of results.json.
+        results: as in `RunRecord`.
         data: the data set; None for tensors from elsewhere.
-        figures: paths of pictures, relative to the run's folder.
+        figures: as in `RunRecord`.
         recipe: content of the command line and the recipes that it names, where there was one.
     """
     args, criterion, student = trainer.args, trainer.distiller.criterion, trainer.distiller.student
@@ -185,9 +185,8 @@ def schedule_words(trainer: TrainedRun, augmented: bool = True) -> dict[str, str
     # from the optimizer itself: the arguments may hold options that it does not read
     groups: Any = getattr(trainer.optimizer, "param_groups", [{}])
     group = groups[0]
-    options = ", ".join(
-        f"{name} {group[name]}" for name in ("momentum", "nesterov", "betas", "eps") if group.get(name)
-    )
+    told = [name for name in ("momentum", "nesterov", "betas", "eps") if group.get(name)]
+    options = ", ".join(f"{name} {group[name]}" for name in told)
     return {
         "steps": str(trainer.state.global_step),
         "images a step": str(args.train_batch_size * args.world_size * args.gradient_accumulation_steps),

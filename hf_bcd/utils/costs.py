@@ -16,11 +16,10 @@ MAX_REPEATS = 50
 
 
 def measure_costs(models: Mapping[str, tuple[nn.Module, Tensor]], budget: float = 1.5) -> dict[str, dict[str, Any]]:
-    """Everything below for each of several models, each with the batch it is shown.
+    """The costs of several models, which run in evaluation mode and are left in the mode they were in.
 
     Args:
-        models: by name, a model and its `pixel_values` `[B, 3, H, W]` on the same device. Models run in evaluation mode
-            and are left in the mode they were in.
+        models: by name, a model and its `pixel_values` `[B, 3, H, W]` on the same device.
         budget: seconds a model for the timed forward passes.
 
     Returns:
@@ -73,11 +72,8 @@ def count_macs(model: nn.Module, pixel_values: Tensor) -> int:
 def time_forward(models: Mapping[str, tuple[nn.Module, Tensor]], budget: float) -> dict[str, list[float]]:
     """Seconds of each of several forward passes, each right after one of the same model that does not count.
 
-    The models take turns, so that whatever else the machine is doing slows all of them alike.
-
-    Args:
-        models: by name, a model in evaluation mode and its `pixel_values`.
-        budget: no round begins after so many seconds; at least one and at most 50 run.
+    The models, in evaluation mode, take turns, so that whatever else the machine is doing slows all of them alike. No
+    round begins after `budget` seconds; at least one and at most 50 run.
     """
 
     def run(model: nn.Module, pixel_values: Tensor) -> float:

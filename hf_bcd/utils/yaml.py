@@ -27,12 +27,8 @@ _YamlLoader.add_implicit_resolver(
 def read_yaml(text: str, name: str) -> Any:
     """The value of a YAML document; tags that would build Python objects are errors.
 
-    Args:
-        text: the document.
-        name: file or argument that it comes from, for error messages.
-
     Raises:
-        UserError: if it is no YAML.
+        UserError: if it is no YAML; it names `name`, the file or argument that the text comes from.
     """
     try:
         return yaml.load(text, Loader=_YamlLoader)

@@ -1,5 +1,6 @@
 """`hf-bcd methods`: what it prints is what the code does."""
 
+import json
 import re
 from pathlib import Path
 
@@ -44,12 +45,19 @@ def test_the_reference_pair_is_that_of_the_paper() -> None:
     assert specs == [methods.STUDENT, methods.TEACHER]
 
 
-def test_the_table_has_a_row_for_each_method_and_its_costs() -> None:
-    text = methods.table(COSTS)
-    assert set(re.findall(r"^(\w+) ", text, re.M)) >= set(LOSSES) and max(map(len, text.splitlines())) <= 118
-    assert re.search(r"^kd .* none +12 +68 ", text, re.M) and re.search(r"^cwd .* none +0\.5 ", text, re.M)
+def test_the_list_and_the_table_have_each_method_and_its_costs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "costs.json").write_text(json.dumps(COSTS))
+    monkeypatch.setattr(methods, "COSTS", tmp_path / "costs.json")
+    methods.main([])
+    text = capsys.readouterr().out
+    assert set(re.findall(r"^(\w+): ", text, re.M)) >= set(LOSSES)
+    assert max(map(len, text.splitlines())) <= 118
+    assert re.search(r"^kd: .*\n.*\nneeds: logits; extra parameters \(M\): none; 12 ms; 68 MiB\n", text, re.M)
+    assert re.search(r"^cwd: .*\n.*\nneeds: .* none; 0\.5 ms\n", text, re.M)
     assert "batch 8 of 512 x 512 pixels, float32, a device, PyTorch 9.9." in " ".join(text.split())
-    lines = [line for line in methods.table(COSTS, markdown=True).splitlines() if line.startswith("|")]
+    lines = [line for line in methods.table(COSTS).splitlines() if line.startswith("|")]
     assert len(lines) == len(LOSSES) + 2 and {line.count("|") - line.count("\\|") for line in lines} == {8}
     assert any("| none | 12 | 68 | the pixel-wise" in line for line in lines)
 

@@ -197,12 +197,11 @@ def test_samples_move_on():
 def test_the_memory_keeps_its_bounds():
     small = build()
     assert (small.pixels.size, small.regions.size) == (20_000, 2_000)
-    assert small.memory_bytes == 22_000 * 3 * 5 * 8  # float64
     wide = CIRKDLoss(pair_of(STUDENT, {"stride_8": FeatureSpec(512, 8)}, 19))
     # 256 MiB / (19 · 512 · 4 bytes · 22,000) = 0.3136
     assert (wide.pixels.size, wide.regions.size) == (6271, 627)
-    assert 255 * 2**20 < wide.memory_bytes <= 256 * 2**20
-    assert sum(x.numel() * 4 for name, x in wide.state_dict().items() if "entries" in name) == wide.memory_bytes
+    num_bytes = sum(x.numel() * 4 for name, x in wide.state_dict().items() if "entries" in name)
+    assert 255 * 2**20 < num_bytes <= 256 * 2**20
 
 
 def test_an_evaluation_leaves_nothing_behind():
@@ -228,5 +227,5 @@ def test_blocks_bound_the_memory_and_change_nothing(monkeypatch):
 
 
 def test_batches_of_unequal_size_are_refused():
-    with pytest.raises(ValueError, match="student has 2 images and teacher 3"):
+    with pytest.raises(ValueError, match=r"student \(2, 4, 4, 4\) and teacher \(3, 4, 4, 4\) must agree in batch\."):
         cirkd_loss(randn(2, 4, 4, 4), randn(3, 4, 4, 4))

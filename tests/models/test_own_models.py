@@ -154,8 +154,16 @@ with torch.no_grad():
 @pytest.mark.parametrize(
     "name, files",
     [
-        ("espnet", {"configuration_espnet.py", "modeling_espnet.py"}),
-        ("timm", {"configuration_timm_segmentation.py", "heads.py", "modeling_timm_segmentation.py"}),
+        ("espnet", {"configuration_espnet.py", "modeling_espnet.py", "segmentation_model.py"}),
+        (
+            "timm",
+            {
+                "configuration_timm_segmentation.py",
+                "heads.py",
+                "modeling_timm_segmentation.py",
+                "segmentation_model.py",
+            },
+        ),
     ],
 )
 def test_files_run_without_the_package(tmp_path, name, files):

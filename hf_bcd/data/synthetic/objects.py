@@ -173,9 +173,8 @@ def _tree(scene: Scene, x: float, z: float, kind: str) -> None:
         flank = list(zip(reaches, heights, strict=True))
         outline = [(scene.uniform(0.85, 1.1) * u, v) for u, v in flank] + [(0.0, 1.0)]
         outline += [(-scene.uniform(0.85, 1.1) * u, v) for u, v in reversed(flank)]
-        scene.draw.polygon(
-            [(foot_x + u * size, foot_y - (0.12 + 0.88 * v) * size) for u, v in outline], fill=leaves[0]
-        )
+        points = [(foot_x + u * size, foot_y - (0.12 + 0.88 * v) * size) for u, v in outline]
+        scene.draw.polygon(points, fill=leaves[0])
         return
     forks: list[m.Point] = []
     levels, angle = (5 if kind == "bare" else 4) - (z > 22), scene.uniform(-0.15, 0.15) - math.pi / 2
@@ -279,12 +278,9 @@ def _wires(scene: Scene, a: m.Point, b: m.Point, height: float, colour: m.Colour
     surface = scene.surface(m.POLE, m.tint(colour, 0.6), (a[1] + b[1]) / 2)
     # Even steps in 1 / z are even steps in the picture.
     depths = [1 / ((1 - i / 8) / a[1] + i / 8 / b[1]) for i in range(9)]
-    shares = [(z - a[1]) / (b[1] - a[1]) for z in depths]
+    path = [((z - a[1]) / (b[1] - a[1]), z) for z in depths]
     for shift in (-0.8, 0.8):
-        points = [
-            (a[0] + t * (b[0] - a[0]) + shift, height - 3.6 * t * (1 - t), z)
-            for t, z in zip(shares, depths, strict=True)
-        ]
+        points = [(a[0] + t * (b[0] - a[0]) + shift, height - 3.6 * t * (1 - t), z) for t, z in path]
         scene.line(surface, [scene.project(*point) for point in points], 0)
 
 

@@ -93,16 +93,10 @@ class Discriminator(nn.Module):
 def gradient_penalty(
     judge: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor, fraction: float | Tensor
 ) -> Tensor:
-    """Squared deviation from one of the slope of `judge` between two maps (WGAN-GP, https://arxiv.org/abs/1704.00028).
+    """`(‖gradient of judge‖ - 1)²` between two maps `[B, ...]`: `[B]` (WGAN-GP, https://arxiv.org/abs/1704.00028).
 
-    Args:
-        judge: maps `[B, ...]` to one number an image, `[B]`.
-        student: `[B, ...]`.
-        teacher: the same shape.
-        fraction: the slope is taken at `fraction · teacher + (1 - fraction) · student`.
-
-    Returns:
-        `(‖gradient of judge‖ - 1)²` of each image, `[B]`, differentiable with respect to what `judge` holds.
+    `judge` makes one number of each image; its gradient is taken at `fraction · teacher + (1 - fraction) · student`. The
+    result is differentiable with respect to what `judge` holds.
     """
     between = torch.lerp(student, teacher, fraction).detach().requires_grad_()
     (slope,) = torch.autograd.grad(judge(between).sum(), between, create_graph=True)
@@ -196,13 +190,9 @@ class Adversary(nn.Module):
 
 
 class AdversarialLoss(DistillationLoss):
-    """A method that has an `Adversary` on the class scores as one of its terms.
+    """A method that has an `Adversary` on the class scores as one of its terms."""
 
-    Attributes:
-        adversarial: name of this term.
-    """
-
-    adversarial: ClassVar[str] = "adversarial"
+    adversarial: ClassVar[str] = "adversarial"  # name of this term
     keeps = "discriminator"
 
     def __init__(self, pair: Pair, discriminator_channels: int) -> None:

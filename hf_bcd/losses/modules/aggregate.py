@@ -1,33 +1,34 @@
 """Aggregated features X^c of a feature hierarchy (BCD paper, Sec. IV-A) and the heads that read them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...outputs import FeatureSpec
+from ..base import Progress
 from ..boundary import boundary_strength, different_neighbour, pair_differences
 from ..ops.functional import at_least_float32, resize, standardize
 from ..ops.path import path_range
 
 
+# batches of aggregated features `[B, C, h, w]`, the teacher's arg-max classes `[B, h, w]` and the valid mask
+Samples = list[tuple[Tensor, Tensor, Tensor]]
+
+
 class FeatureAggregator(nn.Module):
     """Fuses the levels of a hierarchy: 1x1 convolution each, bilinear to one grid, concatenation, 3x3 convolution.
 
-    Args:
-        specs: the levels to fuse.
-        channels: output channels.
-        reduced_channels: channels of each level before the concatenation.
+    Each level has `reduced_channels` before the concatenation; `channels` come out.
     """
 
     def __init__(self, specs: Mapping[str, FeatureSpec], channels: int = 256, reduced_channels: int = 64) -> None:
         super().__init__()
         if not specs:
             raise ValueError("no feature levels to aggregate; the model's adapter must offer at least one.")
-        self.reduce = nn.ModuleDict(
-            {name: nn.Conv2d(spec.channels, reduced_channels, 1) for name, spec in specs.items()}
-        )
+        convolutions = {name: nn.Conv2d(spec.channels, reduced_channels, 1) for name, spec in specs.items()}
+        self.reduce = nn.ModuleDict(convolutions)
         self.fuse = nn.Conv2d(reduced_channels * len(specs), channels, 3, padding=1)
 
     def forward(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
@@ -46,7 +47,7 @@ class FeatureAggregator(nn.Module):
 class StudentHead(nn.Module):
     """The student's aggregated features and boundary scalar; trained with the student, dropped at export."""
 
-    def __init__(self, specs: Mapping[str, FeatureSpec], channels: int = 256, reduced_channels: int = 64) -> None:
+    def __init__(self, specs: Mapping[str, FeatureSpec], channels: int, reduced_channels: int) -> None:
         super().__init__()
         self.aggregate = FeatureAggregator(specs, channels, reduced_channels)
         self.readout = nn.Conv2d(channels, 1, 1)
@@ -63,12 +64,6 @@ class TeacherHead(nn.Module):
     Trained jointly it would collapse within some 50 steps: a constant target is the easiest one to match. So the
     convolutions are seeded random orthogonal maps, which keep the Gram matrix, and only the 1x1 readout is fitted, once
     and before training, to separate the teacher's own arg-max classes.
-
-    Args:
-        specs: the teacher's feature levels.
-        channels: as in `FeatureAggregator`.
-        reduced_channels: as in `FeatureAggregator`.
-        seed: seed of the random maps.
     """
 
     z_mean: Tensor
@@ -76,9 +71,7 @@ class TeacherHead(nn.Module):
     theta: Tensor
     calibrated: Tensor
 
-    def __init__(
-        self, specs: Mapping[str, FeatureSpec], channels: int = 256, reduced_channels: int = 64, seed: int = 0
-    ) -> None:
+    def __init__(self, specs: Mapping[str, FeatureSpec], channels: int, reduced_channels: int, seed: int) -> None:
         super().__init__()
         self.aggregate = FeatureAggregator(specs, channels, reduced_channels)
         self.readout = nn.Conv2d(channels, 1, 1)
@@ -104,22 +97,13 @@ class TeacherHead(nn.Module):
         return (self.readout(aggregated).squeeze(1) - self.z_mean) / (self.z_std + 1e-5)
 
     def calibrate(
-        self,
-        batches: list[tuple[Tensor, Tensor, Tensor]],
-        *,
-        radius: int,
-        fit_readout: bool,
-        num_steps: int = 250,
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+        self, batches: Samples, *, radius: int, fit_readout: bool, num_steps: int = 250, progress: Progress = iter
     ) -> None:
         """Fits the readout, then its statistics and the boundary threshold theta. Needs no ground truth.
 
         Args:
-            batches: aggregated features `[B, C, h, w]`, the teacher's arg-max classes `[B, h, w]` and the valid mask.
             radius: radius of the lines between the positions of a pair.
-            fit_readout: whether to fit the readout, or to keep the random one.
-            num_steps: Adam steps of the fit.
-            progress: wraps the steps, e.g. in a progress bar.
+            fit_readout: whether to fit the readout by `num_steps` of Adam, or to keep the random one.
 
         Raises:
             ValueError: if no position is valid.
@@ -144,13 +128,7 @@ class TeacherHead(nn.Module):
         self.theta.copy_((strength[max(rank - 1, 0)] + strength[min(rank, len(strength) - 1)]) / 2)
         self.calibrated.fill_(True)
 
-    def _fit_readout(
-        self,
-        batches: list[tuple[Tensor, Tensor, Tensor]],
-        radius: int,
-        num_steps: int,
-        progress: Callable[[Iterable[int]], Iterable[int]],
-    ) -> None:
+    def _fit_readout(self, batches: Samples, radius: int, num_steps: int, progress: Progress) -> None:
         """Balanced BCE between the range on a line and "its ends differ in class", as IRN trains its boundary."""
         # the optimizer's step size presumes features of unit scale; the scale is folded into the weights afterwards
         scale = torch.cat([aggregated.flatten() for aggregated, _, _ in batches]).std().clamp_min(1e-12)
@@ -173,9 +151,7 @@ class TeacherHead(nn.Module):
 class SelfRelationHead(nn.Module):
     """The operator O of Eq. 4 as its reference [85] (SERE) has it, with batch statistics synchronised over ranks.
 
-    Args:
-        channels: channels of the aggregated features.
-        predictor: add the student's 1x1 convolution, normalisation and ReLU.
+    The student's has a `predictor` on top: 1x1 convolution, normalisation and ReLU.
     """
 
     def __init__(self, channels: int, predictor: bool) -> None:

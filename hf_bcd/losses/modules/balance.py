@@ -3,24 +3,18 @@
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...utils.distributed import is_distributed
+from ...utils.distributed import all_reduce_sum
 
 
 FIRST_STEP, LAST_STEP = 50, 150
 
 
 def squared_gradients(terms: Mapping[str, Tensor], features: Tensor) -> Tensor:
-    """Squared norms of the gradients of several scalars with respect to one map of the student.
+    """Squared norms of the gradients of K scalars with respect to one map of the student: `[K]`, float32.
 
-    Args:
-        terms: name -> scalar with a graph, which is kept.
-        features: map that they depend on, e.g. the student's last stage `[B, C, h, w]`.
-
-    Returns:
-        `[K]` in the order of `terms`, float32; 0 for a term that does not depend on the map.
+    Their graphs are kept; a term that does not depend on the map has 0.
     """
     squares = []
     for value in terms.values():
@@ -73,9 +67,7 @@ class GradientBalance(nn.Module):
         """Ends an optimizer step, on all ranks at once; the last one of the measurement sets the weights."""
         if self._squares is None:
             return
-        if is_distributed():
-            dist.all_reduce(self._squares)
-        self.sums += self._squares.sqrt()
+        self.sums += all_reduce_sum(self._squares).sqrt()
         self._squares = None
         if self._ends:
             task, terms = self.sums[0], self.sums[1:]

@@ -10,15 +10,11 @@ from ...utils.distributed import is_distributed
 
 
 def spread_positions(classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Positions of every class, evenly spaced among all that it has in an image.
-
-    Args:
-        classes: one-hot maps `[B, K, n]`, see `functional.class_masks`.
-        count: positions wanted of each class.
+    """Up to `count` positions of every class, evenly spaced among all that it has in one-hot maps `[B, K, n]`.
 
     Returns:
         Indices `[B, K, count]` in 0..n-1, each class's own first and in ascending order, and how many of them are the
-        class's own: `[B, K]`, all positions of a class that has fewer than `count`.
+        class's own: `[B, K]`.
     """
     order = classes.cumsum(dim=2, dtype=torch.int32)
     total = order[:, :, -1:]
@@ -42,12 +38,7 @@ def rank_by_rank(x: Tensor) -> Iterator[Tensor]:
 class ClassMemory(nn.Module):
     """The latest vectors of every class: a ring of `size` entries each, whose oldest are overwritten.
 
-    Takes `num_labels · size · channels` numbers (`num_bytes`), which never grow.
-
-    Args:
-        num_labels: number of classes K.
-        size: entries of a class.
-        channels: numbers of an entry.
+    Takes `num_labels · size · channels` numbers, which never grow.
     """
 
     entries: Tensor
@@ -66,20 +57,11 @@ class ClassMemory(nn.Module):
     def size(self) -> int:
         return self.entries.shape[1]
 
-    @property
-    def num_bytes(self) -> int:
-        return self.entries.numel() * self.entries.element_size()
-
     @torch.compiler.disable(reason="a list that grows would compile anew for each of several accumulated batches")
     def observe(self, vectors: Tensor, counts: Tensor) -> None:
-        """Takes the vectors of a forward pass; they are remembered once the optimizer step ends.
+        """Takes the vectors of a forward pass, which are remembered once the optimizer step ends.
 
-        Args:
-            vectors: `[B, K, p, channels]` with p <= `size`.
-            counts: how many of the p vectors count, the first ones: `[B, K]`.
-
-        Raises:
-            ValueError: if p exceeds `size`.
+        Of `vectors` `[B, K, p, channels]`, p <= `size`, the first `counts` `[B, K]` count.
         """
         if vectors.shape[2] > self.size:
             raise ValueError(f"{vectors.shape[2]} vectors of an image exceed a memory of {self.size} entries a class.")
@@ -104,11 +86,7 @@ class ClassMemory(nn.Module):
         self.filled.copy_((self.filled + counts).clamp_max(self.size))
 
     def sample(self, count: int, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Entries of all classes, evenly spaced in each ring and never the same twice.
-
-        Args:
-            count: entries wanted of each class.
-            start: where in its ring a class begins: one number in [0, 1).
+        """Up to `count` entries of each class, evenly spaced from `start` in 0..1 of its ring on, none twice.
 
         Returns:
             `[K · count, channels]`, and which of them there are, `[K · count]`: a class may have fewer entries.

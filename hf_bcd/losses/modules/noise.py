@@ -9,9 +9,6 @@ class SharedNoise(nn.Module):
 
     The global generator differs between ranks, so two ranks would not equal one; a generator's state cannot be kept on
     the device. So the numbers come from a fixed table, read from another place at each step.
-
-    Args:
-        seed: seed of the table.
     """
 
     size = 65_537  # prime, so that the strides below reach every place

@@ -1,10 +1,9 @@
 """Decay of the distillation terms, and temperatures that adapt, over the steps of a run."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...utils.distributed import is_distributed
+from ...utils.distributed import all_reduce_sum
 
 
 def decay(step: int, total: int) -> float:
@@ -31,9 +30,6 @@ class Temperature(nn.Module):
     After each step: if the mean over rows of the teacher's largest probability, after temperature, exceeds 0.5, the
     temperature grows by 5 % for the next step, up to 4 (Phuong & Lampert, ICCV 2019, which the BCD paper follows; for
     `paper` losses the statistic is the range of the teacher's item divided by the temperature).
-
-    Args:
-        initial: temperature of the first step.
     """
 
     threshold = 0.5
@@ -49,12 +45,7 @@ class Temperature(nn.Module):
         self._observed: Tensor | None = None
 
     def observe(self, statistic: Tensor, rows: Tensor | None = None) -> None:
-        """Adds the statistics of one forward pass to the sums of the current step.
-
-        Args:
-            statistic: means over rows, one an image `[B]`.
-            rows: of how many rows each is the mean `[B]`, one by default. A mean of none does not count.
-        """
+        """Adds an image's mean over rows `[B]`, and over how many `[B]` (one by default), to the current step."""
         statistic = statistic.detach().float()
         rows = torch.ones_like(statistic) if rows is None else rows.to(statistic)
         observed = torch.stack([(statistic * rows).masked_fill(rows == 0, 0).sum(), rows.sum()])
@@ -64,9 +55,6 @@ class Temperature(nn.Module):
         """Ends an optimizer step: the mean over all ranks and accumulated batches decides on the next temperature."""
         if self._observed is None:
             return
-        if is_distributed():
-            dist.all_reduce(self._observed)
-        mean = self._observed[0] / self._observed[1]
+        (total, rows), self._observed = all_reduce_sum(self._observed), None
         grown = (self.value * self.growth).clamp_max(self.maximum)
-        self.value.copy_(torch.where(mean > self.threshold, grown, self.value))
-        self._observed = None
+        self.value.copy_(torch.where(total / rows > self.threshold, grown, self.value))

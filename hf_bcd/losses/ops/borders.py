@@ -15,9 +15,8 @@ def check_width(width: int) -> None:
 
 def _dilate(x: Tensor, width: int) -> Tensor:
     """Largest value in the window around each pixel, of what lies inside the image."""
-    x = F.max_pool2d(
-        x, (width, 1), stride=1, padding=(width // 2, 0)
-    )  # along one axis and then the other: fewer reads
+    # along one axis and then the other: fewer reads
+    x = F.max_pool2d(x, (width, 1), stride=1, padding=(width // 2, 0))
     return F.max_pool2d(x, (1, width), stride=1, padding=(0, width // 2))
 
 
@@ -46,17 +45,7 @@ def class_borders(classes: Tensor, mask: Tensor, *, width: int = 7) -> Tensor:
 
 
 def class_border_shares(classes: Tensor, mask: Tensor, size: tuple[int, int], *, width: int = 7) -> Tensor:
-    """Part of every grid cell that lies on the border of each class, see `class_borders`.
-
-    Args:
-        classes: as in `class_borders`.
-        mask: as in `class_borders`.
-        size: size (h, w) of the grid.
-        width: as in `class_borders`.
-
-    Returns:
-        Shares `[B, K, h, w]` of a cell's pixels in [0, 1], float32.
-    """
+    """Part `[B, K, h, w]` of every cell of a grid of `size` that lies on the border of each class, see `class_borders`."""
     check_width(width)
     images = zip(classes.split(1), mask.split(1), strict=True)
     return torch.cat([F.adaptive_avg_pool2d(_borders(one, valid, width), size) for one, valid in images])

@@ -59,13 +59,16 @@ def spatial_size(x: Tensor) -> tuple[int, int]:
     return x.shape[-2], x.shape[-1]
 
 
-def on_teacher_grid(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def on_teacher_grid(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, *, same_channels: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Brings two maps together for a loss: the student's resized to the teacher's grid, so that no target is blurred.
 
     Args:
         student: `[B, C, h, w]`.
-        teacher: `[B, C, h', w']`.
+        teacher: `[B, C, h', w']`, which receives no gradient.
         mask: boolean `[B, h', w']`, True where valid; None for everywhere.
+        same_channels: whether channels are compared one by one, so that their numbers must agree.
 
     Returns:
         Student, teacher (constant) and mask on the teacher's grid, maps in float32 or float64.
@@ -73,11 +76,10 @@ def on_teacher_grid(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tu
     Raises:
         ValueError: if batch, channels or the mask's size differ.
     """
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree in batch and channels; "
-            "project one of them first."
-        )
+    agree, words = (2, "batch and channels; project one of them first") if same_channels else (1, "batch")
+    if student.shape[:agree] != teacher.shape[:agree]:
+        shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        raise ValueError(f"{shapes} must agree in {words}.")
     if mask is None:
         mask = torch.ones_like(teacher[:, 0], dtype=torch.bool)
     if mask.shape != teacher[:, 0].shape:
@@ -124,12 +126,7 @@ def unit_maps(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def pool_valid(x: Tensor, mask: Tensor, size: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Averages cells of `size` over their valid positions; the last cells are smaller where `size` does not divide.
-
-    Args:
-        x: `[B, C, h, w]`.
-        mask: `[B, h, w]`, True where valid.
-        size: side, or height and width, of a cell.
+    """Averages cells of `size` over the valid positions of `x` `[B, C, h, w]`; the last cells may be smaller.
 
     Returns:
         Means `[B, C, ⌈h / size⌉, ⌈w / size⌉]`, 0 where a cell has no valid position, and which cells have any.
@@ -171,25 +168,18 @@ def divergence(
 
 
 def class_means(features: Tensor, classes: Tensor) -> Tensor:
-    """Mean feature of every class in every image.
+    """Mean feature of every class in every image: `[B, K, C]`, 0 for a class that an image lacks.
 
     Args:
         features: `[B, C, h, w]`.
         classes: where each class is, `[B, K, h, w]`, boolean or in 0..1; see `Targets.class_masks`.
-
-    Returns:
-        `[B, K, C]`, 0 for a class that an image lacks.
     """
     weight = classes.flatten(2).to(features.dtype)
     return weight @ features.flatten(2).mT / weight.sum(dim=2, keepdim=True).clamp_min(1e-6)
 
 
 def class_similarity(features: Tensor, classes: Tensor) -> Tensor:
-    """Cosine between each position's feature and the mean feature of every class in its image, see `class_means`.
-
-    Returns:
-        `[B, K, h, w]` in [-1, 1], 0 for a class that an image lacks.
-    """
+    """Cosine `[B, K, h, w]` between each position's feature and the mean of every class in its image, `class_means`."""
     means = unit_vectors(class_means(features, classes), dim=2)
     # K numbers a position instead of a map of means with its C
     return (means @ unit_vectors(features.flatten(2), dim=1)).unflatten(2, spatial_size(features))
@@ -231,6 +221,15 @@ def standardize(
     """
     centred, _, deviation = moments(x, dims, mask, over_ranks)
     return centred / (deviation + eps)
+
+
+def match_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Gives every channel of the student's map the mean and deviation of the teacher's, over the batch of all ranks.
+
+    Maps are `[B, C, h, w]`, the mask `[B, 1, h, w]` is True where a position counts.
+    """
+    _, mean, deviation = moments(teacher, (0, 2, 3), mask)
+    return standardize(student, (0, 2, 3), mask, eps=1e-6) * deviation + mean
 
 
 def row_weights(features: Tensor, mask: Tensor | None, mean: bool) -> Tensor:

@@ -97,13 +97,20 @@ def path_offsets(radius: int, directions: Directions = "disc") -> Tensor:
     return torch.tensor(line_offsets(radius, directions))
 
 
+def line_ends(x: Tensor, radius: int, directions: Directions = "disc") -> list[Tensor]:
+    """`x` `[..., H, W]` as seen from the start of each line of `line_offsets`: the value at its end, 0 outside."""
+    reach, (height, width) = radius - 1, x.shape[-2:]
+    padded = F.pad(x, [reach] * 4)
+    corners = [(reach + dy, reach + dx) for dy, dx in line_offsets(radius, directions)]
+    return [padded[..., y : y + height, x : x + width] for y, x in corners]
+
+
 def path_range(z: Tensor, radius: int, directions: Directions = "disc", mask: Tensor | None = None) -> Tensor:
     """Range (maximum minus minimum) of a field on the line from every position into every direction.
 
     Args:
         z: scalar field `[B, H, W]`.
-        radius: as in `path_offsets`.
-        directions: as in `path_offsets`.
+        radius: radius and `directions` are as in `path_offsets`.
         mask: `[B, H, W]`, True where valid. The part of a line that leaves the image or is not valid does not count; a
             line with no valid point has range 0.
 

@@ -26,15 +26,10 @@ BLOCK_BYTES = 16 * 2**20  # of the four blocks of rows that a pass works in, tog
 
 
 class Relation(NamedTuple):
-    """Result of `relation_divergence`.
+    """Result of `relation_divergence`: means over the valid rows of each image, `[B]`."""
 
-    Attributes:
-        divergence: mean over valid rows of the KL divergence in nat, `[B]`.
-        peak: mean over valid rows of the teacher's largest probability, `[B]`, without gradient.
-    """
-
-    divergence: Tensor
-    peak: Tensor
+    divergence: Tensor  # in nat
+    peak: Tensor  # the teacher's largest probability, without gradient
 
 
 def relation_divergence(
