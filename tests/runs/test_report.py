@@ -198,11 +198,14 @@ def test_a_run_without_bcd_compares_predictions_alone(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_figure_that_fails_leaves_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_figure_that_fails_leaves_results_and_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     run, models, scores, data = finished_run(tmp_path / "student", ("student",))
     monkeypatch.setattr(reporting, "write_figures", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        reporting.write_report(run, models, scores, data, "validation")
+    reporting.write_report(run, models, scores, data, "validation")
+    assert "no figures, because one failed: ZeroDivisionError" in caplog.text
+    assert (tmp_path / "student" / "README.md").is_file()
     assert json.loads((tmp_path / "student" / "results.json").read_text())["student"] == scores["student"]
 
 
