@@ -1,5 +1,6 @@
 """The console script `hf-bcd`, and how every command reports what went wrong."""
 
+import io
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -38,6 +39,9 @@ def main() -> None:
 
 def run(command: Callable[[], None]) -> None:
     """Runs a command; a user's mistake and diverged training become one line and exit code 1, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a class name that the terminal cannot show
     try:
         command()
     except (UserError, FloatingPointError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..tasks import TASKS
+from ..utils.files import write_text
 from ..utils.text import one_line, redacted
 from .escaping import escape_markdown, render
 from .licences import licence_of, student_licence
@@ -51,7 +52,7 @@ def write_card(folder: Path, record: RunRecord) -> None:
         "titles": TITLES,
     }
     text = render("model_card.md", **context)
-    (folder / "README.md").write_text(redacted(text, token=record.token))
+    write_text(folder / "README.md", redacted(text, token=record.token))
 
 
 def headline_rows(record: RunRecord, scored: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[str]]]:

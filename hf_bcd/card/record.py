@@ -26,7 +26,10 @@ class ModelRecord(NamedTuple):
 
 
 class DataRecord(NamedTuple):
-    """A data set: its name, Hub id and commit, web page, terms, images of each split (None: a stream) and label rule."""
+    """A data set: its name, Hub id and commit, web page, terms, images of each split (None: a stream) and label rule.
+
+    `notes` are what looked wrong with it before training.
+    """
 
     name: str
     repository: str | None
@@ -35,6 +38,7 @@ class DataRecord(NamedTuple):
     licence: str | None
     images: Mapping[str, int | None]
     label_rule: str
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

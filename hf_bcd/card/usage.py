@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTAT
 
 from ..hub.pushing import read_export
 from ..models import MODEL_TYPES
+from ..utils.files import write_text
 from ..utils.text import one_line
 from .escaping import render
 
@@ -59,7 +60,7 @@ def _output(code: str) -> str:
 
 
 def _model_type(folder: Path) -> str:
-    return json.loads((folder / "config.json").read_text())["model_type"]
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
 
 
 def _trust(folder: Path) -> str:
@@ -77,6 +78,9 @@ def mention_export(folder: Path) -> None:
     """Brings that section in a student's README.md up to date; does nothing without a card."""
     path = folder / "README.md"
     if path.is_file():
-        card, section = ONNX_SECTION.sub("", path.read_text()), onnx_section(folder, folder.resolve().name)
+        card, section = (
+            ONNX_SECTION.sub("", path.read_text(encoding="utf-8")),
+            onnx_section(folder, folder.resolve().name),
+        )
         place = next(AFTER_ONNX.finditer(card)).start()
-        path.write_text(f"{card[:place].rstrip()}\n\n{section}\n\n{card[place:]}".rstrip() + "\n")
+        write_text(path, f"{card[:place].rstrip()}\n\n{section}\n\n{card[place:]}".rstrip() + "\n")

@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("method", nargs="?", help="print this one in full")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args(argv)
-    costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}  # measured in a checkout, not in the wheel
+    costs = (
+        json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {}
+    )  # measured in a checkout, not in the wheel
     if args.method is not None:
         print(page(args.method, costs))
     elif args.markdown:

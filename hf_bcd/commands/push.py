@@ -42,4 +42,4 @@ def show(folder: Path, repo_id: str, revision: str | None) -> None:
     for path, file in files.items():
         print(f"{file.stat().st_size:>12,}  {path}")
     print(f"{sum(file.stat().st_size for file in files.values()):>12,}  bytes in {len(files)} files\n")
-    print(name_in_examples(files["README.md"].read_text(), repo_id, revision))
+    print(name_in_examples(files["README.md"].read_text(encoding="utf-8"), repo_id, revision))

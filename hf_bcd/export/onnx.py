@@ -112,7 +112,7 @@ def student_size(source: str, adapter: DenseAdapter) -> tuple[int, int]:
         return adapter.fixed_size
     try:
         path = cached_file(source, "results.json", revision=adapter.revision)
-        return tuple(json.loads(Path(str(path)).read_text())["protocol"]["cost"]["student"]["size"])
+        return tuple(json.loads(Path(str(path)).read_text(encoding="utf-8"))["protocol"]["cost"]["student"]["size"])
     except (OSError, KeyError):  # nobody has measured it
         shown = saved_size(source, revision=adapter.revision)
         edge = shown.get("shortest_edge", DEFAULT_SIZE)

@@ -61,10 +61,10 @@ def push_folder(
     again += ["--revision", revision] if revision else []
     try:
         repo_id = prepare_repository(repo_id, private=private, revision=revision, token=token)
-        card = name_in_examples(files["README.md"].read_text(), repo_id, revision)
+        card = name_in_examples(files["README.md"].read_text(encoding="utf-8"), repo_id, revision)
         sent = {**files, "README.md": card.encode()}
         commit = commit_files(sent, repo_id, revision=revision, token=token, commit_message=commit_message)
-        files["README.md"].write_text(card)
+        files["README.md"].write_text(card, encoding="utf-8")
         return commit
     except Exception as error:  # whatever it is, the user must learn where the student lies
         cause = str(error) if isinstance(error, HubError) else cause_of(error, "model", repo_id, revision)
@@ -156,7 +156,7 @@ def student_files(folder: Path, token: str | None = None, *, finished: bool = Tr
     if finished and "README.md" not in found:
         raise HubError(f"{folder} has no card README.md; a finished run of hf_bcd writes one.")
     try:
-        config = dict(json.loads((folder / "config.json").read_text()))
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise HubError(f"{folder / 'config.json'} holds no mapping: {error}") from error
     for key, value in _local_paths(config):
@@ -169,11 +169,14 @@ def student_files(folder: Path, token: str | None = None, *, finished: bool = Tr
     names = filter_repo_objects(found, allow_patterns=wanted, ignore_patterns="*.part")
     files = {name: folder / name for name in sorted(names)}
     for file in files.values():
-        if file.suffix in (".json", ".md", ".py") and redacted(text := file.read_text(), token=token) != text:
+        if (
+            file.suffix in (".json", ".md", ".py")
+            and redacted(text := file.read_text(encoding="utf-8"), token=token) != text
+        ):
             raise HubError(f"{file} holds an access token; remove it before the folder is pushed.")
     if "README.md" in files:
         try:
-            ModelCard(files["README.md"].read_text())
+            ModelCard(files["README.md"].read_text(encoding="utf-8"))
         except Exception as error:  # whatever the YAML parser raises
             raise HubError(f"{files['README.md']}: the card's YAML is not valid: {shortened(error)}") from None
     return files
@@ -201,7 +204,7 @@ def read_export(folder: Path) -> dict[str, Any] | None:
     """The report on a student's export to ONNX; None if there is none, it failed, or the weights have changed since."""
     if not (folder / ONNX_REPORT).is_file():
         return None
-    report = json.loads((folder / ONNX_REPORT).read_text())
+    report = json.loads((folder / ONNX_REPORT).read_text(encoding="utf-8"))
     if report["weights_sha256"] == weights_digest(folder):
         return report
     logger.warning("%s belongs to other weights and is left out; run `hf-bcd export` again.", folder / ONNX_MODEL)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..tasks import TASKS, Score, Task
 from ..tasks.semantic_segmentation import SemanticSegmentation
+from ..utils.files import write_text
 from ..utils.messages import UserError
 from .study import Study
 
@@ -60,7 +61,7 @@ def paired_difference(
 def write_csv(results: Results, path: Path) -> None:
     """One row a run and seed, with every scalar score."""
     metrics = list(dict.fromkeys(key for seeds in results.values() for one in seeds.values() for key in _scalars(one)))
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "seed", "split", "steps", "train_seconds", *metrics])
         for name, seeds in results.items():
@@ -150,11 +151,12 @@ def write_study_report(study: Study) -> str:
     tables = [score_table(results, task), difference_table(results, references, task)]
     text = "\n\n".join(filter(None, tables))
     finished = sum(map(len, results.values()))
-    (study.folder / "results.md").write_text(
+    write_text(
+        study.folder / "results.md",
         f"# {study.name}\n\n{text}\n\n"
         f"{finished} of {len(study.runs)} runs. Scores on the {first['images']} images of the split `{first['split']}`, in "
         "percent but for fragments; mean ± standard deviation over seeds. Differences are paired by seed, with their 95 % "
-        "intervals (Student's t). Minutes are of training only.\n"
+        "intervals (Student's t). Minutes are of training only.\n",
     )
     plot_scores(results, study.folder / "results.png", task)
     if any(one["curve"] for seeds in results.values() for one in seeds.values()):

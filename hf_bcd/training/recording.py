@@ -142,6 +142,7 @@ def record_data(data: Mapping[str, DenseDataset], recipe: Mapping[str, Any]) -> 
         terms and terms.licence,
         {name: len(split) if isinstance(split, Sized) else None for name, split in data.items()},
         train.rule.in_words(),
+        train.notes,
     )
 
 

@@ -84,7 +84,7 @@ def reset_peak(device: torch.device) -> int | None:
         return None
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)  # glibc keeps freed pages; what uses them again would not show
-    mark.write_text("5")
+    mark.write_text("5", encoding="utf-8")
     return _resident("VmRSS")
 
 
@@ -95,7 +95,7 @@ def peak_since(device: torch.device, before: int) -> int:
 
 
 def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 

@@ -64,6 +64,11 @@ def card(run: RunRecord, folder: Path) -> str:
     return text
 
 
+def test_what_was_warned_of_before_training_stands_in_the_card(tmp_path: Path) -> None:
+    text = card(record(data=DATA._replace(notes=["the 16 masks show no 'pole'"])), tmp_path)
+    assert "- warned of before training: the 16 masks show no 'pole'" in text
+
+
 # ---- Scores ----------------------------------------------------------------------------------------------------------
 
 
