@@ -2,18 +2,22 @@
 
 import argparse
 import dataclasses
+import reprlib
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from ..training.config import PRESETS, BCDConfig
 from ..utils.messages import UserError, unknown_key_message
+from ..utils.text import shortened
 from ..utils.yaml import parse_mapping, read_yaml
 from .recipes import merged, read_recipe
 
@@ -92,7 +96,8 @@ MAPPINGS = ("student", "teacher", "teacher_training", "dataset_options", "losses
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, BCDConfig)
 RECIPE_KEYS = frozenset(f.name for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls) if f.init)
 TYPES = {key: hint for cls in ARGUMENT_CLASSES for key, hint in get_type_hints(cls).items() if key in RECIPE_KEYS}
-KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+DEFAULTS = {f.name: f.default for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls)}
+MAX_WHOLE = 2**32
 # inherited arguments that --help shows beside our own
 SHOWN = frozenset((
     "output_dir", "seed", "bf16", "fp16", "resume_from_checkpoint", "push_to_hub", "gradient_accumulation_steps",
@@ -207,21 +212,51 @@ def _typed(argv: list[str], description: str | None) -> tuple[dict[str, Any], li
 def _converted(key: str, value: Any) -> Any:
     """A recipe's value in the type of its argument: numbers may stand in quotes, and 1e3 is a whole one."""
     hint = TYPES[key]
-    kinds = [
-        kind for kind in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]) if kind is not NoneType
-    ]
-    if value is None or len(kinds) > 1 or kinds[0] not in KINDS:
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and (NoneType in kinds or DEFAULTS[key] is None):
+        return None
+    if value is False and key.endswith("_strategy"):  # YAML's unquoted `no`
+        return "no"
+    for kind in kinds:
+        with suppress(ValueError, TypeError, argparse.ArgumentTypeError):
+            return _as_kind(kind, value)
+    expected = " or ".join(dict.fromkeys(_in_words(kind) for kind in kinds))
+    raise UserError(f"{key} is {shortened(reprlib.repr(value))} in the recipe; it must be {expected}.")
+
+
+def _as_kind(kind: Any, value: Any) -> Any:
+    """The value as one kind of argument; ValueError if it is another."""
+    if kind is bool and not isinstance(value, bool):
+        if not isinstance(value, str):
+            raise ValueError
+        return string_to_bool(value)
+    if kind in (int, float):
+        number = kind(value) if isinstance(value, str) else value
+        if isinstance(number, bool) or not isinstance(number, int | float) or (kind is int and number % 1):
+            raise ValueError
+        if kind is int and abs(number) >= MAX_WHOLE:
+            raise ValueError
+        return kind(number) if kind is int else number
+    if get_origin(kind) is list or kind is list:
+        (item,) = get_args(kind) or (Any,)
+        if not isinstance(value, list):
+            raise ValueError
+        return [_as_kind(item, one) for one in value]
+    if get_origin(kind) is dict or kind is dict:
+        if not isinstance(value, dict):
+            raise ValueError
         return value
-    convert: Any = string_to_bool if kinds[0] is bool else kinds[0]
-    try:
-        if isinstance(value, str):
-            return convert(value)
-        if isinstance(value, bool) == (kinds[0] is bool) and isinstance(value, int | float):
-            if kinds[0] is not int or value % 1 == 0:
-                return convert(value) if kinds[0] is int else value
-    except (ValueError, argparse.ArgumentTypeError):
-        pass
-    raise UserError(f"{key} is {value!r} in the recipe; it must be {KINDS[kinds[0]]}.")
+    if get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum)):
+        kind = str  # which one, the arguments themselves check
+    if kind is str and not isinstance(value, str) or kind is NoneType:
+        raise ValueError
+    return value
+
+
+def _in_words(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping"}
+    names |= {NoneType: "null"}
+    return names.get(get_origin(kind) or kind, "text")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -234,11 +269,23 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 def _set_nested(values: dict[str, Any], path: list[str], value: Any) -> None:
     key, *inner, last = path
     current = values.get(key)
-    if isinstance(current, str):  # `--teacher some/model` and then one more field of it
+    if isinstance(current, str) and key in (
+        "student",
+        "teacher",
+    ):  # `--teacher some/model` and then one more field of it
         current = {"name_or_path": current}
+    if not isinstance(current, dict | None):
+        raise UserError(
+            f"--{'.'.join(path)} sets a field of {key}, which is {shortened(repr(current))} and no mapping."
+        )
     node: dict[str, Any] = dict(current or {})
     values[key] = node
-    for name in inner:
-        node[name] = dict(node.get(name) or {})
+    for number, name in enumerate(inner):
+        if not isinstance(found := node.get(name) or {}, dict):
+            raise UserError(
+                f"--{'.'.join(path)} sets a field of {'.'.join(path[: number + 2])}, which is {shortened(repr(found))} and no "
+                "mapping."
+            )
+        node[name] = dict(found)
         node = node[name]
     node[last] = value

@@ -9,7 +9,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from ..losses.recipe import read_losses
-from ..utils.messages import UserError, as_user_error, unknown_key_message
+from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import parse_mapping
 
 
@@ -30,6 +30,22 @@ OUTCOME = (
     "metric_for_best_model", "crop_size", "image_size", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
     "dataloader_drop_last", "train_sampling_strategy",
 )  # fmt: skip
+FINITE = 1e30
+# lowest value, whether it is left out, and highest
+RANGES = {
+    (0, True, FINITE): (
+        "learning_rate", "adam_epsilon", "scale_min", "scale_max", "eval_steps", "save_steps", "logging_steps",
+        "num_train_epochs",
+    ),
+    (1, False, 2**31): (
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "crop_size",
+        "calibration_images", "image_size", "save_total_limit", "dataloader_prefetch_factor",
+    ),
+    (0, False, FINITE): ("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "dataloader_num_workers"),
+    (0, False, 2**32 - 1): ("seed", "data_seed"),
+    (0, False, 1): ("adam_beta1", "adam_beta2", "color_jitter"),
+}  # fmt: skip
+OPTIONAL = ("eval_steps", "image_size", "save_total_limit", "dataloader_prefetch_factor", "data_seed")
 # arguments that distillation or our own evaluation would ignore, with the value that says nothing
 UNUSED = {
     "label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "remove_unused_columns": False, "use_liger_kernel": False,
@@ -151,6 +167,7 @@ class BCDConfig(TrainingArguments):
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
             if getattr(self, name) is False:  # YAML reads an unquoted `no` as false
                 setattr(self, name, "no")
+        self.report_to = "none" if self.report_to is None else self.report_to
         plateau = self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
         if (plateau or self.load_best_model_at_end) and self.metric_for_best_model is None:
             self.metric_for_best_model = (
@@ -162,8 +179,11 @@ class BCDConfig(TrainingArguments):
             self.max_steps = MAX_STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0
-        with as_user_error():
+        self._check_ranges()
+        try:
             super().__post_init__()
+        except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError) as error:  # of values alone
+            raise error if isinstance(error, UserError) else UserError(str(error)) from error
         if self.lr_scheduler_type == SchedulerType.POLYNOMIAL:
             self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or dict(POLYNOMIAL)
         elif self.lr_scheduler_kwargs == POLYNOMIAL:  # of what this was derived from; no other schedule takes them
@@ -180,11 +200,20 @@ class BCDConfig(TrainingArguments):
             raise UserError(
                 "log_gradients and `weight: auto` take the gradient of every term, which torch_compile hides; leave one out."
             )
-        for name in ("crop_size", "calibration_images", "scale_min"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be > 0.")
         if self.scale_min > self.scale_max:
             raise UserError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
+
+    def _check_ranges(self) -> None:
+        for (low, strict, high), names in RANGES.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is None and name in OPTIONAL:
+                    continue
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not number or not (low < value if strict else low <= value) or not value <= high:
+                    least = f"{'more than' if strict else 'at least'} {low:g}"
+                    most = f" and at most {high:g}" if high == 1 else ""
+                    raise UserError(f"{name} is {value!r}; it must be a number of {least}{most}.")
 
     def _check_training(self) -> None:
         """Refuses what the base class accepts and would fail on, or ignore, in the middle of training."""

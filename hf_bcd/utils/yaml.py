@@ -1,5 +1,6 @@
 """YAML as people write it: 1e-4 is a number, `on` is a word, and no tag builds an object."""
 
+import math
 import re
 import sys
 from typing import Any
@@ -7,15 +8,25 @@ from typing import Any
 import yaml
 
 from .messages import UserError
+from .text import shortened
+
+
+MAX_VALUES = 100_000
 
 
 class _YamlLoader(yaml.SafeLoader):
     """YAML in which 1e-4 is a number and `on` names an option; YAML 1.1 takes them for text and a truth value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:bool":
                 key.tag = "tag:yaml.org,2002:str"
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -31,9 +42,28 @@ def read_yaml(text: str, name: str) -> Any:
         UserError: if it is no YAML; it names `name`, the file or argument that the text comes from.
     """
     try:
-        return yaml.load(text, Loader=_YamlLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name} is no valid YAML: {' '.join(str(error).split())}") from error
+        value = yaml.load(text, Loader=_YamlLoader)
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ValueError,
+        TypeError,
+    ) as error:  # such as a date that is none, a list as key
+        raise UserError(f"{name} is no valid YAML: {shortened(error) or type(error).__name__}") from error
+    if _size(value, {}) > MAX_VALUES:
+        raise UserError(f"{name}: its aliases stand for more than {MAX_VALUES} values; write out what it means.")
+    return value
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """Number of values in nested lists and mappings as they would be written out; infinite if one holds itself."""
+    if not isinstance(value, list | dict):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # until its parts are counted
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
 
 
 def parse_mapping(text: str, key: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def test_the_paper_preset_is_literal() -> None:
         (["--lerning_rate", "1"], "Did you mean 'learning_rate'"),
         (["--losess.bcd.radius", "1"], "Did you mean 'losses'"),
         (["--config", "missing.yaml"], "missing.yaml: no such file"),
-        (["--student", "a/b", "--crop_size", "0"], "crop_size is 0; it must be > 0"),
+        (["--student", "a/b", "--crop_size", "0"], "crop_size is 0; it must be a number of at least 1"),
         (["--student", "a/b", "--scale_min", "3"], "scale_min 3.0 exceeds scale_max 2.0"),
     ],
 )
