@@ -9,7 +9,6 @@ import pytest
 ORDERS = [
     "import hf_bcd; from transformers import AutoModelForSemanticSegmentation",
     "from transformers import AutoModelForSemanticSegmentation; import hf_bcd",
-    "import hf_bcd; from transformers import pipeline, Trainer, AutoModelForSemanticSegmentation",
     "import hf_bcd.losses; import transformers; from transformers import AutoModelForSemanticSegmentation",
 ]
 

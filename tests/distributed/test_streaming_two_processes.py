@@ -21,10 +21,7 @@ def train(folder: Path) -> dict[str, Any]:
     options = {"max_steps": 10, "per_device_train_batch_size": 1}
     run = tiny.trainer(folder / "run", model=model, data=load_data(arguments), **options)
     transform = run.train_dataset.transform
-    run.train_dataset.transform = lambda sample: {
-        **transform(sample),
-        "image": zlib.crc32(sample["image"].tobytes()),
-    }
+    run.train_dataset.transform = lambda sample: {**transform(sample), "image": zlib.crc32(sample["image"].tobytes())}
     collate, images = run.data_collator, []
 
     def recording(samples):

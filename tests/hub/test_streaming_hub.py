@@ -32,15 +32,12 @@ def test_distilling_fetches_only_what_it_trains_on(hub: HubServer, tmp_path: Pat
     hub.add_repo("me/data", kind="dataset", private=True)
     hub.users[MARKER_TOKEN] = "me"
     hub.add_files("me/data", files, kind="dataset")
-    arguments = {
-        "dataset_name": "me/data", "streaming": "true", "shuffle_buffer": 2, "max_eval_samples": 1, "max_steps": 2,
-        "student": json.dumps(NETWORK), "teacher": json.dumps(NETWORK), "with_baseline": "true",
-        "per_device_train_batch_size": 2, "dataloader_num_workers": 1, "calibration_images": 2, "crop_size": 48,
-        "eval_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": "true",
-        "output_dir": tmp_path / "run",
-    }  # fmt: skip
-    command = [sys.executable, str(SCRIPT)]
-    command += [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
+    arguments = tiny.command_line(
+        dataset_name="me/data", streaming="true", shuffle_buffer=2, max_eval_samples=1, max_steps=2,
+        student=json.dumps(NETWORK), teacher=json.dumps(NETWORK), with_baseline="true", dataloader_num_workers=1,
+        calibration_images=2, eval_strategy="steps", eval_steps=2, logging_steps=1, output_dir=tmp_path / "run",
+    )  # fmt: skip
+    command = [sys.executable, str(SCRIPT), *arguments]
     done = subprocess.run(
         command, env=hub.environment(tmp_path / "home"), cwd=tmp_path, capture_output=True, text=True, timeout=400
     )

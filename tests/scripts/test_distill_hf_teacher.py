@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 
 from hf_bcd.commands import distill
 
@@ -23,12 +24,10 @@ def test_a_deeplab_of_transformers_teaches_a_student(shared_data: Path, tmp_path
     (tmp_path / "voc" / "id2label.json").write_text(json.dumps(names))
 
     student = "{backbone: resnet10t, options: {head_channels: 8, backbone_kwargs: {channels: [8, 8, 16, 16], stem_width: 8}}}"
-    distill.main([
-        "--data_dir", str(tmp_path / "voc"), "--teacher", str(teacher), "--student", student, "--output_dir",
-        str(tmp_path / "run"), "--crop_size", "96", "--image_size", "256", "--max_steps", "2",
-        "--per_device_train_batch_size", "1", "--calibration_images", "1", "--eval_strategy", "no",
-        "--save_strategy", "no", "--report_to", "none", "--dataloader_num_workers", "0", "--use_cpu", "true",
-    ])  # fmt: skip
+    distill.main(tiny.command_line(
+        data_dir=tmp_path / "voc", teacher=teacher, student=student, output_dir=tmp_path / "run", crop_size=96,
+        image_size=256, max_steps=2, per_device_train_batch_size=1, calibration_images=1,
+    ))  # fmt: skip
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["teacher"]["mean_iou"] > 0.5 > results["student"]["mean_iou"]
     assert str(shared_data) not in (tmp_path / "run" / "config.json").read_text()

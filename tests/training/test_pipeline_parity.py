@@ -61,6 +61,7 @@ def test_saved_students_predict_what_the_trainer_predicts(tmp_path: Path) -> Non
         samples = [transform(scene) for scene in scenes]
         balance_classes(run, samples[0]["pixel_values"])
         run.save_model()
+        assert "use_cache" not in (folder / "config.json").read_text() and not list(folder.glob("*.bin"))
         expected[folder] = [
             run.distiller.student.predict(sample["pixel_values"][None], [tuple(sample["labels"].shape)])[0].numpy()
             for sample in samples
