@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 from pictures import grid, save
@@ -77,10 +75,3 @@ def test_arguments(folder, tmp_path, capsys):
         main([str(folder), *names, "--every_row"])
     with pytest.raises(UserError, match="^'camvit' is neither a known data set"):
         main(["camvit"])
-
-
-@pytest.mark.slow
-def test_as_a_command(folder):
-    command = [sys.executable, "-m", "hf_bcd", "check", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert REPORT in done.stdout and "Traceback" not in done.stderr and "Warning" not in done.stderr

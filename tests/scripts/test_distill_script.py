@@ -228,9 +228,3 @@ def test_mistakes_end_in_one_line(options: list[str], message: str, tmp_path: Pa
     with pytest.raises(SystemExit) as end:
         run(lambda: distil(tmp_path, *options))
     assert str(end.value).startswith("error: ") and message in str(end.value) and "\n" not in str(end.value)
-
-
-def test_a_mistake_at_the_prompt_is_one_line(tmp_path: Path) -> None:
-    done = start(sys.executable, DISTILL, "--output_dir", tmp_path, "--dataset_name", "synthetic", code=1)
-    assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: no student: give --student")
