@@ -6,8 +6,8 @@ import sys
 import pytest
 
 
+# hf_bcd comes first in the process of tests/training/test_pipeline_parity.py
 ORDERS = [
-    "import hf_bcd; from transformers import AutoModelForSemanticSegmentation",
     "from transformers import AutoModelForSemanticSegmentation; import hf_bcd",
     "import hf_bcd.losses; import transformers; from transformers import AutoModelForSemanticSegmentation",
 ]
