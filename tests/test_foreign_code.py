@@ -16,12 +16,9 @@ from hf_bcd.commands import distill, evaluate
 from hf_bcd.export.onnx import export_student
 
 
-DATA = ["--dataset_name", "synthetic", "--dataset_options", "{size: [48, 64], num_images: {train: 4, test: 2}}"]
-SHORT = [
-    "--crop_size", "48", "--per_device_train_batch_size", "2", "--calibration_images", "4", "--max_steps", "2",
-    "--dataloader_num_workers", "0", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true",
-    "--save_steps", "1", "--eval_strategy", "no",
-]  # fmt: skip
+DATA = {
+    "dataset_name": "synthetic", "dataset_options": "{size: [48, 64], num_images: {train: 4, test: 2}}", "max_steps": 2,
+}  # fmt: skip
 AUTO = ("AutoConfig", "AutoModelForSemanticSegmentation", "AutoImageProcessor", "AutoBackbone")
 
 
@@ -57,10 +54,11 @@ def mentions(folder: Path) -> list[str]:
 def test_no_code_of_a_stranger_runs_or_is_passed_on(build: Any, tmp_path: Path, marker: Path) -> None:
     student, teacher = hostile(build(), tmp_path / "a", marker), hostile(build(seed=1), tmp_path / "b", marker)
     out = tmp_path / "out"
-    models = ["--student", student, "--teacher", teacher, "--baseline", teacher]
-    distill.main([*models, *DATA, *SHORT, "--output_dir", str(out)])
-    for folder in (student, str(out)):
-        evaluate.main(["--student", folder, *DATA, *SHORT, "--output_dir", str(tmp_path / "scores")])
+    models = {"student": student, "teacher": teacher, "baseline": teacher}
+    saved = {"save_strategy": "steps", "save_steps": 1, "output_dir": out}
+    distill.main(tiny.command_line(**DATA, **models, **saved))
+    for folder in (student, out):
+        evaluate.main(tiny.command_line(**DATA, student=folder, output_dir=tmp_path / "scores"))
     assert not marker.exists()
     assert pipeline("image-segmentation", str(out), device="cpu")(Image.new("RGB", (64, 48)))
     assert not marker.exists()

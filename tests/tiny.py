@@ -18,6 +18,10 @@ from hf_bcd.data import DenseDatasets, load_dense_dataset
 ID2LABEL = {0: "sky", 1: "ground", 2: "road", 3: "building", 4: "tree", 5: "pole", 6: "person", 7: "vehicle"}
 
 
+def labels() -> dict[str, Any]:
+    return {"id2label": ID2LABEL, "label2id": {name: index for index, name in ID2LABEL.items()}}
+
+
 def tiny_timm(channels: tuple[int, ...] = (8, 8, 16, 16), seed: int = 0, **config: Any) -> TimmSegmentationModel:
     torch.manual_seed(seed)
     return TimmSegmentationModel.from_backbone(
@@ -25,8 +29,7 @@ def tiny_timm(channels: tuple[int, ...] = (8, 8, 16, 16), seed: int = 0, **confi
         head="fpn",
         head_channels=8,
         backbone_kwargs={"channels": list(channels), "stem_width": 8},
-        id2label=ID2LABEL,
-        label2id={name: index for index, name in ID2LABEL.items()},
+        **labels(),
         **config,
     )
 
@@ -40,8 +43,7 @@ def tiny_segformer(seed: int = 0, width: int = 8) -> SegformerForSemanticSegment
         decoder_hidden_size=16,
         drop_path_rate=0.0,
         classifier_dropout_prob=0.0,
-        id2label=ID2LABEL,
-        label2id={name: index for index, name in ID2LABEL.items()},
+        **labels(),
     )
     return SegformerForSemanticSegmentation(config)
 
@@ -106,6 +108,15 @@ def trainer(folder: Path, model: Any = None, teacher: Any = "default", data: Any
         train_dataset=data["train"],
         eval_dataset=data.get("validation"),
     )
+
+
+def command_line(**options: Any) -> list[str]:
+    """Arguments of a command that trains on crops of 48 pixels of tiny images, and keeps nothing on the way."""
+    quick = {
+        "crop_size": 48, "per_device_train_batch_size": 2, "calibration_images": 4, "eval_strategy": "no",
+        "save_strategy": "no", "dataloader_num_workers": 0, "report_to": "none", "disable_tqdm": "true", "use_cpu": "true",
+    }  # fmt: skip
+    return [text for name, value in (quick | options).items() for text in (f"--{name}", str(value))]
 
 
 def history(run: BCDTrainer, key: str = "loss") -> list[float]:

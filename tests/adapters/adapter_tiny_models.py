@@ -18,8 +18,8 @@ TOKENS = {
 }  # fmt: skip
 
 
-def labels() -> dict:
-    return {"id2label": dict(LABELS), "label2id": {name: index for index, name in LABELS.items()}}
+def labels(**fields) -> dict:
+    return {"id2label": dict(LABELS), "label2id": {name: index for index, name in LABELS.items()}} | fields
 
 
 def swin() -> PreTrainedConfig:
@@ -37,11 +37,13 @@ def segformer() -> PreTrainedModel:
     return hf.SegformerForSemanticSegmentation(config)
 
 
-def mask2former() -> PreTrainedModel:
+def mask2former(**fields) -> PreTrainedModel:
     widths = ("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward")
     counts = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 8}
     options = dict.fromkeys(widths, 32) | counts | {"train_num_points": 64}
-    return hf.Mask2FormerForUniversalSegmentation(hf.Mask2FormerConfig(backbone_config=swin(), **options, **labels()))
+    return hf.Mask2FormerForUniversalSegmentation(
+        hf.Mask2FormerConfig(backbone_config=swin(), **(options | labels(**fields)))
+    )
 
 
 def convnext() -> PreTrainedConfig:
@@ -53,9 +55,9 @@ def resnet() -> PreTrainedConfig:
     return hf.ResNetConfig(layer_type="basic", out_features=STAGES, **widths)
 
 
-def mobilenet_v2(output_stride: int, tf_padding: bool) -> PreTrainedModel:
+def mobilenet_v2(output_stride: int, tf_padding: bool, **fields) -> PreTrainedModel:
     options = {"depth_multiplier": 0.35, "output_stride": output_stride, "tf_padding": tf_padding}
-    return hf.MobileNetV2ForSemanticSegmentation(hf.MobileNetV2Config(**options, **labels()))
+    return hf.MobileNetV2ForSemanticSegmentation(hf.MobileNetV2Config(**options, **labels(**fields)))
 
 
 def mobilevit() -> PreTrainedModel:

@@ -125,12 +125,6 @@ def test_workers_give_the_samples_of_the_main_process(transformed, options):
     assert not same(expected[:6], expected[6:12])
 
 
-@pytest.mark.slow
-def test_spawned_worker_gives_the_samples_of_the_main_process(transformed):
-    options = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "spawn"}
-    assert same(read(transformed, epochs=2, **options), read(transformed, epochs=2))
-
-
 def sample(index, image_size, label_size):
     pixels = torch.full((3, *image_size), index, dtype=torch.uint8)
     return {"index": index, "pixel_values": pixels, "labels": torch.full(label_size, index)}

@@ -244,8 +244,7 @@ def test_relation_figure_marks_the_point(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "message"),
-    [(np.zeros((1, 8, 8)), r"'teacher'.*\(1, 8, 8\)"), (np.full((8, 8), np.nan), "finite")],
+    ("field", "message"), [(np.zeros((1, 8, 8)), r"'teacher'.*\(1, 8, 8\)"), (np.full((8, 8), np.nan), "finite")]
 )
 def test_maps_must_be_fields(tmp_path, field, message):
     image = Image.new("RGB", (32, 32))

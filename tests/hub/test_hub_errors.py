@@ -125,13 +125,7 @@ def while_a_missing_file_is_handled() -> None:
 
 
 @pytest.mark.parametrize(
-    "failing",
-    [
-        while_a_missing_file_is_handled,
-        lambda: {}["key"],
-        lambda: open("/missing/file"),
-        lambda: int("x"),
-    ],
+    "failing", [while_a_missing_file_is_handled, lambda: {}["key"], lambda: open("/missing/file"), lambda: int("x")]
 )
 def test_errors_about_something_else_pass(failing: Callable[[], object]) -> None:
     with pytest.raises(Exception) as caught, explained("model", "me/x"):

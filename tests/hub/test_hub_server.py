@@ -18,14 +18,6 @@ def card(metadata: object) -> str:
 
 
 class TestCardRules:
-    def test_good_card(self) -> None:
-        index = [{"name": "x", "results": [{**RESULT, "metrics": METRICS}]}]
-        good = {"license": "mit", "base_model": "me/x", "tags": ["a"], "datasets": ["me/d"], "model-index": index}
-        assert card_rules.check(card(good)) == ([], [])
-
-    def test_no_metadata_is_a_warning(self) -> None:
-        assert card_rules.check("# Title") == ([], ["empty or missing yaml metadata in repo card"])
-
     @pytest.mark.parametrize(
         ("content", "message"),
         [

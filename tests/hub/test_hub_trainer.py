@@ -46,6 +46,10 @@ def test_a_run_prepares_its_repository_first_and_pushes_what_its_arguments_say(
     assert run.push_to_hub() == "a commit"
     later = run.push_to_hub("Another", blocking=False, revision="v2", private=False)
     assert isinstance(later, Future) and later.result() == "a commit"
+    (tmp_path / "student" / "README.md").write_text("the report's card")
+    run.has_card = True
+    run.push_to_hub(commit_message="Report")
+    assert pushes.pop()["card"] == "the report's card", "a finished card was replaced"
     cards = [call.pop("card") for call in pushes[1:]]
     assert all("knowledge-distillation" in card and "secret" not in card for card in cards)
     assert pushes[1:] == [

@@ -153,10 +153,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         world = World(hub, folder)
         world.run(sys.executable, "-c", PREPARE, ROOT / "tests")
         every_push = ("--hub_always_push", "true")  # also where the one before is not done yet
-        accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1")
         world.distill(
             "native", "runs/native", "--push_to_hub", "--hub_model_id", "tester/native", "--save_strategy", "steps",
-            "--save_steps", "2", "--hub_strategy", "checkpoint", *every_push, launcher=accelerate,
+            "--save_steps", "2", "--hub_strategy", "checkpoint", *every_push,
         )  # fmt: skip
         two_processes = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
         # the token comes by the argument alone, and must not be stored with the others

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from loss_references import outputs_of
+from processes import run_ranks
 from torch import Tensor
 
 from hf_bcd.losses.criterion import DistillationCriterion
@@ -157,16 +157,14 @@ def measure(rows: slice) -> Tensor:
     return torch.stack([*one.weights, temperature.value])
 
 
-def work(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(measure(slice(2 * rank, 2 * rank + 2)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def measure_half() -> Tensor:
+    dist.init_process_group("gloo")
+    return measure(slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
 
 
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = run_ranks(tmp_path, measure_half)
     assert torch.equal(*ranks)
     torch.testing.assert_close(ranks[0], measure(slice(None)))
     assert ranks[0][1] == pytest.approx(1.05)

@@ -221,13 +221,6 @@ def test_temperature_statistics(mode, teacher_head, counted):
         assert observed[1] == pytest.approx(np.average(peaks, weights=rows), rel=1e-5)
 
 
-def test_void_positions_do_not_widen_the_range_of_a_map():
-    ones, mask = torch.ones(2, 3, 3), torch.ones(2, 3, 3, dtype=torch.bool)
-    ones[0, 0], mask[0, 0] = 0, False
-    ones[1, 1] = 0
-    assert make_loss("paper")._peak(ones, mask, torch.tensor(2.0)).tolist() == [0, 0.5]
-
-
 def test_a_temperature_below_one_sharpens_relations_without_shrinking_the_loss():
     cold, (student, teacher, targets) = make_loss(temperature=0.5), make_batch()
     mask = (targets.ids != 255)[:, 4::8, 4::8]

@@ -8,9 +8,9 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from host_sync import no_host_synchronisation
 from loss_references import Regions, leaves, outputs_of, randn, random_labels
+from processes import run_ranks
 from torch import Tensor, nn
 
 from hf_bcd.losses import LOSSES, DistillationLoss, build_criterion, segmentation_loss
@@ -388,25 +388,22 @@ def test_a_restored_loss_goes_on_as_if_never_stopped(name, options):
     assert expected and all(torch.equal(expected[key], actual[key]) for key in expected)
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = {}
+def advance_all() -> dict[str, Tensor]:
+    """What one of two ranks finds for all cases, with the means over both that the log and DDP take."""
+    dist.init_process_group("gloo")
+    rank, results = dist.get_rank(), {}
     for case, (name, options) in enumerate(CASES):
         for key, value in advance(build(name, options).double(), 2, slice(2 * rank, 2 * rank + 2)).items():
-            if " of " not in key and " state " not in key:  # what the log and DDP average
+            if " of " not in key and " state " not in key:
                 dist.all_reduce(value)
                 value /= 2
             results[f"{case} {key}"] = value
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> list[dict[str, Tensor]]:
-    folder: Path = tmp_path_factory.mktemp("contract")
-    mp.spawn(work, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_ranks(tmp_path_factory.mktemp("contract"), advance_all)
 
 
 @pytest.mark.slow

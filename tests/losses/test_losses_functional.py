@@ -4,22 +4,8 @@ import pytest
 import torch
 from loss_references import randn, random_mask
 
-from hf_bcd.losses.ops.functional import at_least_float32, grid_size, mask_fill_value, resize, standardize
+from hf_bcd.losses.ops.functional import resize, standardize
 from hf_bcd.outputs import resize_nearest
-from hf_bcd.utils.distributed import all_reduce_sum, is_distributed
-
-
-@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_at_least_float32(given):
-    expected = torch.float64 if given == torch.float64 else torch.float32
-    assert at_least_float32(torch.zeros(2, dtype=given)).dtype == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_mask_fill_value_vanishes_in_a_softmax_and_stays_finite(dtype):
-    fill = mask_fill_value(dtype)
-    assert torch.tensor([0.0, fill], dtype=dtype).softmax(0).tolist() == [1, 0]
-    assert torch.isfinite(torch.full((3,), fill, dtype=dtype).log_softmax(0)).all()
 
 
 def test_resize_has_half_pixel_centres():
@@ -42,17 +28,6 @@ def test_resize_nearest_takes_the_pixel_under_the_centre(size, dtype):
     assert resize_nearest(torch.full((1, 4, 4), 2**53 + 1), (2, 2)).unique().tolist() == [
         2**53 + 1
     ]  # large ids remain
-
-
-@pytest.mark.parametrize(("height", "width", "expected"), [(512, 1024, (64, 128)), (513, 1, (65, 1)), (8, 9, (1, 2))])
-def test_grid_size_rounds_up(height, width, expected):
-    assert grid_size((height, width), 8) == expected
-
-
-def test_one_process_reduces_nothing():
-    x = torch.ones(2)
-    assert not is_distributed()
-    assert all_reduce_sum(x) is x
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from loss_references import dense_output, pair_of, randn, random_labels, softmax
+from processes import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -313,12 +313,10 @@ def cosines(rows: slice) -> list[float]:
     return found
 
 
-def work(rank: int, folder: str, thresholds: list[float]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    rows = slice(2 * rank, 2 * rank + 2)
-    torch.save([train(threshold, rows, 2) for threshold in thresholds], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def train_half(thresholds: list[float]) -> list[dict[str, Any]]:
+    dist.init_process_group("gloo")
+    rows = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    return [train(threshold, rows, 2) for threshold in thresholds]
 
 
 @pytest.mark.slow
@@ -327,8 +325,7 @@ def test_two_ranks_decide_and_train_as_one(tmp_path: Path) -> None:
     # between the two accumulated batches, and just beside what each rank would find in its own half
     thresholds = [sum(whole) / 2, whole[0] - 1e-6, whole[0] + 1e-6]
     assert min(half[0] for half in halves) < whole[0] - 1e-4 and abs(whole[0] - whole[1]) > 1e-4
-    mp.spawn(work, args=(str(tmp_path), thresholds), nprocs=2)  # type: ignore[attr-defined]
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = run_ranks(tmp_path, train_half, thresholds)
     decisions = []
     for case, threshold in enumerate(thresholds):
         one = train(threshold, slice(None), 1)

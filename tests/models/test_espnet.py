@@ -1,10 +1,8 @@
 import json
 
 import pytest
-import tiny
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForSemanticSegmentation
 
 from hf_bcd.adapters import build_adapter
 from hf_bcd.adapters.loading import ModelSpec, build_model
@@ -18,24 +16,6 @@ SIZES = [(64, 96), (65, 93), (67, 70), (33, 1)]
 def espnet(num_labels=5, seed=0, **fields):
     torch.manual_seed(seed)
     return EspNetForSemanticSegmentation(EspNetConfig(**({"p": 1, "q": 1, "num_labels": num_labels} | fields)))
-
-
-@pytest.mark.parametrize(
-    "fields, published, ours",
-    [
-        ({"num_labels": 19}, 0.3635, 363_462),
-        ({"num_labels": 19, "decoder": False}, 0.3492, 349_193),
-        ({"num_labels": 20}, 0.364, 365_109),
-        ({"num_labels": 20, "decoder": False}, 0.349, 349_449),
-    ],
-    ids=str,
-)
-def test_parameter_counts(fields, published, ours):
-    """Of Cityscapes, where 19 classes give both published figures (as also counted by Liu et al., SKD, CVPR 2019)."""
-    with torch.device("meta"):
-        count = EspNetForSemanticSegmentation(EspNetConfig(**fields)).num_parameters()
-    assert count == ours
-    assert count / 1e6 == pytest.approx(published, rel=0.005)
 
 
 @pytest.mark.parametrize("in_channels, out_channels, stride", [(64, 64, 1), (19, 64, 2), (10, 5, 1), (6, 3, 1)])
@@ -152,19 +132,3 @@ def test_student_sees_images_by_its_own_statistics():
     expected = torch.tensor([(0.2 - 0.1) / 0.4, 0.0, (0.2 - 0.3) / 0.6])
     torch.testing.assert_close(adapter.normalize(image)[0, :, 0, 0], expected)
     assert adapter.feature_specs == {"stem": (19, 4), "stride_4": (131, 4), "stride_8": (256, 8)}
-
-
-def test_learns_from_a_teacher_and_comes_back_from_disk(tmp_path):
-    labels = {"id2label": tiny.ID2LABEL, "label2id": {name: index for index, name in tiny.ID2LABEL.items()}}
-    model = espnet(num_labels=8, **labels)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    run = tiny.trainer(tmp_path, model=model, max_steps=2)
-    run.train()
-    assert run.state.global_step == 2
-    for key in ("loss_task", "bcd/boundary", "bcd/context"):
-        values = tiny.history(run, key)
-        assert len(values) == 2 and all(0 < value < float("inf") for value in values), key
-    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-    run.save_model(str(tmp_path / "final"))
-    reloaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "final").eval()
-    assert all(torch.equal(value, reloaded.state_dict()[key]) for key, value in model.state_dict().items())

@@ -51,6 +51,16 @@ ROWS = [
     # ... so 0.4 M fits only the encoder, or ESPNet with Cityscapes' 19 classes
     Row("ESPNet-C", 0.4, True, 382_729, {"num_labels": ADE20K, "decoder": False}, EspNetForSemanticSegmentation),
     Row("ESPNet, Cityscapes", 0.4, True, 363_462, {"num_labels": CITYSCAPES}, EspNetForSemanticSegmentation),
+    # both as ESPNet's own publication counts them, and Liu et al. (SKD, CVPR 2019)
+    Row("ESPNet of its authors", 0.3635, True, 363_462, {"num_labels": CITYSCAPES}, EspNetForSemanticSegmentation),
+    Row(
+        "ESPNet-C of its authors",
+        0.3492,
+        True,
+        349_193,
+        {"num_labels": CITYSCAPES, "decoder": False},
+        EspNetForSemanticSegmentation,
+    ),
     # the paper gives only FLOPs for the networks on COCO-Stuff
     Row("DeepLabV3+-18", None, False, 16_646_731, {"backbone": "resnet18"} | DEEPLAB),
     Row("DeepLabV3+-101", None, False, 59_382_859, {"backbone": "resnet101"} | DEEPLAB),

@@ -1,16 +1,13 @@
-"""A genuine checkpoint of transformers as teacher, on genuine VOC files, through the script."""
+"""A genuine checkpoint of transformers as teacher, on genuine VOC files."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
-
-ROOT = Path(__file__).parent.parent.parent
+from hf_bcd.commands import distill
 
 
 @pytest.mark.slow
@@ -27,17 +24,10 @@ def test_a_deeplab_of_transformers_teaches_a_student(shared_data: Path, tmp_path
     (tmp_path / "voc" / "id2label.json").write_text(json.dumps(names))
 
     student = "{backbone: resnet10t, options: {head_channels: 8, backbone_kwargs: {channels: [8, 8, 16, 16], stem_width: 8}}}"
-    command = [
-        sys.executable, ROOT / "scripts" / "distill.py", "--data_dir", tmp_path / "voc", "--teacher", teacher,
-        "--student", student, "--output_dir", tmp_path / "run", "--crop_size", "96", "--image_size", "256",
-        "--max_steps", "2", "--per_device_train_batch_size", "1", "--calibration_images", "1", "--eval_strategy", "no",
-        "--save_strategy", "no", "--report_to", "none", "--dataloader_num_workers", "0",
-    ]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(part) for part in command], env=environment, check=False, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    distill.main(tiny.command_line(
+        data_dir=tmp_path / "voc", teacher=teacher, student=student, output_dir=tmp_path / "run", crop_size=96,
+        image_size=256, max_steps=2, per_device_train_batch_size=1, calibration_images=1,
+    ))  # fmt: skip
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["teacher"]["mean_iou"] > 0.5 > results["student"]["mean_iou"]
     assert str(shared_data) not in (tmp_path / "run" / "config.json").read_text()

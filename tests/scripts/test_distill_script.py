@@ -1,4 +1,4 @@
-"""The scripts as a user starts them."""
+"""The scripts as a user starts them, and whole runs of the command behind them."""
 
 import importlib
 import itertools
@@ -7,20 +7,26 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from processes import exit_code
 from safetensors.torch import load_file
 
+from hf_bcd import BCDTrainer
+from hf_bcd.cli import run
 from hf_bcd.commands import distill
 
 
 ROOT = Path(__file__).parent.parent.parent
 DISTILL, EVALUATE = ROOT / "scripts" / "distill.py", ROOT / "scripts" / "evaluate.py"
+RECIPES = ROOT / "examples" / "recipes"
+DEMO = RECIPES / "synthetic" / "resnet18_to_resnet10.yaml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 TINY = [
     "--dataset_options.size", "[48, 64]",
@@ -34,13 +40,25 @@ TINY = [
 pytestmark = pytest.mark.slow
 
 
-def run(
-    *arguments: object, launcher: tuple[str, ...] = (sys.executable,), code: int = 0
-) -> subprocess.CompletedProcess:
-    command = [*launcher, *(str(argument) for argument in arguments)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+def start(*command: object, code: int = 0) -> subprocess.CompletedProcess:
+    """Runs a command line in a process of its own."""
+    done = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert done.returncode == code, done.stdout[-1500:] + done.stderr[-3000:]
     return done
+
+
+def distil(output_dir: Path, *options: object) -> None:
+    """Runs `hf-bcd distill` in this process."""
+    distill.main(["--output_dir", str(output_dir), *map(str, options), "--use_cpu", "true"])
+
+
+def student_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_students(*folders: Path) -> None:
+    first, second = map(student_of, folders)
+    assert all((first[name] == second[name]).all() for name in second)
 
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
@@ -51,7 +69,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The demo, shortened, started as the README says; its folder and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     options = ["--output_dir", folder, "--max_steps", 3, "--teacher_training.max_steps", 2, "--logging_steps", 1]
-    return folder, run(DISTILL, *options, *TINY, launcher=(*ACCELERATE, "--num_processes", "1")).stdout
+    return folder, start(*ACCELERATE, "--num_processes", "1", DISTILL, *options, *TINY).stdout
 
 
 def test_the_demo_leaves_a_complete_folder_and_a_table(demo: tuple[Path, str]) -> None:
@@ -74,7 +92,7 @@ def test_the_demo_leaves_a_complete_folder_and_a_table(demo: tuple[Path, str]) -
         assert f"{100 * results[name]['mean_iou']:.2f}" in printed
     assert results["protocol"]["split"] == "test" and results["protocol"]["num_images"] == 3
     assert f'pipeline("image-segmentation", "{folder}")' in printed
-    assert "teacher" not in load_file(folder / "model.safetensors")
+    assert "teacher" not in student_of(folder)
     card = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
     assert card["pipeline_tag"] == "image-segmentation" and "knowledge-distillation" in card["tags"]
     events = [path for path in folder.rglob("events.out.tfevents*") if path.parent.parent.parent == folder]
@@ -82,69 +100,60 @@ def test_the_demo_leaves_a_complete_folder_and_a_table(demo: tuple[Path, str]) -
 
 
 def test_the_printed_lines_load_the_student(demo: tuple[Path, str], tmp_path: Path) -> None:
-    folder, printed = demo
-    lines = printed[printed.index("import hf_bcd") :].strip().splitlines()[:3]
+    _, printed = demo
+    *imports, call = printed[printed.index("import hf_bcd") :].strip().splitlines()[:3]
     picture = tmp_path / "picture.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(picture)
-    lines[-1] = f"print([s['mask'].size for s in {lines[-1].replace('picture.jpg', str(picture))}])"
-    assert "(70, 50)" in run("-c", "\n".join(lines)).stdout
+    scope: dict[str, Any] = {}
+    exec("\n".join([*imports, f"found = {call.replace('picture.jpg', str(picture))}"]), scope)
+    assert scope["found"] and all(segment["mask"].size == (70, 50) for segment in scope["found"])
 
 
 def test_evaluate_repeats_the_runs_numbers(demo: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = demo
     data = ["--dataset_name", "synthetic", *TINY[:4]]
-    run(EVALUATE, "--student", folder, *data, "--output_dir", tmp_path, "--report_to", "none")
+    start(sys.executable, EVALUATE, "--student", folder, *data, "--output_dir", tmp_path, "--report_to", "none")
     scores = json.loads((tmp_path / "evaluation.json").read_text())["scores"]
     expected = json.loads((folder / "results.json").read_text())["student"]
     assert scores["mean_iou"] == expected["mean_iou"]
 
 
+def killed(folder: Path, options: list[object]) -> None:
+    """Distils until signal 9 ends the process in the fourth step."""
+    step, steps = BCDTrainer.training_step, itertools.count(1)
+
+    def training_step(self: BCDTrainer, *args: Any) -> torch.Tensor:
+        if self.teacher is not None and next(steps) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args)
+
+    BCDTrainer.training_step = training_step
+    distil(folder, *options)
+
+
 def test_a_killed_run_resumes_to_the_same_student(tmp_path: Path) -> None:
-    options = [
-        *TINY,
-        "--teacher_training.max_steps",
-        1,
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        2,
-        "--max_steps",
-        40,
-    ]
-    options += ["--with_baseline", "false", "--report_to", "none", "--dataloader_num_workers", 2]
-    command = [sys.executable, str(DISTILL), "--output_dir", str(tmp_path / "killed"), *map(str, options)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(3000):
-        if list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "model.safetensors").exists(), "finished before it could be killed"
-    run(DISTILL, "--output_dir", tmp_path / "killed", *options, "--resume_from_checkpoint", "true")
-    run(DISTILL, "--output_dir", tmp_path / "whole", *options)
-    killed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
-    assert all((killed[name] == whole[name]).all() for name in whole)
+    options = ["--config", DEMO, *TINY, "--teacher_training.max_steps", 1, "--max_steps", 6, "--report_to", "none"]
+    options += ["--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 3]
+    options += ["--with_baseline", "false", "--dataloader_num_workers", 2]
+    assert exit_code(killed, tmp_path / "killed", options) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    checkpoint = tmp_path / "killed" / "checkpoint-2" / "model.safetensors"
+    written = checkpoint.stat().st_mtime_ns
+    distil(tmp_path / "killed", *options, "--resume_from_checkpoint", "true")
+    assert checkpoint.stat().st_mtime_ns == written, "it began anew"
+    distil(tmp_path / "whole", *options)
+    assert_same_students(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_a_command_that_died_after_a_last_step_goes_on_to_the_same_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With teacher and baseline before their recipe is written, in the final evaluation and in the report."""
-    recipe = ROOT / "examples" / "recipes" / "synthetic" / "resnet18_to_resnet10.yaml"
-    options = ["--config", str(recipe), *TINY, "--report_to", "none", "--use_cpu", "true", "--losses", "{kd: {}}"]
-    options += [
-        "--max_steps",
-        "3",
-        "--teacher_training.max_steps",
-        "2",
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "2",
-    ]
-    command = ["--output_dir", str(tmp_path / "died"), *options, "--resume_from_checkpoint", "true"]
-    distill.main(["--output_dir", str(tmp_path / "whole"), *options])
+    died, whole = tmp_path / "died", tmp_path / "whole"
+    options = ["--config", DEMO, *TINY, "--report_to", "none", "--losses", "{kd: {}}", "--max_steps", 3]
+    options += ["--teacher_training.max_steps", 2, "--save_strategy", "steps", "--save_steps", 2]
+    distil(whole, *options)
+    options += ["--resume_from_checkpoint", "true"]
     deaths = [("runs.baseline.write_json", 1), ("runs.baseline.write_json", 2)]
     deaths += [("commands.distill.evaluate_model", 2), ("commands.distill.write_report", 1)]
     for name, call in deaths:
@@ -159,32 +168,22 @@ def test_a_command_that_died_after_a_last_step_goes_on_to_the_same_end(
                 return original(*args, **kwargs)
 
             patch.setattr(module, function, dies)
-            distill.main(command)
-        assert not (tmp_path / "died" / "results.json").exists()
+            distil(died, *options)
+        assert not (died / "results.json").exists()
     monkeypatch.setattr("hf_bcd.BCDTrainer.training_step", lambda *_: pytest.fail("trained again"))
     for _ in range(2):  # the second time it is a finished command that is repeated
-        distill.main(command)
-        died, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("died", "whole"))
-        assert all((died[name] == whole[name]).all() for name in whole)
-        died, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("died", "whole"))
-        assert [died[name] for name in ("teacher", "baseline", "student")] == [
-            whole[name] for name in ("teacher", "baseline", "student")
-        ]
+        distil(died, *options)
+        assert_same_students(died, whole)
+        found, expected = (json.loads((folder / "results.json").read_text()) for folder in (died, whole))
+        assert all(found[name] == expected[name] for name in ("teacher", "baseline", "student"))
 
 
 def test_any_method_is_named_on_the_command_line_over_a_recipe_that_starts_from_another(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    demo = ROOT / "examples" / "recipes" / "synthetic" / "resnet18_to_resnet10.yaml"
-    recipe.write_text(f"base: {os.path.relpath(demo, tmp_path)}\nwith_baseline: false\nlosses: {{kd: {{}}}}\n")
-    options = [
-        "--losses",
-        '{"cwd": {"weight": 3, "temperature": 5}}',
-        "--max_steps",
-        2,
-        "--teacher_training.max_steps",
-        1,
-    ]
-    run(DISTILL, "--config", recipe, "--output_dir", tmp_path / "run", *options, *TINY, "--report_to", "none")
+    recipe.write_text(f"base: {os.path.relpath(DEMO, tmp_path)}\nwith_baseline: false\nlosses: {{kd: {{}}}}\n")
+    options = [*TINY, "--max_steps", 2, "--teacher_training.max_steps", 1, "--report_to", "none"]
+    losses = '{"cwd": {"weight": 3, "temperature": 5}}'
+    distil(tmp_path / "run", "--config", recipe, *options, "--losses", losses)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "- loss: supervised loss + 3 · cwd/cwd\n" in card and "- options of cwd: temperature = 5\n" in card
     whole = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
@@ -198,20 +197,19 @@ def test_the_two_process_configuration_starts_two_processes(tmp_path: Path) -> N
     config = ROOT / "examples" / "accelerate_configs" / "cpu_x2.yaml"
     options = [*TINY, "--teacher_training.max_steps", 1, "--max_steps", 2, "--with_baseline", "false"]
     bare = ("env", "-u", "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES=")  # accelerate itself does not set the former
-    launcher = (*bare, *ACCELERATE, "--config_file", str(config))
-    done = run(DISTILL, "--output_dir", tmp_path, *options, launcher=launcher)
+    done = start(*bare, *ACCELERATE, "--config_file", config, DISTILL, "--output_dir", tmp_path, *options)
     assert "- processes: 2" in (tmp_path / "README.md").read_text()
     assert done.stdout.count("mIoU") == 1, "only the first process prints"
 
 
 def test_real_photographs_from_a_local_folder(shared_data: Path, tmp_path: Path) -> None:
-    recipe = ROOT / "examples" / "recipes" / "camvid" / "mobilenetv2_deeplabv3plus_to_mobilenetv2_fpn.yaml"
     weights = shared_data / "weights" / "mobilenetv2_100.tf_in1k.timm.safetensors"
-    run(
-        DISTILL, "--config", recipe, "--data_dir", shared_data / "camvid", "--output_dir", tmp_path,
-        "--student.weights", weights, "--teacher.weights", weights, "--max_steps", 1, "--teacher_training.max_steps", 1,
-        "--crop_size", 64, "--image_size", 90, "--per_device_train_batch_size", 2, "--calibration_images", 4,
-        "--max_eval_samples", 2, "--eval_strategy", "no", "--report_to", "none", "--dataloader_num_workers", 0,
+    distil(
+        tmp_path, "--config", RECIPES / "camvid" / "mobilenetv2_deeplabv3plus_to_mobilenetv2_fpn.yaml",
+        "--data_dir", shared_data / "camvid", "--student.weights", weights, "--teacher.weights", weights,
+        "--max_steps", 1, "--teacher_training.max_steps", 1, "--crop_size", 64, "--image_size", 90,
+        "--per_device_train_batch_size", 2, "--calibration_images", 4, "--max_eval_samples", 2, "--eval_strategy", "no",
+        "--report_to", "none", "--dataloader_num_workers", 0,
     )  # fmt: skip
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["protocol"]["dataset"] == "camvid" and results["protocol"]["num_labels"] == 11
@@ -227,7 +225,6 @@ def test_real_photographs_from_a_local_folder(shared_data: Path, tmp_path: Path)
     ],
 )
 def test_mistakes_end_in_one_line(options: list[str], message: str, tmp_path: Path) -> None:
-    done = run(DISTILL, "--output_dir", tmp_path, *options, code=1)
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and message in last
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as end:
+        run(lambda: distil(tmp_path, *options))
+    assert str(end.value).startswith("error: ") and message in str(end.value) and "\n" not in str(end.value)

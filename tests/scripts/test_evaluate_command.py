@@ -12,12 +12,11 @@ from hf_bcd.commands.evaluate import main, size_to_show
 from hf_bcd.runs import experiment
 
 
-DATA = ["--dataset_name", "synthetic", "--dataset_options", "{size: [48, 64], num_images: {test: 2}}"]
+DATA = {"dataset_name": "synthetic", "dataset_options": "{size: [48, 64], num_images: {test: 2}}"}
 
 
-def evaluate(folder: Path, output: Path, *argv: str) -> dict:
-    options = ["--use_cpu", "true", "--report_to", "none", "--dataloader_num_workers", "0", "--disable_tqdm", "true"]
-    main(["--student", str(folder), *DATA, "--output_dir", str(output), *options, *argv])
+def evaluate(folder: Path, output: Path, **options: object) -> dict:
+    main(tiny.command_line(student=folder, output_dir=output, **DATA, **options))
     return json.loads((output / "evaluation.json").read_text())
 
 
@@ -31,7 +30,7 @@ def test_the_size_that_a_student_was_trained_at_holds(tmp_path: Path, caplog: py
     assert found["protocol"]["input"] == "short side resized to 24, aspect ratio kept"
     expected = experiment.evaluate_model(run.student, tiny.config(tmp_path, image_size=24), data["test"])
     assert found["scores"]["mean_iou"] == pytest.approx(expected["mean_iou"])
-    other = evaluate(tmp_path / "student", tmp_path, "--image_size", "48")
+    other = evaluate(tmp_path / "student", tmp_path, image_size=48)
     assert other["protocol"]["input"].startswith("short side resized to 48")
     assert other["scores"]["mean_iou"] != found["scores"]["mean_iou"]
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from torch.utils.data import Dataset
 
 from hf_bcd import BCDTrainer
@@ -82,27 +81,3 @@ def test_a_method_trains_beside_bcd(scenes: FixedScenes, tmp_path: Path) -> None
             for k, w in run.distiller.criterion.weights.items()
         ]
         assert logged == pytest.approx(tiny.history(run, "loss_task")[step] + sum(parts), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_discriminators_and_memories_survive_an_interruption_bit_for_bit(tmp_path: Path) -> None:
-    losses = {name: OPTIONS[name] for name in ("skd", "cirkd")}
-
-    def begin(name: str) -> BCDTrainer:
-        options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 100, "train_sampling_strategy": "random"}
-        return start(tmp_path / name, losses, **options)
-
-    whole, part, resumed = begin("whole"), begin("part"), begin("part")
-    whole.train()
-    part.add_callback(tiny.StopAt(2))
-    part.train()
-    fresh = {key: tensor.clone() for key, tensor in resumed.distiller.criterion.state_dict().items()}
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 5
-    for term in ("loss", "loss_task", *whole.distiller.criterion.weights):
-        assert tiny.history(resumed, term) == tiny.history(whole, term), term
-    expected, found = whole.distiller.state_dict(), resumed.distiller.state_dict()
-    assert expected.keys() == found.keys()
-    assert not [key for key in expected if not torch.equal(expected[key], found[key])]
-    moved = [key for key, tensor in fresh.items() if not torch.equal(tensor, found[f"criterion.{key}"])]
-    assert any("adversary" in key for key in moved) and any(key.endswith("entries") for key in moved)

@@ -1,16 +1,15 @@
 """A saved student predicts, in another process that knows only its folder, what the trainer measured."""
 
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_segformer, tiny_timm, trainer
-from transformers import PreTrainedModel
 
 from hf_bcd import BCDTrainer
 from hf_bcd.data.synthetic.scenes import SyntheticScenes
@@ -48,23 +47,21 @@ for folder in map(Path, sys.argv[2:]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", [tiny_segformer, tiny_timm])
-def test_saved_student_predicts_what_the_trainer_predicts(
-    student: Callable[[], PreTrainedModel], tmp_path: Path
-) -> None:
+def test_saved_students_predict_what_the_trainer_predicts(tmp_path: Path) -> None:
     scenes = [SyntheticScenes(size=size, num_images=1, seed=1)[0] for size in SIZES]
     for index, scene in enumerate(scenes):
         scene["image"].save(tmp_path / f"{index}.png")
 
     expected: dict[Path, list[np.ndarray]] = {}
-    for image_size in IMAGE_SIZES:
-        folder = tmp_path / f"student_{image_size}"
+    for student, image_size in itertools.product((tiny_segformer, tiny_timm), IMAGE_SIZES):
+        folder = tmp_path / f"{student.__name__}_{image_size}"
         run = trainer(folder, student(), max_steps=2, image_size=image_size)
         run.train()
         transform = run.task.eval_transform(run.processing_class)
         samples = [transform(scene) for scene in scenes]
         balance_classes(run, samples[0]["pixel_values"])
         run.save_model()
+        assert "use_cache" not in (folder / "config.json").read_text() and not list(folder.glob("*.bin"))
         expected[folder] = [
             run.distiller.student.predict(sample["pixel_values"][None], [tuple(sample["labels"].shape)])[0].numpy()
             for sample in samples

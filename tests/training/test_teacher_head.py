@@ -6,18 +6,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
+from adapters.adapter_tiny_models import mobilenet_v2
 
 from hf_bcd import TimmSegmentationModel
 from hf_bcd.runs.arguments import ModelArguments
 from hf_bcd.runs.baseline import prepare_teacher
-
-
-def tiny_mobilenet() -> MobileNetV2ForSemanticSegmentation:
-    torch.manual_seed(0)
-    label2id = {name: index for index, name in tiny.ID2LABEL.items()}
-    config = MobileNetV2Config(depth_multiplier=0.35, id2label=tiny.ID2LABEL, label2id=label2id)
-    return MobileNetV2ForSemanticSegmentation(config)
 
 
 def decided_teacher() -> TimmSegmentationModel:
@@ -52,7 +45,7 @@ def test_what_cannot_be_offered_is_refused_before_a_baseline_is_trained(
     losses: dict[str, Any], compiled: bool, message: str, tmp_path: Path
 ) -> None:
     config = tiny.config(tmp_path, losses=losses, torch_compile=compiled)
-    teacher = tiny_mobilenet()
+    teacher = mobilenet_v2(32, tf_padding=True, **tiny.labels())
     with pytest.raises(ValueError, match=message):
         tiny.trainer(tmp_path, teacher=teacher, losses=losses, torch_compile=compiled)
     teacher.save_pretrained(tmp_path / "teacher")

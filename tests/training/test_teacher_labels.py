@@ -11,15 +11,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from adapters.adapter_tiny_models import mask2former
 from torch import nn
-from transformers import (
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    PreTrainedModel,
-    SegformerConfig,
-    SegformerModel,
-    SwinConfig,
-)
+from transformers import PreTrainedModel, SegformerConfig, SegformerModel
 
 from hf_bcd import BCDTrainer, SemanticMetrics
 from hf_bcd.adapters import adapt
@@ -39,16 +33,7 @@ EXTRA = ["fountain", "awning", "stage"]
 
 def tiny_mask2former() -> PreTrainedModel:
     torch.manual_seed(0)
-    backbone = SwinConfig(
-        embed_dim=8, depths=[1] * 4, num_heads=[1, 2, 2, 4], window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = Mask2FormerConfig(
-        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
-        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=20,
-        id2label=tiny.ID2LABEL, label2id={name: index for index, name in tiny.ID2LABEL.items()},
-    )  # fmt: skip
-    return Mask2FormerForUniversalSegmentation(config)
+    return mask2former(num_queries=20, **tiny.labels())
 
 
 def classifier(model: Any) -> Any:
@@ -220,14 +205,12 @@ def test_a_run_reports_a_teacher_with_other_classes(
     )
     options = {
         "teacher": tmp_path / "teacher", "label_synonyms": tmp_path / "synonyms.json", "dataset_name": "synthetic",
-        "student": "{backbone: resnet10t, options: {head_channels: 8}}", "output_dir": tmp_path / "run",
-        "dataset_options": "{size: [48, 64], num_images: {train: 4, validation: 2, test: 2}}", "max_steps": 1,
-        "per_device_train_batch_size": 2, "crop_size": 48, "calibration_images": 4, "eval_strategy": "no",
-        "save_strategy": "no", "report_to": "none", "use_cpu": "true", "dataloader_num_workers": 0,
+        "student": "{backbone: resnet10t, options: {head_channels: 8}}", "output_dir": tmp_path / "run", "max_steps": 1,
+        "dataset_options": "{size: [48, 64], num_images: {train: 4, validation: 2, test: 2}}",
         "losses": "{bcd: {teacher_head: logits}}",
     }  # fmt: skip
     with caplog.at_level(logging.INFO):
-        distill.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+        distill.main(tiny.command_line(**options))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert 0 <= results["teacher"]["mean_iou"] <= 1 and len(results["teacher"]["per_class_iou"]) == 8
     found = json.loads((tmp_path / "run" / "label_map.json").read_text())
