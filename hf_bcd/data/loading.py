@@ -213,7 +213,7 @@ def _assemble(
     if len(renamed) < len(splits):
         raise UserError(f"{source}: several of the splits {', '.join(splits)} stand for the same one; keep one.")
     for split, rows in renamed.items():
-        if next(iter(rows), None) is None:
+        if not (len(rows) if hasattr(rows, "__len__") else any(True for _ in rows)):
             raise UserError(f"{source}: split {split!r} holds no images.")
     if id2label is not None:
         id2label = read_id2label(id2label)
