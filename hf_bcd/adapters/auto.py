@@ -74,9 +74,16 @@ def adapt(model: PreTrainedModel | DenseAdapter) -> DenseAdapter:
     if isinstance(model, DenseAdapter):
         return model
     processor = own_processor(model)
-    adapter = build_adapter(model, *statistics_of(processor, model))
-    if processor is not None:
-        compare_inputs(adapter, processor)
+    try:
+        mean, std = statistics_of(processor, model)
+        adapter = build_adapter(model, mean, std)
+        if processor is not None:
+            compare_inputs(adapter, processor)
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        if processor is None or isinstance(error, UserError):
+            raise
+        said = shortened(f"{type(error).__name__}: {error}")
+        raise UserError(f"{model.name_or_path}: its {type(processor).__name__} cannot be used ({said}).") from error
     return adapter
 
 
@@ -94,9 +101,11 @@ def own_processor(model: PreTrainedModel) -> BaseImageProcessor | None:
         raise UserError(f"{file}: no image processor's configuration, which is a JSON object.")
     try:
         return transformers.AutoImageProcessor.from_pretrained(model.name_or_path, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whatever kind a strange value in the file leads to
         if file.is_file():
             raise UserError(f"{file}: the model's image processor cannot be loaded ({shortened(error)}).") from error
+        if not isinstance(error, OSError | ValueError):
+            raise
         mean, std = adapter_class(model).family_statistics(model)
         logger.warning(
             f"No image processor beside {model.name_or_path!r}; images are normalised as is usual for "

@@ -197,6 +197,8 @@ def _probed(data: DenseDatasets) -> DenseDatasets:
                 ", ".join(map(str, sorted(found.stored))),
             )
             continue
+        elif train is not None:
+            found.compare_palettes(train, split)
         kept[split] = replace(dataset, notes=tuple(notes))
     return DenseDatasets({split: kept[split] for split in data if split in kept})
 

@@ -53,6 +53,22 @@ class Survey:
     isolated: int = 0
     _colours: dict[int, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
+    def compare_palettes(self, other: "Survey", split: str) -> None:
+        """Warns of an index that is another colour in another split, where files may come from another tool."""
+        for index, (colour, name) in self._colours.items():
+            theirs, where = other._colours.get(index, (colour, name))
+            if theirs != colour:
+                logger.warning(
+                    "%s: index %d of the palette is the colour %s, but %s in %s. Please check that %r has the same ids.",
+                    name,
+                    index,
+                    colour,
+                    theirs,
+                    where,
+                    split,
+                )
+                return
+
     def add(self, row: Row, *, with_image: bool) -> None:
         """Decodes a row, its image too if asked; raises as `read_sample` does, and for palettes that differ."""
         mask = row.mask()

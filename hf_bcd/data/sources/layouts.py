@@ -16,7 +16,7 @@ from .coco import import_extra, open_instances, open_panoptic
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 Pairs = list[tuple[str, str]]
 
