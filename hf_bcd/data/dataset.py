@@ -26,6 +26,13 @@ SPLIT_ALIASES = {
 }
 
 
+def usual_name(split: str) -> str:
+    """`train`, `validation` or `test` for a split of another spelling; any other name as it is."""
+    name = split.lower()
+    name = SPLIT_ALIASES.get(name, name)
+    return name if name in SPLIT_ALIASES.values() else split
+
+
 def aliases_of(split: str) -> list[str]:
     """Other names of a split."""
     return [alias for alias, name in SPLIT_ALIASES.items() if name == split]
@@ -202,7 +209,7 @@ class DenseDatasets(Mapping[str, DenseDataset]):
         self._splits = dict(splits)
 
     def __getitem__(self, split: str) -> DenseDataset:
-        name = SPLIT_ALIASES.get(split, split)
+        name = usual_name(split)
         if name not in self._splits:
             raise KeyError(f"no split {split!r}; this data set has {', '.join(self._splits)}")
         return self._splits[name]

@@ -18,6 +18,7 @@ from ..utils.text import shortened
 
 IGNORE_INDEX = 255
 MAX_LABELS = IGNORE_INDEX  # ids 0..254; 255 marks void pixels
+VOID_NAMES = ("background", "ignore", "ignored", "undefined", "unlabeled", "unlabelled", "unlabel", "void")
 _TABLE_SIZE = 1 << 16  # every id that an 8-bit or 16-bit mask can hold
 
 ColourId = tuple[tuple[int, int, int], int]  # colour, and the id that it stands for
@@ -212,6 +213,8 @@ def read_id2label(source: NameSource) -> dict[int, str]:
         if int(index) in id2label:
             raise UserError(f"{origin}: id {index} has two names, {id2label[int(index)]!r} and {label!r}; keep one.")
         id2label[int(index)] = label
+    if id2label.get(IGNORE_INDEX, "").casefold() in VOID_NAMES:  # which it is without a name
+        del id2label[IGNORE_INDEX]
     id2label = dict(sorted(id2label.items()))
     if list(id2label) != list(range(len(id2label))) or not 1 <= len(id2label) <= MAX_LABELS:
         holes = sorted(set(range(max(id2label, default=0))) - id2label.keys())[:5]

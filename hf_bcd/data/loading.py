@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.messages import UserError
 from .dataset import (
-    SPLIT_ALIASES,
     DenseDataset,
     DenseDatasets,
     ReadRows,
     Row,
     UnlabelledError,
     aliases_of,
+    usual_name,
 )
 from .labels import MAX_LABELS, LabelRule, NameSource, read_id2label
 from .probing import PROBED_ROWS, Survey, infer_id2label, is_labelled, judge, probed_rows, survey
@@ -109,6 +109,10 @@ def load_dense_dataset(
             )
         if streaming and (data_dir is not None or name_or_path == "synthetic"):
             raise _nothing_to_stream(data_dir or name_or_path)
+        if Path(name_or_path).is_dir():
+            logger.warning(
+                "%r is the known data set of that name; the folder %s here would be ./%s.", *[name_or_path] * 3
+            )
         if name_or_path == "synthetic":
             return _load_scenes(**scene_options)
         opened = open_known(name_or_path, data_dir, open_tables, max_eval_samples if streaming else None)
@@ -211,7 +215,7 @@ def _assemble(
     rule: LabelRule,
     revision: str | None = None,
 ) -> DenseDatasets:
-    renamed = {SPLIT_ALIASES.get(split, split): rows for split, rows in splits.items()}
+    renamed = {usual_name(split): rows for split, rows in splits.items()}
     if len(renamed) < len(splits):
         raise UserError(f"{source}: several of the splits {', '.join(splits)} stand for the same one; keep one.")
     for split, rows in renamed.items():

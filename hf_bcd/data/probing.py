@@ -13,7 +13,7 @@ from PIL import Image
 from ..utils.messages import UserError
 from .dataset import Row, UnlabelledError, read_sample
 from .images import read_image
-from .labels import IGNORE_INDEX, MAX_LABELS, LabelRule
+from .labels import IGNORE_INDEX, MAX_LABELS, VOID_NAMES, LabelRule
 
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ PROBED_MASKS = 16  # spread over a split
 FEWEST_MASKS = 4  # a trial with fewer is only warned of
 # of real masks at most 1.5 % of the pixels on borders, after JPEG or interpolation at least 3 %
 MAX_ISOLATED = 0.025
-VOID_NAMES = ("background", "ignore", "undefined", "unlabeled", "unlabelled", "void")
 
 
 @dataclass(eq=False)

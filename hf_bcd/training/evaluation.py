@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from ..adapters import DenseAdapter, image_processor
-from ..data import DenseDataset, DenseStream
+from ..data import DenseDataset, DenseStream, joined
 from ..tasks import Task, task_of
 from ..utils.distributed import is_distributed
 from ..utils.messages import UserError
@@ -116,6 +116,7 @@ def with_transform(dataset: Any, transform: Callable, seed: int) -> Any:
     """
     if isinstance(dataset, dict):  # Trainer takes several evaluation sets by name
         return {name: with_transform(one, transform, seed) for name, one in dataset.items()}
+    dataset = joined(dataset)
     if isinstance(dataset, DenseDataset | DenseStream):
         return dataset.with_transform(transform, seed=seed)
     columns = getattr(dataset, "column_names", None) or ()

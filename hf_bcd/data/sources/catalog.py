@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...utils.messages import UserError
-from ..dataset import SPLIT_ALIASES
+from ..dataset import usual_name
 from ..labels import IGNORE_INDEX, ColourId, LabelRule, read_id2label
 from ..probing import PROBED_ROWS, choose_encoding, survey
 from . import layouts
@@ -237,7 +237,7 @@ def open_known(
         options = {"revision": copy.revision, "data_files": copy.data_files}
         try:
             found = open_tables(copy.repo, copy.repo, copy.image_column, copy.label_column, **options)
-            named = {SPLIT_ALIASES.get(split, split): rows for split, rows in found.items()}
+            named = {usual_name(split): rows for split, rows in found.items()}
             if missing := [split for split in spec.images if split not in named]:
                 raise UserError(
                     f"{copy.repo} has the splits {', '.join(found)}, but {', '.join(missing)} is expected."

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ...utils.files import read_text
 from ...utils.messages import UserError
-from ..dataset import SPLIT_ALIASES, ReadRows, Row, Rows, read_files
+from ..dataset import ReadRows, Row, Rows, read_files, usual_name
 from .coco import import_extra, open_instances, open_panoptic
 
 
@@ -38,7 +38,7 @@ def pair_folders(root: Path, folders: Mapping[str, tuple[str, str]]) -> dict[str
         images, masks = (root / name for name in names)
         if images.is_dir():
             labelled = masks.is_dir() and any(path.suffix.lower() in EXTENSIONS for path in masks.iterdir())
-            if not labelled and SPLIT_ALIASES.get(split, split) != "train" and any(images.iterdir()):
+            if not labelled and usual_name(split) != "train" and any(images.iterdir()):
                 logger.warning("%s: split %r is left out, since %s holds no masks.", root, split, masks)
                 continue
             splits[split] = ReadRows(_pair(files_by_stem(images), files_by_stem(masks), images, masks), read_files)
