@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..utils.messages import UserError
 
@@ -41,7 +41,8 @@ def read_image(file: str | Path | bytes | Image.Image, name: str, *, exact: bool
             "tiles; or, where you trust your files, set PIL.Image.MAX_IMAGE_PIXELS to more than its pixels in a script."
         ) from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{name}: cannot be decoded as an image ({error}). Replace or remove the file.") from error
+        said = "in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UserError(f"{name}: cannot be decoded as an image ({said}). Replace or remove the file.") from error
     form = str(form[0] if isinstance(form, tuple) and form else form)  # how the file packs its values
     if ";16" in form and not image.mode.startswith("I"):
         raise UserError(
