@@ -26,7 +26,10 @@ class LogitsModel(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = copy.deepcopy(model)
-        tensorflow = getattr(model.config, "tf_padding", False)  # MobileNetV2 of transformers
+        # MobileNetV2 of transformers computes its padding from the size, unless its configuration says no
+        tensorflow = getattr(model.config, "tf_padding", False)
+        if tensorflow:
+            self.model.config.tf_padding = False
         for layer in self.model.modules():
             bins = layer.output_size if isinstance(layer, nn.AdaptiveAvgPool2d) else None
             if isinstance(bins, int) and bins > 1:
@@ -37,6 +40,8 @@ class LogitsModel(nn.Module):
                 padded = partial(same_convolution, layer, list(layer.stride))
                 # with stride and kernel 1, so that whoever pads for this layer adds nothing
                 vars(layer).update(forward=padded, stride=(1, 1), kernel_size=(1, 1))
+            elif isinstance(layer, nn.Conv2d) and tensorflow:  # a constant at stride 1
+                layer.padding = tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
         self.eval()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
