@@ -108,14 +108,21 @@ def evaluated(model: nn.Module) -> Iterator[None]:
         model.train(mode)
 
 
+def each(function: Callable[[Any], Any], dataset: Any) -> Any:
+    """A function of a data set, or of several by name, as Trainer takes them for evaluation."""
+    if isinstance(dataset, Mapping):
+        return {name: function(one) for name, one in dataset.items()}
+    return function(dataset)
+
+
 def with_transform(dataset: Any, transform: Callable, seed: int) -> Any:
     """Adds a transform to canonical samples; leaves data sets that already yield tensors as they are.
 
     Raises:
         UserError: for a table of `datasets`, which has no label rule yet.
     """
-    if isinstance(dataset, dict):  # Trainer takes several evaluation sets by name
-        return {name: with_transform(one, transform, seed) for name, one in dataset.items()}
+    if isinstance(dataset, Mapping):
+        return each(lambda one: with_transform(one, transform, seed), dataset)
     dataset = joined(dataset)
     if isinstance(dataset, DenseDataset | DenseStream):
         return dataset.with_transform(transform, seed=seed)

@@ -1,4 +1,4 @@
-"""What of `Trainer`'s promises holds here: each argument and data set is used, or refused before training."""
+"""Arguments and data sets of `Trainer`: each is used here, or refused before training."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ..data import DenseStream, joined
+from ..data import DenseStream
 from ..data.dataset import TransformedDataset, torch_seed
 from ..tasks import Task
 from ..utils.messages import UserError, unknown_key_message
@@ -68,18 +68,6 @@ def settle_early_stopping(args: BCDConfig, callbacks: Iterable[Any], first_score
             raise UserError("EarlyStoppingCallback compares evaluations, but eval_strategy is no; set eval_strategy.")
         if args.metric_for_best_model is None:
             args.metric_for_best_model, args.greater_is_better = first_score, True
-
-
-def each(function: Any, dataset: Any) -> Any:
-    """A function of a data set, or of several by name."""
-    if isinstance(dataset, Mapping):
-        return {name: function(one) for name, one in dataset.items()}
-    return function(dataset)
-
-
-def one_set(dataset: Any) -> Any:
-    """A data set, or several by name, with their subsets and concatenations as one each; see `joined`."""
-    return each(joined, dataset)
 
 
 def check_samples(task: Task, num_labels: int, **datasets: Any) -> None:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..adapters import DenseAdapter, image_processor
 from ..adapters.loading import load_adapter
-from ..data import TransformedStream
+from ..data import TransformedStream, joined
 from ..outputs import DenseOutput
 from ..tasks import task_of
 from ..utils.messages import UserError
@@ -29,10 +29,10 @@ from . import checkpoints
 from .callbacks import DistillationCallback, FiniteCallback, InterruptCallback, PictureCallback, check_finite
 from .config import BCDConfig
 from .distiller import Distiller
-from .evaluation import evaluate, moved, predict_batch, stacked, with_transform
+from .evaluation import each, evaluate, moved, predict_batch, stacked, with_transform
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
-from .inherited import check_samples, one_set, refuse, settle_early_stopping, settle_evaluation
+from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
 from .recording import write_training_card
 from .teaching import prepare
 from .terms import TermMeans
@@ -91,7 +91,7 @@ class BCDTrainer(Trainer):
         )  # nn.DataParallel cannot carry the teacher's outputs; launch several processes
         fit_loaders(args)
         refuse(kwargs)
-        train_dataset, eval_dataset = one_set(train_dataset), one_set(eval_dataset)
+        train_dataset, eval_dataset = joined(train_dataset), each(joined, eval_dataset)
         first = next(iter(eval_dataset.values()), None) if isinstance(eval_dataset, Mapping) else eval_dataset
         reference = train_dataset if first is None else first
         self.task = task_of(reference)
