@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
@@ -17,6 +16,7 @@ from ..tasks import Task, task_of
 from ..utils.distributed import is_distributed
 from ..utils.messages import UserError
 from .config import BCDConfig
+from .loaders import part_of_process
 
 
 def evaluate(
@@ -58,21 +58,6 @@ def evaluate(
     if kept is None:
         metric.gather()
     return {**metric.compute(), "num_samples": len(samples)}
-
-
-def part_of_process(samples: Any, task: Task, args: BCDConfig, *, whole: bool = False) -> DataLoader:
-    """A loader of every n-th sample for the n processes, nothing padded, dropped or read twice; or of the `whole`."""
-    mine = samples if whole else Subset(samples, range(args.process_index, len(samples), args.world_size))
-    workers = args.dataloader_num_workers
-    return DataLoader(
-        mine,
-        batch_size=args.per_device_eval_batch_size,
-        collate_fn=task.collate,
-        num_workers=workers,
-        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-        prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-    )
 
 
 def predict_batch(model: DenseAdapter, task: Task, batch: Mapping[str, Any]) -> list[Any]:

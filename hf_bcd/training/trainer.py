@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from accelerate.data_loader import prepare_data_loader
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -33,6 +32,7 @@ from .evaluation import each, evaluate, moved, predict_batch, stacked, with_tran
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
+from .loaders import spread_samples, stream_loader
 from .recording import write_training_card
 from .teaching import prepare
 from .terms import TermMeans
@@ -229,44 +229,25 @@ class BCDTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The loader of the training samples; a stream divides itself among ranks and loader workers."""
-        stream, args = self.train_dataset, self.args
-        if not isinstance(stream, TransformedStream):
-            loader = super().get_train_dataloader()
-            if isinstance(stream, Sized) and len(loader) == 0:
-                raise UserError(
-                    f"{len(stream)} training images are less than a batch of {self._train_batch_size}, and "
-                    "dataloader_drop_last drops that. Lower per_device_train_batch_size."
-                )
-            # workers are seeded apart from the model's dropout, which must not depend on when they start
-            loader.base_dataloader.generator = torch.Generator()  # type: ignore[attr-defined]
-            return loader
-        loader = DataLoader(
-            stream.for_rank(args.process_index, args.world_size, args.dataloader_num_workers),
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-        )
-        # as Accelerator.prepare does, but for one process: more would divide the stream a second time
-        return prepare_data_loader(
-            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
-        )
+        dataset = self.train_dataset
+        if isinstance(dataset, TransformedStream):
+            return stream_loader(dataset, self.args, self._train_batch_size, self.data_collator)
+        loader = super().get_train_dataloader()
+        if isinstance(dataset, Sized) and len(loader) == 0:
+            raise UserError(
+                f"{len(dataset)} training images are less than a batch of {self._train_batch_size}, and "
+                "dataloader_drop_last drops that. Lower per_device_train_batch_size."
+            )
+        # workers are seeded apart from the model's dropout, which must not depend on when they start
+        loader.base_dataloader.generator = torch.Generator()  # type: ignore[attr-defined]
+        return loader
 
     def calibrate(self) -> None:
         """Fits the teacher's head on training images: the same ones on every rank, so that all ranks agree."""
         criterion = self.distiller.criterion
         if self.teacher is None or not criterion.needs_calibration:
             return
-        assert self.train_dataset is not None
-        count = self.args.calibration_images
-        if isinstance(self.train_dataset, TransformedStream):
-            samples = self.train_dataset.first(count)
-        else:
-            count = min(count, len(self.train_dataset))  # type: ignore[arg-type]
-            step = len(self.train_dataset) / count  # type: ignore[arg-type]
-            samples = [self.train_dataset[int(i * step)] for i in range(count)]
+        samples = spread_samples(self.train_dataset, self.args.calibration_images)
         batches, size, quiet = [], CALIBRATION_BATCH, self.args.disable_tqdm
         for start in tqdm(range(0, len(samples), size), desc="Teacher on calibration images", disable=quiet):
             batch = self._prepare_inputs(self.data_collator(samples[start : start + size]))
