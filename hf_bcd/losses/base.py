@@ -129,7 +129,18 @@ class DistillationLoss(nn.Module, ABC):
 
 
 def check_positive(**options: float) -> None:
-    """Raises a `UserError` that names the first option that is not > 0."""
+    """Raises a `UserError` that names the first option that is not a number > 0; float32 is to hold its reciprocal too."""
     for name, value in options.items():
-        if not value > 0:
-            raise UserError(f"{name} is {value!r}; it must be > 0.")
+        if not (is_number(value) and 1e-6 <= value <= 1e6):
+            raise UserError(f"{name} is {value!r}; it must be a number > 0, between 1e-6 and 1e6.")
+
+
+def check_weight(term: str, weight: float) -> None:
+    """Raises a `UserError` that names a term whose weight is not a number, negative or so large that float32 loses the rest."""
+    if not (is_number(weight) and 0 <= weight < 1e9):
+        raise UserError(f"weight of {term} is {weight!r}; it must be a finite number >= 0, below 1e9.")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a whole number or a float; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ from ..utils.distributed import all_reduce_sum
 from .base import DistillationLoss, Pair, check_positive
 from .modules.connectors import FeaturePair
 from .ops.functional import (
+    check_tau,
     divergence,
     full_precision,
     image_means,
@@ -38,6 +39,7 @@ def dkd_loss(
     Returns:
         The two terms, scalars >= 0 in nat, 0 for equal scores; float32 or float64.
     """
+    check_tau(temperature)
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     true, pairs = classes >= 0.5, []
     for z in (student / temperature, teacher / temperature):

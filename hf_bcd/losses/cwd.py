@@ -54,6 +54,8 @@ class CWDLoss(DistillationLoss):
         super().__init__(pair)
         if on not in get_args(Source):
             raise UserError(f"on is {on!r}; choose one of {', '.join(get_args(Source))}.")
+        if on == "logits" and level is not None:
+            raise UserError(f"level is {level!r}, but logits have none; leave it out, or give on: features.")
         check_positive(temperature=temperature)
         self.temperature, self.needs = temperature, frozenset({on})
         self.pair = FeaturePair(pair, level, bias=False) if on == "features" else None
