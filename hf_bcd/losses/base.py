@@ -75,7 +75,7 @@ class DistillationLoss(nn.Module, ABC):
 
     A subclass takes the pair and, by keyword, the options of a recipe. Each term is a mean over images of one number an
     image, so that ranks and accumulated batches add up to the whole batch, and 0 with a gradient where no pixel is
-    valid. Maths runs outside autocast, in float32 (float64 for float64 input).
+    valid. Statistics of a batch are those of all ranks; accumulated batches each have their own, as `checked` then says. Maths runs outside autocast, in float32 (float64 for float64 input).
     """
 
     # these five a class states for its default options; an instance whose options change them has its own

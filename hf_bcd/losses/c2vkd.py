@@ -99,7 +99,8 @@ class C2VKDLoss(DistillationLoss):
     checked = (
         "official script for the feature terms and weights, DKD's official code (mdistiller) for the decoupled loss, "
         "whose file C2VKD did not release; with its weights the feature and covariance terms are next to nothing (1e-3 and 1e-7 "
-        "of the task's gradient); no linguistic term, void pixels left out, beside the task's cross-entropy"
+        "of the task's gradient); no linguistic term, void pixels left out, beside the task's cross-entropy; the covariance is "
+        "that of a forward pass, so accumulated batches do not add up to one; lengths below 1e-4 count as 1e-4"
     )
     reference = "zheng2023distilling"
 

@@ -180,6 +180,10 @@ def test_default_weights_follow_the_mode():
     assert weights_of({"bcd": {"weight": 0.5}}) == {"bcd/boundary": 0.5, "bcd/context": 0.5}
 
 
+def test_default_weights_of_cwd_follow_what_it_compares():
+    assert weights_of({"cwd": {}}) == {"cwd/cwd": 3} and weights_of({"cwd": {"on": "features"}}) == {"cwd/cwd": 50}
+
+
 def test_a_single_weight_is_that_of_the_methods_own_terms():
     assert weights_of({"ifvd": {"weight": 20}}) == {"ifvd/variation": 20, "ifvd/kd": 10, "ifvd/adversarial": 0.001}
     every = {name: cls for name, cls in LOSSES.items() if cls.borrowed}

@@ -127,8 +127,11 @@ def attention_map(features: Tensor) -> Tensor:
 
 
 def unit_vectors(x: Tensor, dim: int) -> Tensor:
-    """Vectors along `dim` divided by their length, or by 1e-4 where they are shorter: 0 for 0."""
-    # a larger floor than usual: the gradient of a vector of zeros is divided by it
+    """Vectors along `dim` divided by their length, or by 1e-4 where they are shorter: 0 for 0.
+
+    The floor is 1e-8 or 1e-12 in official codes. The gradient of a vector of zeros is divided by it, which would end a run;
+    cosines of features that are shorter than 1e-4 throughout are too small here.
+    """
     return F.normalize(x, dim=dim, eps=1e-4)
 
 
