@@ -112,10 +112,7 @@ def check_ids(ids: Tensor, num_labels: int, ignore_index: int, name: str) -> Non
     Raises:
         UserError: naming the ids, and `ignore_index` inside the classes.
     """
-    if 0 <= ignore_index < num_labels:
-        raise UserError(
-            f"ignore_index {ignore_index} is one of the {num_labels} classes; choose a number beyond them."
-        )
+    check_ignore_index(ignore_index, num_labels)
     low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
     if 0 <= low and high < num_labels:
         return
@@ -126,6 +123,14 @@ def check_ids(ids: Tensor, num_labels: int, ignore_index: int, name: str) -> Non
         raise UserError(
             f"{name} hold the ids [{shown}], which are neither one of the {num_labels} classes nor ignore_index="
             f"{ignore_index}. Give void pixels the id {ignore_index}."
+        )
+
+
+def check_ignore_index(ignore_index: int, num_labels: int) -> None:
+    """Raises a `UserError` for an id of void pixels that is a class too."""
+    if 0 <= ignore_index < num_labels:
+        raise UserError(
+            f"ignore_index {ignore_index} is one of the {num_labels} classes; choose a number beyond them."
         )
 
 

@@ -8,7 +8,7 @@ import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 STARTS_AS_PATH = re.compile(r"^(/|~|\.{1,2}/|[A-Za-z]:\\)")
 # seconds: a connection that stays silent for longer is dead, and nobody waits longer in silence for a rate limit
 SILENCE, RATE_LIMIT_WAIT = 120, 30
+STATE = "trainer_state.json"
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
 STUDENT_FILES = [
     "config.json", "preprocessor_config.json", "README.md", "results.json", "model.safetensors.index.json", "figures/*",
@@ -143,8 +144,9 @@ def student_files(folder: Path, token: str | None = None, *, finished: bool = Tr
     Checkpoints, optimizer states and logs are left out. In a `finished` run's folder there must be a card.
 
     Raises:
-        HubError: if there is no model or card, config.json names a local path, any text holds an access token, or the
-            card's YAML is not valid: nothing is pushed that belongs to this machine alone, or that the Hub cannot read.
+        HubError: if there is no model or card, config.json names a local path, a file is a link out of the folder, any text
+            holds an access token or a path of this machine, or the card's YAML is not valid: nothing is pushed that
+            belongs to this machine alone, or that the Hub cannot read.
     """
     if not folder.is_dir():
         raise HubError(f"{folder} is no folder; name the output folder of a finished run.")
@@ -169,17 +171,35 @@ def student_files(folder: Path, token: str | None = None, *, finished: bool = Tr
     names = filter_repo_objects(found, allow_patterns=wanted, ignore_patterns="*.part")
     files = {name: folder / name for name in sorted(names)}
     for file in files.values():
-        if (
-            file.suffix in (".json", ".md", ".py")
-            and redacted(text := file.read_text(encoding="utf-8"), token=token) != text
-        ):
-            raise HubError(f"{file} holds an access token; remove it before the folder is pushed.")
+        check_private(file, folder, token)
     if "README.md" in files:
         try:
             ModelCard(files["README.md"].read_text(encoding="utf-8"))
         except Exception as error:  # whatever the YAML parser raises
             raise HubError(f"{files['README.md']}: the card's YAML is not valid: {shortened(error)}") from None
     return files
+
+
+def check_private(file: Path, folder: Path, token: str | None, content: bytes | None = None) -> None:
+    """Looks at a file of `folder` before it is pushed; `content` is pushed instead of its own if given.
+
+    Raises:
+        HubError: if it is a link to something outside of the folder, or a text that holds an access token or a path that
+            only this machine has: of the folder or of the user's home.
+    """
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise HubError(f"{file} is a link that leads out of {folder}; put the file itself there, or remove the link.")
+    if content is None:
+        with file.open("rb") as opened:
+            if b"\0" in opened.read(8192):  # no text
+                return
+        content = file.read_bytes()
+    text = content.decode(errors="replace")
+    if redacted(text, token=token) != text:
+        raise HubError(f"{file} holds an access token; remove it before the folder is pushed.")
+    for place in {folder.resolve(), Path.home()} - {Path("/")}:
+        if found := re.search(rf"(?<![\w./-]){re.escape(str(place))}(?![\w.-])[^\s\"'`]*", text):
+            raise HubError(f"{file} holds the local path {shortened(found[0])!r}; remove it, nobody else has it.")
 
 
 def _local_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -222,12 +242,14 @@ def push_checkpoint(
     These go to a folder `path_in_repo`; where that is None, only the student is pushed.
 
     Raises:
-        HubError: if the Hub does not take it.
+        HubError: if a file is refused, see `student_files`, or the Hub does not take it.
     """
-    files = student_files(checkpoint, token, finished=False)
+    files: dict[str, Path | bytes] = {**student_files(checkpoint, token, finished=False)}
     for file in sorted(checkpoint.rglob("*")) if path_in_repo is not None else ():
         if file.is_file() and file.name != "training_args.bin":  # pickled
-            files[f"{path_in_repo}/{file.relative_to(checkpoint).as_posix()}"] = file
+            content = portable_state(file.read_bytes()) if file.name == STATE else None
+            check_private(file, checkpoint, token, content)
+            files[f"{path_in_repo}/{file.relative_to(checkpoint).as_posix()}"] = file if content is None else content
     message = f"Training in progress, step {step}"
     return commit_files(files, repo_id, revision=revision, token=token, commit_message=message)
 
@@ -238,8 +260,8 @@ def fetch_checkpoint(source: str, folder: Path, *, token: str | None = None) -> 
     `source` is `user/name`, or `user/name@revision`.
 
     Raises:
-        HubError: if the repository cannot be read, holds no checkpoint, or `folder` holds another checkpoint of that
-            step.
+        HubError: if the repository cannot be read, holds no checkpoint or one whose step is no number, or `folder` holds
+            another checkpoint of that step.
     """
     repo_id, _, given = source.partition("@")
     api, revision = HfApi(token=token), given or None
@@ -251,19 +273,42 @@ def fetch_checkpoint(source: str, folder: Path, *, token: str | None = None) -> 
                 "--hub_strategy checkpoint pushes them."
             )
         fetched = Path(api.snapshot_download(repo_id, revision=revision, allow_patterns=f"{name}/*")) / name
-    state = (fetched / "trainer_state.json").read_bytes()
-    target = folder / f"checkpoint-{json.loads(state)['global_step']}"
+    state = (fetched / STATE).read_bytes()
+    target = folder / f"checkpoint-{_step(state, f'model {repo_id}: {name}/{STATE}')}"
     part = folder / f"_{target.name}.part"
     if not target.is_dir():
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(fetched, part)  # follows the links of the cache
         part.rename(target)
-    elif (target / "trainer_state.json").read_bytes() != state:
+    elif portable_state((target / STATE).read_bytes()) != portable_state(state):
         raise HubError(
             f"{target} is a checkpoint of another run than {source}; choose another --output_dir, or continue it with "
             "--resume_from_checkpoint true."
         )
     return str(target)
+
+
+def _step(state: bytes, name: str) -> int:
+    """The step of a trainer's state from outside, which becomes part of a path."""
+    try:
+        step = json.loads(state)["global_step"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise HubError(f"{name} is no state of a trainer: it has no global_step.") from error
+    if type(step) is not int or step < 0:
+        raise HubError(f"{name}: global_step is {shortened(repr(step))}, which is no number of steps.")
+    return step
+
+
+def portable_state(state: bytes) -> bytes:
+    """A trainer's state with the best checkpoint's name instead of its path on this machine."""
+    try:
+        content = json.loads(state)
+    except ValueError:
+        return state
+    if not isinstance(content, dict) or not isinstance(best := content.get("best_model_checkpoint"), str):
+        return state
+    content["best_model_checkpoint"] = PurePath(best).name
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def pushed_checkpoint(paths: Iterable[str]) -> str | None:

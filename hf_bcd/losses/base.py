@@ -75,7 +75,7 @@ class DistillationLoss(nn.Module, ABC):
 
     A subclass takes the pair and, by keyword, the options of a recipe. Each term is a mean over images of one number an
     image, so that ranks and accumulated batches add up to the whole batch, and 0 with a gradient where no pixel is
-    valid. Maths runs outside autocast, in float32 (float64 for float64 input).
+    valid. Statistics of a batch are those of all ranks; accumulated batches each have their own, as `checked` then says. Maths runs outside autocast, in float32 (float64 for float64 input).
     """
 
     # these five a class states for its default options; an instance whose options change them has its own
@@ -129,7 +129,18 @@ class DistillationLoss(nn.Module, ABC):
 
 
 def check_positive(**options: float) -> None:
-    """Raises a `UserError` that names the first option that is not > 0."""
+    """Raises a `UserError` that names the first option that is not a number > 0; float32 is to hold its reciprocal too."""
     for name, value in options.items():
-        if not value > 0:
-            raise UserError(f"{name} is {value!r}; it must be > 0.")
+        if not (is_number(value) and 1e-6 <= value <= 1e6):
+            raise UserError(f"{name} is {value!r}; it must be a number > 0, between 1e-6 and 1e6.")
+
+
+def check_weight(term: str, weight: float) -> None:
+    """Raises a `UserError` that names a term whose weight is not a number, negative or so large that float32 loses the rest."""
+    if not (is_number(weight) and 0 <= weight < 1e9):
+        raise UserError(f"weight of {term} is {weight!r}; it must be a finite number >= 0, below 1e9.")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a whole number or a float; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

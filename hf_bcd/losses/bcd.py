@@ -58,7 +58,10 @@ class BCDLoss(DistillationLoss):
     needs = frozenset({"features"})  # of the targets, void positions only
     decays = True
     transfers = "semantic boundaries and pixel-to-pixel relations of all levels"
-    checked = "the paper's equations (no official code); `stable` mode is our reading of them"
+    checked = (
+        "the paper's equations (no official code); `stable` mode is our reading of them; boundary maps are standardised over "
+        "a forward pass, so accumulated batches do not add up to one"
+    )
     reference = "zhang2024bcd"
 
     def __init__(

@@ -8,6 +8,7 @@ from ..utils.distributed import all_reduce_sum
 from .base import DistillationLoss, Pair, check_positive
 from .modules.connectors import FeaturePair
 from .ops.functional import (
+    check_tau,
     divergence,
     full_precision,
     image_means,
@@ -38,6 +39,7 @@ def dkd_loss(
     Returns:
         The two terms, scalars >= 0 in nat, 0 for equal scores; float32 or float64.
     """
+    check_tau(temperature)
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     true, pairs = classes >= 0.5, []
     for z in (student / temperature, teacher / temperature):
@@ -97,7 +99,8 @@ class C2VKDLoss(DistillationLoss):
     checked = (
         "official script for the feature terms and weights, DKD's official code (mdistiller) for the decoupled loss, "
         "whose file C2VKD did not release; with its weights the feature and covariance terms are next to nothing (1e-3 and 1e-7 "
-        "of the task's gradient); no linguistic term, void pixels left out, beside the task's cross-entropy"
+        "of the task's gradient); no linguistic term, void pixels left out, beside the task's cross-entropy; the covariance is "
+        "that of a forward pass, so accumulated batches do not add up to one; lengths below 1e-4 count as 1e-4"
     )
     reference = "zheng2023distilling"
 

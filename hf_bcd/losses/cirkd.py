@@ -173,7 +173,8 @@ class CIRKDLoss(DistillationLoss):
         "official code: same weights, temperatures and memories; but features of the backbone, stride 16 and all ranks' "
         "images in the batch relation (there: 8, one rank's), void pixels left out, pixels remembered under their own "
         "class (there: whatever fills the image's first rows), memories filled after the step and empty at first (there: "
-        "before the loss, and random)"
+        "before the loss, and random), lengths below 1e-4 count as 1e-4; accumulated batches do not add up to one, as each "
+        "relates its own images only"
     )
     reference = "yang2022cross"
 

@@ -1,13 +1,14 @@
 """The criterion gives loss terms their weights, and knows no method."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, Targets
-from .base import CalibrationBatches, DistillationLoss, Progress
+from ..outputs import DenseOutput, LabelMaps, Targets
+from ..utils.messages import UserError
+from .base import DistillationLoss, Progress, check_weight
 from .modules.balance import GradientBalance, squared_gradients
 from .modules.schedules import decay
 
@@ -21,6 +22,10 @@ class DistillationCriterion(nn.Module):
         decays: names of the losses whose terms r(t) multiplies.
         shares: name -> term -> share of the task's gradient, for losses whose weights are measured, see
             `GradientBalance`; `weights` has their initial ones.
+        num_labels: number of the student's classes, for label maps that come as plain tensors.
+
+    Raises:
+        UserError: for a weight that is negative or not finite.
 
     Attributes:
         log_gradients: whether `gradient/<term>` comes with the terms: the norm of the gradient of each weighted term at
@@ -35,10 +40,14 @@ class DistillationCriterion(nn.Module):
         weights: Mapping[str, Mapping[str, float]],
         decays: Iterable[str],
         shares: Mapping[str, Mapping[str, float]] | None = None,
+        num_labels: int | None = None,
     ) -> None:
         super().__init__()
+        self.num_labels = num_labels
         self.losses: nn.ModuleDict = nn.ModuleDict(dict(losses))
         self.fixed_weights = _by_key(weights)
+        for key, weight in self.fixed_weights.items():
+            check_weight(key, weight)
         wanted = _by_key(shares or {})
         self.balance = None
         if wanted:
@@ -57,7 +66,7 @@ class DistillationCriterion(nn.Module):
         task_losses: Mapping[str, Tensor],
         student: DenseOutput,
         teacher: DenseOutput | None,
-        targets: Targets,
+        targets: Targets | Tensor,
         share: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted total and unweighted terms.
@@ -66,14 +75,18 @@ class DistillationCriterion(nn.Module):
             task_losses: supervised losses by name, weighted already.
             student: the student's output.
             teacher: the teacher's output, or None when nothing is distilled.
-            targets: ground truth of the images.
+            targets: ground truth of the images; or their class ids `[B, H, W]`, void ones 255, which become `LabelMaps`.
             share: number of images over the mean number of the batches that are accumulated, which multiplies the terms.
                 They are means over images, so each of a shorter batch would otherwise weigh more.
 
         Returns:
             The total (scalar) and every term by name (scalars with a graph); also `weight/<term>` where weights are
             measured, and `gradient/<term>` if `log_gradients` asks for them.
+
+        Raises:
+            UserError: for class ids that are no classes, see `LabelMaps`, or no whole numbers `[B, H, W]`.
         """
+        targets = self._targets(targets)
         terms = dict(task_losses)
         total = task_loss = torch.stack(list(task_losses.values())).sum()
         if teacher is None:
@@ -91,6 +104,16 @@ class DistillationCriterion(nn.Module):
         if self.balance is not None:
             terms |= {f"weight/{key}": weight for key, weight in self.balance.by_term().items()}
         return total, terms
+
+    def _targets(self, targets: Targets | Tensor) -> Targets:
+        if not isinstance(targets, Tensor):
+            return targets
+        if self.num_labels is None:
+            raise ValueError("this criterion knows no num_labels; give LabelMaps(ids, num_labels) instead of ids.")
+        if targets.dim() != 3 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            shape = "[" + ", ".join(map(str, targets.shape)) + "]"
+            raise UserError(f"targets are {targets.dtype} {shape}; give class ids [B, H, W] of an integer type.")
+        return LabelMaps(targets, self.num_labels)
 
     def _weights(self) -> dict[str, float | Tensor]:
         return self.fixed_weights | ({} if self.balance is None else self.balance.by_term())
@@ -132,8 +155,9 @@ class DistillationCriterion(nn.Module):
     def needs_calibration(self) -> bool:
         return any(loss.needs_calibration for loss in self.by_name().values())
 
-    def calibrate(self, batches: CalibrationBatches, progress: Progress = iter) -> None:
-        """Prepares every loss that needs it from the teacher's outputs on some training images."""
+    def calibrate(self, batches: Sequence[tuple[DenseOutput, Targets | Tensor]], progress: Progress = iter) -> None:
+        """Prepares every loss that needs it from the teacher's outputs on some training images, targets as `forward`."""
+        batches = [(teacher, self._targets(targets)) for teacher, targets in batches]
         for loss in self.by_name().values():
             if loss.needs_calibration:
                 loss.calibrate(batches, progress)

@@ -42,16 +42,21 @@ class CrossKDLoss(DistillationLoss):
     Of the paper's quality focal loss `|σ(p) − σ(t)|^beta · BCE(p, σ(t))` over classes that exclude nothing, the weight
     stays, as the distance of two distributions over classes, and BCE becomes KL, so that agreement is 0 for any beta.
 
+    Officially weight 1 multiplies a sum over all anchors with a label, positive and negative, divided by the number of the
+    positive ones: `(positives + negatives) / positives` times a mean. Every valid pixel has a class here, none is negative,
+    so the factor is 1 and the mean over valid pixels keeps the weight.
+
     Args:
         beta: exponent of the weight; 1 as in the official code, 0 for KL only.
     """
 
-    weights = {"crosskd": 1.0}  # official, on a sum over positive anchors divided by their number
+    weights = {"crosskd": 1.0}
     needs = frozenset({"features", "head"})
     transfers = "what the teacher's head makes of the features"
     checked = (
-        "official code (detectors): same rescaling of each channel, weight and beta; softmax and KL for sigmoid and BCE, "
-        "and the place where the student's features enter, are ours"
+        "official code (detectors): same rescaling of each channel and beta, weight 1 as no pixel is a negative; softmax and KL for sigmoid and BCE, "
+        "and the place where the student's features enter, are ours; that "
+        "rescaling takes its statistics from a forward pass, so accumulated batches do not add up to one"
     )
     reference = "wang2024crosskd"
 

@@ -38,14 +38,16 @@ class CWDLoss(DistillationLoss):
 
     Args:
         on: `logits`, or `features` behind a trained 1x1 convolution on the student's.
-        temperature: T; 4 as in the official code.
+        temperature: T; 4 as in the official code, whose weight is 3 for logits and, in CIRKD's scripts, 50 for features.
         level: level of `features`; the coarsest that both models have by default.
     """
 
     weights = {"cwd": 3.0}
     needs = frozenset({"logits"})
     transfers = "where each channel is active"
-    checked = "official code (TorchDistiller): same reduction, weight and temperature; void pixels left out"
+    checked = (
+        "official code (TorchDistiller): same reduction, weight (50 on features) and temperature; void pixels left out"
+    )
     reference = "shu2021channel"
 
     def __init__(
@@ -54,8 +56,12 @@ class CWDLoss(DistillationLoss):
         super().__init__(pair)
         if on not in get_args(Source):
             raise UserError(f"on is {on!r}; choose one of {', '.join(get_args(Source))}.")
+        if on == "logits" and level is not None:
+            raise UserError(f"level is {level!r}, but logits have none; leave it out, or give on: features.")
         check_positive(temperature=temperature)
         self.temperature, self.needs = temperature, frozenset({on})
+        if on == "features":
+            self.weights = {"cwd": 50.0}
         self.pair = FeaturePair(pair, level, bias=False) if on == "features" else None
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from ..utils.messages import UserError
 from .base import DistillationLoss, Pair, check_positive
 from .ops.functional import (
     attention_map,
+    check_tau,
     full_precision,
     on_teacher_grid,
     resize,
@@ -67,6 +68,7 @@ def category_similarity_loss(
     Returns:
         Scalar in [0, 1]; float32 or float64.
     """
+    check_tau(temperature)
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     p, q = (unit_maps((scores / temperature).softmax(dim=1), mask) for scores in (student, teacher))
     return (p @ p.mT - q @ q.mT).square().mean()

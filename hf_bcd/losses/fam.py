@@ -88,7 +88,8 @@ class FAMLoss(DistillationLoss):
     Args:
         levels: level names; all that both models have by default, as the official code guides all four stages.
         frequencies: spectral weights along each axis; ours, an odd number so that one belongs to frequency 0.
-        cutoff: fraction of low frequencies that the high-pass filter removes; official 0.1.
+        cutoff: fraction of low frequencies that the high-pass filter removes; official 0.1. A side of n positions has the
+            frequencies k / n: up to 20 positions, 0.1 removes the mean of a channel only.
     """
 
     weights = {"fam": 1.0}
@@ -96,7 +97,8 @@ class FAMLoss(DistillationLoss):
     transfers = "features and their high frequencies at every level"
     checked = (
         "official code, for classification: same filter, branches, reduction and ImageNet weight; factorised spectral "
-        "weights and void pixels ours, no cross-stage attention, no warm-up"
+        "weights and void pixels ours, up to 20 positions a side the filter removes the mean only, no cross-stage attention, no warm-up; "
+        "normalised over a forward pass, so accumulated batches do not add up to one"
     )
     reference = "pham2024frequency"
 

@@ -8,6 +8,7 @@ from ..utils.messages import UserError
 from .base import DistillationLoss, Pair, check_positive
 from .modules.connectors import FeaturePair
 from .ops.functional import (
+    check_tau,
     class_means,
     full_precision,
     image_means,
@@ -25,6 +26,7 @@ def activation_attention(x: Tensor, mask: Tensor, temperature: float) -> tuple[T
         `n · softmax over the n valid positions of mean_c |x| / T`, `[B, h, w]`, 0 where void, and
         `C · softmax over channels of mean_i |x| / T`, `[B, C]`: each has mean 1.
     """
+    check_tau(temperature)
     activity = x.abs()
     positions = (activity.mean(dim=1) / temperature).masked_fill(~mask, mask_fill_value(x.dtype)).flatten(1)
     num_valid = mask.flatten(1).sum(dim=1, keepdim=True)

@@ -52,7 +52,8 @@ class IFVDLoss(AdversarialLoss):
     needs = frozenset({"logits", "features", "labels"})
     transfers = "how features vary within each class, class scores, and the look of a whole score map"
     checked = (
-        "official code: same terms, reductions and discriminator layers, weights but for the variation, 50 for its 200; void "
+        "official code: same terms, reductions and discriminator layers, weights but for the variation, 50 for its 200; a "
+        "position has the class of the pixel at its centre (there: at its upper left), lengths below 1e-4 count as 1e-4; void "
         "pixels left out"
     )
     reference = "wang2020intra"

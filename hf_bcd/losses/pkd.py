@@ -45,7 +45,7 @@ class PKDLoss(DistillationLoss):
     transfers = "the pattern of each channel over the batch"
     checked = (
         "official code (MMRazor): same formula, weight of its two-stage detectors for each level; deviations are biased "
-        "and statistics run over all ranks; void pixels left out"
+        "and statistics run over all ranks of a forward pass, so accumulated batches do not add up to one; void pixels left out"
     )
     reference = "cao2022pkd"
 

@@ -1,7 +1,6 @@
 """From a recipe's `losses` section to a criterion: the one file that knows all methods."""
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -12,7 +11,7 @@ import torch
 from ..outputs import FeatureSpec
 from ..utils.messages import UserError, unknown_key_message
 from .at import ATLoss
-from .base import DistillationLoss, Pair
+from .base import DistillationLoss, Pair, check_weight
 from .bcd import BCDLoss
 from .bglsseg import BGLSSegLoss
 from .bpkd import BPKDLoss
@@ -52,6 +51,7 @@ TYPES = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a name", Sequence: "a list of names",
     NoneType: "null",
 }  # fmt: skip
+LARGEST = 2**16  # of a number in an option: beyond it there is no tensor, or no end of time
 # a loss is built for these once, on the meta device, before anybody knows the models: its options must suit one of them
 _LEVELS = {name: FeatureSpec(1, 8) for name in ("stem", "stride_4", "stride_8", "stride_16", "stride_32")}
 _PROBES = [Pair(_LEVELS, _LEVELS, num_labels, tuple(_LEVELS)) for num_labels in (1, 2**16)]
@@ -71,7 +71,7 @@ class LossOptions:
 
     def build(self, pair: Pair) -> DistillationLoss:
         """The loss between two models."""
-        return _build(self.cls, self.options, pair)
+        return _build(self.name, self.cls, self.options, pair)
 
 
 Losses = Mapping[str, Mapping[str, Any] | LossOptions | None]
@@ -162,12 +162,16 @@ def _criterion(losses: Mapping[str, LossOptions], pair: Pair) -> DistillationCri
         {name: loss.weights for name, loss in losses.items()},
         [name for name, loss in losses.items() if loss.decays],
         {name: modules[name].shares for name, loss in losses.items() if loss.measured},
+        num_labels=pair.num_labels,
     )
 
 
-def _build(cls: type[DistillationLoss], options: Mapping[str, Any], pair: Pair) -> DistillationLoss:
+def _build(name: str, cls: type[DistillationLoss], options: Mapping[str, Any], pair: Pair) -> DistillationLoss:
     hosts = {key: _criterion(options[key], pair) for key in cls.nested}
-    return cls(pair, **{**options, **hosts})
+    try:
+        return cls(pair, **{**options, **hosts})
+    except UserError as error:
+        raise UserError(f"loss {name!r}: {error}") from error
 
 
 def _read(name: str, given: Mapping[str, Any] | LossOptions | None) -> LossOptions:
@@ -190,7 +194,7 @@ def _read(name: str, given: Mapping[str, Any] | LossOptions | None) -> LossOptio
             options[key] = {host: _read(host, own) for host, own in value.items()}
         else:
             _check_type(name, key, value, parameters[key].annotation)
-    probe = _probe(cls, options)
+    probe = _probe(name, cls, options)
     decay = probe.decays if decay is None else decay
     if not isinstance(decay, bool):
         raise UserError(f"decay of loss {name!r} is {decay!r}; it must be true or false.")
@@ -202,13 +206,13 @@ def _read(name: str, given: Mapping[str, Any] | LossOptions | None) -> LossOptio
     return LossOptions(name, cls, options, probe.needs, weights, decay, measured)
 
 
-def _probe(cls: type[DistillationLoss], options: Mapping[str, Any]) -> DistillationLoss:
+def _probe(name: str, cls: type[DistillationLoss], options: Mapping[str, Any]) -> DistillationLoss:
     """An instance without storage, for what it says of itself."""
     refusals = []
     for pair in _PROBES:
         try:
             with torch.device("meta"):
-                return _build(cls, options, pair)
+                return _build(name, cls, options, pair)
         except UserError as error:
             refusals.append(error)
     raise refusals[0]
@@ -219,9 +223,15 @@ def _check_type(name: str, key: str, value: Any, annotation: Any) -> None:
     if Literal in kinds:  # the loss itself names what there is to choose from
         return
     accepted = tuple(kinds + [int] * (float in kinds))
-    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, accepted):
+    names = isinstance(value, Sequence) and Sequence in kinds and str not in kinds
+    wrong_list = names and (
+        isinstance(value, str | bytes) or not value or not all(isinstance(entry, str) for entry in value)
+    )
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, accepted) or wrong_list:
         wanted = " or ".join(TYPES[kind] for kind in kinds)
         raise UserError(f"{key} of loss {name!r} is {value!r}; it must be {wanted}.")
+    if isinstance(value, int | float) and not abs(value) <= LARGEST:
+        raise UserError(f"{key} of loss {name!r} is {value!r}; it must be between {-LARGEST} and {LARGEST}.")
 
 
 def _term_weights(name: str, loss: DistillationLoss, weight: Any) -> dict[str, float]:
@@ -233,6 +243,5 @@ def _term_weights(name: str, loss: DistillationLoss, weight: Any) -> dict[str, f
             raise UserError(unknown_key_message(f"term of loss {name!r}", term, weights))
     weights.update(given)
     for term, value in weights.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise UserError(f"weight of {name}/{term} is {value!r}; it must be a finite number >= 0.")
+        check_weight(f"{name}/{term}", value)
     return weights

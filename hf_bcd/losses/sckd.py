@@ -62,7 +62,7 @@ class SCKDLoss(DistillationLoss):
     needs = frozenset({"logits", "task_loss"})
     nested = {"host": {"kd": {}}}
     transfers = "what its host does, where that agrees with the task"
-    checked = "no official code: the paper's gate and threshold; where gradients are compared is our reading"
+    checked = "no official code: the paper's gate and threshold; where gradients are compared is our reading; each forward pass decides, so accumulated batches need not add up to one"
     reference = "zhu2021student"
 
     def __init__(self, pair: Pair, *, host: "DistillationCriterion", threshold: float = 0.0) -> None:

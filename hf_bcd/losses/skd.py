@@ -14,18 +14,19 @@ from .ops.functional import full_precision, image_means, mask_fill_value, on_tea
 def skd_loss(student: Tensor, teacher: Tensor, *, nodes: int = 2, mask: Tensor | None = None) -> Tensor:
     """Pair-wise structured distillation: regions resemble each other as in the teacher.
 
-    Maps are max-pooled over `nodes` windows a side, `a_ij` is the cosine of the pooled features of windows i and j, and
+    Maps are max-pooled over windows of a side's `nodes`-th part, rounded down as in the official code, so that an odd side
+    of two nodes has a third, one position wide. `a_ij` is the cosine of the pooled features of windows i and j, and
     the loss is the mean over images and pairs (i, j) of `(a_ij(student) - a_ij(teacher))²`.
 
     Args:
         student: features `[B, C, h, w]`; `teacher`, with any channels, and `mask` are as in `on_teacher_grid`.
-        nodes: windows along each axis, > 0; a window without a valid position does not count.
+        nodes: whole windows along each axis, > 0, or as many as positions; a window without a valid position does not count.
 
     Returns:
         Scalar in [0, 4], 0 for features that differ by a rotation; float32 or float64.
     """
     student, teacher, mask = on_teacher_grid(student, teacher, mask, same_channels=False)
-    window = [-(-length // nodes) for length in spatial_size(teacher)]
+    window = [max(1, length // nodes) for length in spatial_size(teacher)]
 
     def pool(x: Tensor) -> Tensor:
         return F.max_pool2d(x, window, ceil_mode=True).flatten(2)
@@ -63,7 +64,7 @@ class SKDLoss(AdversarialLoss):
     transfers = "class scores of each pixel, similarity of regions, and the look of a whole score map"
     adversarial = "holistic"
     checked = (
-        "official code: same pair term and discriminator layers; pixel term as in the paper; Adam and, with it, the "
+        "official code: same pair term, its windows included (but lengths below 1e-4 count as 1e-4), and discriminator layers; pixel term as in the paper; Adam and, with it, the "
         "holistic weight as in IFVD's code; void pixels left out"
     )
     reference = "liu2023structured"

@@ -146,7 +146,7 @@ class SSTKDLoss(AdversarialLoss):
         check_positive(pyramid_levels=pyramid_levels, directions=directions)
         if intensity_levels < 2:
             raise UserError(f"intensity_levels is {intensity_levels!r}; it must be >= 2.")
-        self.pair = FeaturePair(pair, level or next(iter(pair.levels), None))
+        self.pair = FeaturePair(pair, next(iter(pair.levels), None) if level is None else level)
         self.options = {
             "pyramid_levels": pyramid_levels,
             "directions": directions,

@@ -47,7 +47,7 @@ def boundary_counts(truth: Tensor, prediction: Tensor, num_labels: int) -> dict[
 
 
 def boundary_scores(totals: dict[str, Tensor]) -> dict[str, float]:
-    """Boundary F and Boundary IoU, each the mean over the classes that have a boundary in either map.
+    """Boundary F and Boundary IoU, each the mean over the classes that have a contour, or a band, in either map.
 
     `totals` are the counts of `boundary_counts`, summed over images.
     """
@@ -136,13 +136,16 @@ def band(classes: Tensor, radius: int) -> Tensor:
     """Inner boundary bands of all classes at once, bool `[B, H, W]`.
 
     The band of a class is what `radius` erosions with a 3x3 square take away from its mask (Cheng et al. 2021,
-    "Boundary IoU"), where ignored pixels and the outside of the image do not erode. A pixel is in the band of its own
-    class exactly if the square window of that radius around it holds a pixel of another class, that is, if the
-    largest and the smallest class in the window differ.
+    "Boundary IoU", and their code), where the outside of the image erodes as another class would. Ignored pixels, which
+    instances lack, do not erode. A pixel is in the band of its own class exactly if the square window of that radius
+    around it leaves the image or holds a pixel of another class, that is, if the largest and the smallest value in the
+    window differ.
     """
     ignored = classes < 0
     lowest = torch.iinfo(classes.dtype).min
-    largest = _window_max(classes.masked_fill(ignored, lowest), radius, lowest)
+    # beyond the border: larger than any class, so that it differs from the minimum; padding holds float64's integers
+    beyond = min(torch.iinfo(classes.dtype).max, 2**31 - 1)
+    largest = _window_max(classes.masked_fill(ignored, lowest), radius, beyond)
     smallest = -_window_max((-classes).masked_fill(ignored, lowest), radius, lowest)
     return (largest != smallest) & ~ignored
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..outputs import check_ignore_index
 from ..utils.distributed import all_reduce_sum
 from .boundary import boundary_counts, boundary_scores
 from .connectivity import connectivity_counts, connectivity_scores
@@ -21,9 +22,13 @@ class SemanticMetrics:
     Args:
         num_labels: number of classes C.
         ignore_index: label of pixels that do not count.
+
+    Raises:
+        UserError: if `ignore_index` is one of the classes.
     """
 
     def __init__(self, num_labels: int, ignore_index: int = 255):
+        check_ignore_index(ignore_index, num_labels)
         self.num_labels = num_labels
         self.ignore_index = ignore_index
         self.reset()

@@ -60,7 +60,8 @@ def average_bins(x: Tensor, bins: int) -> Tensor:
     """
 
     def weights(size: int) -> Tensor:  # of each position in the mean of each bin, `[bins, size]`
-        position, index = torch.arange(size), torch.arange(bins)[:, None]
+        # on the device: weights made on the host would be copied there at each step
+        position, index = torch.arange(size, device=x.device), torch.arange(bins, device=x.device)[:, None]
         start, end = index * size // bins, ((index + 1) * size + bins - 1) // bins
         return ((position >= start) & (position < end)) / (end - start)
 

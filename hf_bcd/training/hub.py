@@ -20,6 +20,8 @@ from ..utils.text import redacted
 
 logger = logging.getLogger(__name__)
 
+COPIES = "_push"  # checkpoints on their way, in the output folder
+
 
 class HubCallback(TrainerCallback):
     """Pushes finished students and loadable checkpoints, as the arguments say now: no pickle, one commit each."""
@@ -36,9 +38,13 @@ class HubCallback(TrainerCallback):
     def prepare(self) -> None:
         """Creates the repository and the branch where missing, on the first rank, before anything is trained.
 
+        Copies of checkpoints that a run left here when it was killed are removed.
+
         Raises:
             HubError: if the token does not allow a push.
         """
+        if self.first:
+            shutil.rmtree(self.folder / COPIES, ignore_errors=True)
         if self.wanted and self.first:
             options = {"private": self.private, "revision": self.revision, "token": self.token}
             self.repo_id = prepare_repository(self.repo_id, **options)
@@ -52,8 +58,8 @@ class HubCallback(TrainerCallback):
         busy = self._last_upload is not None and not self._last_upload.done()
         if not self.first or (busy and not self.every_one):
             return
-        checkpoint, copy = self.folder / f"checkpoint-{state.global_step}", self.folder / "_push" / str(time.time_ns())
-        shutil.copytree(checkpoint, copy)  # the checkpoint itself may be deleted before it is uploaded
+        checkpoint, copy = self.folder / f"checkpoint-{state.global_step}", self.folder / COPIES / str(time.time_ns())
+        shutil.copytree(checkpoint, copy, symlinks=True)  # the checkpoint itself may be deleted before it is uploaded
         folders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         options = {"revision": self.revision, "token": self.token, "step": state.global_step}
         push = partial(push_checkpoint, copy, folders.get(self.strategy), self.repo_id, **options)

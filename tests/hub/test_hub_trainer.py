@@ -58,6 +58,16 @@ def test_a_run_prepares_its_repository_first_and_pushes_what_its_arguments_say(
     ]  # fmt: skip
 
 
+def test_copies_that_a_killed_run_left_are_removed(pushes: list[dict[str, Any]], tmp_path: Path) -> None:
+    left, outside = tmp_path / "x" / "_push" / "1", tmp_path / "outside"
+    for folder in (left, outside):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    (left / "link").symlink_to(outside)
+    HubCallback(tiny.config(tmp_path / "x")).prepare()
+    assert not left.parent.exists() and (outside / "model.safetensors").exists()
+
+
 def test_an_evaluation_needs_no_repository(pushes: list[dict[str, Any]], tmp_path: Path) -> None:
     args = tiny.config(tmp_path, push_to_hub=True)
     BCDTrainer(model=tiny.tiny_timm(), args=args, eval_dataset=tiny.scenes()["validation"])

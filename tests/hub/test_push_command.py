@@ -5,13 +5,14 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub.server import MARKER_TOKEN, OTHER_TOKEN, HubServer
 from hub.student_folder import LEFT_OUT, finished, finished_timm
 
 from hf_bcd.hub.errors import HubError
-from hf_bcd.hub.pushing import name_in_examples, pushed_checkpoint, student_files
+from hf_bcd.hub.pushing import fetch_checkpoint, name_in_examples, push_checkpoint, pushed_checkpoint, student_files
 
 
 Push = Callable[..., tuple[str, str]]
@@ -73,6 +74,22 @@ def change_config(folder: Path, text: str) -> None:
             "heads.py holds an access token",
         ),
         (
+            lambda folder: (folder / "figures" / "notes.txt").write_text(f"token {MARKER_TOKEN}"),
+            "notes.txt holds an access token",
+        ),
+        (
+            lambda folder: (folder / "figures" / "table").write_text(f"from {folder.resolve()}/checkpoint-2"),
+            "table holds the local path '.*/x/checkpoint-2'",
+        ),
+        (
+            lambda folder: (folder / "results.json").write_text(json.dumps({"data": str(Path.home() / "data")})),
+            "results.json holds the local path",
+        ),
+        (
+            lambda folder: (folder / "figures" / "passwords.png").symlink_to("/etc/hostname"),
+            "passwords.png is a link that leads out of",
+        ),
+        (
             lambda folder: (folder / "README.md").write_text("---\nlicense: [mit\n---\n# Card\n"),
             "the card's YAML is not valid",
         ),
@@ -86,6 +103,59 @@ def test_what_is_unfinished_or_private_is_refused(
     with pytest.raises(HubError, match=message) as caught:
         student_files(folder, "of-another-form")
     assert MARKER_TOKEN not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_link_within_the_folder_is_pushed_and_a_linked_folder_is_not(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "x")
+    (folder / "figures" / "again.png").symlink_to(folder / "figures" / "comparison.png")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key.txt").write_text("x")
+    (folder / "figures" / "linked").symlink_to(tmp_path / "private")
+    assert set(student_files(folder)) == {*NATIVE, "figures/again.png"}
+
+
+def test_a_pushed_checkpoint_names_its_best_one_without_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: dict[str, Path | bytes] = {}
+    monkeypatch.setattr("hf_bcd.hub.pushing.commit_files", lambda files, *_, **__: sent.update(files))
+    checkpoint = finished(tmp_path / "checkpoint-4")
+    state = {"global_step": 4, "best_model_checkpoint": str(tmp_path / "checkpoint-2"), "epoch": 0.1}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    options: dict[str, Any] = {"revision": None, "token": None, "step": 4}
+    push_checkpoint(checkpoint, "last-checkpoint", "me/x", **options)
+    pushed = sent["last-checkpoint/trainer_state.json"]
+    assert isinstance(pushed, bytes) and json.loads(pushed) == state | {"best_model_checkpoint": "checkpoint-2"}
+    assert (checkpoint / "trainer_state.json").read_text() == json.dumps(state)
+    assert isinstance(sent["last-checkpoint/optimizer.pt"], Path)
+    for name, message in (("log.txt", "log.txt holds the local path"), ("link.pt", "link.pt is a link")):
+        sent.clear()
+        path = checkpoint / name
+        path.symlink_to("/etc/hostname") if name == "link.pt" else path.write_text(f"{checkpoint.resolve()}/x")
+        with pytest.raises(HubError, match=message):
+            push_checkpoint(checkpoint, "last-checkpoint", "me/x", **options)
+        assert not sent
+        path.unlink()
+
+
+@pytest.mark.parametrize("step", ["../../outside", "/tmp/outside", -1, 2.5, None, True, [1], {}])
+def test_a_fetched_step_is_no_path(step: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = tmp_path / "cache" / "last-checkpoint"
+    fetched.mkdir(parents=True)
+    (fetched / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    monkeypatch.setattr(
+        "hf_bcd.hub.pushing.HfApi.list_repo_files", lambda *_, **__: ["last-checkpoint/trainer_state.json"]
+    )
+    monkeypatch.setattr("hf_bcd.hub.pushing.HfApi.snapshot_download", lambda *_, **__: str(fetched.parent))
+    out = tmp_path / "a" / "b" / "run"
+    with pytest.raises(HubError, match="last-checkpoint/trainer_state.json: global_step is .*no number of steps"):
+        fetch_checkpoint("a/stranger", out)
+    assert not (tmp_path / "a").exists()
+    (fetched / "trainer_state.json").write_text("[]")
+    with pytest.raises(HubError, match="no state of a trainer"):
+        fetch_checkpoint("a/stranger", out)
+    (fetched / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    assert fetch_checkpoint("a/stranger", out) == str(out / "checkpoint-3")
 
 
 def test_the_last_checkpoint_of_a_repository_is_found() -> None:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from loss_references import randn, random_mask
 
-from hf_bcd.losses import context_distillation_loss
+from hf_bcd.losses import boundary_distillation_loss, context_distillation_loss
 from hf_bcd.losses.context import context_relation, literal_relation
+from hf_bcd.utils.messages import UserError
 
 
 MODES = pytest.mark.parametrize("mode", ["stable", "paper"])
@@ -95,3 +96,29 @@ def test_invariant_to_a_scale_of_every_position_and_to_rotations_of_the_channels
 def test_different_grids_are_an_error_that_names_both(mode):
     with pytest.raises(ValueError, match=r"\(1, 4, 2, 2\).*\(1, 4, 2, 3\).*resize"):
         context_distillation_loss(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 3), mode=mode)
+
+
+@pytest.mark.parametrize("loss", [context_distillation_loss, boundary_distillation_loss])
+def test_a_temperature_is_a_positive_constant(loss):
+    shape = (1, 3, 3, 3) if loss is context_distillation_loss else (1, 3, 3)
+    student, teacher = randn(*shape), randn(*shape, seed=1)
+    for tau in (0, -1.0, math.nan, math.inf, torch.tensor(0.0), torch.tensor(-2.0)):
+        with pytest.raises(UserError, match="a temperature is .*; it must be > 0"):
+            loss(student, teacher, tau=tau)
+    with pytest.raises(UserError, match=r"needs a gradient.*detach"):
+        loss(student, teacher, tau=torch.tensor(1.0, requires_grad=True))
+    assert torch.equal(loss(student, teacher, tau=torch.tensor(2.0)), loss(student, teacher, tau=2.0))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # PyTorch's own, on first use
+@MODES
+def test_forward_mode_is_refused_instead_of_zero(mode):
+    student, teacher = randn(1, 3, 3, 3).abs(), randn(1, 3, 3, 3, seed=1).abs()
+
+    def loss(features: torch.Tensor) -> torch.Tensor:
+        return context_distillation_loss(features, teacher, mode=mode)
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(loss, (student,), (torch.ones_like(student),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
+        loss(torch.autograd.forward_ad.make_dual(student, torch.ones_like(student)))

@@ -1,12 +1,14 @@
+import math
 from typing import Any
 
 import pytest
 import torch
-from loss_references import outputs_of
+from loss_references import outputs_of, pair_of
 
-from hf_bcd.losses import BCDLoss, build_criterion
+from hf_bcd.losses import BCDLoss, KDLoss, build_criterion
 from hf_bcd.losses.criterion import DistillationCriterion
 from hf_bcd.outputs import FeatureSpec
+from hf_bcd.utils.messages import UserError
 
 
 SPECS = {"stride_4": FeatureSpec(4, 4), "stride_8": FeatureSpec(6, 8)}
@@ -61,3 +63,32 @@ def test_calibration_and_steps_are_passed_on_and_kept_but_not_the_decay():
     assert not restored.needs_calibration
     totals = [c(TASK, student, teacher, targets)[0].item() for c in (criterion, restored)]
     assert totals[0] == totals[1]
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0, "2", True])
+def test_a_wrong_weight_is_refused(weight):
+    with pytest.raises(UserError, match=f"weight of kd/kd is {weight!r}"):
+        DistillationCriterion({"kd": KDLoss(pair_of(SPECS))}, {"kd": {"kd": weight}}, [])
+
+
+def test_plain_label_maps_are_looked_at():
+    criterion, (student, teacher, targets) = build(), outputs_of(SPECS)
+    for ids in (targets.ids, targets.ids.to(torch.uint8)):
+        expected, found = (criterion(TASK, student, teacher, given)[0] for given in (targets, ids))
+        assert torch.equal(expected, found)
+    wrong = {
+        "ids \\[-100\\].*ignore_index=255": targets.ids.masked_fill(targets.ids == 0, -100),
+        "ids \\[-1\\].*ignore_index=255": targets.ids.masked_fill(targets.ids == 0, -1),
+        "torch.float32 \\[2, 32, 32\\]; give class ids": targets.ids.float(),
+        "torch.bool": targets.ids == 1,
+        "torch.int64 \\[2, 1, 32, 32\\]": targets.ids[:, None],
+    }
+    for message, ids in wrong.items():
+        with pytest.raises(UserError, match=message):
+            criterion(TASK, student, teacher, ids)
+        with pytest.raises(UserError, match=message):
+            criterion.calibrate([(teacher, ids)])
+    criterion.calibrate([(teacher, targets.ids)], progress=lambda steps: list(steps)[:3])
+    assert not criterion.needs_calibration
+    with pytest.raises(ValueError, match="knows no num_labels"):
+        DistillationCriterion({}, {}, [])(TASK, student, teacher, targets.ids)

@@ -71,6 +71,14 @@ def test_the_filter_equals_sums_of_waves(height, width, cutoff):
         np.testing.assert_allclose(actual[image], expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("side", "kept"), [(8, True), (20, True), (24, False)])
+def test_up_to_twenty_positions_the_filter_removes_the_mean_only(side, kept):
+    ones = torch.stack([torch.ones(1, 5, 5), torch.zeros(1, 5, 5)])
+    wave = torch.cos(2 * math.pi * torch.arange(side) / side).expand(1, 1, side, side)  # the lowest frequency
+    expected = wave if kept else torch.zeros_like(wave)
+    torch.testing.assert_close(spectral_filter(3 + wave, ones, 0.1), expected, atol=1e-5, rtol=0)
+
+
 def test_the_loss_equals_the_loops():
     attention = noisy(FrequencyAttention(2, 3, 4, 0.1).double())
     student, teacher, mask = randn(2, 2, 4, 5), randn(2, 3, 4, 5, seed=1), random_mask(2, 4, 5)

@@ -65,6 +65,21 @@ FLOORS = {
 NO_GRADCHECK = {("bcd", 1): "straight-through estimator"}
 
 
+# (loss, term) -> what it takes from all images of a forward pass together, so that accumulated batches do not add up
+OF_A_BATCH = {
+    ("bcd", "boundary"): "its boundary scalar is standardised",
+    ("bcd", "context"): "in paper mode, O standardises the features",
+    ("c2vkd", "covariance"): "pairs of positions run over the batch",
+    ("cirkd", "batch_pixel"): "images are related to each other",
+    ("cirkd", "memory_pixel"): "its head is normalised",
+    ("cirkd", "memory_region"): "its head is normalised",
+    ("crosskd", "crosskd"): "channels get the teacher's moments",
+    ("fam", "fam"): "its attention is normalised",
+    ("pkd", "pkd"): "channels are standardised",
+    ("sckd", "kd/kd"): "a gate that each forward pass opens or closes",
+}
+
+
 def documented() -> dict[str, type[DistillationLoss]]:
     """The loss that CONTRIBUTING.md writes down, from that very text."""
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().partition("## Adding a loss")[2]
@@ -334,6 +349,48 @@ def test_a_step_never_waits_for_the_device(name, options):
             step(criterion, student, teacher, targets)[0].backward()
             criterion.after_step()
     assert any(leaf.grad is not None and leaf.grad.any() for leaf in leaves(student).values())
+
+
+def parts(name: str, options: dict[str, Any], rows: slice, share: float) -> dict[str, list[Tensor]]:
+    """Every term of some of the images, and its gradients at the student's logits and features."""
+    criterion, (student, teacher) = ready(name, options).double(), outputs(torch.float64, rows=rows)
+    targets = LabelMaps(label_maps().ids[rows], NUM_LABELS)
+    task = {"loss_task": segmentation_loss(student.logits, targets.ids)}
+    _, terms = criterion(task, student, teacher, targets, share)
+    found, given = {}, list(leaves(student).values())
+    for term, value in terms.items():
+        if term != "loss_task":
+            gradients = torch.autograd.grad(value, given, retain_graph=True, allow_unused=True)
+            found[term] = [
+                value.detach(),
+                *(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, given, strict=True)),
+            ]
+    return found
+
+
+@each_loss
+def test_unequal_accumulated_batches_add_up_or_it_is_said(name, options):
+    whole = parts(name, options, slice(0, 3), 1)
+    two, one = parts(name, options, slice(0, 2), 2 / 1.5), parts(name, options, slice(2, 3), 1 / 1.5)
+    for term, (value, *gradients) in whole.items():
+        if (name, term.removeprefix(f"{name}/")) in OF_A_BATCH:
+            assert "accumulated batches" in EVERY[name].checked
+            continue
+        torch.testing.assert_close((two[term][0] + one[term][0]) / 2, value, rtol=1e-9, atol=1e-12)
+        for whole_gradient, *of_parts in zip(gradients, two[term][1:], one[term][1:], strict=True):
+            torch.testing.assert_close(torch.cat(of_parts) / 2, whole_gradient, rtol=1e-6, atol=1e-12)
+
+
+def test_what_is_said_not_to_add_up_does_not():
+    off = set()
+    for name, options in CASES:
+        whole = parts(name, options, slice(0, 3), 1)
+        two, one = parts(name, options, slice(0, 2), 2 / 1.5), parts(name, options, slice(2, 3), 1 / 1.5)
+        for term, (_, *gradients) in whole.items():
+            pairs = zip(gradients, two[term][1:], one[term][1:], strict=True)
+            if any((torch.cat(of_parts) / 2 - g).norm() > 1e-4 * g.norm() for g, *of_parts in pairs):
+                off.add((name, term.removeprefix(f"{name}/")))
+    assert off == OF_A_BATCH.keys() - {("sckd", "kd/kd")}  # the gate is open in both
 
 
 @pytest.mark.gpu

@@ -1,8 +1,10 @@
 """From a recipe's `losses` section to checked options, and from these to a criterion."""
 
 import copy
+import inspect
 import math
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from loss_references import pair_of
 
 from hf_bcd.losses import LOSSES, BCDLoss, CrossKDLoss, build_criterion
-from hf_bcd.losses.recipe import ALWAYS_OFFERED, read_losses
+from hf_bcd.losses.recipe import ALWAYS_OFFERED, options_of, read_losses
 from hf_bcd.outputs import FeatureSpec
 from hf_bcd.utils.messages import UserError, unknown_key_message
 
@@ -49,10 +51,13 @@ def weights_of(losses: dict[str, Any]) -> dict[str, float]:
         *(({name: {"width": 6}}, "width is 6") for name in ("bglsseg", "bpkd", "slimseg")),
         *(({name: {"temperature": 0}}, "temperature is 0") for name in ("bglsseg", "bpkd", "c2vkd", "cirkd", "dsd", "fgd", "slimseg")),
         *(({name: {"level": "stride_2"}}, "level is 'stride_2'") for name in ("bglsseg", "c2vkd", "cirkd", "skd", "sstkd")),
-        ({"cirkd": {"memory_mib": math.nan}}, "memory_mib is nan"),
+        ({"cirkd": {"memory_mib": math.nan}}, "memory_mib of loss 'cirkd' is nan"),
         ({"cirkd": {"memory_mib": 1e-5}}, "memory_mib is 1e-05; 1 classes of 1 channels need 4.2e-05 MiB"),
         ({"cirkd": {"stride": 0}}, "stride is 0"),
         ({"crosskd": {"beta": 0.5}}, "beta is 0.5; it must be 0 or >= 1"),
+        ({"cwd": {"level": "stride_4"}}, "level is 'stride_4', but logits have none"),
+        ({"bcd": {"radius": 17}}, "radius is 17"),
+        *(({"bcd": {"temperature": value}}, f"temperature is {value}; it must be a number > 0") for value in (0, -1.0, 1e-300)),
         ({"cwd": {"on": "nothing"}}, "on is 'nothing'; choose one of logits, features\\."),
         ({"dsd": {"levels": ["stride_4"]}}, "levels are stride_4; residual attention needs two or more"),
         ({"fam": {"frequencies": 1}}, "frequencies is 1"),
@@ -79,6 +84,47 @@ def weights_of(losses: dict[str, Any]) -> dict[str, float]:
 def test_a_bad_recipe_is_explained_when_it_is_read(losses, message):
     with pytest.raises(UserError, match=message):
         read_losses(losses)
+
+
+WRONG: dict[str, list[Any]] = {
+    "a number": [None, "hot", "", [], [1], {}, {"x": 5}, True, math.nan, math.inf, -math.inf, 10**400, b"x"],
+    "a whole number": [None, "hot", [], [1], {"x": 5}, True, 0.5, math.nan, math.inf, -1, 10**9, 10**400],
+    "a name": [0, 0.5, [], ["x"], {}, True, math.nan, "", "hot"],
+    "a list of names": ["hot", "", b"x", [], [1], ["stride_4", None], {}, 0, True, math.nan],
+    "true or false": ["yes", 0, 1, [], {}, math.nan],
+    "losses": [None, "hot", [], ["kd"], {}, 3, True, {"x": 5}],
+}
+
+
+def kind_of(name: str, option: str) -> str:
+    cls = LOSSES[name]
+    if option in cls.nested:
+        return "losses"
+    if option in ("weight", "decay"):
+        return {"weight": "a number", "decay": "true or false"}[option]
+    annotation = str(inspect.signature(cls).parameters[option].annotation)
+    kinds = {"float": "a number", "int": "a whole number", "Sequence": "a list of names"}
+    return next((kind for word, kind in kinds.items() if word in annotation), "a name")
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_no_wrong_value_passes_any_option_and_the_message_names_both(name):
+    tried = 0
+    for option in [*options_of(LOSSES[name]), "weight", "decay"]:
+        for value in WRONG[kind_of(name, option)]:
+            if (option == "weight" and value == {}) or (value is None and option == "background"):
+                continue  # the defaults
+            with pytest.raises(UserError, match=f"(?=.*{name})(?=.*{re.escape(option)}|.*unknown)") as error:
+                read_losses({name: {option: value}})
+            assert "\n" not in str(error.value), (option, value)
+            tried += 1
+    assert tried >= 18
+
+
+@pytest.mark.parametrize("value", [[], [1], 3, 0, "hot", True, math.nan])
+def test_options_are_a_mapping(value):
+    with pytest.raises(UserError, match=re.escape(f"options of loss 'kd' are {value!r}; they must be a mapping")):
+        read_losses({"kd": value})
 
 
 def test_what_only_the_models_can_tell_is_explained_when_a_criterion_is_built():
@@ -132,6 +178,10 @@ def test_default_weights_follow_the_mode():
     assert weights_of({"bcd": {"mode": "paper"}}) == {"bcd/boundary": 10, "bcd/context": 50}
     assert weights_of({"bcd": {"weight": {"context": 4}}}) == {"bcd/boundary": 3, "bcd/context": 4}
     assert weights_of({"bcd": {"weight": 0.5}}) == {"bcd/boundary": 0.5, "bcd/context": 0.5}
+
+
+def test_default_weights_of_cwd_follow_what_it_compares():
+    assert weights_of({"cwd": {}}) == {"cwd/cwd": 3} and weights_of({"cwd": {"on": "features"}}) == {"cwd/cwd": 50}
 
 
 def test_a_single_weight_is_that_of_the_methods_own_terms():

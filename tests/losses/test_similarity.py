@@ -46,7 +46,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def skd_reference(student: np.ndarray, teacher: np.ndarray, mask: np.ndarray, nodes: int) -> float:
     height, width = mask.shape[1:]
-    rows, columns = math.ceil(height / nodes), math.ceil(width / nodes)
+    rows, columns = max(1, height // nodes), max(1, width // nodes)
     total = 0.0
     for s, t, m in zip(student, teacher, mask, strict=True):
         windows = []
@@ -57,6 +57,23 @@ def skd_reference(student: np.ndarray, teacher: np.ndarray, mask: np.ndarray, no
         errors = [(cosine(a[0], b[0]) - cosine(a[1], b[1])) ** 2 for a in windows for b in windows]
         total += sum(errors) / len(errors) if errors else 0.0
     return total / len(student)
+
+
+@pytest.mark.parametrize("side", [(8, 8), (9, 7), (65, 65), (1, 3)])
+def test_skd_has_the_official_windows(side: tuple[int, int]) -> None:
+    student, teacher = randn(2, 4, *side), randn(2, 6, *side, seed=1)
+    kernel = [max(1, int(0.5 * length)) for length in side]  # CriterionPairWiseforWholeFeatAfterPool, scale 0.5
+
+    def similarity(x: torch.Tensor) -> torch.Tensor:
+        pooled = torch.nn.functional.max_pool2d(x, kernel, stride=kernel, padding=0, ceil_mode=True).flatten(2)
+        unit = pooled / (pooled.norm(dim=1, keepdim=True) + 1e-8)
+        return torch.einsum("icm,icn->imn", unit, unit)
+
+    ours, theirs = similarity(student), similarity(teacher)
+    expected = (ours - theirs).square().sum() / ours.shape[-1] ** 2 / len(ours)
+    assert skd_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-6)
+    if side == (65, 65):
+        assert ours.shape[-1] == 9
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4])

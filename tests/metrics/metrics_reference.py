@@ -84,7 +84,7 @@ def reference_boundary_f(pairs, num_labels, distance):
 
 def reference_band(class_map, c, iterations):
     mask = class_map == c
-    eroded = ndimage.binary_erosion(mask | (class_map < 0), EIGHT, iterations=iterations, border_value=1)
+    eroded = ndimage.binary_erosion(mask | (class_map < 0), EIGHT, iterations=iterations, border_value=0)
     return mask & ~eroded
 
 

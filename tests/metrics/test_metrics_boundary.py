@@ -43,13 +43,19 @@ def test_shifted_square_by_hand():
     assert result["boundary_f@1"] == pytest.approx((12 / 28 + 12 / 32) / 2)
     # At a shift of 4, everything is found within 5 px.
     assert result["boundary_f@5"] == 1
-    # At this size one erosion: rims of 28 pixels share 8, the rims of 36 around them share 12.
-    assert result["boundary_iou"] == pytest.approx((8 / 48 + 12 / 60) / 2)
+    # At this size one erosion: rims of 28 pixels share 8, the rims of 36 around them share 12; the image's border has 76.
+    assert result["boundary_iou"] == pytest.approx((8 / 48 + (12 + 76) / (60 + 76)) / 2)
 
 
 def test_contour_of_one_map_only_scores_zero():
     result = scores(square(left=4), torch.zeros(1, 20, 20, dtype=torch.int32), 2)
-    assert result == {"boundary_f@1": 0, "boundary_f@3": 0, "boundary_f@5": 0, "boundary_iou": 0}
+    only_the_border = (0 / 28 + 76 / (36 + 76)) / 2
+    assert result == {
+        "boundary_f@1": 0,
+        "boundary_f@3": 0,
+        "boundary_f@5": 0,
+        "boundary_iou": pytest.approx(only_the_border),
+    }
 
 
 @pytest.mark.parametrize("narrow", [True, False])
@@ -83,6 +89,35 @@ def test_band_is_the_eroded_rim_of_every_class(shape, ignored, radius):
 
 
 def test_band_reaches_across_a_strip_of_ignored_pixels():
-    strip = torch.tensor([[[0, 0, 0, 0, -1, 1, 1, 1, 1]]], dtype=torch.int32)
-    assert not band(strip, 1).any()
-    assert band(strip, 3)[0, 0].tolist() == [False, False, True, True, False, True, True, False, False]
+    row = torch.tensor([0] * 7 + [-1] + [1] * 7, dtype=torch.int32)
+    strip = row.expand(1, 9, 15)
+    assert band(strip, 1)[0, 4].tolist() == [True] + [False] * 13 + [True]
+    assert band(strip, 2)[0, 4].tolist() == [True] * 2 + [False] * 4 + [True, False, True] + [False] * 4 + [True] * 2
+
+
+def official_boundary(mask: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarray:
+    """`mask_to_boundary` of boundary_iou_api, with SciPy for OpenCV."""
+    height, width = mask.shape
+    dilation = max(1, int(round(dilation_ratio * np.sqrt(height**2 + width**2))))
+    padded = np.pad(mask, 1)  # so that the image's border is a boundary
+    eroded = ndimage.binary_erosion(padded, np.ones((3, 3)), iterations=dilation, border_value=1)
+    return mask & ~eroded[1:-1, 1:-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(5, 5), (40, 60), (120, 160), (1, 80)])
+def test_boundary_iou_is_the_official_one(shape, dtype):
+    num_labels, maps = (
+        4,
+        [[random_map(10 * image + side, *shape, ignored=0) for side in range(2)] for image in range(2)],
+    )
+    expected = []
+    for c in range(num_labels):
+        pairs = [[official_boundary(one == c) for one in image] for image in maps]
+        union = sum((a | b).sum() for a, b in pairs)
+        expected += [sum((a & b).sum() for a, b in pairs) / union] if union else []
+    truth, prediction = (torch.from_numpy(np.stack([image[side] for image in maps])).to(dtype) for side in range(2))
+    assert scores(truth, prediction, num_labels)["boundary_iou"] == pytest.approx(np.mean(expected), rel=1e-12)
+    parts = [boundary_counts(truth[i, None], prediction[i, None], num_labels) for i in range(2)]
+    summed = {name: parts[0][name].sum(0) + parts[1][name].sum(0) for name in parts[0]}  # image by image
+    assert boundary_scores(summed)["boundary_iou"] == pytest.approx(np.mean(expected), rel=1e-12)

@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from hf_bcd.metrics import SemanticMetrics
+from hf_bcd.utils.messages import UserError
 
 
 KEYS = [
@@ -199,3 +200,10 @@ def test_cuda_counts_equal_cpu_counts():
 def test_import_leaves_evaluate_alone():
     code = "import sys, hf_bcd.metrics; sys.exit('evaluate' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("ignore_index", [0, 2])
+def test_an_ignore_index_that_is_a_class_is_refused(ignore_index):
+    with pytest.raises(UserError, match=f"ignore_index {ignore_index} is one of the 3 classes"):
+        SemanticMetrics(3, ignore_index)
+    assert SemanticMetrics(3, -1).ignore_index == -1

@@ -9,8 +9,8 @@ from ...utils.messages import UserError
 
 def check_width(width: int) -> None:
     """Raises a `UserError` for a window that has no centre or no neighbour."""
-    if width < 3 or width % 2 == 0:
-        raise UserError(f"width is {width!r}; it must be an odd number of pixels >= 3.")
+    if not 3 <= width < 1000 or width % 2 == 0:
+        raise UserError(f"width is {width!r}; it must be an odd number of pixels >= 3 and < 1000.")
 
 
 def _dilate(x: Tensor, width: int) -> Tensor:

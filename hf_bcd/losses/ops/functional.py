@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...outputs import DenseOutput
 from ...utils.distributed import all_reduce_sum
+from ...utils.messages import UserError
 
 
 P = ParamSpec("P")
@@ -37,6 +38,17 @@ def _first_tensor(x: Any) -> Tensor | None:
         if (found := _first_tensor(item)) is not None:
             return found
     return None
+
+
+def check_tau(tau: float | Tensor) -> None:
+    """Raises a `UserError` for a temperature that is not > 0, a tensor on the CPU alone, or that needs a gradient."""
+    if isinstance(tau, Tensor) and tau.requires_grad:
+        raise UserError("a temperature needs a gradient, but losses take it as a constant; give tau.detach().")
+    # on another device looking would wait for it
+    if isinstance(tau, Tensor) and (tau.device.type != "cpu" or torch.compiler.is_compiling()):
+        return
+    if not 0 < float(tau) < float("inf"):
+        raise UserError(f"a temperature is {float(tau):g}; it must be > 0 and finite.")
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -115,8 +127,11 @@ def attention_map(features: Tensor) -> Tensor:
 
 
 def unit_vectors(x: Tensor, dim: int) -> Tensor:
-    """Vectors along `dim` divided by their length, or by 1e-4 where they are shorter: 0 for 0."""
-    # a larger floor than usual: the gradient of a vector of zeros is divided by it
+    """Vectors along `dim` divided by their length, or by 1e-4 where they are shorter: 0 for 0.
+
+    The floor is 1e-8 or 1e-12 in official codes. The gradient of a vector of zeros is divided by it, which would end a run;
+    cosines of features that are shorter than 1e-4 throughout are too small here.
+    """
     return F.normalize(x, dim=dim, eps=1e-4)
 
 
@@ -157,7 +172,11 @@ def divergence(
 
     Returns:
         `KL(softmax(teacher / tau) ‖ softmax(student / tau))` in nat, the shape without `dim`.
+
+    Raises:
+        UserError: as `check_tau`.
     """
+    check_tau(tau)
     student, teacher = student / tau, teacher / tau
     if mask is not None:
         fill = mask_fill_value(student.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...utils.messages import UserError
 
 
+LONGEST = 16  # radius: its 390 lines take two seconds to plan
 Directions = Literal["disc", "half"]
 Shape = frozenset[tuple[int, int]]  # grid points (y, x) from the upper left corner of their box on
 Step = tuple[int, int, tuple[tuple[int, int, int], ...]]  # height and width of a shape; its parts: number, y, x
@@ -23,8 +24,11 @@ Step = tuple[int, int, tuple[tuple[int, int, int], ...]]  # height and width of 
 
 def line_offsets(radius: int, directions: Directions = "disc") -> tuple[tuple[int, int], ...]:
     """The offsets of `path_offsets` as plain numbers, for loops over them."""
-    if radius < 2:
-        raise UserError(f"radius is {radius}, but a line needs radius >= 2 (neighbouring positions).")
+    if not 2 <= radius <= LONGEST:
+        raise UserError(
+            f"radius is {radius}, but a line needs radius >= 2 (neighbouring positions), and above {LONGEST} there are "
+            "too many."
+        )
     if directions not in ("disc", "half"):
         raise ValueError(f"directions is {directions!r}; choose 'disc' or 'half'.")
     half = [(0, x) for x in range(1, radius)]
@@ -92,7 +96,7 @@ def path_offsets(radius: int, directions: Directions = "disc") -> Tensor:
             their negatives in the same order behind them.
 
     Raises:
-        ValueError: if `radius` is below 2 or `directions` is unknown.
+        ValueError: if `radius` is below 2 or above 16, or `directions` is unknown.
     """
     return torch.tensor(line_offsets(radius, directions))
 

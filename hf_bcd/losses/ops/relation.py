@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from .functional import at_least_float32, full_precision, mask_fill_value, row_weights
+from .functional import at_least_float32, check_tau, full_precision, mask_fill_value, row_weights
 
 
 logger = logging.getLogger(__name__)
@@ -44,12 +45,16 @@ def relation_divergence(
     Args:
         student: features `[B, n, C]`, scaled so that their inner product is the relation.
         teacher: features `[B, n, C']`, constant.
-        tau: temperature, constant.
+        tau: temperature, > 0, constant.
         mask: `[B, n]`, True where valid. Other positions count neither as rows nor as columns.
 
     Returns:
         Divergence and peak probability per image, float32 (float64 for float64 features) whatever autocast says; both 0
-        for an image with fewer than two valid positions. Can be differentiated once.
+        for an image with fewer than two valid positions. Can be differentiated once, in reverse mode.
+
+    Raises:
+        UserError: as `check_tau`.
+        NotImplementedError: under forward-mode differentiation (`torch.func.jvp`).
     """
     divergence, peak = _apply(student, teacher, tau, mask, literal=False)
     return Relation(divergence, peak.detach())
@@ -71,6 +76,10 @@ def literal_divergence(
 def _apply(
     student: Tensor, teacher: Tensor, tau: float | Tensor, mask: Tensor | None, literal: bool
 ) -> tuple[Tensor, Tensor]:
+    check_tau(tau)
+    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (student, teacher)):
+        # the operator would drop the tangent and give a derivative of 0
+        raise NotImplementedError("relation_divergence has no forward-mode derivative; take torch.autograd.grad.")
     dtype = torch.promote_types(student.dtype, torch.float32)
     # a full tensor, not torch.tensor: that would make the host wait for the device
     tau = (
