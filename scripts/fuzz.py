@@ -55,7 +55,7 @@ def discs(rng: np.random.Generator, num_classes: int, size: tuple[int, int]) -> 
 
 def fuzz_data(rng: np.random.Generator, root: Path) -> Outcome:
     """A folder of images and masks, stored in one of many ways and then damaged in one more."""
-    num_classes, size = int(rng.integers(2, 9)), tuple(rng.integers(40, 80, 2).tolist())
+    num_classes, size = int(rng.integers(2, 9)), (int(rng.integers(40, 60)), int(rng.integers(60, 80)))  # never square
     truth: dict[tuple[str, int], np.ndarray] = {}
     store = STORES[rng.integers(len(STORES))]
     for split in ("train", "val"):

@@ -35,6 +35,8 @@ def read_image(file: str | Path | bytes | Image.Image, name: str, *, exact: bool
         image = Image.open(io.BytesIO(content))
         codec, *_, form = tuple(image.tile[0]) if getattr(image, "tile", None) else ("", "")
         image.load()
+        if exact and image.format == "PNG":
+            Image.open(io.BytesIO(content)).verify()  # checksums, which decoding does not look at
     except Image.DecompressionBombError as error:
         raise UserError(
             f"{name}: {error} The limit is Pillow's, against files that fill the memory. Cut the image and its mask into "

@@ -50,6 +50,7 @@ class Survey:
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(IGNORE_INDEX + 1, dtype=np.int64))
     border: int = 0
     isolated: int = 0
+    _grey: bool = False
     _colours: dict[int, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
     def compare_palettes(self, other: "Survey", split: str) -> None:
@@ -100,6 +101,15 @@ class Survey:
 
     def _compare_palette(self, mask: Image.Image, found: Iterable[int], name: str) -> None:
         palette = np.array(mask.getpalette("RGB"), dtype=int).reshape(-1, 3)
+        shades = palette[[index for index in found if index < len(palette)]]
+        if (shades == shades[:, :1]).all() and not self._grey and shades[:, 0].tolist() != list(found):
+            self._grey = True
+            logger.warning(
+                "%s: the palette has the shades %s for the indices %s. Indices are read as ids, not shades; please check.",
+                name,
+                _shown(shades[:, 0].tolist()),
+                _shown(found),
+            )
         for index in found:
             colour = tuple(palette[index].tolist()) if index < len(palette) else ()
             first, where = self._colours.setdefault(index, (colour, name))

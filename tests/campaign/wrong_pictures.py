@@ -196,6 +196,7 @@ STORAGE = {
     "mask PGM of 20 shades": ("error", "stored values stand for shades", {"mask": stretched_pgm}),
     "mask floats": ("error", "not a label map .mode F", {"mask": lambda p, f: Image.fromarray(p.astype(np.float32)).save(f), "suffixes": (".png", ".tif")}),
     "masks with palettes of their own": ("error", "index 0 of the palette is the colour", {"mask": quantised}),
+    "mask with shades as palette": ("warning", "palette has the shades 0, 1, 5 for the indices 0, 1, 2", {"values": (1, 5), "mask": lambda p, f: Image.fromarray(p).save(f), "suffixes": (".png", ".gif")}),
     "mask opaque RGBA": ("result", r"\[0, 1, 2\]", {"mask": with_alpha(255, "RGB")}),
     "mask opaque LA": ("result", r"\[0, 1, 2\]", {"mask": with_alpha(255, "L")}),
     "mask translucent": ("error", "not a label map .mode RGBA", {"mask": with_alpha(9, "RGB")}),

@@ -59,7 +59,11 @@ def has_file_pairs(metadata: Path) -> bool:
             )
         except ValueError as error:
             raise UserError(f"{metadata}: its first line is no JSON ({error}).") from error
-    return "file_name" in columns and any(column != "file_name" and column.endswith("file_name") for column in columns)
+    return (
+        isinstance(columns, dict | list)
+        and "file_name" in columns
+        and any(column != "file_name" and column.endswith("file_name") for column in columns)
+    )
 
 
 def _pair(images: Mapping[str, Path], masks: Mapping[str, Path], image_folder: Path, mask_folder: Path) -> Pairs:
