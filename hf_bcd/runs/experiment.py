@@ -111,7 +111,10 @@ def alone_in(folder: str | Path, config: BCDConfig, *, wait: bool = False) -> It
         UserError: another process is in the folder; names it and its machine.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the output folder cannot be created ({error.strerror}).") from error
     with ExitStack() as stack:
         if config.process_index == 0:
             owner = folder / "_lock_owner"
