@@ -259,12 +259,12 @@ class BCDConfig(TrainingArguments):
             optimizer = cls([torch.nn.Parameter(torch.zeros(1, 1))], **options)
         except Exception as error:  # libraries of all kinds check their own arguments
             raise UserError(
-                f"optim {self.optim} cannot be built with optim_args {self.optim_args!r} ({shortened(error)})."
+                f"optim {OptimizerNames(self.optim).value} cannot be built with optim_args {self.optim_args!r} ({shortened(error)})."
             ) from error
         try:
             get_scheduler(self.lr_scheduler_type, optimizer, 0, 2, self.lr_scheduler_kwargs or {})
         except Exception as error:
             raise UserError(
-                f"lr_scheduler_type {self.lr_scheduler_type} cannot be built with lr_scheduler_kwargs "
+                f"lr_scheduler_type {SchedulerType(self.lr_scheduler_type).value} cannot be built with lr_scheduler_kwargs "
                 f"{self.lr_scheduler_kwargs} ({shortened(error)})."
             ) from error

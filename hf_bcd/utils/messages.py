@@ -2,13 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from .text import elided, one_line, shortened
 
 
-MAX_MESSAGE, MAX_KNOWN = 1000, 300
+MAX_MESSAGE, MAX_KNOWN = 600, 300
 
 
 class UserError(ValueError):
@@ -23,17 +22,6 @@ class UserError(ValueError):
         if text.startswith("Caught ") and "Original Traceback" in text:  # as a loader's worker hands it on
             text = re.split(r"^(?:[\w.]+\.)?\w+Error: ", text, flags=re.M)[-1]
         super().__init__(elided(one_line(text), MAX_MESSAGE))
-
-
-@contextmanager
-def as_user_error() -> Iterator[None]:
-    """Turns a ValueError or a missing file inside the block, where a library checks a user's values, into a `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
 
 
 def unknown_key_message(kind: str, key: object, known: Iterable[str]) -> str:
