@@ -21,6 +21,9 @@ from .upernet import UperNetAdapter
 
 logger = logging.getLogger(__name__)
 
+# of the values that 0..255 becomes: divided by a deviation of 10 or less, or not even scaled to 0..1
+SMALLEST_RANGE, LARGEST_RANGE = 0.1, 500
+
 ADAPTERS: dict[str, type[DenseAdapter]] = {
     "beit": generic.BeitAdapter,
     "data2vec-vision": generic.Data2VecVisionAdapter,
@@ -123,17 +126,39 @@ def image_statistics(model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[f
 
 
 def statistics_of(processor: Any, model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The statistics of an image processor, whatever it multiplies 0..255 by, for images in 0..1."""
+    """The statistics of an image processor, whatever it multiplies 0..255 by, for images in 0..1.
+
+    Raises:
+        UserError: if it has no three means or deviations, or no factor.
+    """
     if processor is None:
         mean, std = adapter_class(model).family_statistics(model)
         return tuple(mean), tuple(std)
     mean, std = processor.image_mean, processor.image_std
     if not processor.do_normalize:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        whole = isinstance(values, list | tuple) and len(values) == 3 and all(map(is_finite, values))
+        if not whole or (name == "image_std" and min(values) <= 0):
+            positive = ", above 0 since images are divided by them" if name == "image_std" else ""
+            raise UserError(
+                f"{model.name_or_path}: {name} of its image processor is {shortened(values)}; it must be three numbers, for R, "
+                f"G and B{positive}."
+            )
+    if processor.do_rescale and not (is_finite(processor.rescale_factor) and processor.rescale_factor > 0):
+        raise UserError(
+            f"{model.name_or_path}: rescale_factor of its image processor is {shortened(processor.rescale_factor)}; it must "
+            "be a number above 0, such as 1/255."
+        )
     factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     if not math.isclose(factor, 1.0, rel_tol=1e-6):
         mean, std = [value / factor for value in mean], [value / factor for value in std]
     return tuple(mean), tuple(std)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number, neither infinite nor NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def compare_inputs(adapter: DenseAdapter, processor: Any) -> None:
@@ -142,24 +167,41 @@ def compare_inputs(adapter: DenseAdapter, processor: Any) -> None:
     Raises:
         UserError: if the values differ.
     """
-    picture = torch.arange(3 * 64 * 64, dtype=torch.int32).remainder(256).to(torch.uint8).view(3, 64, 64)
+    # a prime, so that no two channels are alike
+    picture = torch.arange(3 * 64 * 64, dtype=torch.int32).remainder(251).to(torch.uint8).view(3, 64, 64)
     kept = {step: False for step in ("do_resize", "do_center_crop", "do_pad") if getattr(processor, step, None)}
-    expected = processor(picture, return_tensors="pt", input_data_format="channels_first", **kept)["pixel_values"]
+    name = f"{adapter.model.name_or_path}: its {type(processor).__name__}"
+    try:
+        expected = processor(picture, return_tensors="pt", input_data_format="channels_first", **kept)["pixel_values"]
+    except Exception as error:  # transformers trusts its file to be right
+        raise UserError(
+            f"{name} cannot prepare a picture ({shortened(f'{type(error).__name__}: {error}')})."
+        ) from error
     shown = adapter.normalize(picture[None])
     if expected.shape != shown.shape or not torch.allclose(expected, shown, rtol=1e-3, atol=1e-3):
         ranges = [
             f"{values.min():.2f}..{values.max():.2f} of shape {list(values.shape)}" for values in (expected, shown)
         ]
         raise UserError(
-            f"{adapter.model.name_or_path}: its {type(processor).__name__} shows the model values {ranges[0]}, but models "
+            f"{name} shows the model values {ranges[0]}, but models "
             f"of type {adapter.model.config.model_type} are shown {ranges[1]} here (channels {adapter.channel_order}). Save "
             "an image processor of the family's usual form beside the weights."
         )
+    span = (shown.amax((2, 3)) - shown.amin((2, 3))).min().item()  # of a channel
+    if not SMALLEST_RANGE < span < LARGEST_RANGE:
+        logger.warning(
+            "%s shows the model values %.4g..%.4g, a channel's range of %.4g for 0..255; are image_mean and image_std for images in "
+            "0..255, or is do_rescale wrong?",
+            name,
+            shown.min().item(),
+            shown.max().item(),
+            span,
+        )
     if kept.get("do_center_crop") is False:
         logger.warning(
-            "%s: its image processor crops pictures to %s; here the model sees them whole.",
-            adapter.model.name_or_path,
-            processor.crop_size,
+            "%s crops pictures to %s; here the model sees them whole.",
+            name,
+            {side: length for side, length in dict(processor.crop_size).items() if length},
         )
 
 

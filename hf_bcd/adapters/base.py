@@ -244,7 +244,19 @@ class DenseAdapter(nn.Module, ABC):
 
 
 def check_config(model: PreTrainedModel) -> None:
-    """Refuses models of pictures that are not RGB, and models that can give one answer only."""
+    """Refuses models of pictures that are not RGB, models of one answer, and names that are none of 0 to K - 1."""
+    names = model.config.id2label or {}
+    wrong = [key for key, name in names.items() if not isinstance(name, str) or not name.strip()]
+    if wrong:
+        raise UserError(
+            f"{model.name_or_path}: id2label of config.json names class {wrong[0]} {shortened(names[wrong[0]])!r}; it must be "
+            "text."
+        )
+    if holes := sorted({*range(len(names))} - {*names}):
+        raise UserError(
+            f"{model.name_or_path}: id2label of config.json has {len(names)} classes, but none of the id {holes[0]}: it has "
+            f"{shortened(sorted(names))}. Number them from 0 to {len(names) - 1}."
+        )
     if model.config.num_labels < 2:
         raise UserError(
             f"{type(model).__name__} {model.name_or_path} has {model.config.num_labels} class, which every pixel would get; "

@@ -1,11 +1,14 @@
 """Builds models from a recipe's description of them."""
 
 import dataclasses
+import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import get_annotations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import transformers
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -13,10 +16,11 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from ..hub.errors import explained
-from ..models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationModel
+from ..models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationConfig, TimmSegmentationModel
 from ..utils.files import check_readable
-from ..utils.messages import UserError, as_user_error, unknown_key_message
+from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
+from ..utils.types import converted
 from .auto import adapt
 from .base import DenseAdapter
 
@@ -60,19 +64,53 @@ class ModelSpec:
         for key in fields:
             if key not in known:
                 raise UserError(unknown_key_message(f"field of {role}", key, known))
-        spec = cls(**fields)
-        if not isinstance(spec.options, dict):
-            raise UserError(
-                f"options of {role} is {spec.options!r}; it must be a mapping such as {{head_channels: 64}}."
-            )
-        if (spec.name_or_path is None) == (spec.backbone is None):
+        hints = get_type_hints(cls)
+        spec = cls(**{key: converted(value, hints[key], f"{key} of {role}") for key, value in fields.items()})
+        if bool(spec.name_or_path) == bool(spec.backbone):
             raise UserError(f"{role} needs either name_or_path (a transformers model) or backbone (a timm name).")
+        spec.options = checked_options(spec, role)
         return spec
 
 
 TIMM_FIELDS = ("head", "output_stride", "pretrained", "weights")
 # fields of a configuration that name code, which `trust_remote_code` runs
 CODE_FIELDS = ("auto_map", "custom_pipelines")
+
+
+def checked_options(spec: ModelSpec, role: str) -> dict[str, Any]:
+    """The options of a model that is built here, in the types of its configuration's fields.
+
+    Raises:
+        UserError: if an option is unknown, of another type or out of range.
+    """
+    if spec.backbone is None:
+        if spec.options:
+            raise UserError(f"options of {role} belong to a timm backbone; {spec.name_or_path} has its own.")
+        return {}
+    config_class = EspNetConfig if spec.backbone == EspNetConfig.model_type else TimmSegmentationConfig
+    own = ("model_type", "backbone", *TIMM_FIELDS)
+    hints = {key: hint for key, hint in get_annotations(config_class).items() if key not in own}
+    options = {}
+    for key, value in spec.options.items():
+        if key not in hints:
+            raise UserError(unknown_key_message(f"option of {role} {spec.backbone!r}", key, hints))
+        options[key] = converted(value, hints[key], f"option {key} of {role}")
+    for key, low, high in (("head_channels", 1, 2**16), ("dropout", 0, 1)):
+        if (value := options.get(key)) is not None and not low <= value <= high:
+            raise UserError(f"option {key} of {role} is {value}; it must be a number of {low} to {high}.")
+    for key in ("image_mean", "image_std"):
+        values = options.get(key)
+        if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):
+            raise UserError(f"option {key} of {role} is {values}; it must be three numbers, for R, G and B.")
+    if min(options.get("image_std") or [1]) <= 0:
+        raise UserError(
+            f"option image_std of {role} is {options['image_std']}; images are divided by it: above 0, please."
+        )
+    if (channels := options.get("backbone_kwargs", {}).get("in_chans", 3)) != 3:
+        raise UserError(
+            f"backbone_kwargs of {role} has in_chans {channels}; pictures have 3 channels here, leave it out."
+        )
+    return options
 
 
 def load_segmentation_model(
@@ -132,7 +170,7 @@ def load_adapter(spec: ModelSpec | str, *, trust_remote_code: bool = False) -> D
 
 def commit_of(name_or_path: str, revision: str | None = None) -> str | None:
     """The commit that a revision of a Hub id is now, so that everything is read at the same; None for a folder."""
-    if Path(name_or_path).is_dir():
+    if os.path.isdir(name_or_path):  # of a name that is too long for a file, too
         return None
     file = cached_file(name_or_path, CONFIG_NAME, revision=revision)
     return None if file is None else Path(file).parent.name  # of the cache's snapshots
@@ -201,7 +239,7 @@ def _readable(name_or_path: str) -> Iterator[None]:
                 f"model {name_or_path} only runs with the code in its own repository. Read that code first, then add "
                 "--trust_remote_code true."
             ) from error
-        if isinstance(error, OSError) and not Path(name_or_path).is_dir():
+        if isinstance(error, OSError) and not os.path.isdir(name_or_path):
             raise  # of the Hub
         for path in sorted(Path(name_or_path).glob("*")):
             check_readable(path, "Fetch it again.")
@@ -229,9 +267,24 @@ def build_model(spec: ModelSpec, id2label: Mapping[int, str], *, trust_remote_co
     if spec.backbone == EspNetConfig.model_type:
         return _build_espnet(spec, labels)
     assert spec.backbone is not None  # ModelSpec.parse allows one of the two
-    with explained("model", f"timm/{spec.backbone}"), as_user_error():
-        own = {name: getattr(spec, name) for name in TIMM_FIELDS}
+    own = {name: getattr(spec, name) for name in TIMM_FIELDS}
+    with _buildable(spec), explained("model", f"timm/{spec.backbone}"):
         return TimmSegmentationModel.from_backbone(spec.backbone, **own, **spec.options, **labels)
+
+
+@contextmanager
+def _buildable(spec: ModelSpec) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, FileNotFoundError) as error:  # which say themselves what is wrong
+        raise UserError(str(error)) from error
+    except Exception as error:  # whatever an option of the wrong kind does inside timm
+        said = shortened(f"{type(error).__name__}: {error}")
+        raise UserError(
+            f"backbone {spec.backbone!r} cannot be built with the options {spec.options} ({said})."
+        ) from error
 
 
 def _build_espnet(spec: ModelSpec, labels: Mapping[str, Any]) -> EspNetForSemanticSegmentation:
@@ -241,8 +294,5 @@ def _build_espnet(spec: ModelSpec, labels: Mapping[str, Any]) -> EspNetForSemant
                 f"{name} is {getattr(spec, name)!r}, but backbone {spec.backbone!r} is a whole network without "
                 f"ImageNet weights; remove {name}, and set fields of EspNetConfig in options."
             )
-    for key in spec.options:
-        if key not in EspNetConfig.__annotations__:
-            raise UserError(unknown_key_message(f"option of {spec.backbone!r}", key, EspNetConfig.__annotations__))
-    with as_user_error():
+    with _buildable(spec):
         return EspNetForSemanticSegmentation(EspNetConfig(**spec.options, **labels))

@@ -31,6 +31,7 @@ from ..runs.experiment import (
     train_model,
 )
 from ..runs.report import metrics_table, write_report
+from ..training.checkpoints import read_state
 from ..training.config import BCDConfig
 from ..training.hardware import limit_threads
 from ..training.hub import HubCallback
@@ -57,12 +58,13 @@ def distill(
     model_args: ModelArguments, data_args: DataArguments, config: BCDConfig, recipe: Mapping[str, Any]
 ) -> None:
     """Trains, scores, reports and pushes; `recipe` is what the arguments were built from, for the card."""
-    checkpoint_of(config, "student")  # a wrong name fails before hours of teacher training
+    if (checkpoint := checkpoint_of(config, "student")) is not None:
+        read_state(Path(checkpoint))  # a wrong one fails before hours of teacher training
     data = load_data(data_args)
     student = build_student(model_args, config, data)
-    HubCallback(config).prepare()
     baseline = load_baseline(model_args, data)
     check_untrained(model_args, config, data, student)
+    HubCallback(config).prepare()
     models = {"teacher": prepare_teacher(model_args, config, data)}
     if models["teacher"] is not None:
         build_losses(student, models["teacher"], config)

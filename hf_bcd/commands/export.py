@@ -14,6 +14,7 @@ from transformers.hf_argparser import string_to_bool
 from ..card.usage import mention_export
 from ..export.onnx import export_student
 from ..hub.pushing import ONNX_MODEL
+from ..utils.messages import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         help="run the model's own code",
     )
     args = parser.parse_args(argv)
+    if args.size is not None and min(args.size) < 1:
+        raise UserError(f"--size is {args.size[0]} x {args.size[1]}; height and width must be at least 1 pixel.")
     folder, report = export_student(
         args.student,
         args.output_dir,

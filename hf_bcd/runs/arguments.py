@@ -2,22 +2,19 @@
 
 import argparse
 import dataclasses
-import reprlib
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
 
+from ..adapters.loading import ModelSpec
 from ..training.config import PRESETS, BCDConfig
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
+from ..utils.types import converted
 from ..utils.yaml import parse_mapping, read_yaml
 from .recipes import merged, read_recipe
 
@@ -97,7 +94,7 @@ ARGUMENT_CLASSES = (ModelArguments, DataArguments, BCDConfig)
 RECIPE_KEYS = frozenset(f.name for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls) if f.init)
 TYPES = {key: hint for cls in ARGUMENT_CLASSES for key, hint in get_type_hints(cls).items() if key in RECIPE_KEYS}
 DEFAULTS = {f.name: f.default for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls)}
-MAX_WHOLE = 2**32
+TRAINING_KEYS = frozenset(f.name for f in dataclasses.fields(BCDConfig) if f.init)
 # inherited arguments that --help shows beside our own
 SHOWN = frozenset((
     "output_dir", "seed", "bf16", "fp16", "resume_from_checkpoint", "push_to_hub", "gradient_accumulation_steps",
@@ -116,13 +113,16 @@ def build_arguments(recipe: Mapping[str, Any]) -> tuple[ModelArguments, DataArgu
     """Builds the arguments that a recipe describes; the others have their defaults.
 
     Raises:
-        UserError: for streaming without max_steps.
+        UserError: for a model that is described wrongly, or streaming without max_steps.
     """
 
     def build(cls: Any) -> Any:
         return cls(**{f.name: recipe[f.name] for f in dataclasses.fields(cls) if f.name in recipe})
 
     model_args, data_args, config = build(ModelArguments), build(DataArguments), build(BCDConfig)
+    for role in ("student", "teacher"):
+        if (given := getattr(model_args, role)) is not None:
+            ModelSpec.parse(given, role)
     if data_args.streaming and config.max_steps <= 0:
         raise UserError(
             f"max_steps is {config.max_steps}, but a stream has no end: set --max_steps, or leave --streaming out."
@@ -173,6 +173,8 @@ def read_arguments(
         values["losses"] = PRESETS.get(values.get("preset", "stable"))  # a dotted flag changes the losses in force
     for path, text in dotted:
         _set_nested(values, path, read_yaml(text, "--" + ".".join(path)))
+    if isinstance(values.get("teacher_training"), dict):
+        values["teacher_training"] = _teacher_training(values["teacher_training"])
     return values
 
 
@@ -182,7 +184,7 @@ def _typed(argv: list[str], description: str | None) -> tuple[dict[str, Any], li
     fields = [(f.name, f.type, f) for f in dataclasses.fields(BCDConfig) if f.name in shown]
     short = "--help_all" not in argv and {"-h", "--help"} & set(argv)
     classes = (ModelArguments, DataArguments, dataclasses.make_dataclass("BCDConfig", fields) if short else BCDConfig)
-    parser = HfArgumentParser(  # type: ignore[call-arg]
+    parser = _Parser(  # type: ignore[call-arg]
         classes,  # type: ignore[arg-type]
         description=description,
         usage="%(prog)s [--config RECIPE.yaml] [--ARGUMENT VALUE ...]",
@@ -210,53 +212,24 @@ def _typed(argv: list[str], description: str | None) -> tuple[dict[str, Any], li
 
 
 def _converted(key: str, value: Any) -> Any:
-    """A recipe's value in the type of its argument: numbers may stand in quotes, and 1e3 is a whole one."""
-    hint = TYPES[key]
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if value is None and (NoneType in kinds or DEFAULTS[key] is None):
+    """A recipe's value in the type of its argument."""
+    if value is None and DEFAULTS[key] is None:
         return None
     if value is False and key.endswith("_strategy"):  # YAML's unquoted `no`
         return "no"
-    for kind in kinds:
-        with suppress(ValueError, TypeError, argparse.ArgumentTypeError):
-            return _as_kind(kind, value)
-    expected = " or ".join(dict.fromkeys(_in_words(kind) for kind in kinds))
-    raise UserError(f"{key} is {shortened(reprlib.repr(value))} in the recipe; it must be {expected}.")
+    return converted(value, TYPES[key], key)
 
 
-def _as_kind(kind: Any, value: Any) -> Any:
-    """The value as one kind of argument; ValueError if it is another."""
-    if kind is bool and not isinstance(value, bool):
-        if not isinstance(value, str):
-            raise ValueError
-        return string_to_bool(value)
-    if kind in (int, float):
-        number = kind(value) if isinstance(value, str) else value
-        if isinstance(number, bool) or not isinstance(number, int | float) or (kind is int and number % 1):
-            raise ValueError
-        if kind is int and abs(number) >= MAX_WHOLE:
-            raise ValueError
-        return kind(number) if kind is int else number
-    if get_origin(kind) is list or kind is list:
-        (item,) = get_args(kind) or (Any,)
-        if not isinstance(value, list):
-            raise ValueError
-        return [_as_kind(item, one) for one in value]
-    if get_origin(kind) is dict or kind is dict:
-        if not isinstance(value, dict):
-            raise ValueError
-        return value
-    if get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum)):
-        kind = str  # which one, the arguments themselves check
-    if kind is str and not isinstance(value, str) or kind is NoneType:
-        raise ValueError
-    return value
+def _teacher_training(given: dict[str, Any]) -> dict[str, Any]:
+    for key in given:
+        if key not in TRAINING_KEYS:
+            raise UserError(unknown_key_message("training argument", key, TRAINING_KEYS))
+    return {key: _converted(key, value) for key, value in given.items()}
 
 
-def _in_words(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping"}
-    names |= {NoneType: "null"}
-    return names.get(get_origin(kind) or kind, "text")
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:  # the base class prints the usage and ends the process
+        raise UserError(f"{message}.")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -22,7 +22,7 @@ from ..training.checkpoints import data_key, differences
 from ..training.config import OUTCOME, BCDConfig
 from ..training.teaching import build_losses, check_losses
 from ..utils.files import read_json, write_json
-from ..utils.messages import UserError, unknown_key_message
+from ..utils.messages import UserError
 from ..utils.yaml import parse_mapping
 from .arguments import ModelArguments
 from .experiment import check_sizes, train_model
@@ -41,6 +41,7 @@ def check_untrained(args: ModelArguments, config: BCDConfig, data: DenseDatasets
     """
     spec = None if args.teacher is None else ModelSpec.parse(args.teacher, "teacher")
     if spec is not None and spec.name_or_path is None:
+        teacher_config(args, config)
         with torch.random.fork_rng(devices=[]):
             build_losses(student, adapt(build_model(spec, data["train"].id2label)), config)
 
@@ -175,15 +176,7 @@ def check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
 
 
 def derive_config(config: BCDConfig, role: str, changes: Mapping[str, Any]) -> BCDConfig:
-    """The same training arguments for another model of the run: its own folder, never pushed.
-
-    Raises:
-        UserError: for a change of an unknown argument.
-    """
-    known = {f.name for f in dataclasses.fields(BCDConfig) if f.init}
-    for key in changes:
-        if key not in known:
-            raise UserError(unknown_key_message("training argument", key, known))
+    """The same training arguments for another model of the run: its own folder, never pushed."""
     if "num_train_epochs" in changes:  # the run's own number of steps would win over it
         changes = {"max_steps": -1, **changes}
     # `Trainer.push_to_hub` leaves names with an underscore out

@@ -111,7 +111,10 @@ def alone_in(folder: str | Path, config: BCDConfig, *, wait: bool = False) -> It
         UserError: another process is in the folder; names it and its machine.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the output folder cannot be created ({error.strerror}).") from error
     with ExitStack() as stack:
         if config.process_index == 0:
             owner = folder / "_lock_owner"
@@ -180,7 +183,7 @@ def checkpoint_of(config: BCDConfig, role: str) -> str | None:
     A name is a folder or, where there is none, a Hub id `user/name[@revision]`, whose last checkpoint is downloaded.
 
     Raises:
-        HubError: if the repository cannot be read or holds no checkpoint.
+        UserError: if there is no such folder, or (`HubError`) the repository cannot be read or holds no checkpoint.
     """
     given, folder = config.resume_from_checkpoint, Path(config.output_dir or ".")
     if given in (None, False, "False", "false"):
@@ -188,8 +191,13 @@ def checkpoint_of(config: BCDConfig, role: str) -> str | None:
     last = last_checkpoint(folder)
     if given in (True, "True", "true") or role != "student":
         return last
-    if Path(given).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", given):
+    if os.path.isdir(given):
         return str(given)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", given):
+        raise UserError(
+            f"resume_from_checkpoint is {given!r}, which is no folder here and no Hub id; name a checkpoint's folder, or true "
+            "for the last one of --output_dir."
+        )
     logger.info("%s is no folder here; looking for its checkpoint on the Hub", given)
     with config.main_process_first(desc="fetching the checkpoint"):
         return fetch_checkpoint(given, folder, token=config.hub_token)

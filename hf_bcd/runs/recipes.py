@@ -23,10 +23,10 @@ def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     chain: list[Path] = []
-    asked_by = "--config"
+    asked_by = ""
     while True:
         if not path.is_file():
-            raise UserError(f"{asked_by} {path}: no such file.")
+            raise UserError(f"{asked_by}{path}: no such file.")
         if path.resolve() in [earlier.resolve() for earlier in chain]:
             raise UserError(f"a recipe is its own base: {' -> '.join(map(str, [*chain, path]))}.")
         chain.append(path)
@@ -42,7 +42,7 @@ def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
             return values
         if not isinstance(base, str):
             raise UserError(f"{path}: base is {base!r}; it must be the name of another recipe.")
-        path, asked_by = path.parent / base, f"{path}: base"
+        path, asked_by = path.parent / base, f"{path}: base "
 
 
 def merged(recipe: Mapping[str, Any], nearer: Mapping[str, Any]) -> dict[str, Any]:

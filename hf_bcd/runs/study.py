@@ -16,11 +16,11 @@ import yaml
 from ..adapters import DenseAdapter, read_synonyms
 from ..adapters.loading import load_adapter
 from ..data import DenseDataset, DenseDatasets
-from ..losses.recipe import read_losses
 from ..training.checkpoints import data_key
 from ..training.config import BCDConfig
 from ..utils.files import read_json, write_json, write_text
 from ..utils.messages import UserError
+from ..utils.types import converted
 from .arguments import RECIPE_KEYS, DataArguments, ModelArguments, build_arguments, read_arguments
 from .baseline import check_untrained, prepare_teacher, teacher_key
 from .experiment import alone_in, build_student, evaluate_model, final_split, load_data, train_model
@@ -31,6 +31,8 @@ from .report import write_report
 logger = logging.getLogger(__name__)
 
 STUDY_KEYS = ("seeds", "runs", "reference", "split")
+SPLITS = ("train", "validation", "test")
+NAME = r"\w[\w.+-]{,99}"
 RESULT_FILE = "study.json"
 
 
@@ -62,6 +64,8 @@ class Run:
         if not path.is_file():  # written last
             return None
         result = read_json(path)
+        if not isinstance(result, dict) or not isinstance(result.get("arguments"), dict):
+            raise UserError(f"{path}: holds no results of a run; remove it to run this one again.")
         for key in sorted({*self.arguments, *result["arguments"]} - {"hub_token"}):  # which earlier versions wrote
             found, expected = result["arguments"].get(key), json.loads(json.dumps(self.arguments.get(key)))
             if found != expected:
@@ -106,48 +110,64 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             `teacher: null` remains a baseline.
 
     Raises:
-        UserError: for an unknown key, no runs, an unknown reference, seeds that are not distinct integers, or losses
-            that `read_losses` refuses.
+        UserError: for an unknown key, no runs, an unknown reference or split, seeds that are not distinct integers, or
+            arguments of a run that would be refused when it begins.
     """
     recipe = read_recipe(path, {*RECIPE_KEYS, *STUDY_KEYS})
     seeds, variations, reference, split = (recipe.pop(key, None) for key in ("seeds", "runs", "reference", "split"))
     if not isinstance(variations, dict) or not variations:
         raise UserError(f"{path}: runs is {variations!r}; expected a mapping such as {{baseline: {{teacher: null}}}}.")
+    for name, own in variations.items():
+        if not isinstance(own, dict | None):
+            raise UserError(f"{path}: run {name!r} is {own!r}; expected what it changes, such as {{teacher: null}}.")
+        if name is None or not re.fullmatch(NAME, str(name)):  # it becomes a folder
+            raise UserError(
+                f"{path}: a run is called {name!r}; a name has letters, digits, and . + - _ between them, and at most 100."
+            )
     seeds = [42] if seeds is None else seeds
-    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
-        raise UserError(f"{path}: seeds is {seeds!r}; expected a list of integers.")
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or any(type(seed) is not int or not 0 <= seed < 2**32 for seed in seeds)
+    ):
+        raise UserError(f"{path}: seeds is {seeds!r}; expected a list of integers from 0 on.")
     if len(set(seeds)) != len(seeds):
         raise UserError(f"{path}: seeds {seeds} are not distinct; equal seeds would be one run counted twice.")
     reference = next(iter(variations)) if reference is None else reference
     references = {name: (own or {}).get("reference", reference) for name, own in variations.items()}
     for name in references.values():
-        if name not in variations:
-            raise UserError(f"{path}: reference is {name!r}; choose one of {', '.join(variations)}.")
+        if name not in list(variations):
+            raise UserError(f"{path}: reference is {name!r}; choose one of {', '.join(map(str, variations))}.")
+    if split not in (None, *SPLITS):
+        raise UserError(f"{path}: split is {split!r}; choose one of {', '.join(SPLITS)}.")
     names = sorted(variations, key=lambda name: name not in references.values())  # they run first
-    folder = output_dir or Path(recipe.get("output_dir") or f"runs/studies/{path.stem}")
+    own_folder = converted(recipe.get("output_dir"), str | None, f"{path}: output_dir")
+    folder = output_dir or Path(own_folder or f"runs/studies/{path.stem}")
     runs: list[Run] = []
     token = None
     for seed in seeds:
         for name in names:
-            if not re.fullmatch(r"\w[\w.+-]*", str(name)):  # it becomes a folder
-                raise UserError(
-                    f"{path}: a run is called {name!r}; a name has letters, digits, and . + - _ between them."
-                )
             own = {key: value for key, value in (variations[name] or {}).items() if key != "reference"}
             if unknown := set(own) - set(RECIPE_KEYS):
-                raise UserError(f"{path}: run {name!r} has the unknown key {sorted(unknown)[0]!r}.")
-            given = read_arguments(list(argv), recipe=merged(recipe, own))
+                raise UserError(f"{path}: run {name!r} has the unknown key {sorted(map(str, unknown))[0]!r}.")
+            if ours := sorted(set(own) & {"seed", "output_dir", "with_baseline"}):
+                raise UserError(f"{path}: run {name!r} sets {ours[0]}, which the study decides; leave it out there.")
+            try:
+                given = read_arguments(list(argv), recipe=merged(recipe, own))
+            except UserError as error:
+                raise UserError(f"{path}: run {name!r}: {error}") from error
             given |= dict.fromkeys(
                 (key for key, value in own.items() if value is None)
             )  # also with --teacher.weights W
             token = given.pop("hub_token", None) or token
             given.pop("resume_from_checkpoint", None)  # as the message after Ctrl-C says; every run does
-            try:
-                read_losses(given.get("losses") or {})  # now, not after the runs before it
-            except ValueError as error:
-                raise UserError(f"{path}: run {name!r}: {error}") from None
             run_folder = folder / str(name) / f"seed_{seed}"
             fixed = {"output_dir": str(run_folder), "seed": seed, "with_baseline": False}
+            if seed == seeds[0]:
+                try:
+                    build_arguments({**given, **fixed})  # now, not after the runs before it
+                except UserError as error:
+                    raise UserError(f"{path}: run {name!r}: {error}") from error
             runs.append(Run(str(name), seed, references[name], run_folder, {**given, **fixed}))
     return Study(path.stem, folder, split, runs, token)
 

@@ -1,15 +1,19 @@
 """BCDConfig: the training arguments of `BCDTrainer`."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames
 
 from ..losses.recipe import read_losses
 from ..utils.messages import UserError, unknown_key_message
+from ..utils.text import shortened
 from ..utils.yaml import parse_mapping
 
 
@@ -19,7 +23,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-TEACHER_DTYPES = ("auto", "float32", "bfloat16")
 MAX_STEPS = 40_000
 POLYNOMIAL = {"power": 0.9, "lr_end": 0.0}
 # arguments that decide how a model comes out
@@ -53,6 +56,17 @@ UNUSED = {
     "bf16_full_eval": False, "fp16_full_eval": False, "eval_accumulation_steps": None, "eval_use_gather_object": False,
     "include_num_input_tokens_seen": "no",
 }  # fmt: skip
+CHOICES: dict[str, Iterable[str]] = {
+    "preset": list(PRESETS),
+    "teacher_dtype": ["auto", "float32", "bfloat16"],
+    "train_sampling_strategy": ["random", "sequential"],  # others need the lengths of texts
+    "optim": [kind.value for kind in OptimizerNames],
+    "lr_scheduler_type": [kind.value for kind in SchedulerType],
+    "eval_strategy": [kind.value for kind in IntervalStrategy],
+    "logging_strategy": [kind.value for kind in IntervalStrategy],
+    "save_strategy": [kind.value for kind in SaveStrategy],
+    "hub_strategy": [kind.value for kind in HubStrategy],
+}
 # stands for the first score of the task, which the data decide
 FIRST_SCORE = "first_score"
 
@@ -180,6 +194,9 @@ class BCDConfig(TrainingArguments):
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0
         self._check_ranges()
+        for name, known in CHOICES.items():
+            if (given := getattr(self, name)) not in known:
+                raise UserError(unknown_key_message(name, given, known))
         try:
             super().__post_init__()
         except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError) as error:  # of values alone
@@ -189,9 +206,6 @@ class BCDConfig(TrainingArguments):
         elif self.lr_scheduler_kwargs == POLYNOMIAL:  # of what this was derived from; no other schedule takes them
             self.lr_scheduler_kwargs = None
         self._check_training()
-        for name, known in (("preset", PRESETS), ("teacher_dtype", TEACHER_DTYPES)):
-            if getattr(self, name) not in known:
-                raise UserError(unknown_key_message(name, str(getattr(self, name)), known))
         if isinstance(self.losses, str):
             self.losses = parse_mapping(self.losses, "losses")
         # read here and nowhere else: a typing error shows now, not after a teacher's training
@@ -219,6 +233,8 @@ class BCDConfig(TrainingArguments):
         """Refuses what the base class accepts and would fail on, or ignore, in the middle of training."""
         if self.max_steps == 0:
             raise UserError("max_steps is 0; train for at least one step, or score a model with hf-bcd evaluate.")
+        if self.max_steps < -1:
+            raise UserError(f"max_steps is {self.max_steps}; it must be at least 1, or -1 to count num_train_epochs.")
         if self.max_steps > 0 and (warmup := self.get_warmup_steps(self.max_steps)) >= self.max_steps:
             raise UserError(
                 f"warmup_steps {self.warmup_steps} takes {warmup} of {self.max_steps} max_steps; lower it."
@@ -226,9 +242,29 @@ class BCDConfig(TrainingArguments):
         for name, expected in UNUSED.items():
             if (given := getattr(self, name)) not in (expected, [] if expected is None else expected):
                 raise UserError(f"{name} is {given}, which would be ignored here; leave it out.")
+        if self.output_dir is not None and os.path.isfile(self.output_dir):
+            raise UserError(f"output_dir is {self.output_dir}, which is a file; name a folder.")
+        self._check_optimizer()
         available = {"tensorboard", *get_available_reporting_integrations()}
         if missing := [name for name in self.report_to or () if name not in available]:
             raise UserError(
                 f"report_to names {', '.join(missing)}, which cannot be imported here. Install it (pip install "
                 f"{missing[0]}), or report to {', '.join(sorted(available))} or none."
             )
+
+    def _check_optimizer(self) -> None:
+        """Builds optimizer and schedule once for nothing: their options are read by them only."""
+        try:
+            cls, options = Trainer.get_optimizer_cls_and_kwargs(self)
+            optimizer = cls([torch.nn.Parameter(torch.zeros(1, 1))], **options)
+        except Exception as error:  # libraries of all kinds check their own arguments
+            raise UserError(
+                f"optim {OptimizerNames(self.optim).value} cannot be built with optim_args {self.optim_args!r} ({shortened(error)})."
+            ) from error
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 0, 2, self.lr_scheduler_kwargs or {})
+        except Exception as error:
+            raise UserError(
+                f"lr_scheduler_type {SchedulerType(self.lr_scheduler_type).value} cannot be built with lr_scheduler_kwargs "
+                f"{self.lr_scheduler_kwargs} ({shortened(error)})."
+            ) from error

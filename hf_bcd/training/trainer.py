@@ -176,6 +176,8 @@ class BCDTrainer(Trainer):
         elif (output := self._load_finished(Path(resume_from_checkpoint))) is not None:
             return output
         self.terms.reset()
+        if resume_from_checkpoint:
+            self.terms.load(Path(resume_from_checkpoint), self.args.device)
         self._restart_clock()
         with (
             self.interrupt.listening(),
@@ -272,7 +274,7 @@ class BCDTrainer(Trainer):
             teacher_output=self._teacher_output(pixel_values),
             share=share,
         )
-        self.terms.add(outputs["terms"], steps)
+        self.terms.add({**outputs["terms"], "loss": outputs["loss"].detach()}, steps)
         self._images += len(pixel_values) * self.accelerator.num_processes
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
@@ -354,7 +356,7 @@ class BCDTrainer(Trainer):
             self.terms.reset()
             check_finite(means, self.args, self.state)
             now = time.perf_counter()
-            logs |= means
+            logs |= means  # its `loss` too: that of the base class forgets the steps before a checkpoint
             logs["images_per_second"] = round(self._images / (now - self._clock), 2)
             logs["train_seconds"] = round(self.train_seconds + now - self._clock, 3)
             self._images, self._clock = 0, now
@@ -380,6 +382,10 @@ class BCDTrainer(Trainer):
 
     def _key(self) -> dict[str, Any]:
         return checkpoints.run_key(self.args, self.distiller, self.teacher, self.train_dataset)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.terms.save(Path(output_dir), writes=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoints.load_student(self.distiller, Path(resume_from_checkpoint))

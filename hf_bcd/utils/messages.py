@@ -1,28 +1,37 @@
 """Errors for the user: what was wrong, and the nearest thing that would have been right."""
 
 import difflib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable
+
+from .text import elided, one_line, shortened
+
+
+MAX_MESSAGE, MAX_KNOWN = 600, 300
 
 
 class UserError(ValueError):
-    """A user's mistake: the message is one line that says what was found and what to do; commands print nothing else."""
+    """A user's mistake: the message is one line that says what was found and what to do; commands print nothing else.
+
+    Args:
+        message: its middle is left out where a value of megabytes stands in it.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        if text.startswith("Caught ") and "Original Traceback" in text:  # as a loader's worker hands it on
+            text = re.split(r"^(?:[\w.]+\.)?\w+Error: ", text, flags=re.M)[-1]
+        super().__init__(elided(one_line(text), MAX_MESSAGE))
 
 
-@contextmanager
-def as_user_error() -> Iterator[None]:
-    """Turns a ValueError or a missing file inside the block, where a library checks a user's values, into a `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
-
-
-def unknown_key_message(kind: str, key: str, known: Iterable[str]) -> str:
-    """An error message that names the nearest known key."""
-    known = sorted(known)
+def unknown_key_message(kind: str, key: object, known: Iterable[str]) -> str:
+    """An error message that names the nearest known key, and all of them where they are few."""
+    known, key = sorted(known), shortened(key)
     close = difflib.get_close_matches(key, known, n=1)
+    listed = ", ".join(known)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown {kind} {key!r}.{hint} Known: {', '.join(known)}."
+    if len(listed) <= MAX_KNOWN:
+        hint += f" Known: {listed}."
+    elif not close:
+        hint = f" The nearest of {len(known)}: {', '.join(difflib.get_close_matches(key, known, n=3, cutoff=0))}."
+    return f"unknown {kind} {key!r}.{hint}"

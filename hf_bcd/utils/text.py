@@ -11,6 +11,11 @@ def one_line(text: object) -> str:
     return "".join(c for c in " ".join(str(text).split()) if c.isprintable())
 
 
+def elided(text: str, length: int) -> str:
+    """The text without its middle, where it is longer than `length` characters."""
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 + 5 :]}"
+
+
 def shortened(text: object) -> str:
     """The text in one line that is not too long for a message."""
     return one_line(text)[:300]

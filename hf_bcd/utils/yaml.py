@@ -49,7 +49,8 @@ def read_yaml(text: str, name: str) -> Any:
         ValueError,
         TypeError,
     ) as error:  # such as a date that is none, a list as key
-        raise UserError(f"{name} is no valid YAML: {shortened(error) or type(error).__name__}") from error
+        said = shortened(error).replace(' in "<unicode string>",', " at") or type(error).__name__
+        raise UserError(f"{name} is no valid YAML: {said}") from error
     if _size(value, {}) > MAX_VALUES:
         raise UserError(f"{name}: its aliases stand for more than {MAX_VALUES} values; write out what it means.")
     return value

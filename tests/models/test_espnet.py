@@ -113,8 +113,8 @@ def test_a_recipe_names_it(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"options": {"decodr": False}}, "unknown option of 'espnet' 'decodr'. Did you mean 'decoder'"),
-        ({"options": {"num_labels": 4}}, "unknown option of 'espnet' 'num_labels'"),
+        ({"options": {"decodr": False}}, "unknown option of student 'espnet' 'decodr'. Did you mean 'decoder'"),
+        ({"options": {"num_labels": 4}}, "unknown option of student 'espnet' 'num_labels'"),
         ({"head": "psp"}, "head is 'psp', but backbone 'espnet' is a whole network"),
         ({"output_stride": 8}, "output_stride is 8"),
         ({"pretrained": True}, "pretrained is True.*without ImageNet weights; remove pretrained"),

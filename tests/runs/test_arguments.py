@@ -161,11 +161,11 @@ def test_numbers_of_a_recipe_may_stand_in_quotes(text: str, name: str, value: ob
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_steps: abc", "max_steps is 'abc' in the recipe; it must be a whole number"),
-        ("max_steps: 2.5", "max_steps is 2.5 in the recipe; it must be a whole number"),
-        ("max_steps: true", "max_steps is True in the recipe; it must be a whole number"),
-        ("color_jitter: [1]", r"color_jitter is \[1\] in the recipe; it must be a number"),
-        ("bf16: maybe", "bf16 is 'maybe' in the recipe; it must be true or false"),
+        ("max_steps: abc", "max_steps is 'abc'; it must be a whole number"),
+        ("max_steps: 2.5", "max_steps is 2.5; it must be a whole number"),
+        ("max_steps: true", "max_steps is True; it must be a whole number"),
+        ("color_jitter: [1]", r"color_jitter is \[1\]; it must be a number"),
+        ("bf16: maybe", "bf16 is 'maybe'; it must be true or false"),
         ("losses: {cwd: {weight: 3", r"r\.yaml is no valid YAML: .* line 3"),
         ("losses: '{cwd: {weight: 3'", "losses is no valid YAML"),
     ],

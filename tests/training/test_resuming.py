@@ -59,6 +59,18 @@ def test_another_seed_is_taken_anyway_if_asked(saved: Path, tmp_path: Path, capl
     assert "training.seed is 42 there and 7 here. Resumed anyway." in caplog.text
 
 
+def test_the_first_logged_means_after_resuming_are_of_all_their_steps(tmp_path: Path) -> None:
+    options = OPTIONS | {"max_steps": 4, "save_steps": 2, "logging_steps": 3, "gradient_accumulation_steps": 2}
+    whole, resumed = tiny.trainer(tmp_path, **options), tiny.trainer(tmp_path / "resumed", **options)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name in ("loss", "loss_task", "kd/kd"):
+        assert len(tiny.history(whole, name)) == 1 and tiny.history(whole, name) == tiny.history(resumed, name)
+    (tmp_path / "checkpoint-2" / "term_means.json").write_text("[]")
+    with pytest.raises(UserError, match="term_means.json: damaged"):
+        tiny.trainer(tmp_path / "third", **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "run_key.json"])
 def test_files_that_are_missing_are_named(name: str, saved: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(saved, tmp_path / "checkpoint-1")
