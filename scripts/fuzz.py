@@ -16,6 +16,7 @@ import tempfile
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,6 +77,7 @@ def fuzz_data(rng: np.random.Generator, root: Path) -> Outcome:
     try:
         data = load_dense_dataset(root)
         meaning: dict[int, int] = {}  # ids may be others, if they are so everywhere: class_3 is only a name then
+        rows: Any
         for split, rows in (("train", data["train"]), ("val", data.get("validation", []))):
             for index, sample in enumerate(rows):
                 expected = truth[split, int(Path(rows.rows[index].image_name).stem)]
@@ -229,7 +231,7 @@ def fuzz_model(rng: np.random.Generator, root: Path) -> Outcome:
     """A saved model of which one file is damaged, or one field of its configuration."""
     torch.manual_seed(0)
     config = SegformerConfig(
-        hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16, num_labels=3
+        hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16, id2label={0: "a", 1: "b", 2: "c"}
     )  # fmt: skip
     SegformerForSemanticSegmentation(config).save_pretrained(root)
     SegformerImageProcessor().save_pretrained(root)

@@ -245,7 +245,8 @@ class DenseAdapter(nn.Module, ABC):
 
 def check_config(model: PreTrainedModel) -> None:
     """Refuses models of pictures that are not RGB, models of one answer, and names that are none of 0 to K - 1."""
-    names = model.config.id2label or {}
+    settings: Any = model.config
+    names: dict[int, Any] = settings.id2label or {}
     wrong = [key for key, name in names.items() if not isinstance(name, str) or not name.strip()]
     if wrong:
         raise UserError(
@@ -257,12 +258,12 @@ def check_config(model: PreTrainedModel) -> None:
             f"{model.name_or_path}: id2label of config.json has {len(names)} classes, but none of the id {holes[0]}: it has "
             f"{shortened(sorted(names))}. Number them from 0 to {len(names) - 1}."
         )
-    if model.config.num_labels < 2:
+    if settings.num_labels < 2:
         raise UserError(
-            f"{type(model).__name__} {model.name_or_path} has {model.config.num_labels} class, which every pixel would get; "
+            f"{type(model).__name__} {model.name_or_path} has {settings.num_labels} class, which every pixel would get; "
             "choose a model with a class for the background too."
         )
-    for config in (model.config, getattr(model.config, "backbone_config", None)):
+    for config in (settings, getattr(settings, "backbone_config", None)):
         channels = getattr(config, "num_channels", 3)
         if channels not in (3, None):
             raise UserError(

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -33,7 +34,8 @@ def read_image(file: str | Path | bytes | Image.Image, name: str, *, exact: bool
     try:
         content = file if isinstance(file, bytes) else Path(file).read_bytes()
         image = Image.open(io.BytesIO(content))
-        codec, *_, form = tuple(image.tile[0]) if getattr(image, "tile", None) else ("", "")
+        tile: Any = image.tile[0] if getattr(image, "tile", None) else ("", "")
+        codec, form = tile[0], tile[-1]
         image.load()
         if exact and image.format == "PNG":
             Image.open(io.BytesIO(content)).verify()  # checksums, which decoding does not look at

@@ -108,8 +108,10 @@ def data_key(split: Any) -> dict[str, Any]:
 
 def run_key(args: BCDConfig, distiller: Distiller, teacher: FrozenTeacher | None, dataset: Any) -> dict[str, Any]:
     """All that decides how a run goes on from a checkpoint, without anything private."""
-    losses: Mapping[str, Any] = (PRESETS[args.preset] if args.losses is None else args.losses) if teacher else {}
-    key = {f"training.{name}": str(getattr(args, name)) for name in (*OUTCOME, "calibration_images", "teacher_dtype")}
+    losses: Any = (PRESETS[args.preset] if args.losses is None else args.losses) if teacher else {}
+    key: dict[str, Any] = {
+        f"training.{name}": str(getattr(args, name)) for name in (*OUTCOME, "calibration_images", "teacher_dtype")
+    }
     if isinstance(dataset, TransformedStream):
         key["training.dataloader_num_workers"] = args.dataloader_num_workers  # which divide it
     key |= {f"losses.{name}": yaml_text(options or {}) for name, options in losses.items()}

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
@@ -262,7 +262,7 @@ class BCDConfig(TrainingArguments):
                 f"optim {OptimizerNames(self.optim).value} cannot be built with optim_args {self.optim_args!r} ({shortened(error)})."
             ) from error
         try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 0, 2, self.lr_scheduler_kwargs or {})
+            get_scheduler(self.lr_scheduler_type, optimizer, 0, 2, self.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
         except Exception as error:
             raise UserError(
                 f"lr_scheduler_type {SchedulerType(self.lr_scheduler_type).value} cannot be built with lr_scheduler_kwargs "

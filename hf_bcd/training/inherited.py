@@ -73,9 +73,10 @@ def settle_early_stopping(args: BCDConfig, callbacks: Iterable[Any], first_score
 def check_samples(task: Task, num_labels: int, **datasets: Any) -> None:
     """Looks at the first sample of data sets from elsewhere; a `UserError` says what no model here could use."""
     for name, given in datasets.items():
-        for part, dataset in given.items() if isinstance(given, Mapping) else [("", given)]:
-            own = dataset is None or isinstance(dataset, TransformedDataset)
-            if not own and not isinstance(dataset, IterableDataset) and len(dataset):
-                with torch_seed(0):  # the data set's own random numbers must not move those of the run
-                    sample = dataset[0]
-                task.check_sample(sample, num_labels, f"{name}[{part!r}]" if part else name)
+        parts: Any = given.items() if isinstance(given, Mapping) else [("", given)]
+        for part, dataset in parts:
+            if dataset is None or isinstance(dataset, TransformedDataset | IterableDataset) or not len(dataset):
+                continue
+            with torch_seed(0):  # the data set's own random numbers must not move those of the run
+                sample = dataset[0]
+            task.check_sample(sample, num_labels, f"{name}[{part!r}]" if part else name)

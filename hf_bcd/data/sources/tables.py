@@ -110,7 +110,7 @@ def read_tables(
             columns = find_columns(table.features, image_column, label_column, name)
         except UserError as error:
             others = [columns for other, columns in rows.items() if other != split]
-            if not others or usual_name(split) == "train" or others[0].label_column in table.features:
+            if not others or usual_name(str(split)) == "train" or others[0].label_column in table.features:
                 raise
             logger.warning("%s: split %r is left out, since it has no labels. %s", name, split, error)
             continue
