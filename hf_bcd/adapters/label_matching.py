@@ -5,10 +5,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, cat
 
 from ..utils.files import read_text
@@ -51,6 +52,7 @@ class LabelMap:
     student: dict[int, str]
     sources: dict[int, tuple[int, ...]]
     rules: dict[int, str]
+    _indices: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def missing(self) -> list[str]:
@@ -84,7 +86,11 @@ class LabelMap:
         if self.is_identity:
             return logits
         groups = list(self.sources.values())
-        selected = logits[:, [source for group in groups for source in group]]
+        index = self._indices.get(logits.device)
+        if index is None:  # once, since making it waits for the device
+            index = torch.tensor([source for group in groups for source in group], device=logits.device)
+            self._indices[logits.device] = index
+        selected = logits.index_select(1, index)
         if len(groups) == selected.shape[1]:
             return selected
         parts = selected.float().split([len(group) for group in groups], dim=1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from .text import elided, one_line, shortened
 
 
-MAX_MESSAGE, MAX_KNOWN = 600, 300
+MAX_MESSAGE, MAX_KNOWN = 2000, 300
 
 
 class UserError(ValueError):

@@ -9,10 +9,7 @@ import pytest
 from runs import CASES
 
 from hf_bcd import BCDTrainer
-from hf_bcd.utils.messages import UserError
-
-
-MAX_LENGTH = 600
+from hf_bcd.utils.messages import MAX_MESSAGE, UserError
 
 
 def test_the_table_is_as_large_as_promised() -> None:
@@ -32,7 +29,7 @@ def test_a_wrong_input_ends_as_the_table_says(
             function(tmp_path)
         message = str(caught.value)
         assert re.search(regex, message), message
-        assert "\n" not in message and 10 < len(message) <= MAX_LENGTH, message
+        assert "\n" not in message and 10 < len(message) <= MAX_MESSAGE, message
     else:
         found = str(function(tmp_path))
         assert re.search(regex, found if kind == "result" else caplog.text), caplog.text or found
