@@ -25,6 +25,7 @@ from ..training.teaching import adopt_labels
 from ..training.trainer import BCDTrainer
 from ..utils.files import write_text
 from ..utils.messages import UserError
+from ..utils.text import shortened
 from ..utils.yaml import parse_mapping
 from .arguments import DataArguments, ModelArguments
 
@@ -220,7 +221,13 @@ def evaluate_model(
         UserError: if the model lacks some of these classes, and has not as many without names in common.
     """
     adapter = adapt(model)
-    if adapter.match(data.id2label, read_synonyms(label_synonyms)).missing:
+    if (label_map := adapter.match(data.id2label, read_synonyms(label_synonyms))).missing:
+        if len(label_map.teacher) != len(label_map.student):
+            raise UserError(
+                f"the model's {len(label_map.teacher)} classes are not the {len(label_map.student)} of {data.name}: it has none "
+                f"for {shortened(', '.join(label_map.missing))}. Score it on data of its own classes, or say in a "
+                "--label_synonyms file which of its classes stand for these."
+            )
         adopt_labels(adapter.model, data.id2label)
     scores = evaluate(adapter.to(config.device), data, config)
     return {name: value for name, value in scores.items() if name != "num_samples"}

@@ -261,6 +261,11 @@ class BCDConfig(TrainingArguments):
             raise UserError(
                 f"optim {OptimizerNames(self.optim).value} cannot be built with optim_args {self.optim_args!r} ({shortened(error)})."
             ) from error
+        given = {part.partition("=")[0].strip() for part in (self.optim_args or "").split(",")} - {"", *options}
+        if given and self.optim in ("sgd", "adamw_torch") and self.optim_args != type(self).optim_args:
+            raise UserError(
+                f"optim_args {self.optim_args!r} sets {', '.join(sorted(given))}, which optim {OptimizerNames(self.optim).value} would ignore."
+            )
         try:
             get_scheduler(self.lr_scheduler_type, optimizer, 0, 2, self.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
         except Exception as error:

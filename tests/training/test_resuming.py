@@ -165,6 +165,7 @@ def test_arguments_of_the_base_class_without_a_meaning_are_refused(name: str, tm
     [
         ({"include_for_metrics": ["inputs"]}, "include_for_metrics is"),
         ({"bf16_full_eval": True}, "bf16_full_eval is True, which would be ignored"),
+        ({"optim_args": "momentum=0.9,speed=3"}, "sets speed, which optim .*sgd would ignore"),
         ({"report_to": "comet_ml"}, "report_to names comet_ml, which cannot be imported here. Install it"),
     ],
 )
