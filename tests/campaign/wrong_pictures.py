@@ -3,7 +3,9 @@
 import io
 import json
 import shutil
-from collections.abc import Callable
+import struct
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,35 +103,26 @@ def deep(scale: float, kind: type = np.uint16) -> Save:
     return save
 
 
-def deep_rgb_png(pixels: np.ndarray, path: Path) -> None:
-    """A PNG of three 16-bit channels, which Pillow cannot write."""
-    import struct
-    import zlib
-
-    rows = np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
-    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+def png_of(path: Path, shape: tuple[int, ...], depth: int, colour: int, rows: Iterable[bytes]) -> None:
+    """A PNG of a kind that Pillow cannot write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, 2, 0, 0, 0)
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    head = struct.pack(">IIBBBBB", shape[1], shape[0], depth, colour, 0, 0, 0)
+    content = zlib.compress(b"".join(b"\0" + row for row in rows))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", content) + chunk(b"IEND", b""))
+
+
+def deep_rgb_png(pixels: np.ndarray, path: Path) -> None:
+    """Three 16-bit channels."""
+    rows = np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
+    png_of(path, rows.shape, 16, 2, (row.astype(">u2").tobytes() for row in rows))
 
 
 def four_bit(pixels: np.ndarray, path: Path) -> None:
-    """A grey PNG of four bits a pixel, which Pillow stretches to 0..255."""
-    import struct
-    import zlib
-
-    raw = b"".join(b"\0" + (row[::2] << 4 | row[1::2]).astype(np.uint8).tobytes() for row in pixels)
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 4, 0, 0, 0, 0)
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    """Grey values of four bits, which Pillow stretches to 0..255."""
+    png_of(path, pixels.shape, 4, 0, ((row[::2] << 4 | row[1::2]).astype(np.uint8).tobytes() for row in pixels))
 
 
 def stretched_pgm(pixels: np.ndarray, path: Path) -> None:
