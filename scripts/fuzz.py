@@ -265,7 +265,7 @@ def run(seed: int, area: str | None) -> tuple[str, Outcome]:
         except UserError as error:
             text = str(error)
             return name, ("SEVERAL LINES" if "\n" in text else "told", text)
-        except Exception as error:
+        except Exception as error:  # a traceback is what is looked for
             where = traceback.extract_tb(error.__traceback__)[-1]
             return name, ("TRACEBACK", f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
 

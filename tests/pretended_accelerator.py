@@ -129,7 +129,7 @@ if __name__ == "__main__":
         try:
             call()
             print("ok", case)
-        except Exception as error:
+        except Exception as error:  # whatever it is, the case is reported and the next one runs
             failed += 1
             frames = traceback.extract_tb(error.__traceback__)
             places = [

@@ -268,7 +268,7 @@ class BCDConfig(TrainingArguments):
             )
         try:
             get_scheduler(self.lr_scheduler_type, optimizer, 0, 2, self.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
-        except Exception as error:
+        except Exception as error:  # schedules check their own arguments, each by its own errors
             raise UserError(
                 f"lr_scheduler_type {SchedulerType(self.lr_scheduler_type).value} cannot be built with lr_scheduler_kwargs "
                 f"{self.lr_scheduler_kwargs} ({shortened(error)})."
