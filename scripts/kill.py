@@ -2,10 +2,11 @@
 
     python scripts/kill.py --times 30 --seed 0
 
-A small run of everything: a teacher trained here, a baseline, the student, evaluation and report. Every second moment
-is a time, the others are just before a change of the output folder (a file opened for writing, renamed or removed, a
-folder made or removed). Prints a row for each moment: when, how far the run was, and whether weights and scores are
-equal to the bit, or why not. Ends with code 1 if one is not.
+A small run of everything: a teacher trained here, a baseline, the student, evaluation, report, and a push to the local
+Hub of the tests. Of three moments one is a time, one is just before a change (a file of the output folder opened for
+writing, renamed or removed, a folder made or removed, a request to the Hub), and one just before a request of the push.
+Prints a row for each moment: when, how far the run was, and whether weights, scores and pushed files are equal to the
+bit, or why not. Ends with code 1 if one is not.
 """
 
 import argparse
@@ -17,19 +18,16 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
 from pathlib import Path
 from typing import Any
 
 
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
 # this folder goes: its evaluate.py would be taken for the library `evaluate`
-sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT / "scripts"))]
+sys.path[:] = [str(ROOT), str(ROOT / "tests"), *(path for path in sys.path if path != str(ROOT / "scripts"))]
 
-from hf_bcd.cli import run
-from hf_bcd.commands import distill
+from hub.server import HubServer
 
 
 ARGUMENTS = [
@@ -40,11 +38,13 @@ ARGUMENTS = [
     "--teacher_training", "{max_steps: 6}", "--max_steps", "10", "--crop_size", "48", "--calibration_images", "4",
     "--per_device_train_batch_size", "2", "--dataloader_num_workers", "0", "--logging_steps", "3", "--report_to", "none",
     "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "5", "--use_cpu", "true",
+    "--push_to_hub", "true", "--hub_strategy", "end",
 ]  # fmt: skip
 RESUME = ["--resume_from_checkpoint", "true"]
 MODELS = {"student": "", "teacher": "_teacher", "baseline": "_baseline"}
 # audited changes of files, and the position of the path among their arguments
 CHANGES = {"open": 0, "os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "shutil.rmtree": 0}
+PUSH = "push"
 WRITING = os.O_WRONLY | os.O_RDWR
 
 
@@ -55,18 +55,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(argv)
     draw, unequal = random.Random(args.seed), 0
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, HubServer(Path(temporary) / "hub") as hub:
+        os.environ |= hub.environment(Path(temporary) / "home")  # which the clients read when they are imported
+        from hf_bcd.commands import distill  # noqa: F401 - the runs are forked from here
+
         whole = Path(temporary) / "whole"
         start = time.monotonic()
-        changes = Path(temporary) / "changes"
-        if code := finish(begin(whole, [], changes=changes)):
+        counts = Path(temporary) / "counts"
+        if code := finish(begin(whole, [], counts=counts)):
             sys.exit(f"the undisturbed run ended with code {code}: {last_line(whole)}")
-        seconds, total = time.monotonic() - start, int(changes.read_text(encoding="utf-8"))
-        print(f"undisturbed: {seconds:.1f} s, {total} changes of its folder\n")
+        seconds, requests = time.monotonic() - start, json.loads(counts.read_text(encoding="utf-8"))
+        pushing = [number for number, change in enumerate(requests) if change == PUSH]
+        print(f"undisturbed: {seconds:.1f} s, {len(requests)} changes, {len(pushing)} of them requests of the push\n")
         for number in range(args.times):
             folder = Path(temporary) / f"killed_{number}"
-            if number % 2:
-                change = draw.randrange(total)
+            if number % 3:
+                change = draw.choice(pushing) if number % 3 == 2 else draw.randrange(len(requests))
                 moment = f"before change {change}"
                 finish(begin(folder, [], dies_at=change))
             else:
@@ -78,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
                 finish(pid)
             phase = phase_of(folder)
             code = finish(begin(folder, RESUME))
-            found = f"resuming ended with code {code}: {last_line(folder)}" if code else difference(folder, whole)
+            found = f"resuming ended with code {code}: {last_line(folder)}" if code else difference(folder, whole, hub)
             unequal += bool(found)
             print(f"{number + 1:>3}  {moment:<18}  {phase:<22}  {found or 'equal'}", flush=True)
             shutil.rmtree(folder)
@@ -86,14 +90,14 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(unequal))
 
 
-def begin(folder: Path, more: list[str], *, dies_at: int | None = None, changes: Path | None = None) -> int:
+def begin(folder: Path, more: list[str], *, dies_at: int | None = None, counts: Path | None = None) -> int:
     """Starts a run in a process forked from this one, which has imported everything; its id.
 
     Args:
         folder: output folder; what it prints stands beside it.
         more: arguments of the command line.
-        dies_at: number of the change of the folder before which it kills itself.
-        changes: gets the number of changes.
+        dies_at: number of the change before which it kills itself.
+        counts: gets the kind of each change as JSON.
     """
     pid = os.fork()
     if pid:
@@ -103,33 +107,48 @@ def begin(folder: Path, more: list[str], *, dies_at: int | None = None, changes:
         output = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        count = audited(folder, dies_at)
+        from hf_bcd.cli import run
+        from hf_bcd.commands import distill
+
+        changes = audited(folder, dies_at)
         run(lambda: distill.main([*ARGUMENTS, "--output_dir", str(folder), *more]))
-        if changes is not None:
-            changes.write_text(str(count()), encoding="utf-8")
+        if counts is not None:
+            counts.write_text(json.dumps(changes), encoding="utf-8")
         code = 0
     except SystemExit as end:
         print(end.code, flush=True)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
 
 
-def audited(folder: Path, dies_at: int | None) -> Callable[[], int]:
-    """Counts the changes of a folder from now on, and ends the process before one of them; gives their number."""
-    count = 0
+def audited(folder: Path, dies_at: int | None) -> list[str]:
+    """Lists the changes of a folder and the requests from now on, and ends the process before one of them."""
+    from huggingface_hub.utils import get_session
+
+    changes: list[str] = []
+
+    def change(kind: str) -> None:
+        if len(changes) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        changes.append(kind)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
         if event not in CHANGES or (event == "open" and not (arguments[2] or 0) & WRITING):
             return
         if str(arguments[CHANGES[event]]).startswith(str(folder)):
-            if count == dies_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
+            change(event)
+
+    def sent(self: Any, *arguments: Any, **options: Any) -> Any:
+        change(PUSH if (folder / "README.md").exists() else "request")
+        return send(self, *arguments, **options)
 
     sys.addaudithook(hook)
-    return lambda: count
+    client: Any = type(get_session())
+    send, client.send = client.send, sent
+    return changes
 
 
 def finish(pid: int) -> int:
@@ -154,8 +173,8 @@ def phase_of(folder: Path) -> str:
     return f"{name}, {'finished' if (place / 'recipe.json').exists() else f'step {steps} or later'}"
 
 
-def difference(folder: Path, whole: Path) -> str:
-    """What differs between two finished runs; empty if nothing does."""
+def difference(folder: Path, whole: Path, hub: HubServer) -> str:
+    """What differs between two finished runs, and what they have pushed; empty if nothing does."""
     for name, place in MODELS.items():
         files = [path / place / "model.safetensors" for path in (folder, whole)]
         if files[0].read_bytes() != files[1].read_bytes():
@@ -163,7 +182,13 @@ def difference(folder: Path, whole: Path) -> str:
     found, expected = (json.loads((path / "results.json").read_text(encoding="utf-8")) for path in (folder, whole))
     for results in (found, expected):
         del results["protocol"]["cost"]  # times
-    return "" if found == expected else "the scores differ"
+    if found != expected:
+        return "the scores differ"
+    pushed, others = (hub.files(f"tester/{path.name}") for path in (folder, whole))
+    if pushed.keys() != others.keys():
+        return f"the pushed files differ: {sorted(pushed.keys() ^ others.keys())}"
+    stale = [name for name, content in pushed.items() if content != (folder / name).read_bytes()]
+    return f"not pushed as they lie in the folder: {stale}" if stale else ""
 
 
 def last_line(folder: Path) -> str:

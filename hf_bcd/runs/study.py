@@ -124,6 +124,10 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             raise UserError(
                 f"{path}: a run is called {name!r}; a name has letters, digits, and . + - _ between them, and at most 100."
             )
+    if len({str(name).casefold() for name in variations}) < len(variations):  # some file systems ignore the case
+        raise UserError(
+            f"{path}: two of the runs {', '.join(map(str, variations))} would have one folder; rename one."
+        )
     seeds = [42] if seeds is None else seeds
     if (
         not isinstance(seeds, list)

@@ -646,6 +646,7 @@ NO_NAME = r"grid\.yaml: a run is called .*; a name has letters"
 STUDIES: dict[str, Case] = {
     **{f"study name {name!r}": error(NO_NAME, planned(runs={name: None})) for name in ("../../x", "", "/tmp/x", "a/b", ".x", "a" * 200, None, "a b")},
     "study name 3": ("result", "seed_1", lambda place: planned(runs={3: None})(place).runs[0].folder.name),
+    "study names that differ in case": error("would have one folder; rename one", planned(runs={"Kd": None, "kd": None})),
     **{f"study run {own}": error("run 'a' is .*; expected what it changes", planned(runs={"a": own})) for own in (3, [1], "x")},
     **{f"study runs {runs}": error(r"grid\.yaml: runs is ", planned(runs=runs)) for runs in (None, [], "a", 3)},
     **{

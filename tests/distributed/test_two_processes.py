@@ -117,3 +117,24 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(tmp_path: Path
     messages = run_ranks(tmp_path, train_interrupted, tmp_path / "run")
     assert all("stopped at step 10" in message for message in messages)
     assert (tmp_path / "run" / "checkpoint-10" / "trainer_state.json").is_file()
+
+
+# ---- Resuming --------------------------------------------------------------------------------------------------------
+
+
+def train_and_resume(folder: Path) -> list[dict[str, list[float]]]:
+    """The logged means of a whole run, and of one that goes on from a checkpoint between two of its logs."""
+    options = TRAINING | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
+    logged = []
+    for place, checkpoint in ((folder, None), (folder / "resumed", str(folder / "checkpoint-2"))):
+        model, data = tiny.tiny_timm(dropout=0.0), {"train": tiny.TensorSamples(8)}
+        run = tiny.trainer(place, model=model, data=data, losses={"kd": {}}, **options)
+        run.train(resume_from_checkpoint=checkpoint)
+        logged.append({name: tiny.history(run, name) for name in ("loss", "loss_task", "kd/kd")})
+    return logged
+
+
+def test_the_first_logged_means_after_resuming_are_of_all_steps_of_all_ranks(tmp_path: Path) -> None:
+    for whole, resumed in run_ranks(tmp_path, train_and_resume, tmp_path / "run"):
+        assert all(len(values) == 1 for values in whole.values())
+        assert resumed == {name: pytest.approx(values, rel=1e-6) for name, values in whole.items()}
