@@ -1,6 +1,7 @@
 """Builds models from a recipe's description of them."""
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,9 @@ from ..utils.text import shortened
 from ..utils.types import converted
 from .auto import adapt
 from .base import DenseAdapter
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -146,6 +150,11 @@ def load_segmentation_model(
                 model, loaded = auto_class.from_pretrained(name_or_path, **source, **changes, output_loading_info=True)
                 if new_labels is None:
                     _check_complete(name_or_path, model, loaded["missing_keys"])
+                    if unused := sorted(loaded["unexpected_keys"]):
+                        logger.warning(
+                            "%s: the model of config.json has no place for %d of the stored weights, such as %s; please "
+                            "check that they belong together.", name_or_path, len(unused), unused[0],
+                        )  # fmt: skip
                 _check_mismatches(name_or_path, loaded["mismatched_keys"])
                 drop_foreign_code(model)
                 model.config._commit_hash = commit  # where `image_statistics` and the card look for it; never saved

@@ -371,6 +371,7 @@ MODELS: dict[str, Case] = {
     "config of other widths": error("config.json and the weights disagree", loaded(config=with_(hidden_sizes=[8, 8, 16, 32]))),
     "config of too few widths": error("the model cannot be loaded", loaded(config=with_(hidden_sizes=[8]))),
     "config of more blocks": error("it lacks the weights of 22 parameters", loaded(config=with_(depths=[2, 1, 1, 1]))),
+    "config of fewer blocks": ("warning", "no place for 22 of the stored weights, such as ", loaded(config=with_(depths=[0, 1, 1, 1]))),
     "config of other classes": error("disagree in shapes or in the number of classes", loaded(config=with_(id2label={"0": "a", "1": "b"}))),
     "config of one class": error("disagree in shapes or in the number of classes", loaded(config=with_(id2label={"0": "a"}))),
     "config of words as ids": error("the model cannot be loaded", loaded(config=with_(id2label={"sky": "sky"}))),
