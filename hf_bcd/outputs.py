@@ -1,8 +1,8 @@
 """Models and ground truth as the rest of the package sees them: named feature levels, class scores, targets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,16 +33,68 @@ class DenseOutput:
         features: level name -> `[B, C, h, w]`, from fine to coarse. Level names: `stem` (stride 4, only for backbones
             with a separate stem) and `stride_4`, `stride_8`, `stride_16`, `stride_32` after the nominal stride of the
             stage; the true stride of a dilated stage stands in its `FeatureSpec`.
-        logits: per-pixel class scores `[B, num_labels, h, w]` at any stride.
+        logits: per-pixel class scores `[B, num_labels, h, w]` at any stride; None for detectors.
         task_losses: supervised losses by name, weighted as the family's authors do; none without targets.
         head: the model's own head as a function of its levels, `{level: [B, C, h, w]}` -> scores in the classes of
             `logits`, where a frozen teacher offers one: gradients reach only the levels.
+        pyramid: levels of a detector's neck, `p3` (stride 8) to `p7`, likewise.
+        dense: raw output of a detector that scores a box at every prior.
+        queries: raw output of a detector of the DETR kind.
     """
 
     features: dict[str, Tensor]
-    logits: Tensor
+    logits: Any
     task_losses: dict[str, Tensor] = field(default_factory=dict)
     head: Callable[[dict[str, Tensor]], Tensor] | None = None
+    pyramid: dict[str, Tensor] = field(default_factory=dict)
+    dense: "DenseHead | None" = None
+    queries: "Queries | None" = None
+
+
+@dataclass
+class DenseHead:
+    """What a dense detector says at its A priors: all levels together, fine to coarse, row-major, prior-minor.
+
+    Attributes:
+        class_logits: `[B, A, C]`.
+        box_outputs: deltas `[B, A, 4]`, or distributions over `bins + 1` distances to each side, `[B, A, 4 * (bins + 1)]`.
+        boxes: decoded, xyxy pixels of the input `[B, A, 4]`, with a graph.
+        priors: xyxy pixels `[A, 4]`.
+        strides: stride of each prior's level `[A]`.
+        level_sizes: number of priors of each level.
+        assigned: index of the truth that a prior belongs to, -1 for background, -2 for neither, `[B, A]`; None without truth.
+        tower: maps `[B, D, h, w]` of each level before the last convolution, of `class` and of `box`.
+        cross: of a frozen teacher, its head from there on: the same output for such maps of a student.
+    """
+
+    class_logits: Tensor
+    box_outputs: Tensor
+    boxes: Tensor
+    priors: Tensor
+    strides: Tensor
+    level_sizes: tuple[int, ...]
+    assigned: Tensor | None = None
+    tower: dict[str, list[Tensor]] = field(default_factory=dict)
+    cross: "Callable[[dict[str, list[Tensor]]], DenseHead] | None" = None
+
+
+@dataclass
+class Queries:
+    """What the Q object queries of a DETR say after each of L decoder layers; denoising and extra groups are cut off.
+
+    Attributes:
+        class_logits: `[L, B, Q, C]`, or with a last class for no object where `softmax`.
+        boxes: centre, width and height relative to the picture, `[L, B, Q, 4]`.
+        softmax: whether classes exclude each other.
+        corners: D-FINE's distributions over the distances to each side, `[L, B, Q, 4 * bins]`.
+        corner_scale: what makes corners of two models comparable: number of bins, reg_scale and up.
+    """
+
+    class_logits: Tensor
+    boxes: Tensor
+    softmax: bool
+    corners: Tensor | None = None
+    corner_scale: tuple[float, ...] = ()
 
 
 class Targets(Protocol):
@@ -56,6 +108,11 @@ class Targets(Protocol):
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
+        ...
+
+    @property
+    def pixel_mask(self) -> Tensor | None:
+        """Which pixels belong to a picture, boolean `[B, H, W]`; None where nothing was padded for the batch's sake."""
         ...
 
     def valid(self, size: tuple[int, int]) -> Tensor:
@@ -87,6 +144,8 @@ class LabelMaps:
     ignore_index: int = IGNORE_INDEX
     num_valid: Tensor | None = None
 
+    pixel_mask: ClassVar[None] = None
+
     def __post_init__(self) -> None:
         if self.ids.device.type == "cpu":  # elsewhere looking would wait for the device
             check_ids(self.ids, self.num_labels, self.ignore_index, "label maps")
@@ -104,6 +163,79 @@ class LabelMaps:
         classes = torch.arange(self.num_labels, device=self.ids.device)
         ids = resize_nearest(self.ids, size)
         return (ids[:, None] == classes[:, None, None]) & (ids != self.ignore_index)[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """Targets of object detection.
+
+    Attributes:
+        boxes: of each of B pictures, xyxy pixels of the batch's images, `[N, 4]`.
+        classes: class ids of these boxes, int64 `[N]`.
+        size: height and width of the images.
+        num_labels: number of classes K.
+        pixel_mask: as in `Targets`.
+        crowds: of each picture, boxes of groups that nobody has told apart, `[M, 4]`; void where no object is.
+    """
+
+    boxes: Sequence[Tensor]
+    classes: Sequence[Tensor]
+    size: tuple[int, int]
+    num_labels: int
+    pixel_mask: Tensor | None = None
+    crowds: Sequence[Tensor] = ()
+
+    def valid(self, size: tuple[int, int]) -> Tensor:
+        """Positions inside a picture and outside of crowds: boolean `[B, *size]`."""
+        ones = torch.ones(len(self.boxes), *size, dtype=torch.bool, device=self.boxes[0].device)
+        valid = ones if self.pixel_mask is None else resize_nearest(self.pixel_mask, size)
+        if not self.crowds:
+            return valid
+        crowds, objects = (
+            torch.stack([b.any(0) for b in self.inside(boxes, size)]) for boxes in (self.crowds, self.boxes)
+        )
+        return valid & (objects | ~crowds)
+
+    def class_masks(self, size: tuple[int, int]) -> Tensor:
+        """Filled boxes of each class: boolean `[B, K, *size]`; none where void."""
+        masks = [
+            torch.einsum("nhw,nk->khw", inside.float(), one_hot(classes, self.num_labels)) > 0
+            for inside, classes in zip(self.inside(self.boxes, size), self.classes, strict=True)
+        ]
+        return torch.stack(masks) & self.valid(size)[:, None]
+
+    def regions(self, size: tuple[int, int]) -> Tensor:
+        """Which object is where: int64 `[B, *size]`, 1 + its index, the smallest on top; 0 where none is."""
+        regions = []
+        for boxes, inside in zip(self.boxes, self.inside(self.boxes, size), strict=True):
+            order = box_areas(boxes).argsort(descending=True, stable=True)
+            rank = torch.arange(1, len(boxes) + 1, device=boxes.device)[:, None, None] * inside[order]
+            top = rank.amax(0) if len(boxes) else rank.new_zeros(size)
+            regions.append(torch.cat([order.new_zeros(1), order + 1])[top])
+        return torch.stack(regions)
+
+    def inside(self, boxes: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Positions of a grid over the images whose centres lie in a box: of each picture boolean `[N, *size]`."""
+        grid = [
+            (torch.arange(new, device=self.boxes[0].device) + 0.5) * (old / new)
+            for old, new in zip(self.size, size, strict=True)
+        ]
+        masks = []
+        for one in boxes:
+            left, top, right, bottom = (side[:, None] for side in one.unbind(1))
+            rows, columns = (grid[0] >= top) & (grid[0] < bottom), (grid[1] >= left) & (grid[1] < right)
+            masks.append(rows[:, :, None] & columns[:, None, :])
+        return masks
+
+
+def one_hot(classes: Tensor, num_labels: int) -> Tensor:
+    """Class ids `[N]` as rows of one 1, `[N, K]`; torch's own waits for the device."""
+    return (classes[:, None] == torch.arange(num_labels, device=classes.device)).float()
+
+
+def box_areas(boxes: Tensor) -> Tensor:
+    """Areas `[...]` of xyxy boxes `[..., 4]`."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def check_ids(ids: Tensor, num_labels: int, ignore_index: int, name: str) -> None:

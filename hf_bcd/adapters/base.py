@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from .label_matching import LabelMap, match_labels
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# of what a loss may need, what both models must have
+OF_BOTH = frozenset({"logits", "scores", "pyramid", "dense", "distributions", "tower", "queries", "corners"})
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
@@ -39,6 +41,8 @@ class DenseAdapter(nn.Module, ABC):
         label_map: set on a model that is not trained, to get its logits in the classes of another label set.
     """
 
+    task: ClassVar[str] = "semantic-segmentation"
+    """Name of the task that the family's predictions are for."""
     default_statistics: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD)
     channel_order = "RGB"
     size_multiple = 32
@@ -141,7 +145,16 @@ class DenseAdapter(nn.Module, ABC):
     @property
     def offers(self) -> frozenset[str]:
         """What losses may need of this model as a teacher, see `DistillationLoss.needs`."""
-        return frozenset({"features", "logits", *(["head"] if self.head_levels else [])})
+        return frozenset({"features", "logits", "scores", *(["head"] if self.head_levels else [])})
+
+    def offers_with(self, teacher: "DenseAdapter") -> frozenset[str]:
+        """What losses may need of the two models, if this one is the student."""
+        return teacher.offers - (OF_BOTH - self.offers)
+
+    @property
+    def pyramid_specs(self) -> dict[str, FeatureSpec]:
+        """Levels of `DenseOutput.pyramid`, as `feature_specs`."""
+        return {}
 
     def run_head(self, features: dict[str, Tensor]) -> Tensor:
         """Runs the model's head on maps in the place of its levels `head_levels`: logits in the model's own classes."""
@@ -159,10 +172,11 @@ class DenseAdapter(nn.Module, ABC):
         normalized = (pixel_values.float() - self.image_mean * 255) / (self.image_std * 255)
         return normalized.flip(1) if self.channel_order == "BGR" else normalized
 
-    def forward(self, pixel_values: Tensor, targets: LabelMaps | None = None) -> DenseOutput:
+    def forward(self, pixel_values: Tensor, targets: Any = None, pixel_mask: Tensor | None = None) -> DenseOutput:
         """Runs the model on RGB images `[B, 3, H, W]`, uint8 or float, values 0..255, not normalised.
 
-        Without targets, the output has no task losses.
+        Without targets (`LabelMaps` here), the output has no task losses. `pixel_mask` tells which pixels belong to a picture
+        where the targets do not; no model for label maps heeds it.
 
         Raises:
             UserError: if `pixel_values` is not a batch of RGB images, or has a size that the model cannot take.

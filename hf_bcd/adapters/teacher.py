@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, FeatureSpec
+from ..outputs import DenseOutput, FeatureSpec, resize_nearest
 from .base import DenseAdapter
 
 
@@ -84,12 +85,23 @@ class FrozenTeacher(nn.Module):
 
     # not inference_mode: its tensors could not be saved for the student's backward pass without a copy
     @torch.no_grad()
-    def forward(self, pixel_values: Tensor) -> DenseOutput:
-        """Features and logits of RGB images `[B, 3, H, W]`, uint8 or float, values 0..255."""
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> DenseOutput:
+        """What the teacher makes of RGB images `[B, 3, H, W]`, uint8 or float, values 0..255.
+
+        `pixel_mask` tells which pixels belong to a picture, see `Targets`.
+        """
+        resized = self.resize(pixel_values)
+        size = (resized.shape[-2], resized.shape[-1])
+        mask = None if pixel_mask is None else resize_nearest(pixel_mask, size)
         with self._precision(pixel_values.device):
-            output = self.adapter(self.resize(pixel_values))
-        features = {name: level.float() for name, level in output.features.items()}
-        return DenseOutput(features, output.logits.float(), head=self.head if self.adapter.head_levels else None)
+            output = self.adapter(resized, pixel_mask=mask)
+        return replace(
+            output,
+            features={name: level.float() for name, level in output.features.items()},
+            pyramid={name: level.float() for name, level in output.pyramid.items()},
+            logits=None if output.logits is None else output.logits.float(),
+            head=self.head if self.adapter.head_levels else None,
+        )
 
     def head(self, features: dict[str, Tensor]) -> Tensor:
         """Class scores of the head on maps `{level: [B, C, h, w]}`, as `logits` are; gradients reach only these maps."""

@@ -82,7 +82,8 @@ class DistillationLoss(nn.Module, ABC):
     weights: Mapping[str, float]  # term -> weight that belongs to its reduction
     shares: Mapping[str, float] = {}  # term -> share of the task's gradient that `weight: auto` aims at, where known
     borrowed: frozenset[str] = frozenset()  # other methods' terms; a recipe's single number leaves their weights alone
-    # what it reads of `logits` (in the student's classes), `features`, `labels`, `task_loss` and `head` (the teacher's)
+    # what it reads of `logits` (in the student's classes), `scores` (these in any), `features`, `labels`, `task_loss`, `head`
+    # (the teacher's), and of detectors `dense`, `distributions`, `tower`, `queries`, `corners`
     needs: frozenset[str]
     decays: bool = False  # whether r(t) multiplies it unless a recipe says otherwise
     # option -> losses that it hosts by default; a recipe names others, and the loss gets their criterion

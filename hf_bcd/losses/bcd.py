@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ..outputs import DenseOutput, Targets
+from ..outputs import DenseOutput, Objects, Targets
 from ..utils.messages import UserError
 from .base import CalibrationBatches, DistillationLoss, Pair, Progress, check_positive
 from .boundary import Mode, boundary_divergence, boundary_strength, check_mode, different_neighbour, spatial_divergence
 from .context import context_relation, literal_relation
-from .modules.aggregate import SelfRelationHead, StudentHead, TeacherHead
+from .modules.aggregate import Readout, SelfRelationHead, StudentHead, TeacherHead
 from .modules.schedules import Temperature
 from .ops.functional import at_least_float32, grid_size, resize, spatial_size
 from .ops.path import line_ends, line_offsets
@@ -31,6 +31,14 @@ def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor
         difference = 1 - (probabilities * other).sum(dim=1)
         boundary = torch.maximum(boundary, difference.masked_fill(~valid, 0))
     return boundary
+
+
+def regions_of(teacher: DenseOutput, targets: Targets, size: tuple[int, int]) -> Tensor:
+    """A map `[B, *size]` whose ids differ across boundaries: the teacher's arg-max classes, or objects of the truth."""
+    if teacher.logits is not None:
+        return resize(at_least_float32(teacher.logits), size).argmax(dim=1)
+    assert isinstance(targets, Objects)  # all else has scores of each pixel
+    return targets.regions(size)
 
 
 class BCDLoss(DistillationLoss):
@@ -91,6 +99,7 @@ class BCDLoss(DistillationLoss):
         self.radius, self.kappa, self.stride = radius, kappa, stride
         self.student_head = StudentHead(pair.student, **widths)
         if teacher_head == "logits":
+            self.needs = frozenset({"features", "scores"})
             self.student_head.readout.requires_grad_(False)  # unused: DDP waits for gradients of all that require them
         self.teacher_head = TeacherHead(pair.teacher, **widths, seed=pair.seed)
         self.student_relation = self.teacher_relation = None
@@ -163,14 +172,21 @@ class BCDLoss(DistillationLoss):
 
     @torch.no_grad()
     def calibrate(self, batches: CalibrationBatches, progress: Progress = iter, num_steps: int = 250) -> None:
-        """Fits the teacher's boundary readout and threshold to its own classes, see `TeacherHead.calibrate`."""
+        """Fits the teacher's boundary readout and threshold to its own classes, see `TeacherHead.calibrate`.
+
+        A detector has no class of each pixel. Rectangles are no boundaries, so its readout stays the first principal
+        component of its features, and only the share of boundary positions is that of the boxes' outlines.
+        """
         prepared = []
         for teacher, targets in batches:
             size = grid_size(targets.size, self.stride)
-            classes = resize(at_least_float32(teacher.logits), size).argmax(dim=1)
+            classes = regions_of(teacher, targets, size)
             prepared.append((self.teacher_head(teacher.features, size), classes, targets.valid(size)))
-        fit = {"fit_readout": self.teacher_head_kind == "calibrated", "num_steps": num_steps, "progress": progress}
-        self.teacher_head.calibrate(prepared, radius=self.radius, **fit)
+        fitted: Readout = "fitted" if all(teacher.logits is not None for teacher, _ in batches) else "principal"
+        readout: Readout = fitted if self.teacher_head_kind == "calibrated" else "kept"
+        self.teacher_head.calibrate(
+            prepared, radius=self.radius, readout=readout, num_steps=num_steps, progress=progress
+        )
 
     def after_step(self) -> None:
         self.boundary_temperature.update()
@@ -180,7 +196,8 @@ class BCDLoss(DistillationLoss):
     def inspect(self, student: DenseOutput, teacher: DenseOutput, image_size: tuple[int, int]) -> dict[str, Tensor]:
         """Maps that the loss compares, for pictures: boundaries `[B, h, w]` and relation features `[B, C, h, w]`."""
         size = grid_size(image_size, self.stride)
-        mask = torch.ones((len(teacher.logits), *size), dtype=torch.bool, device=teacher.logits.device)
+        level = next(iter(teacher.features.values()))
+        mask = torch.ones((len(level), *size), dtype=torch.bool, device=level.device)
         student_features = self.student_head.aggregate(student.features, size)
         teacher_features = self.teacher_head(teacher.features, size)
         if self.teacher_head_kind == "logits":

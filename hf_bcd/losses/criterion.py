@@ -1,6 +1,7 @@
 """The criterion gives loss terms their weights, and knows no method."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -23,6 +24,7 @@ class DistillationCriterion(nn.Module):
         shares: name -> term -> share of the task's gradient, for losses whose weights are measured, see
             `GradientBalance`; `weights` has their initial ones.
         num_labels: number of the student's classes, for label maps that come as plain tensors.
+        pyramids: names of the losses whose features are the levels of the models' necks, not of their backbones.
 
     Raises:
         UserError: for a weight that is negative or not finite.
@@ -41,9 +43,10 @@ class DistillationCriterion(nn.Module):
         decays: Iterable[str],
         shares: Mapping[str, Mapping[str, float]] | None = None,
         num_labels: int | None = None,
+        pyramids: Iterable[str] = (),
     ) -> None:
         super().__init__()
-        self.num_labels = num_labels
+        self.num_labels, self.pyramids = num_labels, frozenset(pyramids)
         self.losses: nn.ModuleDict = nn.ModuleDict(dict(losses))
         self.fixed_weights = _by_key(weights)
         for key, weight in self.fixed_weights.items():
@@ -95,7 +98,8 @@ class DistillationCriterion(nn.Module):
         for name, loss in self.by_name().items():
             factor = self.decay if name in self.decays else 1.0
             needed = {"task_loss": task_loss} if "task_loss" in loss.needs else {}
-            for term, value in loss(student, teacher, targets, **needed).items():
+            pair = (self._seen_by(name, output) for output in (student, teacher))
+            for term, value in loss(*pair, targets, **needed).items():
                 key = f"{name}/{term}"
                 terms[key], factors[key] = share * value, weights[key] * factor
                 total = total + factors[key] * terms[key]
@@ -104,6 +108,9 @@ class DistillationCriterion(nn.Module):
         if self.balance is not None:
             terms |= {f"weight/{key}": weight for key, weight in self.balance.by_term().items()}
         return total, terms
+
+    def _seen_by(self, name: str, output: DenseOutput) -> DenseOutput:
+        return replace(output, features=output.pyramid) if name in self.pyramids else output
 
     def _targets(self, targets: Targets | Tensor) -> Targets:
         if not isinstance(targets, Tensor):
@@ -142,9 +149,13 @@ class DistillationCriterion(nn.Module):
 
     def begin_step(self, step: int, total: int) -> None:
         """Sets r(t) for optimizer step `step` of `total`, counted from 1."""
-        self.decay.fill_(decay(step, total))
+        self.set_decay(step, total)
         if self.balance is not None:
             self.balance.begin_step(step, total)
+
+    def set_decay(self, time: int, total: int) -> None:
+        """Sets r(t) for time `time` of `total`, steps or epochs, counted from 1."""
+        self.decay.fill_(decay(time, total))
 
     def after_step(self) -> None:
         """Ends an optimizer step in every loss."""
@@ -158,9 +169,9 @@ class DistillationCriterion(nn.Module):
     def calibrate(self, batches: Sequence[tuple[DenseOutput, Targets | Tensor]], progress: Progress = iter) -> None:
         """Prepares every loss that needs it from the teacher's outputs on some training images, targets as `forward`."""
         batches = [(teacher, self._targets(targets)) for teacher, targets in batches]
-        for loss in self.by_name().values():
+        for name, loss in self.by_name().items():
             if loss.needs_calibration:
-                loss.calibrate(batches, progress)
+                loss.calibrate([(self._seen_by(name, teacher), targets) for teacher, targets in batches], progress)
 
 
 def _by_key(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

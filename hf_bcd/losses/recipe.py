@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
@@ -44,8 +44,22 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "fgd": FGDLoss, "fitnet": FitNetLoss, "ifd": IFDLoss, "ifvd": IFVDLoss, "kd": KDLoss, "mgd": MGDLoss,
     "pkd": PKDLoss, "sckd": SCKDLoss, "skd": SKDLoss, "slimseg": SlimSegLoss, "sstkd": SSTKDLoss, "tat": TATLoss,
 }  # fmt: skip
-# every student and teacher offer these of what a loss may need, see `DistillationLoss.needs`
-ALWAYS_OFFERED = frozenset({"features", "labels", "logits", "task_loss"})
+# every student and teacher offer these of what a loss may need, see `DistillationLoss.needs`; and all of label maps
+OFFERED_BY_ALL = frozenset({"features", "labels", "task_loss"})
+ALWAYS_OFFERED = OFFERED_BY_ALL | {"logits", "scores"}
+# of what a loss may need, the words that say what it is
+NEEDS = {
+    "logits": "scores of each pixel, which are compared class by class",
+    "scores": "of each pixel",
+    "head": "that of the teacher as a function of its feature levels, which SegFormer, UperNet and timm segmenters have",
+    "task_loss": "with its graph, which torch_compile hides",
+    "dense": "scores and boxes at the same priors, which RetinaNet and GFL have",
+    "distributions": "of distances to a box's sides, which GFL has",
+    "tower": "the convolutions before a detector's scores, which RetinaNet and GFL have, as many and as wide in both",
+    "queries": "of the DETR kind",
+    "corners": "D-FINE's distributions on one scale",
+    "pyramid": "levels of a detector's neck",
+}
 # names of what an option may be, for messages
 TYPES = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a name", Sequence: "a list of names",
@@ -54,7 +68,11 @@ TYPES = {
 LARGEST = 2**16  # of a number in an option: beyond it there is no tensor, or no end of time
 # a loss is built for these once, on the meta device, before anybody knows the models: its options must suit one of them
 _LEVELS = {name: FeatureSpec(1, 8) for name in ("stem", "stride_4", "stride_8", "stride_16", "stride_32")}
-_PROBES = [Pair(_LEVELS, _LEVELS, num_labels, tuple(_LEVELS)) for num_labels in (1, 2**16)]
+_PYRAMID = {f"p{level}": FeatureSpec(1, 8) for level in range(2, 8)}
+_PROBES = {
+    pyramid: [Pair(levels, levels, num_labels, tuple(levels)) for num_labels in (1, 2**16)]
+    for pyramid, levels in ((False, _LEVELS), (True, _PYRAMID))
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,7 @@ class LossOptions:
     weights: Mapping[str, float]
     decays: bool
     measured: bool  # whether weights are measured in training, after which `weights` no longer hold
+    pyramid: bool = False  # whether its features are the levels of a detector's neck
 
     def build(self, pair: Pair) -> DistillationLoss:
         """The loss between two models."""
@@ -106,11 +125,10 @@ def check_needs(losses: Losses, offers: frozenset[str]) -> None:
     for name, loss in read_losses(losses).items():
         if missing := sorted(loss.needs - offers):
             others = [other for other, cls in LOSSES.items() if cls.needs <= offers]
+            words = "; ".join(f"`{need}`: {NEEDS[need]}" for need in missing if need in NEEDS)
             raise UserError(
                 f"loss {name!r} needs {', '.join(missing)}, but student and teacher only offer "
-                f"{', '.join(sorted(offers))} (`head`: that of the teacher as a function of its feature levels, which "
-                "SegFormer, UperNet and timm models have; `task_loss`: with its graph, which torch_compile hides). Choose "
-                f"another teacher or setting, or another loss: {', '.join(others)}."
+                f"{', '.join(sorted(offers))} ({words}). Choose another teacher or setting, or another loss: {', '.join(others)}."
             )
 
 
@@ -123,12 +141,13 @@ def build_criterion(
     seed: int = 0,
     offers: frozenset[str] = ALWAYS_OFFERED,
     head_levels: Sequence[str] | None = None,
+    pyramids: tuple[Mapping[str, FeatureSpec], Mapping[str, FeatureSpec]] = ({}, {}),
 ) -> DistillationCriterion:
     """Builds the criterion of a recipe's `losses` section.
 
     Args:
         losses: name -> options of that loss, plus `weight` (a number for its own terms, one for each, or for some losses
-            `auto`) and `decay` (whether r(t) multiplies it), e.g. `{"bcd": {"radius": 5, "weight": {"boundary": 3, "context": 1}}}`;
+            `auto`), `decay` (whether r(t) multiplies it) and `features` (`backbone`, or `pyramid`: of a detector), e.g. `{"bcd": {"radius": 5, "weight": {"boundary": 3, "context": 1}}}`;
             or what `read_losses` made of it.
         student_specs: feature levels of the student.
         teacher_specs: feature levels of the teacher.
@@ -136,6 +155,7 @@ def build_criterion(
         seed: seed of whatever a loss draws at random.
         offers: what student and teacher have of what losses may need, see `DistillationLoss.needs`.
         head_levels: the teacher's levels that its head reads; all of them by default.
+        pyramids: levels of the student's and of the teacher's neck.
 
     Raises:
         UserError: as `read_losses` and `check_needs`, or for a level that the models do not have.
@@ -143,7 +163,8 @@ def build_criterion(
     parsed = read_losses(losses)
     check_needs(parsed, offers)
     levels = tuple(teacher_specs if head_levels is None else head_levels)
-    return _criterion(parsed, Pair(student_specs, teacher_specs, num_labels, levels, seed))
+    pair = Pair(student_specs, teacher_specs, num_labels, levels, seed)
+    return _criterion(parsed, pair, replace(pair, student=pyramids[0], teacher=pyramids[1]))
 
 
 def options_of(cls: type[DistillationLoss]) -> dict[str, Any]:
@@ -155,14 +176,15 @@ def _parameters(cls: type[DistillationLoss]) -> dict[str, inspect.Parameter]:
     return {key: value for key, value in inspect.signature(cls).parameters.items() if key != "pair"}
 
 
-def _criterion(losses: Mapping[str, LossOptions], pair: Pair) -> DistillationCriterion:
-    modules = {name: loss.build(pair) for name, loss in losses.items()}
+def _criterion(losses: Mapping[str, LossOptions], pair: Pair, pyramid: Pair | None = None) -> DistillationCriterion:
+    modules = {name: loss.build(pyramid if loss.pyramid and pyramid else pair) for name, loss in losses.items()}
     return DistillationCriterion(
         modules,
         {name: loss.weights for name, loss in losses.items()},
         [name for name, loss in losses.items() if loss.decays],
         {name: modules[name].shares for name, loss in losses.items() if loss.measured},
         num_labels=pair.num_labels,
+        pyramids=[name for name, loss in losses.items() if loss.pyramid],
     )
 
 
@@ -183,18 +205,27 @@ def _read(name: str, given: Mapping[str, Any] | LossOptions | None) -> LossOptio
         raise UserError(f"options of loss {name!r} are {given!r}; they must be a mapping, as in {{weight: 2}}.")
     cls = LOSSES[name]
     options = dict(cls.nested) | dict(given or {})
-    weight, decay = options.pop("weight", {}), options.pop("decay", None)
+    weight, decay, features = (
+        options.pop("weight", {}),
+        options.pop("decay", None),
+        options.pop("features", "backbone"),
+    )
+    if features not in ("backbone", "pyramid"):
+        raise UserError(f"features of loss {name!r} is {features!r}; choose backbone or pyramid.")
     parameters = _parameters(cls)
     for key, value in options.items():
         if key not in parameters:
-            raise UserError(unknown_key_message(f"option of loss {name!r}", key, {*parameters, "weight", "decay"}))
+            raise UserError(
+                unknown_key_message(f"option of loss {name!r}", key, {*parameters, "weight", "decay", "features"})
+            )
         if key in cls.nested:
             if not (isinstance(value, Mapping) and value):
                 raise UserError(f"{key} of loss {name!r} is {value!r}; it must map losses to options: {{ifvd: {{}}}}.")
             options[key] = {host: _read(host, own) for host, own in value.items()}
         else:
             _check_type(name, key, value, parameters[key].annotation)
-    probe = _probe(name, cls, options)
+    pyramid = features == "pyramid"
+    probe = _probe(name, cls, options, pyramid)
     decay = probe.decays if decay is None else decay
     if not isinstance(decay, bool):
         raise UserError(f"decay of loss {name!r} is {decay!r}; it must be true or false.")
@@ -203,13 +234,14 @@ def _read(name: str, given: Mapping[str, Any] | LossOptions | None) -> LossOptio
         others = ", ".join(other for other, cls in LOSSES.items() if cls.shares)
         raise UserError(f"weight of loss {name!r} is 'auto', which only {others} can have; give it a number.")
     weights = _term_weights(name, probe, {} if measured else weight)
-    return LossOptions(name, cls, options, probe.needs, weights, decay, measured)
+    needs = probe.needs | ({"pyramid"} if pyramid else set())
+    return LossOptions(name, cls, options, needs, weights, decay, measured, pyramid)
 
 
-def _probe(name: str, cls: type[DistillationLoss], options: Mapping[str, Any]) -> DistillationLoss:
+def _probe(name: str, cls: type[DistillationLoss], options: Mapping[str, Any], pyramid: bool) -> DistillationLoss:
     """An instance without storage, for what it says of itself."""
     refusals = []
-    for pair in _PROBES:
+    for pair in _PROBES[pyramid]:
         try:
             with torch.device("meta"):
                 return _build(name, cls, options, pair)

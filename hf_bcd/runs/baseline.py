@@ -18,9 +18,10 @@ from ..adapters import DenseAdapter, adapt, read_synonyms
 from ..adapters.loading import ModelSpec, build_model, commit_of, load_adapter
 from ..data import DenseDatasets
 from ..hub.errors import explained
+from ..tasks import task_of
 from ..training.checkpoints import data_key, differences
 from ..training.config import OUTCOME, BCDConfig
-from ..training.teaching import build_losses, check_losses
+from ..training.teaching import build_losses, check_losses, check_task
 from ..utils.files import read_json, write_json
 from ..utils.messages import UserError
 from ..utils.yaml import parse_mapping
@@ -54,7 +55,9 @@ def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets
     if spec.name_or_path is not None:
         teacher = load_adapter(spec, trust_remote_code=args.trust_remote_code)
         label_map = teacher.match(data["train"].id2label, read_synonyms(args.label_synonyms))
-        teacher.check_size(teacher.size_as_teacher((config.crop_size, config.crop_size)))
+        check_task(teacher, task_of(data["train"]))
+        for size in task_of(data["train"]).train_sizes(config):
+            teacher.check_size(teacher.size_as_teacher(size))
         check_losses(teacher, label_map, config)  # fails here rather than after the baseline's training
         if args.teacher_training:
             logger.warning("%s is a finished teacher, so teacher_training is not used", spec.name_or_path)

@@ -21,7 +21,7 @@ from ..tasks import task_of
 from ..training.checkpoints import last_checkpoint
 from ..training.config import BCDConfig
 from ..training.evaluation import evaluate
-from ..training.teaching import adopt_labels
+from ..training.teaching import adopt_labels, check_task
 from ..training.trainer import BCDTrainer
 from ..utils.files import write_text
 from ..utils.messages import UserError
@@ -136,9 +136,13 @@ def alone_in(folder: str | Path, config: BCDConfig, *, wait: bool = False) -> It
 
 def check_sizes(model: DenseAdapter, config: BCDConfig, data: DenseDatasets) -> None:
     """Runs a model on black images of the sizes that training and evaluation will show it, see `check_size`."""
-    model.check_size((config.crop_size, config.crop_size))
+    task = task_of(data["train"])
+    check_task(model, task)
+    task.check_args(config)
+    for size in task.train_sizes(config):
+        model.check_size(size)
     if (split := final_split(data)) is not None:
-        transform = task_of(data[split]).eval_transform(image_processor(model, shortest_edge=config.image_size))
+        transform = task.eval_transform(image_processor(model, shortest_edge=config.image_size))
         height, width = transform(data[split][0])["pixel_values"].shape[-2:]
         model.check_size((height, width))
 

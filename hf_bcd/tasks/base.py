@@ -72,6 +72,7 @@ class Task(ABC):
         caption: the panels of `comparison` in a sentence.
         protocol: how predictions are made and scored, sentences for `protocol` in `results.json`.
         call: Jinja template of a line that runs a student by `pipeline`.
+        decay_per: what r(t) counts, `step` or `epoch`.
         snippets: Jinja templates of code that loads and runs a student, see `hf_bcd.card.usage`; one that renders to nothing
             is left out.
     """
@@ -87,11 +88,24 @@ class Task(ABC):
     protocol: ClassVar[Mapping[str, str]]
     call: ClassVar[str]
     snippets: ClassVar[tuple[str, ...]]
+    decay_per: ClassVar[str] = "step"
 
     @property
     def headline(self) -> tuple[Score, ...]:
         """The scores that tables of models show."""
         return tuple(score for score in self.scores if score.headline)
+
+    @abstractmethod
+    def check_args(self, args: Any) -> None:
+        """Raises a `UserError` for training arguments that say something to other tasks only."""
+
+    @abstractmethod
+    def train_sizes(self, args: Any) -> list[tuple[int, int]]:
+        """Height and width of the largest images that training will show a model."""
+
+    @abstractmethod
+    def augmentation(self, args: Any) -> str:
+        """The training transform in words."""
 
     @abstractmethod
     def train_transform(self, args: Any) -> Callable[..., Mapping[str, Any]]:
@@ -138,6 +152,10 @@ class Task(ABC):
     @abstractmethod
     def sizes(self, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Height and width at which each picture of a batch is predicted."""
+
+    @abstractmethod
+    def truths(self, batch: Mapping[str, Any]) -> list[Any]:
+        """Truth of each picture of a batch, in the form of a prediction."""
 
     @abstractmethod
     def score(self, metric: Metric, predictions: Sequence[Any], batch: Mapping[str, Any]) -> None:

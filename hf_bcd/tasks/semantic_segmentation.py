@@ -14,6 +14,7 @@ from ..data import EvalTransform, TrainTransform, check_one_size, check_sample, 
 from ..figures.segmentation import comparison_figure, prediction_strip
 from ..metrics import SemanticMetrics
 from ..outputs import IGNORE_INDEX, LabelMaps, check_ids
+from ..utils.messages import UserError
 from .base import Score, Task
 
 
@@ -82,6 +83,20 @@ class SemanticSegmentation(Task):
     call = CALL
     snippets = (PIPELINE, TENSORS)
 
+    def check_args(self, args: Any) -> None:
+        for name, meaning in (("square_size", "crop_size"), ("train_shortest", "scale_min and scale_max")):
+            if getattr(args, name) is not None:
+                raise UserError(f"{name} is for boxes; for label maps it is {meaning} that sizes the training images.")
+
+    def train_sizes(self, args: Any) -> list[tuple[int, int]]:
+        return [(args.crop_size, args.crop_size)]
+
+    def augmentation(self, args: Any) -> str:
+        resized = f"short side to {args.image_size}, then " if args.image_size else ""
+        jitter = f", brightness, contrast and saturation jitter {args.color_jitter:g}" if args.color_jitter else ""
+        scale = f"scale {args.scale_min:g} to {args.scale_max:g}, crop {args.crop_size} x {args.crop_size}"
+        return f"{resized}{scale}, horizontal flip{jitter}"
+
     def train_transform(self, args: Any) -> TrainTransform:
         """Random scale, crop, flip and colours."""
         scale = (args.scale_min, args.scale_max)
@@ -113,6 +128,9 @@ class SemanticSegmentation(Task):
 
     def sizes(self, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         return [(labels.shape[-2], labels.shape[-1]) for labels in batch["labels"]]
+
+    def truths(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        return list(batch["labels"])
 
     def score(self, metric: Any, predictions: Sequence[Tensor], batch: Mapping[str, Any]) -> None:
         labels = batch["labels"]

@@ -29,10 +29,16 @@ STEPS_BETWEEN_AGREEMENTS = 10
 
 
 class DistillationCallback(TrainerCallback):
-    """Tells criterion and data where the run stands: the epoch, r(t) before a step, temperatures after it."""
+    """Tells criterion and data where the run stands: the epoch, r(t) before a step, temperatures after it.
 
-    def __init__(self, criterion: DistillationCriterion, train_dataset: Any) -> None:
-        self.criterion, self.train_dataset = criterion, train_dataset
+    Args:
+        criterion: what is told.
+        train_dataset: likewise.
+        by_epoch: whether r(t) counts epochs; where a run is as long as `max_steps` says, it has none.
+    """
+
+    def __init__(self, criterion: DistillationCriterion, train_dataset: Any, by_epoch: bool = False) -> None:
+        self.criterion, self.train_dataset, self.by_epoch = criterion, train_dataset, by_epoch
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -44,7 +50,11 @@ class DistillationCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.criterion.begin_step(state.global_step + 1, state.max_steps)
+        step, total = state.global_step + 1, state.max_steps
+        self.criterion.begin_step(step, total)
+        if self.by_epoch:
+            # an epoch's end is a sum of fractions
+            self.criterion.set_decay(int((state.epoch or 0) + 1e-6) + 1, math.ceil(args.num_train_epochs))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

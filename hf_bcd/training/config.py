@@ -30,7 +30,7 @@ OUTCOME = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
     "learning_rate", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "optim", "optim_args",
     "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "bf16", "fp16", "load_best_model_at_end",
-    "metric_for_best_model", "crop_size", "image_size", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
+    "metric_for_best_model", "crop_size", "image_size", "image_longest", "train_shortest", "square_size", "decay_per", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
     "dataloader_drop_last", "train_sampling_strategy",
 )  # fmt: skip
 FINITE = 1e30
@@ -42,13 +42,13 @@ RANGES = {
     ),
     (1, False, 2**31): (
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "crop_size",
-        "calibration_images", "image_size", "save_total_limit", "dataloader_prefetch_factor",
+        "calibration_images", "image_size", "image_longest", "square_size", "save_total_limit", "dataloader_prefetch_factor",
     ),
     (0, False, FINITE): ("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "dataloader_num_workers"),
     (0, False, 2**32 - 1): ("seed", "data_seed"),
     (0, False, 1): ("adam_beta1", "adam_beta2", "color_jitter"),
 }  # fmt: skip
-OPTIONAL = ("eval_steps", "image_size", "save_total_limit", "dataloader_prefetch_factor", "data_seed")
+OPTIONAL = ("eval_steps", "image_size", "square_size", "save_total_limit", "dataloader_prefetch_factor", "data_seed")
 # arguments that distillation or our own evaluation would ignore, with the value that says nothing
 UNUSED = {
     "label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "remove_unused_columns": False, "use_liger_kernel": False,
@@ -58,6 +58,7 @@ UNUSED = {
 }  # fmt: skip
 CHOICES: dict[str, Iterable[str]] = {
     "preset": list(PRESETS),
+    "decay_per": ["auto", "step", "epoch"],
     "teacher_dtype": ["auto", "float32", "bfloat16"],
     "train_sampling_strategy": ["random", "sequential"],  # others need the lengths of texts
     "optim": [kind.value for kind in OptimizerNames],
@@ -140,10 +141,23 @@ class BCDConfig(TrainingArguments):
             "help": "Short side images are resized to, in training (before scaling) and evaluation; None keeps it."
         },
     )
+    image_longest: int = field(
+        default=1333, metadata={"help": "Longest side of images for detectors, where image_size would make it longer."}
+    )
+    train_shortest: list[int] | None = field(
+        default=None, metadata={"help": "Short sides to draw from in training a detector; image_size by default."}
+    )
+    square_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of squares that images for a detector are resized to, whatever their aspect ratio."},
+    )
     scale_min: float = field(default=0.5, metadata={"help": "Smallest random scale."})
     scale_max: float = field(default=2.0, metadata={"help": "Largest random scale."})
     color_jitter: float = field(
         default=0.5, metadata={"help": "Strength of brightness, contrast and saturation jitter; 0 for none."}
+    )
+    decay_per: Literal["auto", "step", "epoch"] = field(
+        default="auto", metadata={"help": "What r(t) counts; auto is epochs for detectors, steps for others."}
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "Precision of the teacher; auto is bfloat16 where the GPU has it."}
@@ -216,6 +230,14 @@ class BCDConfig(TrainingArguments):
             )
         if self.scale_min > self.scale_max:
             raise UserError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
+
+    def decays_by_epoch(self, usual: str) -> bool:
+        """Whether r(t) counts epochs, where `auto` is as usual; only a run counted in epochs can."""
+        if self.max_steps > 0:
+            if self.decay_per == "epoch":
+                raise UserError("decay_per is epoch, but max_steps counts steps; give num_train_epochs instead of it.")
+            return False
+        return (usual if self.decay_per == "auto" else self.decay_per) == "epoch"
 
     def _check_ranges(self) -> None:
         for (low, strict, high), names in RANGES.items():

@@ -54,7 +54,7 @@ def evaluate(
             predictions = predict_batch(model, task, batch)
             task.score(metric, predictions, batch)
             if kept is not None:
-                kept += zip((one.cpu() for one in predictions), (one.cpu() for one in batch["labels"]), strict=True)
+                kept += zip(map(on_cpu, predictions), map(on_cpu, task.truths(batch)), strict=True)
     if kept is None:
         metric.gather()
     return {**metric.compute(), "num_samples": len(samples)}
@@ -68,8 +68,15 @@ def predict_batch(model: DenseAdapter, task: Task, batch: Mapping[str, Any]) -> 
     return [model.predict(one[None], [size])[0] for one, size in zip(pixel_values, sizes, strict=True)]
 
 
+def on_cpu(value: Any) -> Any:
+    """Tensors, and mappings of tensors, on the CPU."""
+    return {key: one.cpu() for key, one in value.items()} if isinstance(value, Mapping) else value.cpu()
+
+
 def stacked(items: Sequence[Any]) -> Any:
-    """Maps of one size as one array, others as a list of arrays."""
+    """Maps of one size as one array, others as a list of arrays; mappings of arrays as a list."""
+    if items and isinstance(items[0], Mapping):
+        return [{key: one.numpy() for key, one in item.items()} for item in items]
     arrays = [item.numpy() for item in items]
     return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
 

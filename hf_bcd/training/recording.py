@@ -180,9 +180,6 @@ def schedule_words(trainer: TrainedRun, augmented: bool = True) -> dict[str, str
     """How the student was trained; `augmented` says whether its samples went through our augmentation."""
     args, warmup = trainer.args, trainer.args.get_warmup_steps(trainer.state.max_steps)
     scheduler, optimizer = (getattr(option, "value", option) for option in (args.lr_scheduler_type, args.optim))
-    resized = f"short side to {args.image_size}, then " if args.image_size else ""
-    jitter = f", brightness, contrast and saturation jitter {args.color_jitter:g}" if args.color_jitter else ""
-    augmentation = f"{resized}scale {args.scale_min:g} to {args.scale_max:g}, crop {args.crop_size} x {args.crop_size}"
     # from the optimizer itself: the arguments may hold options that it does not read
     groups: Any = getattr(trainer.optimizer, "param_groups", [{}])
     group = groups[0]
@@ -191,7 +188,7 @@ def schedule_words(trainer: TrainedRun, augmented: bool = True) -> dict[str, str
     return {
         "steps": str(trainer.state.global_step),
         "images a step": str(args.train_batch_size * args.world_size * args.gradient_accumulation_steps),
-        **({"augmentation": f"{augmentation}, horizontal flip{jitter}"} if augmented else {}),
+        **({"augmentation": trainer.task.augmentation(args)} if augmented else {}),
         "optimizer": f"{optimizer} ({options})" if options else str(optimizer),
         "learning rate": f"{args.learning_rate:g}, {scheduler} schedule"
         + (f" after {warmup} step{'s' * (warmup > 1)} of warm-up" if warmup else ""),

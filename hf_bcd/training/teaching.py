@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, set_seed
 
 from ..adapters import DenseAdapter, FrozenTeacher, LabelMap, adapt, match_labels, read_synonyms
 from ..losses import DistillationCriterion, build_criterion
-from ..losses.recipe import ALWAYS_OFFERED, LOSSES, check_needs
+from ..losses.recipe import LOSSES, OFFERED_BY_ALL, check_needs
+from ..tasks import TASKS, Task, task_of
 from ..utils.messages import UserError
 from .config import BCDConfig
 
@@ -57,12 +58,18 @@ def prepare(
     if student.label_map is None:
         adopt_labels(student.model, id2label)
     student.freeze_unused()
-    if to_train and hasattr(dataset, "with_transform"):  # which crops it
-        student.check_size((args.crop_size, args.crop_size))
+    task = task_of(dataset)
+    check_task(student, task)
+    if to_train and hasattr(dataset, "with_transform"):  # which brings it to these sizes
+        task.check_args(args)
+        for size in task.train_sizes(args):
+            student.check_size(size)
     set_seed(args.seed)  # connectors start the same whatever ran before in this process
     if teacher is None:
         return Prepared(student, None, DistillationCriterion({}, {}, []))
-    frozen = freeze(adapt(teacher), student.id2label, args, synonyms)
+    teacher = adapt(teacher)
+    check_task(teacher, task)
+    frozen = freeze(teacher, student.id2label, args, synonyms)
     check_losses(frozen.adapter, frozen.label_map, args)
     criterion = build_losses(student, frozen.adapter, args)
     criterion.log_gradients = args.log_gradients
@@ -77,9 +84,19 @@ def build_losses(student: DenseAdapter, teacher: DenseAdapter, args: BCDConfig) 
         teacher.feature_specs,
         num_labels=student.num_labels,
         seed=args.seed,
-        offers=offers_of(teacher, args),
+        offers=offers_of(teacher, args, student),
         head_levels=teacher.head_levels,
+        pyramids=(student.pyramid_specs, teacher.pyramid_specs),
     )
+
+
+def check_task(model: DenseAdapter, task: Task) -> None:
+    """Refuses a model whose predictions are not of the task's kind."""
+    if model.task != task.name:
+        raise UserError(
+            f"{type(model.model).__name__} is for {TASKS[model.task].title}, but the data are for {task.title}; choose a model "
+            "or data of the other kind."
+        )
 
 
 def adopt_labels(model: PreTrainedModel, id2label: Mapping[int, str] | None) -> None:
@@ -126,9 +143,13 @@ def freeze(
     return FrozenTeacher(teacher, dict(id2label), dtype=dtype, label_synonyms=synonyms).to(args.device)
 
 
-def offers_of(teacher: DenseAdapter, args: BCDConfig) -> frozenset[str]:
-    """All that losses may need and this teacher and any student have: a compiled student hides the graph of its task loss."""
-    return (ALWAYS_OFFERED | teacher.offers) - ({"task_loss"} if args.torch_compile else set())
+def offers_of(teacher: DenseAdapter, args: BCDConfig, student: DenseAdapter | None = None) -> frozenset[str]:
+    """All that losses may need and this teacher and student (by default any) have.
+
+    A compiled student hides the graph of its task loss.
+    """
+    offers = teacher.offers if student is None else student.offers_with(teacher)
+    return (OFFERED_BY_ALL | offers) - ({"task_loss"} if args.torch_compile else set())
 
 
 def check_losses(teacher: DenseAdapter, label_map: LabelMap, args: BCDConfig) -> None:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from ..adapters import DenseAdapter, image_processor
 from ..adapters.loading import load_adapter
 from ..data import TransformedStream, joined
-from ..outputs import DenseOutput
+from ..outputs import DenseOutput, Targets
 from ..tasks import task_of
 from ..utils.messages import UserError
 from . import checkpoints
@@ -131,7 +131,7 @@ class BCDTrainer(Trainer):
         self.interrupt = InterruptCallback()
         trained = {name: p for name, p in self.distiller.named_parameters() if p.requires_grad}
         for callback in (
-            DistillationCallback(criterion, self.train_dataset),
+            DistillationCallback(criterion, self.train_dataset, args.decays_by_epoch(self.task.decay_per)),
             FiniteCallback(self.terms, trained),
             self.interrupt,
             PictureCallback(self._pictures, self.callback_handler.callbacks),
@@ -254,7 +254,7 @@ class BCDTrainer(Trainer):
         for start in tqdm(range(0, len(samples), size), desc="Teacher on calibration images", disable=quiet):
             batch = self._prepare_inputs(self.data_collator(samples[start : start + size]))
             targets = self.task.targets(batch, self.distiller.student.num_labels)
-            batches.append((self._teacher_output(batch["pixel_values"]), targets))
+            batches.append((self._teacher_output(batch["pixel_values"], targets), targets))
         criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=quiet))
 
     def compute_loss(
@@ -271,18 +271,18 @@ class BCDTrainer(Trainer):
         outputs = model(
             pixel_values=pixel_values,
             targets=targets,
-            teacher_output=self._teacher_output(pixel_values),
+            teacher_output=self._teacher_output(pixel_values, targets),
             share=share,
         )
         self.terms.add({**outputs["terms"], "loss": outputs["loss"].detach()}, steps)
         self._images += len(pixel_values) * self.accelerator.num_processes
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def _teacher_output(self, pixel_values: Tensor) -> DenseOutput | None:
+    def _teacher_output(self, pixel_values: Tensor, targets: Targets) -> DenseOutput | None:
         if self.teacher is None:
             return None
         with torch.profiler.record_function("teacher"):
-            return self.teacher(pixel_values)
+            return self.teacher(pixel_values, targets.pixel_mask)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """The divisor of the task losses of the whole step, over accumulated batches and ranks."""
@@ -311,7 +311,7 @@ class BCDTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Streams counts instead of gathering predictions, see `evaluate`; for `predict`, gives predictions and truth too.
 
-        They are `[N, H, W]` if all pictures have one size, else lists.
+        Maps are `[N, H, W]` if all pictures have one size, else lists; detections are lists of mappings.
         """
         kept: list[tuple[Any, Any]] | None = (
             None if prediction_loss_only else []

@@ -93,7 +93,7 @@ def test_its_seed_decides_the_maps_and_their_calibration_which_changes_no_relati
         torch.manual_seed(state)
         heads.append(teacher_head(seed))
         relations.append(heads[-1](FEATURES, (8, 12)))
-        heads[-1].calibrate([class_scene(10)], radius=3, fit_readout=True, num_steps=7, progress=progress)
+        heads[-1].calibrate([class_scene(10)], radius=3, readout="fitted", num_steps=7, progress=progress)
         assert torch.equal(heads[-1](FEATURES, (8, 12)), relations[-1])
     first, second, other = (head.state_dict() for head in heads)
     assert seen == 3 * list(range(7)) and all(torch.equal(first[key], second[key]) for key in first)
@@ -113,17 +113,17 @@ def test_calibration_finds_the_teachers_boundaries():
         return area_under_curve(strength.flatten().numpy(), positive.flatten().astype(bool))
 
     before = auc()
-    head.calibrate([class_scene(seed) for seed in (10, 20)], radius=3, fit_readout=True, num_steps=100)
+    head.calibrate([class_scene(seed) for seed in (10, 20)], radius=3, readout="fitted", num_steps=100)
     assert before < 0.75
     assert auc() > 0.95
     assert not any(p.requires_grad or p.grad is not None for p in head.parameters())
 
 
-@pytest.mark.parametrize("fit_readout", [False, True])
-def test_theta_gives_the_boundary_share_of_the_class_map(fit_readout):
+@pytest.mark.parametrize("readout", ["kept", "principal", "fitted"])
+def test_theta_gives_the_boundary_share_of_the_class_map(readout):
     head, batches = teacher_head(), [class_scene(seed) for seed in (10, 20)]
     batches[1][2][0, 3:9, 4:12] = False
-    head.calibrate(batches, radius=3, fit_readout=fit_readout, num_steps=20)
+    head.calibrate(batches, radius=3, readout=readout, num_steps=20)
     marked, boundary, valid, values = 0, 0, 0, []
     for features, classes, mask in batches:
         field = head.boundary_field(features)
@@ -147,7 +147,7 @@ def test_theta_separates_a_field_without_noise_exactly():
     classes = torch.zeros(1, 8, 8, dtype=torch.long)
     classes[:, :, 4:] = 1
     features = (head.readout.weight[0] * classes[:, None]).clone()
-    head.calibrate([(features, classes, torch.ones_like(classes, dtype=torch.bool))], radius=3, fit_readout=False)
+    head.calibrate([(features, classes, torch.ones_like(classes, dtype=torch.bool))], radius=3, readout="kept")
     hard = boundary_strength(head.boundary_field(features), 3) > head.theta
     assert torch.equal(hard[0], torch.tensor([[False, False, True, True, True, True, False, False]]).expand(8, 8))
 
@@ -158,7 +158,7 @@ def test_calibration_on_degenerate_class_maps_stays_finite(num_classes):
     head = teacher_head()
     classes = torch.arange(64).view(1, 8, 8) % num_classes
     batch = (randn(1, 32, 8, 8, dtype=torch.float32), classes, torch.ones(1, 8, 8, dtype=torch.bool))
-    head.calibrate([batch], radius=3, fit_readout=True, num_steps=5)
+    head.calibrate([batch], radius=3, readout="fitted", num_steps=5)
     share = (boundary_strength(head.boundary_field(batch[0]), 3) > head.theta).double().mean().item()
     assert share == 0 if num_classes == 1 else share > 0.8
     assert all(torch.isfinite(x).all() for x in head.state_dict().values())
@@ -167,4 +167,4 @@ def test_calibration_on_degenerate_class_maps_stays_finite(num_classes):
 def test_calibration_on_void_alone_is_an_error():
     features, classes, mask = class_scene(10)
     with pytest.raises(ValueError, match="no valid position.*label rule"):
-        teacher_head().calibrate([(features, classes, torch.zeros_like(mask))], radius=3, fit_readout=True)
+        teacher_head().calibrate([(features, classes, torch.zeros_like(mask))], radius=3, readout="fitted")

@@ -1,6 +1,7 @@
 """Aggregated features X^c of a feature hierarchy (BCD paper, Sec. IV-A) and the heads that read them."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from ..ops.path import path_range
 
 # batches of aggregated features `[B, C, h, w]`, the teacher's arg-max classes `[B, h, w]` and the valid mask
 Samples = list[tuple[Tensor, Tensor, Tensor]]
+Readout = Literal["fitted", "principal", "kept"]
 
 
 class FeatureAggregator(nn.Module):
@@ -97,13 +99,14 @@ class TeacherHead(nn.Module):
         return (self.readout(aggregated).squeeze(1) - self.z_mean) / (self.z_std + 1e-5)
 
     def calibrate(
-        self, batches: Samples, *, radius: int, fit_readout: bool, num_steps: int = 250, progress: Progress = iter
+        self, batches: Samples, *, radius: int, readout: Readout, num_steps: int = 250, progress: Progress = iter
     ) -> None:
         """Fits the readout, then its statistics and the boundary threshold theta. Needs no ground truth.
 
         Args:
             radius: radius of the lines between the positions of a pair.
-            fit_readout: whether to fit the readout by `num_steps` of Adam, or to keep the random one.
+            readout: `fitted` to the classes by `num_steps` of Adam, the `principal` component of the features, or `kept` as
+                it is, at random.
 
         Raises:
             ValueError: if no position is valid.
@@ -112,8 +115,12 @@ class TeacherHead(nn.Module):
             raise ValueError(
                 "no valid position in the calibration batches: all labels are void. Check the label rule."
             )
-        if fit_readout:
+        if readout == "fitted":
             self._fit_readout(batches, radius, num_steps, progress)
+        elif readout == "principal":
+            features = torch.cat([aggregated.movedim(1, -1)[mask] for aggregated, _, mask in batches])
+            _, vectors = torch.linalg.eigh(features.T.cov())  # ascending
+            self.readout.weight.copy_(vectors[:, -1].view_as(self.readout.weight))
         z = [self.readout(aggregated).squeeze(1) for aggregated, _, _ in batches]
         values = torch.cat([field[mask] for field, (_, _, mask) in zip(z, batches, strict=True)])
         self.z_mean.copy_(values.mean())
