@@ -15,6 +15,7 @@ from ..utils.messages import UserError
 from ..utils.text import shortened
 from . import generic
 from .base import DenseAdapter
+from .detr import ConditionalDetrAdapter, DeformableDetrAdapter, DetrAdapter, DFineAdapter, RTDetrAdapter
 from .mask2former import Mask2FormerAdapter
 from .upernet import UperNetAdapter
 
@@ -37,18 +38,34 @@ ADAPTERS: dict[str, type[DenseAdapter]] = {
     "timm_segmentation": generic.TimmSegmentationAdapter,
     "upernet": UperNetAdapter,
 }
+DETECTORS: dict[str, type[DenseAdapter]] = {
+    "conditional_detr": ConditionalDetrAdapter,
+    "d_fine": DFineAdapter,
+    "dab-detr": ConditionalDetrAdapter,
+    "deformable_detr": DeformableDetrAdapter,
+    "deimv2": DFineAdapter,
+    "detr": DetrAdapter,
+    "rt_detr": RTDetrAdapter,
+    "rt_detr_v2": RTDetrAdapter,
+}
 
 
 def adapter_class(model: PreTrainedModel) -> type[DenseAdapter]:
-    """Class in `ADAPTERS` for the model's type; a `UserError` says that there is none, or that it does not segment."""
-    model_type = model.config.model_type
-    if model_type not in ADAPTERS:
-        raise UserError(f"no adapter for models of type {model_type!r}; supported types: {', '.join(ADAPTERS)}")
-    if "Segmentation" not in type(model).__name__:
-        raise UserError(
-            f"{type(model).__name__} predicts no segmentation; load the weights with AutoModelForSemanticSegmentation"
-        )
-    return ADAPTERS[model_type]
+    """The class for a model's type and kind of predictions.
+
+    Raises:
+        UserError: if there is none, or the model predicts neither label maps nor boxes.
+    """
+    model_type, kind = model.config.model_type, type(model).__name__
+    known = DETECTORS if "ObjectDetection" in kind or model_type == "timm_detection" else ADAPTERS
+    if model_type not in {*ADAPTERS, *DETECTORS}:
+        supported = ", ".join(sorted({*ADAPTERS, *DETECTORS}))
+        raise UserError(f"no adapter for models of type {model_type!r}; supported types: {supported}")
+    if model_type not in known or (known is ADAPTERS and "Segmentation" not in kind):
+        loader = "AutoModelForSemanticSegmentation" if model_type in ADAPTERS else "AutoModelForObjectDetection"
+        wanted = "segmentation" if model_type in ADAPTERS else "boxes"
+        raise UserError(f"{kind} predicts no {wanted}; load the weights with {loader}")
+    return known[model_type]
 
 
 def build_adapter(
@@ -93,7 +110,7 @@ def adapt(model: PreTrainedModel | DenseAdapter) -> DenseAdapter:
 def own_processor(model: PreTrainedModel) -> BaseImageProcessor | None:
     """The image processor saved beside a model's weights, on disk or on the Hub (only in the cache when offline).
 
-    It is read at the commit that the weights came from if `load_segmentation_model` loaded them, else on the default
+    It is read at the commit that the weights came from if `load_model` loaded them, else on the default
     branch. None, with a warning, where a named model has none; a model built from a configuration has none beside it.
     """
     if not model.name_or_path:
@@ -205,14 +222,15 @@ def compare_inputs(adapter: DenseAdapter, processor: Any) -> None:
         )
 
 
-def image_processor(adapter: DenseAdapter, *, shortest_edge: int | None) -> BaseImageProcessor:
+def image_processor(adapter: DenseAdapter, *, shortest_edge: int | None, **size: Any) -> BaseImageProcessor:
     """Builds the image processor to save beside a student.
 
     With it, `pipeline("image-segmentation")` shows the model the images that the adapter saw in evaluation: resized
     bilinearly so that the shorter side has `shortest_edge` pixels (the longer at most four times as many; `None` keeps
-    the size), never cropped, with the adapter's normalisation. Families that take only squares get squares.
+    the size), never cropped, with the adapter's normalisation. Families that take only squares get squares. `size` are
+    further arguments of a detector's `processor_options`.
     """
-    return getattr(transformers, adapter.processor_class)(**adapter.processor_options(shortest_edge))
+    return getattr(transformers, adapter.processor_class)(**adapter.processor_options(shortest_edge, **size))
 
 
 def describe(model: PreTrainedModel | DenseAdapter) -> str:

@@ -51,6 +51,8 @@ class DenseAdapter(nn.Module, ABC):
     """Image processor of `transformers` that prepares and post-processes images as this adapter does."""
     unused_parameters: tuple[str, ...] = ()
     """Beginnings of the names of parameters that no output of the adapter depends on."""
+    min_labels: ClassVar[int] = 2
+    """Number of classes below which a model gives one answer only."""
     upsamples = False
     """Whether the model itself, unlike `run`, brings its logits to the size of the image."""
 
@@ -65,7 +67,7 @@ class DenseAdapter(nn.Module, ABC):
         image_std: Sequence[float] | None = None,
     ):
         super().__init__()
-        check_config(model)
+        check_config(model, self.min_labels)
         self.model: Any = model  # each family reaches for parts that PreTrainedModel does not declare
         default_mean, default_std = self.family_statistics(model)
         for name, values in (("image_mean", image_mean or default_mean), ("image_std", image_std or default_std)):
@@ -257,7 +259,7 @@ class DenseAdapter(nn.Module, ABC):
         return options
 
 
-def check_config(model: PreTrainedModel) -> None:
+def check_config(model: PreTrainedModel, min_labels: int) -> None:
     """Refuses models of pictures that are not RGB, models of one answer, and names that are none of 0 to K - 1."""
     settings: Any = model.config
     names: dict[int, Any] = settings.id2label or {}
@@ -272,7 +274,7 @@ def check_config(model: PreTrainedModel) -> None:
             f"{model.name_or_path}: id2label of config.json has {len(names)} classes, but none of the id {holes[0]}: it has "
             f"{shortened(sorted(names))}. Number them from 0 to {len(names) - 1}."
         )
-    if settings.num_labels < 2:
+    if settings.num_labels < min_labels:
         raise UserError(
             f"{type(model).__name__} {model.name_or_path} has {settings.num_labels} class, which every pixel would get; "
             "choose a model with a class for the background too."

@@ -117,14 +117,14 @@ def checked_options(spec: ModelSpec, role: str) -> dict[str, Any]:
     return options
 
 
-def load_segmentation_model(
+def load_model(
     name_or_path: str,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
     new_labels: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Loads a semantic or universal segmentation model of transformers from the Hub, its cache or a folder.
+    """Loads a semantic or universal segmentation model, or a detector, of transformers: from the Hub, its cache or a folder.
 
     Args:
         name_or_path: Hub id or folder.
@@ -142,10 +142,7 @@ def load_segmentation_model(
         source: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(name_or_path, **source)
         own_code = getattr(config, "auto_map", None) or {}
-        for auto_class in (
-            transformers.AutoModelForSemanticSegmentation,
-            transformers.AutoModelForUniversalSegmentation,
-        ):
+        for auto_class in auto_classes(config):
             if type(config) in auto_class._model_mapping or auto_class.__name__ in own_code:
                 model, loaded = auto_class.from_pretrained(name_or_path, **source, **changes, output_loading_info=True)
                 if new_labels is None:
@@ -160,20 +157,29 @@ def load_segmentation_model(
                 model.config._commit_hash = commit  # where `image_statistics` and the card look for it; never saved
                 return model
     raise UserError(
-        f"{name_or_path} is a {config.model_type} model, for which transformers has no segmentation class; choose a "
-        "model that AutoModelForSemanticSegmentation loads, or a timm backbone."
+        f"{name_or_path} is a {config.model_type} model, for which transformers has no segmentation class and none for boxes; "
+        "choose a model that AutoModelForSemanticSegmentation or AutoModelForObjectDetection loads, or a timm backbone."
     )
+
+
+def auto_classes(config: Any) -> list[Any]:
+    """The Auto classes to try for a configuration: the one of the class that it was saved from first."""
+    segmenters = [transformers.AutoModelForSemanticSegmentation, transformers.AutoModelForUniversalSegmentation]
+    detectors = [transformers.AutoModelForObjectDetection]
+    # a type may stand in both
+    segments = any("Segmentation" in name for name in getattr(config, "architectures", None) or ())
+    return [*segmenters, *detectors] if segments else [*detectors, *segmenters]
 
 
 def load_adapter(spec: ModelSpec | str, *, trust_remote_code: bool = False) -> DenseAdapter:
     """Loads a finished model and adapts it: weights, image statistics and names come from one revision.
 
     Raises:
-        UserError: as `load_segmentation_model`, or if the model's type has no adapter.
+        UserError: as `load_model`, or if the model's type has no adapter.
     """
     spec = ModelSpec.parse(spec, "model")
     assert spec.name_or_path is not None
-    model = load_segmentation_model(spec.name_or_path, revision=spec.revision, trust_remote_code=trust_remote_code)
+    model = load_model(spec.name_or_path, revision=spec.revision, trust_remote_code=trust_remote_code)
     return adapt(model)
 
 
@@ -221,8 +227,8 @@ def _check_complete(name_or_path: str, model: PreTrainedModel, missing: Collecti
     """Refuses a bare backbone: its head would score, or teach, from random weights."""
     if absent := [name for name, _ in model.named_parameters() if name in missing]:
         raise UserError(
-            f"{name_or_path} is no finished segmentation model: it lacks the weights of {len(absent)} parameters, such as "
-            f"{absent[0]}. Name a model that was trained for segmentation."
+            f"{name_or_path} is no finished {type(model).__name__}: it lacks the weights of {len(absent)} parameters, such as "
+            f"{absent[0]}. Name a model that was trained for the task."
         )
 
 
@@ -272,7 +278,7 @@ def build_model(spec: ModelSpec, id2label: Mapping[int, str], *, trust_remote_co
     labels = {"id2label": dict(id2label), "label2id": {name: index for index, name in id2label.items()}}
     if spec.name_or_path is not None:
         options = {"revision": spec.revision, "trust_remote_code": trust_remote_code}
-        return load_segmentation_model(spec.name_or_path, **options, new_labels=labels)
+        return load_model(spec.name_or_path, **options, new_labels=labels)
     if spec.backbone == EspNetConfig.model_type:
         return _build_espnet(spec, labels)
     assert spec.backbone is not None  # ModelSpec.parse allows one of the two

@@ -8,10 +8,8 @@ keeps their aspect ratio, else none. Writes `<output_dir>/evaluation.json` and p
 """
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
-from ..adapters import DenseAdapter
 from ..adapters.loading import ModelSpec, load_adapter, saved_size
 from ..runs.arguments import parse_arguments
 from ..runs.experiment import evaluate_model, final_split, load_data
@@ -39,10 +37,13 @@ def main(argv: list[str] | None = None) -> None:
     if split is None:
         raise UserError(f"no labelled evaluation split; the data set has {', '.join(data)}.")
     adapter = load_adapter(spec, trust_remote_code=model_args.trust_remote_code)
-    if config.image_size is None:
+    if config.image_size is None and config.square_size is None:
         trust = model_args.trust_remote_code
         saved = saved_size(spec.name_or_path, revision=adapter.revision, trust_remote_code=trust)
-        config.image_size = size_to_show(saved, adapter)
+        squares = "height" in adapter.processor_options(None).get("size", {})
+        for name, size in task_of(data[split]).size_args(saved, squares).items():
+            logger.warning("%s is %d, as the model's processor has it; --%s sets another", name, size, name)
+            setattr(config, name, size)
     scores = evaluate_model(adapter, config, data[split], model_args.label_synonyms)
     if config.should_save:
         measured = protocol(data[split], adapter, config, scores)
@@ -51,21 +52,3 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", result)
         print(metrics_table({spec.name_or_path: scores}, task_of(data[split])))
-
-
-def size_to_show(saved: Mapping[str, int], adapter: DenseAdapter) -> int | None:
-    """Short side of the images, or side of the squares, that a model sees, by the size of its image processor."""
-    squares = "height" in adapter.processor_options(None).get("size", {})
-    height, width = saved.get("height"), saved.get("width")
-    if squares or height is None:
-        side = height if squares and height == width else saved.get("shortest_edge")
-        if side is not None:
-            logger.warning("resizing images to %d, as the model's processor does; --image_size sets another", side)
-        return side
-    logger.warning(
-        "the model's processor squashes images to %d x %d; they are scored at their original size here, or with a short "
-        "side of --image_size",
-        height,
-        width,
-    )
-    return None

@@ -142,7 +142,7 @@ def check_sizes(model: DenseAdapter, config: BCDConfig, data: DenseDatasets) -> 
     for size in task.train_sizes(config):
         model.check_size(size)
     if (split := final_split(data)) is not None:
-        transform = task.eval_transform(image_processor(model, shortest_edge=config.image_size))
+        transform = task.eval_transform(image_processor(model, **task.processor_size(config)))
         height, width = transform(data[split][0])["pixel_values"].shape[-2:]
         model.check_size((height, width))
 

@@ -42,7 +42,7 @@ def protocol(
     data: DenseDataset, student: DenseAdapter, config: BCDConfig, scores: Mapping[str, Any]
 ) -> dict[str, Any]:
     """How the numbers were measured, in words that fix them."""
-    options = student.processor_options(config.image_size)
+    options = student.processor_options(**task_of(data).processor_size(config))
     size = options.get("size", {})
     resized = f"short side resized to {config.image_size}, aspect ratio kept"
     if "height" in size:
@@ -101,8 +101,9 @@ def write_report(
 
 def shown_to(model: DenseAdapter, data: DenseDataset, config: BCDConfig) -> Any:
     """The split as evaluation shows it to a model."""
-    processor = image_processor(model, shortest_edge=config.image_size)
-    return with_transform(data, task_of(data).eval_transform(processor), config.seed)
+    task = task_of(data)
+    processor = image_processor(model, **task.processor_size(config))
+    return with_transform(data, task.eval_transform(processor), config.seed)
 
 
 def measured_costs(trainer: BCDTrainer, models: Mapping[str, DenseAdapter], data: DenseDataset) -> dict[str, Any]:

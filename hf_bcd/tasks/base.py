@@ -112,6 +112,19 @@ class Task(ABC):
         """The random transform of training samples that the training arguments ask for."""
 
     @abstractmethod
+    def processor_size(self, args: Any) -> dict[str, Any]:
+        """The size that the training arguments ask for, as arguments of an adapter's `processor_options`."""
+
+    @abstractmethod
+    def size_args(self, saved: Mapping[str, int], squares: bool) -> dict[str, int]:
+        """The training arguments that show a finished model its pictures as its own image processor does.
+
+        Args:
+            saved: that processor's `size`; empty if it resizes nothing.
+            squares: whether the model's family takes only squares.
+        """
+
+    @abstractmethod
     def eval_transform(self, processor: BaseImageProcessor) -> Callable[..., Mapping[str, Any]]:
         """Shows a model its pictures as this image processor, which is saved beside it, will."""
 

@@ -1,5 +1,6 @@
 """Semantic segmentation: a class for every pixel."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from ..outputs import IGNORE_INDEX, LabelMaps, check_ids
 from ..utils.messages import UserError
 from .base import Score, Task
 
+
+logger = logging.getLogger(__name__)
 
 # asked for nothing, the pipeline would give panoptic segments of a universal model
 CALL = """pipeline("image-segmentation", {{ model }})({{ picture }}{{ ', subtask="semantic"' if universal }})"""
@@ -101,6 +104,22 @@ class SemanticSegmentation(Task):
         """Random scale, crop, flip and colours."""
         scale = (args.scale_min, args.scale_max)
         return TrainTransform(args.crop_size, image_size=args.image_size, scale=scale, jitter=args.color_jitter)
+
+    def processor_size(self, args: Any) -> dict[str, Any]:
+        return {"shortest_edge": args.image_size}
+
+    def size_args(self, saved: Mapping[str, int], squares: bool) -> dict[str, int]:
+        height, width = saved.get("height"), saved.get("width")
+        if squares or height is None:
+            side = height if squares and height == width else saved.get("shortest_edge")
+            return {} if side is None else {"image_size": side}
+        logger.warning(
+            "the model's processor squashes images to %d x %d; they are scored at their original size here, or with a short "
+            "side of --image_size",
+            height,
+            width,
+        )
+        return {}
 
     def eval_transform(self, processor: BaseImageProcessor) -> Callable[..., Mapping[str, Any]]:
         return EvalTransform(processor)

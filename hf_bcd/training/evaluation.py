@@ -44,7 +44,7 @@ def evaluate(
         The scores of the task's metric, and `num_samples`.
     """
     task = task_of(dataset)
-    processor = processor or image_processor(model, shortest_edge=args.image_size)
+    processor = processor or image_processor(model, **task.processor_size(args))
     samples = with_transform(dataset, task.eval_transform(processor), args.seed)
     metric = task.metric(model.num_labels)
     with evaluated(model):

@@ -14,11 +14,11 @@ READ = """
 import logging, sys
 from transformers import AutoModelForSemanticSegmentation
 from hf_bcd.adapters import build_adapter, image_statistics
-from hf_bcd.adapters.loading import load_segmentation_model, saved_size
+from hf_bcd.adapters.loading import load_model, saved_size
 from hf_bcd.training.recording import record_model
 logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
 for revision in (None, "v1", "bare"):
-    model = load_segmentation_model("tester/teacher", revision=revision)
+    model = load_model("tester/teacher", revision=revision)
     commit = model.config._commit_hash
     size = saved_size("tester/teacher", revision=commit)
     print(commit, model.decode_head.classifier.bias[0].item(), image_statistics(model)[0][0], size.get("height"))

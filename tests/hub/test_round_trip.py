@@ -15,7 +15,7 @@ import torch
 from hub.server import MARKER_TOKEN, HubServer
 from safetensors.torch import load_file
 
-from hf_bcd.adapters.loading import load_segmentation_model
+from hf_bcd.adapters.loading import load_model
 from hf_bcd.data.synthetic.scenes import SyntheticScenes
 
 
@@ -188,7 +188,7 @@ def test_round_trip(world: World, elsewhere: Path) -> None:
     world.run(elsewhere, "-c", USE, home="elsewhere", PYTHONPATH="", OMP_NUM_THREADS=str(torch.get_num_threads()))
 
     for name in STUDENTS:
-        run = tiny.trainer(world.folder / "again", load_segmentation_model(str(world.folder / "runs" / name)), None)
+        run = tiny.trainer(world.folder / "again", load_model(str(world.folder / "runs" / name)), None)
         transform, student = run.task.eval_transform(run.processing_class), run.distiller.student.eval()
         for index, scene in enumerate(scenes):
             pixel_values = transform(scene)["pixel_values"][None]

@@ -1,0 +1,166 @@
+"""Detectors: what the adapters of all families have in common."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..outputs import DenseOutput, Objects
+from ..utils.messages import UserError
+from .base import DenseAdapter
+
+
+MAX_DETECTIONS = 100  # of a picture, as COCO's metric counts
+
+
+class DetectionAdapter(DenseAdapter):
+    """Turns one family of detectors into `DenseOutput`: levels of backbone and neck, raw outputs, the family's own loss.
+
+    Attributes:
+        squares: whether pictures must be resized to squares, because the family heeds no padding.
+        softmax: whether its classes exclude each other, with a last one for no object.
+    """
+
+    task = "object-detection"
+    processor_class = "DeformableDetrImageProcessor"
+    min_labels = 1
+    squares: ClassVar[bool] = False
+    softmax: ClassVar[bool] = False
+
+    @abstractmethod
+    def run(  # type: ignore[override] # the targets of another task
+        self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None
+    ) -> DenseOutput:
+        """Runs the model on normalised images `[B, 3, H, W]`; with targets, the output has the family's loss."""
+
+    def forward(
+        self, pixel_values: Tensor, targets: Objects | None = None, pixel_mask: Tensor | None = None
+    ) -> DenseOutput:
+        """Runs the model on RGB images `[B, 3, H, W]`, uint8 or float, values 0..255, not normalised.
+
+        Padding is exactly 0 for the model. Without targets, the output has no task losses.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise UserError(f"pixel_values has shape {list(pixel_values.shape)}; expected RGB images [B, 3, H, W]")
+        pixel_mask = pixel_mask if targets is None else targets.pixel_mask
+        return self.run(self.shown(pixel_values, pixel_mask), targets, pixel_mask)
+
+    def shown(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
+        """Images as the model gets them."""
+        shown = self.normalize(pixel_values)
+        return (shown if pixel_mask is None else shown * pixel_mask[:, None]).to(self.model.dtype)
+
+    @torch.no_grad()
+    def predict(  # type: ignore[override] # of another task
+        self, pixel_values: Tensor, sizes: Sequence[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Detections as `pipeline("object-detection")` computes them, without a threshold.
+
+        Args:
+            pixel_values: `[B, 3, H, W]`, values 0..255, without padding.
+            sizes: height and width of each picture, in whose pixels the boxes are.
+
+        Returns:
+            Of each picture at most 100 `boxes` xyxy float32 `[K, 4]`, `scores` `[K]` and `labels` int64 `[K]`, best first.
+        """
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            outputs = self.model(pixel_values=self.shown(pixel_values))
+        logits, boxes = outputs.logits.float(), corners(outputs.pred_boxes.float())
+        if self.softmax:
+            probabilities, classes = logits.softmax(-1)[..., :-1].max(-1, keepdim=True)
+        else:
+            probabilities, classes = logits.sigmoid(), torch.arange(logits.shape[-1], device=logits.device)
+            classes = classes.expand_as(logits)
+        known = self._known_classes(classes)
+        scores = torch.where(known >= 0, probabilities, -1).flatten(1)
+        scores, index = scores.topk(min(MAX_DETECTIONS, scores.shape[1]))
+        found = []
+        for one, where, ids, relative, (height, width) in zip(scores, index, known, boxes, sizes, strict=True):
+            kept = one > 0  # empty rows, and classes that nobody asked for
+            where = where[kept]
+            scale = relative.new_tensor([width, height, width, height])
+            found.append(
+                {
+                    "boxes": relative[where // probabilities.shape[-1]] * scale,
+                    "scores": one[kept],
+                    "labels": ids.flatten()[where],
+                }
+            )
+        return found
+
+    def _known_classes(self, classes: Tensor) -> Tensor:
+        """Class ids in the data set's classes, -1 where it has none."""
+        if self.label_map is None:
+            return classes
+        table = torch.full((len(self.label_map.teacher),), -1, device=classes.device)
+        for student, sources in self.label_map.sources.items():
+            table[list(sources)] = student
+        return table[classes]
+
+    def map_classes(self, class_logits: Tensor) -> Tensor:
+        """Logits `[..., C]` in the classes that the model was matched to, if it was; one for no object stays the last."""
+        if self.label_map is None:
+            return class_logits
+        own, rest = class_logits.split(
+            [len(self.label_map.teacher), class_logits.shape[-1] - len(self.label_map.teacher)], -1
+        )
+        mapped = self.label_map.apply(own.flatten(0, -2)).unflatten(0, own.shape[:-1])
+        return torch.cat([mapped, rest], dim=-1)
+
+    def processor_options(
+        self, shortest_edge: int | None, longest_edge: int = 1333, square_size: int | None = None
+    ) -> dict[str, Any]:
+        mean, std = self.image_mean.flatten().tolist(), self.image_std.flatten().tolist()
+        sized: dict[str, Any] = {"do_resize": shortest_edge is not None or square_size is not None}
+        if square_size is not None:
+            sized["size"] = {"height": square_size, "width": square_size}
+        elif shortest_edge is not None:
+            sized["size"] = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
+        normal = {"do_normalize": any(mean) or set(std) != {1.0}, "image_mean": mean, "image_std": std}
+        return {**sized, "resample": 2, **normal, "do_convert_annotations": True}
+
+
+def corners(boxes: Tensor) -> Tensor:
+    """Boxes `[..., 4]` given by centre, width and height, as xyxy."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def picture_sizes(targets: Objects) -> Tensor:
+    """Width and height of each picture inside the batch's images, float32 `[B, 2]`."""
+    height, width = targets.size
+    if targets.pixel_mask is None:
+        return targets.boxes[0].new_tensor([width, height]).expand(len(targets.boxes), 2)
+    mask = targets.pixel_mask
+    return torch.stack([mask.any(1).sum(1), mask.any(2).sum(1)], dim=1).float()
+
+
+def detr_labels(targets: Objects, sizes: Tensor) -> list[dict[str, Tensor]]:
+    """Targets in the form of transformers: `class_labels`, and `boxes` as centre, width and height over `sizes` `[B, 2]`."""
+    labels = []
+    for boxes, classes, size in zip(targets.boxes, targets.classes, sizes, strict=True):
+        relative = boxes / size.repeat(2)
+        centre = (relative[:, :2] + relative[:, 2:]) / 2
+        labels.append(
+            {"class_labels": classes, "boxes": torch.cat([centre, relative[:, 2:] - relative[:, :2]], dim=1)}
+        )
+    return labels
+
+
+@contextmanager
+def tapped(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collects what modules give inside the block, by name."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, arguments, output: found.__setitem__(name, output)
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
