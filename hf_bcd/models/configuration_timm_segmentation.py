@@ -1,16 +1,14 @@
 """Configuration of `TimmSegmentationModel`."""
 
-import difflib
 from dataclasses import field
 from typing import Any
 
-import timm
 from transformers import PreTrainedConfig
 
+from .timm_backbone import OUTPUT_STRIDES, complete_backbone_fields
 
-OUTPUT_STRIDES = (8, 16, 32, 64)
+
 HEAD_NAMES = ("psp", "deeplabv3plus", "fpn")
-RESERVED_BACKBONE_KWARGS = ("features_only", "out_indices", "output_stride", "pretrained")
 
 
 class TimmSegmentationConfig(PreTrainedConfig):
@@ -51,21 +49,9 @@ class TimmSegmentationConfig(PreTrainedConfig):
     semantic_loss_ignore_index: int = 255
 
     def __post_init__(self, **kwargs):
-        if not timm.is_model(self.backbone):
-            near = difflib.get_close_matches(self.backbone, timm.list_models())
-            raise ValueError(f"backbone {self.backbone!r} is not an architecture of timm; the nearest are {near}")
         if self.head not in HEAD_NAMES:
             raise ValueError(f"head {self.head!r} is unknown; choose one of {HEAD_NAMES}")
         if self.output_stride not in OUTPUT_STRIDES:
             raise ValueError(f"output_stride {self.output_stride} is not possible; choose one of {OUTPUT_STRIDES}")
-        if reserved := [key for key in RESERVED_BACKBONE_KWARGS if key in self.backbone_kwargs]:
-            raise ValueError(f"backbone_kwargs must not hold {reserved}; the model sets them, see output_stride")
-        try:
-            expected = timm.get_pretrained_cfg(self.backbone)
-        except RuntimeError as error:
-            names = timm.list_pretrained(f"{self.backbone.split('.')[0]}.*")
-            raise ValueError(f"backbone {self.backbone!r} has an unknown tag; timm knows {names}") from error
-        if expected is not None:
-            self.image_mean = list(expected.mean) if self.image_mean is None else self.image_mean
-            self.image_std = list(expected.std) if self.image_std is None else self.image_std
+        complete_backbone_fields(self)
         super().__post_init__(**kwargs)

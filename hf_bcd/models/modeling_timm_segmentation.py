@@ -1,43 +1,20 @@
 """Semantic segmentation on a timm backbone, as a model of transformers."""
 
-import logging
-import os
-from contextlib import suppress
-from dataclasses import fields
-from difflib import get_close_matches
-from typing import Any
-
-import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import initialization
 
-from .configuration_timm_segmentation import OUTPUT_STRIDES, TimmSegmentationConfig
+from .configuration_timm_segmentation import TimmSegmentationConfig
 from .heads import HEADS, FCNHead
 from .segmentation_model import SegmentationModel
+from .timm_backbone import TimmBackboneModel
 
 
-logger = logging.getLogger(__name__)
-
-# what timm's constructors raise for arguments they do not take
-TIMM_ERRORS = (AssertionError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-
-
-class TimmSegmentationModel(SegmentationModel):
+class TimmSegmentationModel(TimmBackboneModel, SegmentationModel):
     """Any timm backbone that gives feature maps, with a PSPNet, DeepLabV3+ or light FPN head.
 
     Building the model from a configuration, and `from_pretrained` on a folder, never touch the network;
     `from_backbone` starts from ImageNet weights.
-
-    Activation checkpointing is timm's own, where the backbone has it, and takes no arguments. Batch norms in the
-    checkpointed stages then see every batch twice: their running statistics move twice as fast, no gradient changes.
-
-    Attributes:
-        feature_channels: channels of each map in `hidden_states`.
-        feature_strides: true stride of each map, with dilation.
-        nominal_strides: stride that each map would have without dilation.
 
     Args:
         config: the configuration.
@@ -48,15 +25,10 @@ class TimmSegmentationModel(SegmentationModel):
 
     config_class = TimmSegmentationConfig
     config: TimmSegmentationConfig
-    backbone: Any
-    supports_gradient_checkpointing = True
 
     def __init__(self, config: TimmSegmentationConfig):
         super().__init__(config)
-        self.backbone = build_backbone(config)
-        self.feature_channels = tuple(self.backbone.feature_info.channels())
-        self.feature_strides = tuple(self.backbone.feature_info.reduction())
-        self.nominal_strides = nominal_strides(self.feature_strides)
+        self.add_backbone(config.output_stride)
 
         channels = dict(zip(self.nominal_strides, self.feature_channels, strict=True))
         head_classes = [HEADS[config.head], *([FCNHead] if config.auxiliary_head else [])]
@@ -69,49 +41,11 @@ class TimmSegmentationModel(SegmentationModel):
                 )
         self.head = HEADS[config.head](channels, config)
         self.auxiliary_head = FCNHead(channels, config) if config.auxiliary_head else None
-        self.gradient_checkpointing = False
-
-        # timm has initialised the backbone; on the meta device, `from_pretrained` will fill it
-        if not next(self.backbone.parameters()).is_meta:
-            for module in self.backbone.modules():
-                module._is_hf_initialized = True
         self.post_init()
-
-    @classmethod
-    def from_backbone(
-        cls, backbone: str, *, pretrained: bool = False, weights: str | os.PathLike[str] | None = None, **config: Any
-    ) -> "TimmSegmentationModel":
-        """A new model, in training mode, whose backbone may start from weights for classification.
-
-        Args:
-            backbone: architecture name in timm; its tag, if any, says which weights `pretrained` loads.
-            pretrained: load timm's weights for that name, from the cache or the Hub.
-            weights: local safetensors file of the whole timm classification model. `backbone_kwargs`, `image_mean` and
-                `image_std` must be those of these weights (TensorFlow's want `{"pad_type": "same"}` and 0.5).
-            config: the other fields of `TimmSegmentationConfig`.
-
-        Raises:
-            ValueError: a field is unknown, both kinds of weights are asked for, or the file does not fit the backbone.
-        """
-        known = [f.name for f in fields(TimmSegmentationConfig)] + ["num_labels"]
-        if unknown := [key for key in config if key not in known]:
-            nearest = {key: get_close_matches(key, known, n=1) for key in unknown}
-            raise ValueError(f"no such fields in TimmSegmentationConfig: {unknown}; the nearest ones are {nearest}")
-        if pretrained and weights is not None:
-            raise ValueError(f"pretrained=True and weights={os.fspath(weights)!r} exclude each other; give only one")
-        model = cls(TimmSegmentationConfig(backbone=backbone, **config))
-        if pretrained:
-            source = timm.create_model(backbone, pretrained=True, features_only=True, **model.config.backbone_kwargs)
-            model.backbone.load_state_dict(source.state_dict())
-        if weights is not None:
-            load_backbone_weights(model.backbone, weights, model.config)
-        return model
 
     def score(self, pixel_values: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """The backbone's maps, logits at the stride of the head, and those of the auxiliary head in training mode."""
-        maps = self.backbone(pixel_values)
-        if getattr(self.backbone, "output_fmt", None) == "NHWC":
-            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        maps = self.feature_maps(pixel_values)
         features = dict(zip(self.nominal_strides, maps, strict=True))
         auxiliary_head = self.auxiliary_head if self.training else None
         return maps, self.head(features), None if auxiliary_head is None else auxiliary_head(features)
@@ -125,106 +59,3 @@ class TimmSegmentationModel(SegmentationModel):
                 initialization.zeros_(module.bias)
         else:
             super()._init_weights(module)
-        fill_buffers = getattr(module, "init_non_persistent_buffers", None)
-        if callable(fill_buffers):
-            fill_buffers()
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
-    ) -> None:
-        if not hasattr(self.backbone, "set_grad_checkpointing"):
-            raise ValueError(
-                f"backbone {self.config.backbone!r} does not support activation checkpointing in timm; turn it off"
-            )
-        if every_n_layers != 1:
-            raise ValueError(f"every_n_layers={every_n_layers} is not possible: timm checkpoints every layer; use 1")
-        self.backbone.set_grad_checkpointing(enable)
-        self.gradient_checkpointing = enable
-
-
-def nominal_strides(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of an undilated pyramid that starts as `strides` do: (2, 4, 8, 8, 8) -> (2, 4, 8, 16, 32)."""
-    return tuple(strides[0] * 2**level for level in range(len(strides)))
-
-
-def build_backbone(config: TimmSegmentationConfig) -> Any:
-    """The timm feature extractor that a configuration asks for, with timm's random initialisation.
-
-    Raises:
-        ValueError: timm cannot build it so, or its feature maps do not end at the output stride asked for.
-    """
-    try:
-        return _build_pyramid(config, config.output_stride)
-    except TIMM_ERRORS as error:
-        working = []
-        for output_stride in OUTPUT_STRIDES:
-            with suppress(*TIMM_ERRORS), torch.device("meta"):
-                _build_pyramid(config, output_stride)
-                working.append(output_stride)
-        if working:
-            remedy = f"choose one of the output strides that this backbone supports: {working}"
-        else:
-            remedy = "no output stride works: choose another backbone or other backbone_kwargs"
-        raise ValueError(
-            f"cannot build backbone {config.backbone!r} with output_stride={config.output_stride} and backbone_kwargs="
-            f"{config.backbone_kwargs}; {remedy} ({error})"
-        ) from error
-
-
-def _build_pyramid(config: TimmSegmentationConfig, output_stride: int) -> Any:
-    # backbones that cannot dilate mostly refuse the argument whatever its value
-    dilation = {"output_stride": output_stride} if output_stride < 32 else {}
-    net: Any = timm.create_model(config.backbone, features_only=True, **dilation, **config.backbone_kwargs)
-    strides = tuple(net.feature_info.reduction())
-    pyramid = tuple(min(stride, output_stride) for stride in nominal_strides(strides))
-    if strides != pyramid or strides[-1] != output_stride:
-        raise ValueError(f"its feature maps have the strides {strides}")
-    return net
-
-
-def load_backbone_weights(backbone: nn.Module, path: str | os.PathLike[str], config: TimmSegmentationConfig) -> None:
-    """Load a timm classification model's safetensors file into its feature extractor, every key or none.
-
-    Args:
-        backbone: the feature extractor; its weights are replaced.
-        path: the file.
-        config: the configuration that the backbone was built from.
-
-    Raises:
-        ValueError: the name does not end in `.safetensors`, the file is damaged, lacks a key, has one of another shape, or has
-            keys that this architecture does not have.
-    """
-    if not str(path).endswith(".safetensors"):
-        raise ValueError(f"weights {os.fspath(path)!r} must be a .safetensors file; convert others with safetensors")
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{os.fspath(path)} holds no weights ({error}); an LFS pointer? Download it again."
-        ) from error
-    stored_keys = {_plain(key): key for key in stored}
-    remedy = f"check that the file belongs to {config.backbone!r} with backbone_kwargs={config.backbone_kwargs}"
-
-    chosen = {}
-    for key, value in backbone.state_dict().items():
-        stored_key = stored_keys.pop(_plain(key), "")
-        found = tuple(stored[stored_key].shape) if stored_key else "no such key"
-        if found != tuple(value.shape):
-            raise ValueError(
-                f"{os.fspath(path)}: backbone key {key!r} has shape {tuple(value.shape)}, the file has {found}; {remedy}"
-            )
-        chosen[key] = stored[stored_key]
-
-    with torch.device("meta"):
-        classifier = timm.create_model(config.backbone, **config.backbone_kwargs)
-    dropped = {_plain(key) for key in classifier.state_dict()}
-    if foreign := sorted(key for plain, key in stored_keys.items() if plain not in dropped):
-        raise ValueError(f"{os.fspath(path)} has keys that the model does not have: {foreign[:5]}; {remedy}")
-    backbone.load_state_dict(chosen)
-    if stored_keys:
-        logger.info("unused in %s, since features need no classifier: %s", path, sorted(stored_keys.values()))
-
-
-def _plain(key: str) -> str:
-    # feature extractors of timm may hold the whole model as `body` or `model`, or its `stages.0` as `stages_0`
-    return key.removeprefix("body.").removeprefix("model.").replace("_", ".")

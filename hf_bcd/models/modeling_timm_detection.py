@@ -1,0 +1,244 @@
+"""Object detection on a timm backbone, as a model of transformers."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_timm_detection import TimmDetectionConfig
+from .dense_heads import FPN, HEADS, DenseHeadOutput, HeadConv2d, PyramidConv2d, Scale
+from .timm_backbone import TimmBackboneModel
+
+
+# candidates of a level before suppression, as mmdetection
+CANDIDATES = 1000
+# sigmoid is exactly 0 in float32
+NOTHING = -1e4
+
+
+@dataclass
+class TimmDetectionOutput(ModelOutput):
+    """Output in DETR's form, so that the image processors of transformers post-process it.
+
+    Attributes:
+        loss: sum of `loss_dict`, with labels.
+        loss_dict: weighted terms `loss_cls`, `loss_bbox` and, for GFL, `loss_dfl`.
+        logits: `[B, max_detections, num_labels]` after suppression, in evaluation mode: the score's logit at the class of
+            the box, -1e4 elsewhere and in rows without detection; best first.
+        pred_boxes: `[B, max_detections, 4]` cxcywh relative to each image's own size, without padding.
+        hidden_states: maps of the backbone, fine to coarse, if asked for.
+        pyramid: levels of the feature pyramid, likewise.
+        dense: outputs of the head per prior, if asked for.
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    pyramid: tuple[Tensor, ...] | None = None
+    dense: DenseHeadOutput | None = None
+
+
+class TimmDetectionModel(TimmBackboneModel):
+    """Any timm backbone that gives feature maps, a feature pyramid, and the head of RetinaNet or GFL.
+
+    Building the model from a configuration, and `from_pretrained` on a folder, never touch the network;
+    `from_backbone` starts from ImageNet weights. Several processes divide their losses by the mean of their counts.
+
+    Args:
+        config: the configuration.
+
+    Raises:
+        ValueError: the backbone cannot be built so, lacks a map that the pyramid needs, or cannot be frozen so.
+    """
+
+    config_class = TimmDetectionConfig
+    config: TimmDetectionConfig
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    # the loss is not scaled by `num_items_in_batch`, as Trainer would assume from the further arguments of `forward`
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TimmDetectionConfig):
+        super().__init__(config)
+        self.add_backbone(output_stride=32)
+        channels = dict(zip(self.nominal_strides, self.feature_channels, strict=True))
+        self.backbone_levels = [stride for stride in config.strides if stride <= 32]
+        if not self.backbone_levels or any(stride not in channels for stride in self.backbone_levels):
+            raise ValueError(
+                f"strides {config.strides} need feature maps of the strides {self.backbone_levels or 'up to 32'}, but "
+                f"backbone {config.backbone!r} has the strides {self.nominal_strides}; choose others, or another backbone"
+            )
+        self.neck = FPN(
+            [channels[stride] for stride in self.backbone_levels],
+            config.neck_channels,
+            extra=len(config.strides) - len(self.backbone_levels),
+            on_input=config.extra_levels == "on_input",
+        )
+        self.bbox_head = HEADS[config.head](config)
+        self.frozen = self._frozen_modules()
+        self.post_init()
+        self.train(self.training)
+
+    def _frozen_modules(self) -> list[str]:
+        """Names of the backbone's modules up to the last frozen stage."""
+        stages = self.config.frozen_stages
+        if not stages:
+            return []
+        stride, names = 2 * 2**stages, [name for name, _ in self.backbone.named_modules() if name]
+        if stride in self.nominal_strides:
+            last = self.backbone.feature_info.module_name()[self.nominal_strides.index(stride)]
+            # feature extractors of timm flatten `stages.0` to `stages_0`
+            for stage in (last, last.replace(".", "_")):
+                inside = [i for i, name in enumerate(names) if name == stage or name.startswith(f"{stage}.")]
+                if inside:
+                    return [name for name in names[: inside[-1] + 1] if not stage.startswith(f"{name}.")]
+        raise ValueError(
+            f"frozen_stages={stages} is not possible: backbone {self.config.backbone!r} with the strides "
+            f"{self.nominal_strides} names no stage of stride {stride}; use 0"
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; frozen stages, and with `norm_eval` all batch norms of the backbone, stay in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen:
+            module = self.backbone.get_submodule(name)
+            module.training = False
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        if self.config.norm_eval:
+            for module in self.backbone.modules():
+                if isinstance(module, _BatchNorm):
+                    module.training = False
+        return self
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+        output_hidden_states: bool | None = None,
+        output_dense: bool | None = None,
+        **kwargs: Any,
+    ) -> TimmDetectionOutput:
+        """Detections in evaluation mode, the loss with labels, and what distillation reads if asked for.
+
+        Args:
+            pixel_values: normalised images `[B, 3, H, W]`, any size; multiples of 32 waste nothing.
+            pixel_mask: nonzero on the pixels of the image, `[B, H, W]`, 0 on padding, which lies right and below.
+            labels: per image `class_labels` `[N]` and `boxes` `[N, 4]` cxcywh relative to its own size, without padding.
+            output_hidden_states: return the backbone's maps and the pyramid.
+            output_dense: return the head's outputs per prior.
+            kwargs: `return_dict=False` for a tuple; others are ignored, as in the models of transformers.
+
+        Raises:
+            ValueError: there are not as many labels as images.
+        """
+        if labels is not None and len(labels) != len(pixel_values):
+            raise ValueError(f"{len(labels)} labels for {len(pixel_values)} images; give one dict of boxes per image")
+        if pixel_mask is not None:
+            # exactly 0 after normalisation, as mmdetection pads
+            pixel_values = pixel_values * pixel_mask[:, None].to(pixel_values.dtype)
+        sizes = valid_sizes(pixel_values, pixel_mask)
+        maps = self.feature_maps(pixel_values)
+        chosen = [maps[self.nominal_strides.index(stride)] for stride in self.backbone_levels]
+        pyramid = self.neck(chosen)
+        dense = self.bbox_head(pyramid)
+
+        output = TimmDetectionOutput()
+        if labels is not None:
+            truths = [corners(label["boxes"].float()) * size for label, size in zip(labels, sizes, strict=True)]
+            classes = [label["class_labels"] for label in labels]
+            output.loss_dict, dense = self.bbox_head.loss(dense, truths, classes)
+            output.loss = torch.stack(list(output.loss_dict.values())).sum()
+        if not self.training:
+            output.logits, output.pred_boxes = self.detect(dense, sizes)
+        if output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states:
+            output.hidden_states, output.pyramid = tuple(maps), tuple(pyramid)
+        if output_dense:
+            output.dense = dense
+        return output
+
+    @torch.no_grad()
+    def detect(self, dense: DenseHeadOutput, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """`logits` and `pred_boxes` of the output. Every shape but that of the suppression is fixed, for export.
+
+        Args:
+            dense: outputs for `B` images.
+            sizes: valid width, height, width, height of each image, `[B, 4]`.
+        """
+        logits, boxes, classes = self._candidates(dense, sizes)
+        scores = logits.sigmoid()
+        usable = (scores > self.config.score_threshold) & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+        scores = scores.where(usable, 0)
+        missing = self.config.max_detections - scores.shape[1]
+        if missing > 0:
+            scores, logits, classes = (F.pad(x, (0, missing)) for x in (scores, logits, classes))
+            boxes = F.pad(boxes, (0, 0, 0, missing))
+        # boxes of different classes are moved apart, which suppresses per class, as mmdetection does
+        apart = boxes + classes[..., None] * (sizes.amax() + 1)
+        kept = []
+        for of_image, image_scores in zip(apart, scores, strict=True):
+            index = torchvision.ops.nms(of_image, image_scores, self.config.nms_threshold)
+            kept.append(image_scores * torch.zeros_like(image_scores).index_fill(0, index, 1.0))
+        scores, best = torch.stack(kept).topk(self.config.max_detections, dim=1)
+
+        found = scores > 0
+        rows = logits.gather(1, best).where(found, NOTHING)
+        out = rows.new_full((*rows.shape, self.config.num_labels), NOTHING)
+        out = out.scatter(2, classes.gather(1, best)[..., None], rows[..., None])
+        x0, y0, x1, y1 = (boxes.gather(1, best[..., None].expand(-1, -1, 4)) / sizes[:, None]).unbind(-1)
+        centred = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
+        return out, centred.where(found[..., None], 0)
+
+    def _candidates(self, dense: DenseHeadOutput, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best (prior, class) pairs of each level: logits `[B, n]`, clipped boxes `[B, n, 4]` and classes `[B, n]`."""
+        num_labels = dense.class_logits.shape[-1]
+        logits, indices, start = [], [], 0
+        for level in dense.class_logits.float().split(list(dense.level_sizes), dim=1):
+            best, index = level.flatten(1).topk(min(CANDIDATES, level[0].numel()), dim=1)
+            logits.append(best)
+            indices.append(index + start * num_labels)
+            start += level.shape[1]
+        pairs = torch.cat(indices, dim=1)
+        prior, classes = pairs.div(num_labels, rounding_mode="floor"), pairs % num_labels
+        width = dense.box_outputs.shape[-1]
+        codes = dense.box_outputs.float().gather(1, prior[..., None].expand(-1, -1, width))
+        boxes = self.bbox_head.decode(codes, dense.priors[prior], dense.strides[prior])
+        return torch.cat(logits, dim=1), boxes.clamp_min(0).minimum(sizes[:, None]), classes
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers' initialisers do not touch what was loaded from a checkpoint
+        if isinstance(module, (PyramidConv2d, HeadConv2d, Scale)):
+            module.init_weights()
+        elif not isinstance(module, nn.Conv2d):
+            super()._init_weights(module)
+
+
+def valid_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    """Width, height, width, height of each image without its padding, `[B, 4]`."""
+    if pixel_mask is None:
+        height, width = (pixel_values.new_full((len(pixel_values),), n) for n in pixel_values.shape[-2:])
+    else:
+        height, width = (pixel_mask.bool().any(dim=axis).sum(dim=1) for axis in (2, 1))
+    return torch.stack([width, height, width, height], dim=1).float()
+
+
+def corners(boxes: Tensor) -> Tensor:
+    """Boxes cxcywh as xyxy."""
+    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1)
+
+
+# lets pipeline("object-detection") know the class; here, not in the package, so that remote code does so too
+names: Any = MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+names.setdefault(TimmDetectionConfig.model_type, TimmDetectionModel.__name__)
