@@ -58,7 +58,7 @@ class DenseHead:
     Attributes:
         class_logits: `[B, A, C]`.
         box_outputs: deltas `[B, A, 4]`, or distributions over `bins + 1` distances to each side, `[B, A, 4 * (bins + 1)]`.
-        boxes: decoded, xyxy pixels of the input `[B, A, 4]`, with a graph.
+        boxes: gives them decoded, xyxy pixels of the input `[B, A, 4]`, with a graph.
         priors: xyxy pixels `[A, 4]`.
         strides: stride of each prior's level `[A]`.
         level_sizes: number of priors of each level.
@@ -69,7 +69,7 @@ class DenseHead:
 
     class_logits: Tensor
     box_outputs: Tensor
-    boxes: Tensor
+    boxes: Callable[[], Tensor]
     priors: Tensor
     strides: Tensor
     level_sizes: tuple[int, ...]

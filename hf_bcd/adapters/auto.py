@@ -17,6 +17,7 @@ from . import generic
 from .base import DenseAdapter
 from .detr import ConditionalDetrAdapter, DeformableDetrAdapter, DetrAdapter, DFineAdapter, RTDetrAdapter
 from .mask2former import Mask2FormerAdapter
+from .timm_detection import TimmDetectionAdapter
 from .upernet import UperNetAdapter
 
 
@@ -47,6 +48,7 @@ DETECTORS: dict[str, type[DenseAdapter]] = {
     "detr": DetrAdapter,
     "rt_detr": RTDetrAdapter,
     "rt_detr_v2": RTDetrAdapter,
+    "timm_detection": TimmDetectionAdapter,
 }
 
 
@@ -57,11 +59,11 @@ def adapter_class(model: PreTrainedModel) -> type[DenseAdapter]:
         UserError: if there is none, or the model predicts neither label maps nor boxes.
     """
     model_type, kind = model.config.model_type, type(model).__name__
-    known = DETECTORS if "ObjectDetection" in kind or model_type == "timm_detection" else ADAPTERS
+    known = ADAPTERS if "Segmentation" in kind else DETECTORS
     if model_type not in {*ADAPTERS, *DETECTORS}:
         supported = ", ".join(sorted({*ADAPTERS, *DETECTORS}))
         raise UserError(f"no adapter for models of type {model_type!r}; supported types: {supported}")
-    if model_type not in known or (known is ADAPTERS and "Segmentation" not in kind):
+    if model_type not in known or not ("Segmentation" in kind or "Detection" in kind):
         loader = "AutoModelForSemanticSegmentation" if model_type in ADAPTERS else "AutoModelForObjectDetection"
         wanted = "segmentation" if model_type in ADAPTERS else "boxes"
         raise UserError(f"{kind} predicts no {wanted}; load the weights with {loader}")

@@ -17,7 +17,15 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from ..hub.errors import explained
-from ..models import EspNetConfig, EspNetForSemanticSegmentation, TimmSegmentationConfig, TimmSegmentationModel
+from ..models import (
+    EspNetConfig,
+    EspNetForSemanticSegmentation,
+    TimmDetectionConfig,
+    TimmDetectionModel,
+    TimmSegmentationConfig,
+    TimmSegmentationModel,
+)
+from ..models.configuration_timm_detection import HEAD_NAMES as DETECTION_HEADS
 from ..utils.files import check_readable
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
@@ -38,11 +46,11 @@ class ModelSpec:
             `nvidia/mit-b0`, whose head then starts at random).
         revision: branch, tag or commit of `name_or_path`.
         backbone: timm name, instead of `name_or_path`; or `espnet`, a whole network, for which only `options` counts.
-        head: `psp`, `deeplabv3plus` or `fpn`.
-        output_stride: 8, 16 or 32.
+        head: `psp`, `deeplabv3plus` or `fpn` for label maps, `retinanet` or `gfl` for boxes.
+        output_stride: 8, 16 or 32; of label maps only.
         pretrained: load the backbone's ImageNet weights from the Hub.
         weights: local safetensors file with the backbone's weights.
-        options: further fields of `TimmSegmentationConfig`, or those of `EspNetConfig`.
+        options: further fields of `TimmSegmentationConfig`, or those of `TimmDetectionConfig` or `EspNetConfig`.
     """
 
     name_or_path: str | None = None
@@ -91,7 +99,14 @@ def checked_options(spec: ModelSpec, role: str) -> dict[str, Any]:
         if spec.options:
             raise UserError(f"options of {role} belong to a timm backbone; {spec.name_or_path} has its own.")
         return {}
-    config_class = EspNetConfig if spec.backbone == EspNetConfig.model_type else TimmSegmentationConfig
+    if spec.backbone == EspNetConfig.model_type:
+        config_class: Any = EspNetConfig
+    elif spec.head in DETECTION_HEADS:
+        config_class = TimmDetectionConfig
+        if spec.output_stride != ModelSpec.output_stride:
+            raise UserError(f"output_stride of {role} is for label maps; a detector has the strides of its pyramid.")
+    else:
+        config_class = TimmSegmentationConfig
     own = ("model_type", "backbone", *TIMM_FIELDS)
     hints = {key: hint for key, hint in get_annotations(config_class).items() if key not in own}
     options = {}
@@ -283,8 +298,12 @@ def build_model(spec: ModelSpec, id2label: Mapping[int, str], *, trust_remote_co
         return _build_espnet(spec, labels)
     assert spec.backbone is not None  # ModelSpec.parse allows one of the two
     own = {name: getattr(spec, name) for name in TIMM_FIELDS}
+    model_class: Any = TimmSegmentationModel
+    if spec.head in DETECTION_HEADS:
+        model_class = TimmDetectionModel
+        del own["output_stride"]
     with _buildable(spec), explained("model", f"timm/{spec.backbone}"):
-        return TimmSegmentationModel.from_backbone(spec.backbone, **own, **spec.options, **labels)
+        return model_class.from_backbone(spec.backbone, **own, **spec.options, **labels)
 
 
 @contextmanager

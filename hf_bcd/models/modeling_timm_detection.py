@@ -130,14 +130,14 @@ class TimmDetectionModel(TimmBackboneModel):
         output_dense: bool | None = None,
         **kwargs: Any,
     ) -> TimmDetectionOutput:
-        """Detections in evaluation mode, the loss with labels, and what distillation reads if asked for.
+        """Detections in evaluation mode, the loss with labels, or what distillation reads if asked for.
 
         Args:
             pixel_values: normalised images `[B, 3, H, W]`, any size; multiples of 32 waste nothing.
             pixel_mask: nonzero on the pixels of the image, `[B, H, W]`, 0 on padding, which lies right and below.
             labels: per image `class_labels` `[N]` and `boxes` `[N, 4]` cxcywh relative to its own size, without padding.
             output_hidden_states: return the backbone's maps and the pyramid.
-            output_dense: return the head's outputs per prior.
+            output_dense: return the head's outputs per prior instead of detections.
             kwargs: `return_dict=False` for a tuple; others are ignored, as in the models of transformers.
 
         Raises:
@@ -160,7 +160,7 @@ class TimmDetectionModel(TimmBackboneModel):
             classes = [label["class_labels"] for label in labels]
             output.loss_dict, dense = self.bbox_head.loss(dense, truths, classes)
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
-        if not self.training:
+        if not self.training and not output_dense:
             output.logits, output.pred_boxes = self.detect(dense, sizes)
         if output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states:
             output.hidden_states, output.pyramid = tuple(maps), tuple(pyramid)

@@ -1,0 +1,74 @@
+"""Our own detectors, RetinaNet and GFL on timm backbones."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..outputs import DenseHead, DenseOutput, FeatureSpec, Objects
+from .base import DenseAdapter, stage_features, stage_specs
+from .detection import DetectionAdapter, detr_labels, picture_sizes
+
+
+class TimmDetectionAdapter(DetectionAdapter):
+    """Levels of the backbone, and `p3` to `p7` of the pyramid; raw outputs at every prior.
+
+    The loss divides by counts of the positives of a batch, as a mean over ranks; accumulated batches each have their own.
+    """
+
+    def find_feature_specs(self) -> dict[str, FeatureSpec]:
+        return stage_specs(self.model.feature_channels, self.model.feature_strides)
+
+    @property
+    def pyramid_specs(self) -> dict[str, FeatureSpec]:
+        config = self.model.config
+        return {f"p{stride.bit_length() - 1}": FeatureSpec(config.neck_channels, stride) for stride in config.strides}
+
+    @property
+    def offers(self) -> frozenset[str]:
+        distributions = {"distributions"} if self.model.config.head == "gfl" else set()
+        return frozenset({"features", "pyramid", "dense", "tower", *distributions})
+
+    def offers_with(self, teacher: DenseAdapter) -> frozenset[str]:
+        offers = super().offers_with(teacher)
+        if not isinstance(teacher, TimmDetectionAdapter):
+            return offers
+        ours, theirs = self.model.config, teacher.model.config
+        if (ours.head, ours.strides) != (theirs.head, theirs.strides):
+            return offers - {"dense", "tower", "distributions"}
+        if ours.reg_max != theirs.reg_max:
+            offers -= {"distributions"}
+        if (ours.head_convs, ours.head_channels) != (theirs.head_convs, theirs.head_channels):
+            offers -= {"tower"}
+        return offers
+
+    def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
+        labels = None if targets is None else detr_labels(targets, picture_sizes(targets))
+        outputs = self.model(
+            pixel_values=pixel_values,
+            pixel_mask=pixel_mask,
+            labels=labels,
+            output_hidden_states=True,
+            output_dense=True,
+        )
+        return DenseOutput(
+            stage_features(self.feature_specs, outputs.hidden_states),
+            None,
+            task_losses={} if targets is None else {"loss_task": outputs.loss},
+            pyramid=dict(zip(self.pyramid_specs, outputs.pyramid, strict=True)),
+            dense=self._dense(outputs.dense),
+        )
+
+    def _dense(self, dense: Any) -> DenseHead:
+        """The model's raw output in the form that losses read, in the classes that it was matched to."""
+        found = DenseHead(
+            self.map_classes(dense.class_logits),
+            dense.box_outputs,
+            dense.boxes,
+            dense.priors,
+            dense.strides,
+            dense.level_sizes,
+            dense.assigned,
+            dense.tower,
+        )
+        return replace(found, cross=lambda tower: self._dense(dense.cross(tower)))
