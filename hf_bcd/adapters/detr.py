@@ -52,7 +52,7 @@ class DetrAdapter(DetectionAdapter):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"features", "pyramid", "queries"})
+        return frozenset({"features", "pyramid", "boxes", "classes", "queries"})
 
     def offers_with(self, teacher: DenseAdapter) -> frozenset[str]:
         offers = super().offers_with(teacher)
@@ -194,8 +194,8 @@ class DFineAdapter(RTDetrAdapter):
     def queries(self, outputs: Any) -> Queries:
         start = outputs.denoising_meta_values["dn_num_split"][0] if outputs.denoising_meta_values else 0
         found = super().queries(outputs)
-        # the first of these layers comes before the decoder's own
-        found.class_logits, found.boxes = found.class_logits[1:], found.boxes[1:]
         found.corners = outputs.intermediate_predicted_corners[:, :, start:].transpose(0, 1)
+        layers = len(found.corners)  # in training, one more comes before the decoder's own
+        found.class_logits, found.boxes = found.class_logits[-layers:], found.boxes[-layers:]
         found.corner_scale = self.corner_scale
         return found

@@ -27,7 +27,7 @@ class TimmDetectionAdapter(DetectionAdapter):
     @property
     def offers(self) -> frozenset[str]:
         distributions = {"distributions"} if self.model.config.head == "gfl" else set()
-        return frozenset({"features", "pyramid", "dense", "tower", *distributions})
+        return frozenset({"features", "pyramid", "boxes", "classes", "dense", "tower", *distributions})
 
     def offers_with(self, teacher: DenseAdapter) -> frozenset[str]:
         offers = super().offers_with(teacher)

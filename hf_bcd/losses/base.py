@@ -83,7 +83,7 @@ class DistillationLoss(nn.Module, ABC):
     shares: Mapping[str, float] = {}  # term -> share of the task's gradient that `weight: auto` aims at, where known
     borrowed: frozenset[str] = frozenset()  # other methods' terms; a recipe's single number leaves their weights alone
     # what it reads of `logits` (in the student's classes), `scores` (these in any), `features`, `labels`, `task_loss`, `head`
-    # (the teacher's), and of detectors `dense`, `distributions`, `tower`, `queries`, `corners`
+    # (the teacher's), and of detectors `dense`, `distributions`, `tower`, `queries`, `corners`, `classes` (these scores in the student's classes), `boxes` (true ones)
     needs: frozenset[str]
     decays: bool = False  # whether r(t) multiplies it unless a recipe says otherwise
     # option -> losses that it hosts by default; a recipe names others, and the loss gets their criterion

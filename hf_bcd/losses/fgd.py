@@ -1,9 +1,11 @@
 """Focal and global distillation (Yang et al., CVPR 2022, https://arxiv.org/abs/2111.11837)."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, Targets
+from ..outputs import DenseOutput, Objects, Targets
 from ..utils.messages import UserError
 from .base import DistillationLoss, Pair, check_positive
 from .modules.connectors import FeaturePair
@@ -52,10 +54,43 @@ def fgd_loss(
     Returns:
         Scalar >= 0, 0 for equal features; float32 or float64.
     """
+    error = position_errors(student, teacher, temperature=temperature, mask=mask)
+    return class_means(error[:, None], regions).sum(dim=1).mean()
+
+
+@full_precision
+def position_errors(
+    student: Tensor, teacher: Tensor, *, temperature: float = 0.5, mask: Tensor | None = None
+) -> Tensor:
+    """`S_i mean_c A_c (t_ci - s_ci)²` of each position, `[B, h', w']`; arguments as of `fgd_loss`."""
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
     spatial, channel = activation_attention(teacher, mask, temperature)
-    error = spatial * (channel[:, :, None, None] * (teacher - student).square()).mean(dim=1)
-    return class_means(error[:, None], regions).sum(dim=1).mean()
+    return spatial * (channel[:, :, None, None] * (teacher - student).square()).mean(dim=1)
+
+
+def box_weights(targets: Objects, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """How much each position of a grid counts as foreground and as background, as the official code has them: `[B, *size]`.
+
+    A box covers the cells from ⌊x0⌋ to ⌈x1⌉, both included, and gives each `1 / ((height + 1)(width + 1))` in cells; the
+    largest one holds. Background are the cells that no box covers, each with 1 over their number.
+    """
+    rows, columns = (torch.arange(n, device=targets.boxes[0].device) for n in size)
+    scale = targets.boxes[0].new_tensor([size[1] / targets.size[1], size[0] / targets.size[0]]).repeat(2)
+    foregrounds = []
+    for boxes in targets.boxes:
+        scaled = boxes * scale
+        low, high = scaled[:, :2].floor(), scaled[:, 2:].ceil()
+        inside = [
+            (places >= low[:, axis, None]) & (places <= high[:, axis, None])
+            for axis, places in ((1, rows), (0, columns))
+        ]
+        value = 1 / (high - low + 1).prod(1)
+        covered = (inside[0][:, :, None] & inside[1][:, None]) * value[:, None, None]
+        foregrounds.append(covered.amax(0) if len(boxes) else covered.new_zeros(size))
+    foreground = torch.stack(foregrounds)
+    valid = targets.valid(size)
+    foreground, free = foreground.masked_fill(~valid, 0), ((foreground == 0) & valid).float()
+    return foreground, free / free.sum((1, 2), keepdim=True).clamp_min(1)
 
 
 @full_precision
@@ -91,7 +126,8 @@ class GlobalContext(nn.Module):
 class FGDLoss(DistillationLoss):
     """`fgd_loss`, attention and global context of one feature level behind a 1x1 convolution.
 
-    Defined here for class masks, because the official code takes the boxes of object detection: every class of an image
+    Of detectors, `on: boxes` weighs positions as the official code does, see `box_weights`; without it every class of an
+    image is one object. Defined for class masks, because the official code takes the boxes of object detection: every class of an image
     is one object, weighted by 1 / area, and pixels of `background` are the background. Labels without a background
     class have no background term.
 
@@ -106,7 +142,8 @@ class FGDLoss(DistillationLoss):
     Args:
         background: class id of the background, 0 in Pascal VOC; None where every class counts as an object.
         temperature: T of the attention; 0.5 as in the official code.
-        level: level name; the coarsest that both models have by default.
+        level: level name; the coarsest that both models have by default. Officially all of a pyramid have one each.
+        on: `classes`, or `boxes` of detectors, whose background needs no class.
     """
 
     weights = {
@@ -122,11 +159,22 @@ class FGDLoss(DistillationLoss):
     reference = "yang2022focal"
 
     def __init__(
-        self, pair: Pair, *, background: int | None = None, temperature: float = 0.5, level: str | None = None
+        self,
+        pair: Pair,
+        *,
+        background: int | None = None,
+        temperature: float = 0.5,
+        level: str | None = None,
+        on: Literal["classes", "boxes"] = "classes",
     ) -> None:
         super().__init__(pair)
         check_positive(temperature=temperature)
-        if background is None:
+        if on not in ("classes", "boxes"):
+            raise UserError(f"on is {on!r}; choose classes or boxes.")
+        self.on = on
+        if on == "boxes":
+            self.needs = frozenset({"features", "labels", "boxes"})
+        elif background is None:
             self.weights = {term: value for term, value in self.weights.items() if term != "background"}
         elif background < 0:
             raise UserError(f"background is {background!r}; it must be a class id, or null.")
@@ -140,13 +188,20 @@ class FGDLoss(DistillationLoss):
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         ours, theirs = self.pair(student.features, teacher.features)
         size = spatial_size(theirs)
-        mask, classes, k = targets.valid(size), targets.class_masks(size), self.background
+        mask, k = targets.valid(size), self.background
         options = {"temperature": self.temperature, "mask": mask}
         terms = {}
-        if k is not None:
+        if self.on == "boxes":
+            assert isinstance(targets, Objects)  # `needs` saw to it
+            regions = box_weights(targets, size)
+            error = position_errors(ours, theirs, **options)
+            terms["foreground"], terms["background"] = ((error * weight).sum((1, 2)).mean() for weight in regions)
+        classes = None if self.on == "boxes" else targets.class_masks(size)
+        if classes is not None and k is not None:
             terms["background"] = fgd_loss(ours, theirs, classes[:, k, None], **options)
             classes = torch.cat([classes[:, :k], classes[:, k + 1 :]], dim=1)
-        terms["foreground"] = fgd_loss(ours, theirs, classes, **options)
+        if classes is not None:
+            terms["foreground"] = fgd_loss(ours, theirs, classes, **options)
         terms["spatial"], terms["channel"] = attention_losses(ours, theirs, **options)
         context = self.student_context(ours, mask), self.teacher_context(theirs, mask)
         terms["global"] = mean_squared_error(*context, mask)

@@ -26,11 +26,14 @@ from .dsd import DSDLoss
 from .fam import FAMLoss
 from .fgd import FGDLoss
 from .fitnet import FitNetLoss
+from .gid import GIDLoss
 from .ifd import IFDLoss
 from .ifvd import IFVDLoss
 from .kd import KDLoss
+from .ld import LDLoss
 from .mgd import MGDLoss
 from .pkd import PKDLoss
+from .query_kd import DDFLoss, QueryKDLoss
 from .sckd import SCKDLoss
 from .skd import SKDLoss
 from .slimseg import SlimSegLoss
@@ -41,8 +44,8 @@ from .tat import TATLoss
 LOSSES: dict[str, type[DistillationLoss]] = {
     "at": ATLoss, "bcd": BCDLoss, "bglsseg": BGLSSegLoss, "bpkd": BPKDLoss, "c2vkd": C2VKDLoss, "cirkd": CIRKDLoss,
     "crosskd": CrossKDLoss, "cwd": CWDLoss, "cwt": CWTLoss, "dist": DISTLoss, "dsd": DSDLoss, "fam": FAMLoss,
-    "fgd": FGDLoss, "fitnet": FitNetLoss, "ifd": IFDLoss, "ifvd": IFVDLoss, "kd": KDLoss, "mgd": MGDLoss,
-    "pkd": PKDLoss, "sckd": SCKDLoss, "skd": SKDLoss, "slimseg": SlimSegLoss, "sstkd": SSTKDLoss, "tat": TATLoss,
+    "ddf": DDFLoss, "fgd": FGDLoss, "fitnet": FitNetLoss, "gid": GIDLoss, "ifd": IFDLoss, "ifvd": IFVDLoss, "kd": KDLoss,
+    "ld": LDLoss, "mgd": MGDLoss, "pkd": PKDLoss, "query_kd": QueryKDLoss, "sckd": SCKDLoss, "skd": SKDLoss, "slimseg": SlimSegLoss, "sstkd": SSTKDLoss, "tat": TATLoss,
 }  # fmt: skip
 # every student and teacher offer these of what a loss may need, see `DistillationLoss.needs`; and all of label maps
 OFFERED_BY_ALL = frozenset({"features", "labels", "task_loss"})
@@ -53,6 +56,8 @@ NEEDS = {
     "scores": "of each pixel",
     "head": "that of the teacher as a function of its feature levels, which SegFormer, UperNet and timm segmenters have",
     "task_loss": "with its graph, which torch_compile hides",
+    "boxes": "true boxes",
+    "classes": "scores of boxes, which are compared class by class",
     "dense": "scores and boxes at the same priors, which RetinaNet and GFL have",
     "distributions": "of distances to a box's sides, which GFL has",
     "tower": "the convolutions before a detector's scores, which RetinaNet and GFL have, as many and as wide in both",

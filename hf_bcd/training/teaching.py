@@ -164,9 +164,10 @@ def check_losses(teacher: DenseAdapter, label_map: LabelMap, args: BCDConfig) ->
         UserError: if one of them cannot be computed; names the losses that can.
     """
     check_needs(args.loss_options, offers_of(teacher, args))
-    concerned = [name for name, loss in args.loss_options.items() if "logits" in loss.needs]
+    by_class = {"logits", "classes"}
+    concerned = [name for name, loss in args.loss_options.items() if by_class & loss.needs]
     if concerned and not label_map.is_complete:
-        others = [name for name, loss in LOSSES.items() if "logits" not in loss.needs]
+        others = [name for name, loss in LOSSES.items() if not by_class & loss.needs]
         raise UserError(
             f"the teacher has no class for {', '.join(label_map.missing)}, but the losses {', '.join(concerned)} compare "
             "class scores. Say in a --label_synonyms file which of the teacher's classes stand for these, or distil "

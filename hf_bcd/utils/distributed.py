@@ -36,3 +36,8 @@ def is_first_process() -> bool:
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Differentiable sum of `x` over all ranks; the identity in a single process."""
     return _AllReduceSum.apply(x) if is_distributed() else x  # type: ignore[return-value]
+
+
+def rank_count() -> int:
+    """Number of ranks that take part in this run."""
+    return dist.get_world_size() if is_distributed() else 1
