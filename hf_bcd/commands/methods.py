@@ -12,11 +12,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill, indent
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from .. import losses
+from ..adapters.base import OF_BOTH
 from ..losses import LOSSES, DistillationCriterion, build_criterion
-from ..losses.recipe import ALWAYS_OFFERED, options_of, read_losses
+from ..losses.recipe import ALWAYS_OFFERED, OFFERED_BY_ALL, options_of, read_losses
 from ..outputs import FeatureSpec
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import yaml_text
@@ -29,6 +30,12 @@ STUDENT, TEACHER = (
     for widths in ((64, 64, 128, 256, 512), (64, 256, 512, 1024, 2048))
 )
 HEAD_LEVELS = ("stride_32",)
+PYRAMID = {f"p{level}": FeatureSpec(256, 2**level) for level in range(3, 8)}
+# what models of each task can offer to losses
+TASK_OFFERS = {
+    "segmentation": ALWAYS_OFFERED | {"head"},
+    "detection": OFFERED_BY_ALL | (OF_BOTH - {"logits", "scores"}),
+}
 NUM_LABELS = 21
 COSTS = Path(__file__).parents[2] / "docs" / "methods_cost.json"
 WIDTH = 118
@@ -53,8 +60,24 @@ def main(argv: list[str] | None = None) -> None:
 
 def reference_criterion(recipe: Mapping[str, Any]) -> DistillationCriterion:
     """The criterion of a recipe's `losses` section for the reference pair."""
-    offers = ALWAYS_OFFERED | {"head"}
-    return build_criterion(recipe, STUDENT, TEACHER, num_labels=NUM_LABELS, offers=offers, head_levels=HEAD_LEVELS)
+    options = {"offers": frozenset().union(*TASK_OFFERS.values()), "pyramids": (PYRAMID, PYRAMID)}
+    return build_criterion(recipe, STUDENT, TEACHER, num_labels=NUM_LABELS, head_levels=HEAD_LEVELS, **options)
+
+
+def tasks_of(name: str) -> str:
+    """The tasks that a method serves, with the option that makes it do so where that is no default."""
+    choices = {
+        key: get_args(parameter.annotation)
+        for key, parameter in inspect.signature(LOSSES[name]).parameters.items()
+        if get_origin(parameter.annotation) is Literal
+    }
+    variants = [{}, *({key: value} for key, values in choices.items() for value in values)]
+    found = []
+    for task, offers in TASK_OFFERS.items():
+        serving = next((own for own in variants if read_losses({name: own})[name].needs <= offers), None)
+        if serving is not None:
+            found.append(task + "".join(f" (`{key}: {value}`)" for key, value in serving.items()))
+    return ", ".join(found)
 
 
 def describe(name: str, costs: Mapping[str, Any]) -> dict[str, str]:
@@ -67,6 +90,7 @@ def describe(name: str, costs: Mapping[str, Any]) -> dict[str, str]:
     times = {title: measured.get(title.lower()) for title in ("ms", "MiB") if costs}
     return {
         "method": name,
+        "tasks": tasks_of(name),
         "transfers": loss.transfers,
         "needs": ", ".join([*sorted(loss.needs), *([f"keeps a {loss.keeps}"] if loss.keeps else [])]),
         "extra parameters (M)": millions if trained + others >= 5_000 else "none",
@@ -114,7 +138,7 @@ def summary(name: str, costs: Mapping[str, Any]) -> str:
     """A method in a few lines."""
     cls, row = LOSSES[name], describe(name, costs)
     measured = "".join(f"; {row[unit]} {unit}" for unit in ("ms", "MiB") if row.get(unit))
-    facts = f"needs: {row['needs']}; extra parameters (M): {row['extra parameters (M)']}{measured}"
+    facts = f"tasks: {row['tasks'].replace('`', '')}; needs: {row['needs']}; extra parameters (M): {row['extra parameters (M)']}{measured}"
     return f"{name}: {cls.transfers}\n{cls.source}\n{facts}\n" + fill(f"checked: {cls.checked}", WIDTH)
 
 

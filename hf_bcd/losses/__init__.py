@@ -13,6 +13,7 @@ from .criterion import DistillationCriterion
 from .crosskd import CrossKDLoss, cross_head_losses, crosskd_loss
 from .cwd import CWDLoss, cwd_loss
 from .cwt import CWTLoss, cwt_loss
+from .ddf import DDFLoss, ddf_loss
 from .dist import DISTLoss, dist_loss
 from .dsd import DSDLoss, category_similarity_loss, pixel_similarity_loss
 from .fam import FAMLoss, fam_loss
@@ -30,7 +31,7 @@ from .ops.path import path_offsets, path_range
 from .ops.relation import relation_divergence
 from .ops.segmentation import segmentation_loss
 from .pkd import PKDLoss, pkd_loss
-from .query_kd import DDFLoss, QueryKDLoss
+from .query_kd import QueryKDLoss, query_kd_losses
 from .recipe import LOSSES, build_criterion
 from .sckd import SCKDLoss, sckd_gate
 from .skd import SKDLoss, skd_loss
@@ -45,8 +46,8 @@ __all__ = [
     "FGDLoss", "FitNetLoss", "GIDLoss", "IFDLoss", "IFVDLoss", "KDLoss", "LDLoss", "MGDLoss", "PKDLoss", "Pair", "QueryKDLoss", "SCKDLoss", "SKDLoss",
     "SSTKDLoss", "SlimSegLoss", "TATLoss", "Temperature", "at_loss", "bglsseg_loss", "boundary_distillation_loss",
     "boundary_strength", "bpkd_loss", "build_criterion", "c2vkd_feature_loss", "category_similarity_loss",
-    "cirkd_loss", "cirkd_memory_loss", "context_distillation_loss", "cross_head_losses", "crosskd_loss", "cwd_loss", "cwt_loss", "decay",
+    "cirkd_loss", "cirkd_memory_loss", "context_distillation_loss", "cross_head_losses", "crosskd_loss", "cwd_loss", "cwt_loss", "ddf_loss", "decay",
     "dist_loss", "distribution_divergence", "dkd_loss", "fam_loss", "fgd_loss", "fitnet_loss", "general_instances", "ifd_loss", "ifvd_loss", "kd_loss", "mgd_loss",
-    "path_offsets", "path_range", "pixel_similarity_loss", "pkd_loss", "relation_divergence", "sckd_gate",
+    "path_offsets", "path_range", "pixel_similarity_loss", "pkd_loss", "query_kd_losses", "relation_divergence", "sckd_gate",
     "segmentation_loss", "skd_loss", "slimseg_loss", "sstkd_loss", "tat_loss",
 ]  # fmt: skip

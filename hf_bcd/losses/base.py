@@ -86,6 +86,9 @@ class DistillationLoss(nn.Module, ABC):
     # (the teacher's), and of detectors `dense`, `distributions`, `tower`, `queries`, `corners`, `classes` (these scores in the student's classes), `boxes` (true ones)
     needs: frozenset[str]
     decays: bool = False  # whether r(t) multiplies it unless a recipe says otherwise
+    features: ClassVar[str] = (
+        "backbone"  # whose levels it gets unless a recipe says otherwise; or `pyramid`, a detector's neck
+    )
     # option -> losses that it hosts by default; a recipe names others, and the loss gets their criterion
     nested: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     transfers: ClassVar[str]  # the knowledge that it transfers, in a few words

@@ -70,7 +70,8 @@ class GIDLoss(DistillationLoss):
     """
 
     weights = {"features": 5e-4 * 256 * POOLED**2, "relations": 40.0, "responses": 1.0}
-    needs = frozenset({"dense", "classes", "pyramid"})
+    needs = frozenset({"dense", "classes"})
+    features = "pyramid"
     transfers = "features, relations and answers where student and teacher disagree"
     checked = (
         "the paper (no official code); which priors answer for a box (an overlap of a half), means for sums and the factor "

@@ -21,6 +21,7 @@ from .criterion import DistillationCriterion
 from .crosskd import CrossKDLoss
 from .cwd import CWDLoss
 from .cwt import CWTLoss
+from .ddf import DDFLoss
 from .dist import DISTLoss
 from .dsd import DSDLoss
 from .fam import FAMLoss
@@ -33,7 +34,7 @@ from .kd import KDLoss
 from .ld import LDLoss
 from .mgd import MGDLoss
 from .pkd import PKDLoss
-from .query_kd import DDFLoss, QueryKDLoss
+from .query_kd import QueryKDLoss
 from .sckd import SCKDLoss
 from .skd import SKDLoss
 from .slimseg import SlimSegLoss
@@ -213,7 +214,7 @@ def _read(name: str, given: Mapping[str, Any] | LossOptions | None) -> LossOptio
     weight, decay, features = (
         options.pop("weight", {}),
         options.pop("decay", None),
-        options.pop("features", "backbone"),
+        options.pop("features", cls.features),
     )
     if features not in ("backbone", "pyramid"):
         raise UserError(f"features of loss {name!r} is {features!r}; choose backbone or pyramid.")

@@ -58,7 +58,7 @@ def test_the_list_and_the_table_have_each_method_and_its_costs(
     assert re.search(r"^cwd: .*\n.*\nneeds: .* none; 0\.5 ms\n", text, re.M)
     assert "batch 8 of 512 x 512 pixels, float32, a device, PyTorch 9.9." in " ".join(text.split())
     lines = [line for line in methods.table(COSTS).splitlines() if line.startswith("|")]
-    assert len(lines) == len(LOSSES) + 2 and {line.count("|") - line.count("\\|") for line in lines} == {8}
+    assert len(lines) == len(LOSSES) + 2 and {line.count("|") - line.count("\\|") for line in lines} == {9}
     assert any("| none | 12 | 68 | the pixel-wise" in line for line in lines)
 
 

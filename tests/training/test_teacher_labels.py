@@ -182,7 +182,9 @@ def test_a_backbone_without_a_trained_head_is_no_teacher(tmp_path: Path) -> None
     sizes: dict[str, Any] = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "decoder_hidden_size": 8}
     folder = str(tmp_path / "encoder")
     SegformerModel(SegformerConfig(**sizes, num_attention_heads=[1] * 4)).save_pretrained(folder)
-    with pytest.raises(ValueError, match="encoder is no finished SegformerForSemanticSegmentation: it lacks .* such as decode_head"):
+    with pytest.raises(
+        ValueError, match="encoder is no finished SegformerForSemanticSegmentation: it lacks .* such as decode_head"
+    ):
         prepare_teacher(ModelArguments(teacher=folder), tiny.config(tmp_path), tiny.scenes())
     assert build_model(ModelSpec(name_or_path=folder), tiny.ID2LABEL).config.num_labels == len(tiny.ID2LABEL)
 
