@@ -19,8 +19,13 @@ Push = Callable[..., tuple[str, str]]
 NATIVE = [
     "README.md", "config.json", "figures/comparison.png", "model.safetensors", "preprocessor_config.json", "results.json",
 ]  # fmt: skip
-CODE = ["configuration_timm_segmentation.py", "heads.py", "modeling_timm_segmentation.py", "segmentation_model.py",
-        "timm_backbone.py"]
+CODE = [
+    "configuration_timm_segmentation.py",
+    "heads.py",
+    "modeling_timm_segmentation.py",
+    "segmentation_model.py",
+    "timm_backbone.py",
+]
 
 
 def titles(hub: HubServer, name: str) -> list[str]:
