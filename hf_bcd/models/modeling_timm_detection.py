@@ -191,7 +191,7 @@ class TimmDetectionModel(TimmBackboneModel):
             scores, logits, classes = (F.pad(x, (0, missing)) for x in (scores, logits, classes))
             boxes = F.pad(boxes, (0, 0, 0, missing))
         # boxes of different classes are moved apart, which suppresses per class, as mmdetection does
-        apart = boxes + classes[..., None] * (sizes.amax() + 1)
+        apart = boxes + classes[..., None] * (sizes.max() + 1)
         kept = []
         for of_image, image_scores in zip(apart, scores, strict=True):
             index = torchvision.ops.nms(of_image, image_scores, self.config.nms_threshold)

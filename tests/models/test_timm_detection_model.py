@@ -4,32 +4,13 @@ import warnings
 import pytest
 import torch
 import torchvision
+from tiny_detectors import HEADS, TINY, confident, tiny
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForObjectDetection, DeformableDetrImageProcessor, Trainer, TrainingArguments
 
 from hf_bcd.models import TimmDetectionConfig, TimmDetectionModel
 from hf_bcd.models.detection_boxes import assign_atss, assign_max_iou, box_overlaps, decode_deltas, decode_distances
-
-
-TINY = {"channels": [8, 16, 24, 32], "stem_width": 8}
-FIELDS = {"backbone": "resnet10t", "backbone_kwargs": TINY, "num_labels": 5}
-FIELDS |= {"neck_channels": 16, "head_channels": 16, "norm_groups": 4}
-HEADS = ["retinanet", "gfl"]
-
-
-def tiny(head="gfl", seed=0, **fields):
-    torch.manual_seed(seed)
-    return TimmDetectionModel(TimmDetectionConfig(head=head, **FIELDS | fields))
-
-
-def confident(model):
-    """Undoes the low first scores, so that there are detections to compare."""
-    head = model.bbox_head.retina_cls if model.config.head == "retinanet" else model.bbox_head.gfl_cls
-    with torch.no_grad():
-        head.bias.fill_(-1.0)
-        head.weight.mul_(30)
-    return model.eval()
 
 
 def labels_of(*counts):
@@ -362,7 +343,7 @@ def test_backbone_weights(tmp_path):
         key: torch.randn_like(value.float()) for key, value in create_model("resnet10t", **TINY).state_dict().items()
     }
     save_file(state, tmp_path / "model.safetensors")
-    fields = {key: value for key, value in FIELDS.items() if key != "backbone"}
+    fields = {"backbone_kwargs": TINY, "num_labels": 5, "neck_channels": 16}
     model = TimmDetectionModel.from_backbone("resnet10t", weights=tmp_path / "model.safetensors", **fields)
     assert torch.equal(model.backbone.layer4[0].conv1.weight, state["layer4.0.conv1.weight"])
     with pytest.raises(ValueError, match=r"no such fields in TimmDetectionConfig: \['heads'\]"):
