@@ -138,7 +138,8 @@ def summary(name: str, costs: Mapping[str, Any]) -> str:
     """A method in a few lines."""
     cls, row = LOSSES[name], describe(name, costs)
     measured = "".join(f"; {row[unit]} {unit}" for unit in ("ms", "MiB") if row.get(unit))
-    facts = f"tasks: {row['tasks'].replace('`', '')}; needs: {row['needs']}; extra parameters (M): {row['extra parameters (M)']}{measured}"
+    facts = f"needs: {row['needs']}; extra parameters (M): {row['extra parameters (M)']}{measured}"
+    facts += f"\ntasks: {row['tasks'].replace('`', '')}"
     return f"{name}: {cls.transfers}\n{cls.source}\n{facts}\n" + fill(f"checked: {cls.checked}", WIDTH)
 
 

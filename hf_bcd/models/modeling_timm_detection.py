@@ -154,19 +154,25 @@ class TimmDetectionModel(TimmBackboneModel):
         pyramid = self.neck(chosen)
         dense = self.bbox_head(pyramid)
 
-        output = TimmDetectionOutput()
+        loss_dict = loss = logits = pred_boxes = None
         if labels is not None:
             truths = [corners(label["boxes"].float()) * size for label, size in zip(labels, sizes, strict=True)]
             classes = [label["class_labels"] for label in labels]
-            output.loss_dict, dense = self.bbox_head.loss(dense, truths, classes)
-            output.loss = torch.stack(list(output.loss_dict.values())).sum()
+            loss_dict, dense = self.bbox_head.loss(dense, truths, classes)
+            loss = torch.stack(list(loss_dict.values())).sum()
         if not self.training and not output_dense:
-            output.logits, output.pred_boxes = self.detect(dense, sizes)
-        if output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states:
-            output.hidden_states, output.pyramid = tuple(maps), tuple(pyramid)
-        if output_dense:
-            output.dense = dense
-        return output
+            logits, pred_boxes = self.detect(dense, sizes)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return TimmDetectionOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=logits,
+            pred_boxes=pred_boxes,
+            hidden_states=tuple(maps) if output_hidden_states else None,
+            pyramid=tuple(pyramid) if output_hidden_states else None,
+            dense=dense if output_dense else None,
+        )
 
     @torch.no_grad()
     def detect(self, dense: DenseHeadOutput, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +191,7 @@ class TimmDetectionModel(TimmBackboneModel):
             scores, logits, classes = (F.pad(x, (0, missing)) for x in (scores, logits, classes))
             boxes = F.pad(boxes, (0, 0, 0, missing))
         # boxes of different classes are moved apart, which suppresses per class, as mmdetection does
-        apart = boxes + classes[..., None] * (sizes.amax() + 1)
+        apart = boxes + classes[..., None] * (sizes.max() + 1)
         kept = []
         for of_image, image_scores in zip(apart, scores, strict=True):
             index = torchvision.ops.nms(of_image, image_scores, self.config.nms_threshold)
@@ -203,18 +209,21 @@ class TimmDetectionModel(TimmBackboneModel):
     def _candidates(self, dense: DenseHeadOutput, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best (prior, class) pairs of each level: logits `[B, n]`, clipped boxes `[B, n, 4]` and classes `[B, n]`."""
         num_labels = dense.class_logits.shape[-1]
-        logits, indices, start = [], [], 0
+        logits, priors, classes, start = [], [], [], 0
         for level in dense.class_logits.float().split(list(dense.level_sizes), dim=1):
-            best, index = level.flatten(1).topk(min(CANDIDATES, level[0].numel()), dim=1)
+            # the best pairs lie in as many priors at most: two small searches are faster than one of millions
+            rows = level.amax(dim=-1).topk(min(CANDIDATES, level.shape[1]), dim=1).indices
+            pairs = level.gather(1, rows[..., None].expand(-1, -1, num_labels)).flatten(1)
+            best, index = pairs.topk(min(CANDIDATES, pairs.shape[1]), dim=1)
             logits.append(best)
-            indices.append(index + start * num_labels)
+            priors.append(rows.gather(1, index.div(num_labels, rounding_mode="floor")) + start)
+            classes.append(index % num_labels)
             start += level.shape[1]
-        pairs = torch.cat(indices, dim=1)
-        prior, classes = pairs.div(num_labels, rounding_mode="floor"), pairs % num_labels
+        prior = torch.cat(priors, dim=1)
         width = dense.box_outputs.shape[-1]
         codes = dense.box_outputs.float().gather(1, prior[..., None].expand(-1, -1, width))
         boxes = self.bbox_head.decode(codes, dense.priors[prior], dense.strides[prior])
-        return torch.cat(logits, dim=1), boxes.clamp_min(0).minimum(sizes[:, None]), classes
+        return torch.cat(logits, dim=1), boxes.clamp_min(0).minimum(sizes[:, None]), torch.cat(classes, dim=1)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -228,7 +237,9 @@ class TimmDetectionModel(TimmBackboneModel):
 def valid_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
     """Width, height, width, height of each image without its padding, `[B, 4]`."""
     if pixel_mask is None:
-        height, width = (pixel_values.new_full((len(pixel_values),), n) for n in pixel_values.shape[-2:])
+        height, width = (
+            pixel_values.new_full((len(pixel_values),), n, dtype=torch.float32) for n in pixel_values.shape[-2:]
+        )
     else:
         height, width = (pixel_mask.bool().any(dim=axis).sum(dim=1) for axis in (2, 1))
     return torch.stack([width, height, width, height], dim=1).float()

@@ -1,0 +1,121 @@
+"""Detectors where this package is missing: `pipeline` from the files of the folder, and onnxruntime."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_detectors import HEADS, confident, tiny
+from transformers import AutoImageProcessor, DeformableDetrImageProcessor
+
+
+CODE = {
+    "configuration_timm_detection.py",
+    "dense_heads.py",
+    "detection_boxes.py",
+    "modeling_timm_detection.py",
+    "timm_backbone.py",
+}
+SIZES = [(160, 120), (120, 200), (97, 301), (64, 64)]
+
+
+def detector(head):
+    """A tiny model with many detections."""
+    names = {0: "cat", 1: "dog", 2: "owl"}
+    return confident(tiny(head, id2label=names, label2id={name: index for index, name in names.items()}))
+
+
+def picture(size):
+    return Image.fromarray(np.random.default_rng(sum(size)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+REMOTE_CODE = """
+import json, sys
+from PIL import Image
+from transformers import pipeline
+detector = pipeline("object-detection", model=sys.argv[1], trust_remote_code=True, device="cpu")
+assert not any(name.startswith("hf_bcd") for name in sys.modules)
+print(json.dumps([detector(Image.open(path), threshold=0.1) for path in sys.argv[2:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_pipeline_runs_without_the_package(tmp_path, head):
+    repository, model = tmp_path / "repository", detector(head)
+    model.save_pretrained(repository)
+    processor = DeformableDetrImageProcessor(size={"shortest_edge": 128, "longest_edge": 213})
+    processor.save_pretrained(repository)
+    assert {path.name for path in repository.glob("*.py")} == CODE
+    paths = [tmp_path / f"{index}.png" for index in range(len(SIZES))]
+    for path, size in zip(paths, SIZES, strict=True):
+        picture(size).save(path)
+
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-W", "ignore", "-c", REMOTE_CODE, str(repository), *map(str, paths)]
+    result = subprocess.run(command, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "not supported" not in result.stderr
+
+    # here as one padded batch, there one by one
+    inputs = processor([picture(size) for size in SIZES], return_tensors="pt")
+    assert not inputs["pixel_mask"].all()
+    for found, size, image in zip(json.loads(result.stdout), SIZES, range(len(SIZES)), strict=True):
+        single = processor(picture(size), return_tensors="pt")
+        with torch.no_grad():
+            output = model(**single)
+        expected = processor.post_process_object_detection(output, 0.1, [(size[1], size[0])])[0]
+        assert len(found) == len(expected["scores"]) > 5
+        labels = [model.config.id2label[label] for label in expected["labels"].tolist()]
+        assert [row["label"] for row in found] == labels
+        boxes = torch.tensor([[row["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")] for row in found])
+        # the pipeline cuts the fractions off
+        assert (boxes + 0.5 - expected["boxes"]).abs().max() <= 0.5 + 1e-3
+        width, height = size
+        assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height, width, height])).all()
+        valid = inputs["pixel_mask"][image].nonzero().amax(dim=0) + 1
+        assert valid.tolist() == list(single["pixel_values"].shape[-2:])
+
+
+@pytest.mark.parametrize("backend, suffix", [("torchvision", ""), ("pil", "Pil")])
+def test_image_processor_follows_from_the_configuration(tmp_path, backend, suffix):
+    detector("gfl").config.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
+    assert type(processor).__name__ == f"DeformableDetrImageProcessor{suffix}"
+
+
+class Detections(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        output = self.model(pixel_values)
+        return output.logits, output.pred_boxes
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("head", HEADS)
+def test_onnx_runs_in_onnxruntime(tmp_path, head):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = Detections(detector(head)).eval()
+    with torch.no_grad():
+        program = torch.onnx.export(model, (torch.randn(1, 3, 128, 160),), dynamo=True, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for _ in range(3):
+        pixel_values = torch.randn(1, 3, 128, 160)
+        logits, boxes = session.run(None, {session.get_inputs()[0].name: pixel_values.numpy()})
+        with torch.no_grad():
+            expected_logits, expected_boxes = model(pixel_values)
+        assert (expected_logits > -100).sum() > 20
+        torch.testing.assert_close(torch.from_numpy(logits), expected_logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(torch.from_numpy(boxes), expected_boxes, rtol=1e-3, atol=1e-3)
