@@ -1,15 +1,20 @@
-"""Data sets for dense prediction in one canonical form: `image` RGB, `label` class ids with 255 for void."""
+"""Data sets in one canonical form: `image` RGB with `label`, class ids with 255 for void; or with boxes."""
 
 from .cache import keep_in_memory
 from .dataset import DenseDataset, DenseDatasets, check_one_size, check_sample, collate, joined
+from .detection import BoxDataset, BoxSample, collate_boxes
 from .loading import load_dense_dataset
 from .sources.catalog import CATALOG, DatasetSpec
 from .streaming import DenseStream, TransformedStream
-from .transforms import EvalTransform, TrainTransform
+from .transforms import BoxEvalTransform, BoxTrainTransform, EvalTransform, TrainTransform
 
 
 __all__ = [
     "CATALOG",
+    "BoxDataset",
+    "BoxEvalTransform",
+    "BoxSample",
+    "BoxTrainTransform",
     "DatasetSpec",
     "DenseDataset",
     "DenseDatasets",
@@ -20,6 +25,7 @@ __all__ = [
     "check_one_size",
     "check_sample",
     "collate",
+    "collate_boxes",
     "joined",
     "keep_in_memory",
     "load_dense_dataset",

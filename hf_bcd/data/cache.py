@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..utils.messages import UserError
-from .dataset import DenseDataset, Samples
+from .dataset import DenseDataset
 
 
 logger = logging.getLogger(__name__)
@@ -22,13 +22,13 @@ RESERVE = 2  # sizes vary; memory that is never touched costs nothing
 
 
 class SampleCache:
-    """Decodes every sample of a data set once and keeps its pixels, four bytes each with the label.
+    """Decodes every sample of a data set once and keeps its pixels and its truth.
 
     The memory is shared with worker processes that are forked; spawned ones keep their own. Samples that no longer fit
     into it are decoded every time.
 
     Args:
-        samples: canonical samples.
+        samples: canonical samples, of a data set that packs their truth (`DenseDataset`).
         name: data set and split, for messages.
         capacity: bytes to reserve; by default enough for all samples, judging by some of them.
 
@@ -36,11 +36,12 @@ class SampleCache:
         UserError: if all samples would take more memory than the machine has.
     """
 
-    def __init__(self, samples: Samples, name: str, capacity: int | None = None):
+    def __init__(self, samples: Any, name: str, capacity: int | None = None):
         self.samples, self.name = samples, name
         if capacity is None:
             probed = np.linspace(0, len(samples) - 1, min(len(samples), PROBED_IMAGES)).round().astype(int).tolist()
-            expected = round(len(samples) * sum(4 * samples[index]["label"].size for index in probed) / len(probed))
+            sizes = [sum(part.size for part in self._parts(samples[index])) for index in probed]
+            expected = round(len(samples) * sum(sizes) / len(probed))
             physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if expected > physical:
                 raise UserError(
@@ -51,8 +52,8 @@ class SampleCache:
             logger.warning("%s: %d decoded images will take about %.2f GiB of memory.", name, len(samples), gib)
             capacity = RESERVE * expected
         self.capacity, self._pixels = capacity, mmap.mmap(-1, max(capacity, 1))
-        # bytes in use, then for every sample: height, width, place + 1 (0: not there), which is written last
-        self._index = mmap.mmap(-1, 8 + 24 * len(samples))
+        # bytes in use, then for every sample: height, width, bytes of truth, place + 1 (0: not there), written last
+        self._index = mmap.mmap(-1, 8 + 32 * len(samples))
         self._lock = multiprocessing.Lock()
 
     def __reduce__(self):
@@ -63,20 +64,23 @@ class SampleCache:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """The sample, its image as uint8 `[H, W, 3]`. The arrays are shared: change copies of them only."""
-        entry = 8 + 24 * index
-        height, width, place = struct.unpack_from("3q", self._index, entry)
+        entry = 8 + 32 * index
+        height, width, extra, place = struct.unpack_from("4q", self._index, entry)
         if place:
-            return self._arrays(place - 1, height, width)
-        sample = self.samples[index]
-        image, label = np.asarray(sample["image"]), sample["label"]
-        place = self._reserve(image.size + label.size)
+            return self.samples.unpacked(*self._arrays(place - 1, height, width, extra))
+        image, truth = self._parts(self.samples[index])
+        height, width, _ = image.shape
+        place = self._reserve(image.size + truth.size)
         if place is None:
-            return {"image": image, "label": label}
-        kept = self._arrays(place, *label.shape)
-        kept["image"][:], kept["label"][:] = image, label
-        struct.pack_into("2q", self._index, entry, *label.shape)
-        struct.pack_into("q", self._index, entry + 16, place + 1)
-        return kept
+            return self.samples.unpacked(image, truth)
+        pixels, kept = self._arrays(place, height, width, truth.size)
+        pixels[:], kept[:] = image, truth
+        struct.pack_into("3q", self._index, entry, height, width, truth.size)
+        struct.pack_into("q", self._index, entry + 24, place + 1)
+        return self.samples.unpacked(pixels, kept)
+
+    def _parts(self, sample: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(sample["image"]), self.samples.packed(sample)
 
     def _reserve(self, size: int) -> int | None:
         with self._lock:
@@ -86,11 +90,10 @@ class SampleCache:
                 return used
         return None
 
-    def _arrays(self, place: int, height: int, width: int) -> dict[str, np.ndarray]:
-        area = height * width
-        pixels = np.frombuffer(self._pixels, np.uint8, 4 * area, place)
-        image, label = pixels[: 3 * area], pixels[3 * area :]
-        return {"image": image.reshape(height, width, 3), "label": label.reshape(height, width)}
+    def _arrays(self, place: int, height: int, width: int, extra: int) -> tuple[np.ndarray, np.ndarray]:
+        area = 3 * height * width
+        kept = np.frombuffer(self._pixels, np.uint8, area + extra, place)
+        return kept[:area].reshape(height, width, 3), kept[area:]
 
 
 def keep_in_memory(dataset: DenseDataset) -> DenseDataset:

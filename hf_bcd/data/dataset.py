@@ -167,6 +167,14 @@ class DenseDataset(Split, Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return self.decode(self.rows[range(len(self))[index]])
 
+    def packed(self, sample: Mapping[str, Any]) -> np.ndarray:
+        """The truth of a sample as bytes uint8 `[n]`, for `SampleCache`."""
+        return sample["label"].reshape(-1)
+
+    def unpacked(self, image: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+        """The sample of an image `[H, W, 3]` and its packed truth."""
+        return {"image": image, "label": truth.reshape(image.shape[:2])}
+
     def select(self, indices: Sequence[int]) -> "DenseDataset":
         """The samples at `indices`, in this order."""
         rows = Subset(cast(Any, self.rows), [range(len(self))[index] for index in indices])

@@ -92,14 +92,14 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
-def match_orientation(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
+def match_orientation(image: Image.Image, size: tuple[int, int], name: str, truth: str = "mask") -> Image.Image:
     """Turns a photograph with an EXIF orientation the way its mask was drawn.
 
     Viewers, annotation tools and pipelines show the upright photograph, but some masks were drawn on the stored pixels.
     The upright one is taken unless only the stored one has the mask's size, (width, height).
 
     Raises:
-        UserError: neither orientation has the mask's size; `name` says which file or row.
+        UserError: neither orientation has the mask's size; `name` says which file or row, `truth` what has that size.
     """
     stored = image
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -107,7 +107,7 @@ def match_orientation(image: Image.Image, size: tuple[int, int], name: str) -> I
         image = upright if upright.size == size or stored.size != size else stored
     if image.size != size:
         raise UserError(
-            f"{name}: the image is {image.size[0]}x{image.size[1]} pixels (width x height) but its mask is "
-            f"{size[0]}x{size[1]}. Image and mask must have the same size; check that they belong together."
+            f"{name}: the image is {image.size[0]}x{image.size[1]} pixels (width x height) but its {truth} is "
+            f"{size[0]}x{size[1]}. Image and {truth} must have the same size; check that they belong together."
         )
     return image

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.messages import UserError
+from .boxes import BoxRow, BoxRule
 from .dataset import (
     DenseDataset,
     DenseDatasets,
@@ -20,6 +21,7 @@ from .dataset import (
     aliases_of,
     usual_name,
 )
+from .detection import BoxDataset
 from .labels import MAX_LABELS, LabelRule, NameSource, read_id2label
 from .probing import PROBED_ROWS, Survey, infer_id2label, is_labelled, judge, probed_rows, survey
 from .sources.catalog import CATALOG, open_known
@@ -39,7 +41,7 @@ METADATA_FILES = [f"{folder}metadata.{kind}" for folder in ("", "*/") for kind i
 SPLIT_NAMES = [name for split in ("train", "validation", "test") for name in (split, *aliases_of(split))]
 FOLDERS = {split: (f"{split}/images", f"{split}/masks") for split in SPLIT_NAMES}
 SCENE_COUNTS = {"train": 1000, "validation": 200, "test": 200}
-SCENE_OPTIONS = ("size", "seed", "num_classes")
+SCENES = {"synthetic": ("size", "seed", "num_classes"), "synthetic_detection": ("size", "seed")}  # and num_images
 
 
 def load_dense_dataset(
@@ -91,8 +93,8 @@ def load_dense_dataset(
         UserError: the source does not exist or is incomplete, columns or class names cannot be found, one of the rows
             that are looked at cannot be read, or the masks do not agree with names and rule.
     """
-    if scene_options and name_or_path != "synthetic":
-        raise UserError(f"Arguments {', '.join(scene_options)} are for the data set 'synthetic' only.")
+    if scene_options and name_or_path not in SCENES:
+        raise UserError(f"Arguments {', '.join(scene_options)} are for the data sets {' and '.join(SCENES)} only.")
     if shuffle_buffer < 1:
         raise UserError(f"shuffle_buffer is {shuffle_buffer}; a stream draws from at least one sample.")
     limits = {"shuffle_buffer": shuffle_buffer, "max_eval_samples": max_eval_samples}
@@ -101,20 +103,20 @@ def load_dense_dataset(
     if isinstance(name_or_path, str) and name_or_path in CATALOG:
         fixed = {"config": config, "revision": revision, **columns, "id2label": id2label}
         fixed |= {"reduce_labels": reduce_labels, "ignore_labels": ignore_labels}
-        fixed |= {"data_dir": data_dir if name_or_path == "synthetic" else None}
+        fixed |= {"data_dir": data_dir if name_or_path in SCENES else None}
         if any(fixed.values()):
             raise UserError(
                 f"{', '.join(key for key, value in fixed.items() if value)} cannot be set for {name_or_path!r}, whose "
                 "files and label rule are known. For a copy that differs, give its Hub id or folder instead."
             )
-        if streaming and (data_dir is not None or name_or_path == "synthetic"):
+        if streaming and (data_dir is not None or name_or_path in SCENES):
             raise _nothing_to_stream(data_dir or name_or_path)
         if Path(name_or_path).is_dir():
             logger.warning(
                 "%r is the known data set of that name; the folder %s here would be ./%s.", *[name_or_path] * 3
             )
-        if name_or_path == "synthetic":
-            return _load_scenes(**scene_options)
+        if name_or_path in SCENES:
+            return _load_scenes(name_or_path, **scene_options)
         opened = open_known(name_or_path, data_dir, open_tables, max_eval_samples if streaming else None)
         return _probed(_assemble(name_or_path, *opened))
 
@@ -246,23 +248,33 @@ def _assemble(
     return DenseDatasets(built)
 
 
-def _load_scenes(num_images: Mapping[str, int] | None = None, **options: Any) -> DenseDatasets:
-    from .synthetic.scenes import SyntheticScenes
+def _load_scenes(name: str, num_images: Mapping[str, int] | None = None, **options: Any) -> DenseDatasets:
+    from .synthetic.scenes import SyntheticBoxes, SyntheticScenes
 
-    unknown = options.keys() - SCENE_OPTIONS
+    unknown = options.keys() - SCENES[name]
     if unknown:
         raise UserError(
-            f"synthetic has no option {', '.join(sorted(unknown))} (`--dataset_options`); it has num_images, {', '.join(SCENE_OPTIONS)}."
+            f"{name} has no option {', '.join(sorted(unknown))} (`--dataset_options`); it has num_images, {', '.join(SCENES[name])}."
         )
+    kind, read = (SyntheticScenes, _read_scene) if name == "synthetic" else (SyntheticBoxes, _read_boxed_scene)
     counts = SCENE_COUNTS if num_images is None else num_images
-    scenes = {split: SyntheticScenes(num_images=count, split=split, **options) for split, count in counts.items()}
+    scenes = {split: kind(num_images=count, split=split, **options) for split, count in counts.items()}
     rows = {
-        split: ReadRows([(index,) for index in range(len(some))], partial(_read_scene, some))
+        split: ReadRows([(index,) for index in range(len(some))], partial(read, some))
         for split, some in scenes.items()
     }
-    return _assemble("synthetic", rows, CATALOG["synthetic"].source, next(iter(scenes.values())).id2label, LabelRule())
+    names, source = next(iter(scenes.values())).id2label, CATALOG[name].source
+    if kind is SyntheticScenes:
+        return _assemble(name, rows, source, names, LabelRule())
+    rule = BoxRule("xyxy", "as the scenes are drawn")
+    return DenseDatasets({split: BoxDataset(some, name, split, source, names, rule) for split, some in rows.items()})
 
 
 def _read_scene(scenes: Any, index: int) -> Row:
     scene, name = scenes[index], f"synthetic/{scenes.split}[{index}]"
     return Row(scene["image"], scene["label"], name, name)
+
+
+def _read_boxed_scene(scenes: Any, index: int) -> BoxRow:
+    scene, name = scenes[index], f"synthetic_detection/{scenes.split}[{index}]"
+    return BoxRow(scene["image"], scene["boxes"], name, name)

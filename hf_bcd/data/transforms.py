@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from transformers import BaseImageProcessor
 
 from ..utils.messages import UserError
+from .boxes import MIN_SIDE, to_train_on
 from .labels import IGNORE_INDEX
 
 
@@ -62,10 +63,7 @@ class Augmentation:
         self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else (crop_size[0], crop_size[1])
         if min(self.crop_size) < 1 or (image_size is not None and image_size < 1):
             raise UserError(f"crop_size {crop_size} and image_size {image_size} must be positive.")
-        if not 0 < scale[0] <= scale[1]:
-            raise UserError(f"scale is {scale}; it must be (smallest, largest), both positive.")
-        if not 0 <= jitter <= 1:
-            raise UserError(f"jitter is {jitter}; it must lie in 0..1.")
+        _check_factors(scale, jitter)
         self.image_size, self.scale, self.flip, self.jitter = image_size, scale, flip, jitter
         self.max_class_share = max_class_share
 
@@ -150,11 +148,100 @@ class EvalTransform:
     def __call__(self, sample: Mapping[str, Any]) -> Transformed:
         """Transforms an RGB picture (or its pixels, uint8 `[H, W, 3]`); its label map `[H, W]` is passed on."""
         pixels = F.to_image(sample["image"]).as_subclass(Tensor)
+        return {"pixel_values": self.show(pixels), "labels": torch.from_numpy(np.asarray(sample["label"]))}
+
+    def show(self, pixels: Tensor) -> Tensor:
+        """A picture `[3, H, W]` as the model takes it `[3, h, w]`."""
         shown = self.processor(pixels, return_tensors="pt", input_data_format="channels_first", **self.left_out)
-        return {
-            "pixel_values": shown["pixel_values"][0].contiguous(),
-            "labels": torch.from_numpy(np.asarray(sample["label"])),
+        return shown["pixel_values"][0].contiguous()
+
+
+class BoxTrainTransform:
+    """Random size, flip and colours of a picture with its boxes, which are never cropped.
+
+    Args:
+        shortest: length of the short side; of a list, one is drawn.
+        longest: bound of the long side, which wins over the short one.
+        square: side of a square to which pictures are resized instead, whatever their proportions.
+        flip: probability of a horizontal flip.
+        scale: smallest and largest random factor on these lengths.
+        jitter: strength of brightness, contrast and saturation, as in `Augmentation`.
+
+    Raises:
+        UserError: an option is outside its range.
+    """
+
+    def __init__(
+        self,
+        shortest: int | Sequence[int] = 800,
+        longest: int = 1333,
+        square: int | None = None,
+        flip: float = 0.5,
+        scale: tuple[float, float] = (1.0, 1.0),
+        jitter: float = 0.0,
+    ) -> None:
+        self.shortest = [shortest] if isinstance(shortest, int) else list(shortest)
+        if min([*self.shortest, longest, square or 1], default=0) < 1 or not self.shortest:
+            raise UserError(f"shortest {shortest}, longest {longest} and square {square} must be positive.")
+        if max(self.shortest) > longest:
+            raise UserError(f"shortest is {max(self.shortest)}, more than longest, {longest}.")
+        _check_factors(scale, jitter)
+        if not 0 <= flip <= 1:
+            raise UserError(f"flip is {flip}; it is a probability, 0..1.")
+        self.longest, self.square, self.flip, self.scale, self.jitter = longest, square, flip, scale, jitter
+
+    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Transforms a canonical sample of pictures with boxes.
+
+        Returns:
+            `pixel_values` uint8 `[3, h, w]`; `boxes` float32 `[N, 4]` (corners in its pixels) and `classes` int64 `[N]` of
+            the boxes to train on (see `to_train_on`); `crowd_boxes` float32 `[M, 4]`.
+        """
+        pixels = F.to_image(sample["image"])
+        size = F.get_size(pixels)
+        scaled = self._draw_size(*size)
+        teaches = to_train_on(sample)
+        groups = {
+            name: tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
+                torch.from_numpy(sample["boxes"][chosen]), format="XYXY", canvas_size=tuple(size)
+            )
+            for name, chosen in (("boxes", teaches), ("crowd_boxes", sample["crowd"]))
         }
+        shown = {name: _scaled(item, scaled) for name, item in {"pixel_values": pixels, **groups}.items()}
+        if self.jitter:
+            factors = (1 + self.jitter * (2 * torch.rand(3) - 1)).tolist()
+            shown = {name: _coloured(item, factors) for name, item in shown.items()}
+        if _uniform(0, 1) < self.flip:
+            shown = {name: F.horizontal_flip(item) for name, item in shown.items()}
+        found = {name: item.as_subclass(Tensor) for name, item in shown.items()}
+        visible = (found["boxes"][:, 2:] - found["boxes"][:, :2] >= MIN_SIDE).all(dim=1)
+        classes = torch.from_numpy(sample["classes"][teaches])
+        return found | {"boxes": found["boxes"][visible], "classes": classes[visible]}
+
+    def _draw_size(self, height: int, width: int) -> list[int]:
+        factor = _uniform(*self.scale)
+        if self.square:
+            return [max(1, round(self.square * factor))] * 2
+        shortest = self.shortest[int(torch.randint(len(self.shortest), ()))]
+        ratio = factor * min(shortest / min(height, width), self.longest / max(height, width))
+        return [max(1, round(side * ratio)) for side in (height, width)]
+
+
+class BoxEvalTransform(EvalTransform):
+    """Shows a model a picture as its image processor does, see `EvalTransform`; boxes stay in the picture's own pixels."""
+
+    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Tensor]:  # type: ignore[override]
+        """Transforms the picture of a canonical sample; its truth is passed on, with `orig_size` (height, width)."""
+        pixels = F.to_image(sample["image"]).as_subclass(Tensor)
+        truth = {name: torch.from_numpy(sample[name]) for name in ("boxes", "classes", "areas", "crowd")}
+        return {"pixel_values": self.show(pixels), **truth, "orig_size": torch.tensor(pixels.shape[1:])}
+
+
+def _check_factors(scale: tuple[float, float], jitter: float) -> None:
+    if not 0 < scale[0] <= scale[1]:
+        raise UserError(f"scale is {scale}; it must be (smallest, largest), both positive.")
+    if not 0 <= jitter <= 1:
+        raise UserError(f"jitter is {jitter}; it must lie in 0..1.")
 
 
 def _scaled(item: Any, size: list[int]) -> Any:

@@ -339,7 +339,7 @@ NAMED = {
     "no such folder": ("error", "absent: this folder does not exist", "./absent", {}),
     "no such name": ("error", "did you mean 'cityscapes'", "cityscape", {}),
     "a Hub id of three parts": ("error", "neither a known data set", "a/b/c", {}),
-    "an option of another data set": ("error", "num_classes are for the data set 'synthetic' only|Arguments num_classes", "./absent", {"num_classes": 3}),
+    "an option of another data set": ("error", "num_classes are for the data sets synthetic|Arguments num_classes", "./absent", {"num_classes": 3}),
     "an unknown option": ("error", "synthetic has no option colour", "synthetic", {"colour": 3}),
     "fixed rules": ("error", "reduce_labels cannot be set for 'ade20k'", "ade20k", {"reduce_labels": True}),
     "a stream of scenes": ("error", "Leave streaming out", "synthetic", {"streaming": True}),

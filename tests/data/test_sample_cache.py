@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import SegformerImageProcessor
 
-from hf_bcd.data import EvalTransform, TrainTransform, collate, keep_in_memory, load_dense_dataset
+from hf_bcd.data import DenseDataset, EvalTransform, TrainTransform, collate, keep_in_memory, load_dense_dataset
 from hf_bcd.data import cache as cache_module
 from hf_bcd.data.cache import SampleCache
 from hf_bcd.runs.arguments import DataArguments
@@ -19,6 +19,8 @@ from hf_bcd.runs.experiment import load_data
 
 class Samples:
     """Random images of several sizes that count how often each is decoded."""
+
+    packed, unpacked = DenseDataset.packed, DenseDataset.unpacked
 
     def __init__(self, sizes):
         self.sizes, self.reads = sizes, [0] * len(sizes)

@@ -34,6 +34,8 @@ class Scene:
         self.shadow_draw = ImageDraw.Draw(self.shadow_map)
         self.surfaces: list[tuple[int, Colour, Colour, int, bool]] = []
         self.placed: list[tuple[float, Callable[[], None]]] = []
+        self.owners: list[int] = []  # of each surface, the number of the thing that it belongs to; 0 for none
+        self.current = 0
 
         self.focal = self.uniform(1.0, 1.4) * self.height
         self.camera_height = self.uniform(1.5, 3.2)
@@ -89,6 +91,7 @@ class Scene:
         if not isinstance(accent, tuple):
             accent = tint(colour, 1 + accent)
         fog = z / (z + self.haze_distance)
+        self.owners.append(self.current)
         self.surfaces.append((label, mix(colour, self.haze, fog), mix(accent, self.haze, fog), texture, vague))
         return len(self.surfaces) - 1
 
@@ -119,8 +122,10 @@ class Scene:
         self.placed.append((z, partial(paint, self, *arguments)))
 
     def paint_placed(self) -> None:
-        for _, paint in sorted(self.placed, key=lambda entry: -entry[0]):
+        for number, (_, paint) in enumerate(sorted(self.placed, key=lambda entry: -entry[0]), 1):
+            self.current = number
             paint()
+        self.current = 0
 
     def polygon(self, surface: int, corners: Iterable[Position]) -> None:
         self.draw.polygon([self.project(*corner) for corner in corners], fill=surface)
@@ -155,6 +160,19 @@ class Scene:
         label = labels[ids]
         label[self._void(label, vague[ids])] = IGNORE_INDEX
         return self._photograph(np.asarray(image, np.float32), np.asarray(shade, np.float32) / 255), label
+
+    def things(self, labels: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The placed things of some classes as the picture shows them.
+
+        Returns:
+            The number of the thing at each pixel `[H, W]`, 0 where there is none; and the class of each surface's thing
+            by that number, int64.
+        """
+        painted, owners = np.array([surface[0] for surface in self.surfaces]), np.array(self.owners)
+        owners = np.where(np.isin(painted, list(labels)), owners, 0)
+        classes = np.zeros(len(self.placed) + 1, np.int64)
+        classes[owners] = painted
+        return owners[np.asarray(self.surface_map)[1::SUPERSAMPLING, 1::SUPERSAMPLING]], classes
 
     def _flat(self, colours: np.ndarray, ids: np.ndarray) -> Image.Image:
         """Canvas with one colour per surface; a pixel's bytes are looked up as one number for speed."""

@@ -5,16 +5,22 @@ Every shape is painted, far to near, into one map of surface numbers at twice th
 are both read from this map, so they agree by construction. Classes share their colours: texture and context decide.
 """
 
+from typing import Any
+
 import numpy as np
 from torch.utils.data import Dataset
 
 from ...utils.messages import UserError
+from ..boxes import RawBoxes
 from ..dataset import Sample
 from ..labels import IGNORE_INDEX
+from .materials import PERSON, VEHICLE
 from .objects import paint_scene
 from .scene import Scene
 
 
+THINGS = (PERSON, VEHICLE)
+MIN_PIXELS = 12
 SPLITS = ("train", "validation", "test")
 
 # num_classes -> name of each of the eight painted classes (SKY to VEHICLE); classes of one name are merged.
@@ -77,9 +83,40 @@ class SyntheticScenes(Dataset[Sample]):
         return self.num_images
 
     def __getitem__(self, index: int) -> Sample:
+        image, label = self.scene(index).render()
+        return {"image": image, "label": self._merge[label]}
+
+    def scene(self, index: int) -> Scene:
+        """The painted scene of an image."""
         key = (SPLITS.index(self.split), range(self.num_images)[index])
         seed = np.random.SeedSequence(self.seed, spawn_key=key)
         scene = Scene(self.size, np.random.Generator(np.random.PCG64(seed)))
         paint_scene(scene)
-        image, label = scene.render()
-        return {"image": image, "label": self._merge[label]}
+        return scene
+
+
+class SyntheticBoxes(SyntheticScenes):
+    """The same pictures with a box around the visible part of every person and vehicle.
+
+    Sample `i` is `{"image": RGB image, "boxes": RawBoxes}`: corners in pixels, class ids, and the number of visible pixels
+    as area. What shows fewer than `MIN_PIXELS` pixels has no box. The arguments are those of `SyntheticScenes`.
+    """
+
+    def __init__(
+        self, size: tuple[int, int] = (128, 128), num_images: int = 1000, seed: int = 0, split: str = "train"
+    ):
+        super().__init__(size, num_images, seed, split)
+        self.id2label = {place: self.id2label[thing] for place, thing in enumerate(THINGS)}
+
+    def __getitem__(self, index: int) -> Any:
+        scene = self.scene(index)
+        numbers, classes = scene.things(THINGS)
+        pixels = np.bincount(numbers.ravel(), minlength=len(classes))
+        found = [number for number in range(1, len(classes)) if pixels[number] >= MIN_PIXELS]
+        boxes = np.zeros((len(found), 4))
+        for place, number in enumerate(found):
+            rows, columns = np.nonzero(numbers == number)
+            boxes[place] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        ids = np.array([THINGS.index(classes[number]) for number in found], np.int64)
+        raw = RawBoxes(boxes, ids, pixels[found].astype(float), np.zeros(len(found), bool), self.size[::-1])
+        return {"image": scene.render()[0], "boxes": raw}

@@ -1,0 +1,126 @@
+"""Data sets of pictures with boxes in canonical form, and their batches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypedDict
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+from torchvision import tv_tensors
+
+from ..utils.messages import UserError
+from .boxes import BoxRow, BoxRule
+from .dataset import DenseDataset
+from .images import match_orientation, read_image, to_rgb
+from .transforms import PADDING
+
+
+DETECTION = "object-detection"
+SIZE_DIVISOR = 32
+
+
+class BoxSample(TypedDict):
+    """A picture and the things in it, N of them or none.
+
+    Attributes:
+        image: RGB.
+        boxes: float32 `[N, 4]`, left, top, right and bottom in pixels, clipped to the picture.
+        classes: int64 `[N]`, 0..num_labels-1; there is no background class.
+        areas: float64 `[N]` in pixels: the annotation's own, else that of the box.
+        crowd: bool `[N]`: groups of things that are not separated, on which nothing is trained.
+    """
+
+    image: Image.Image
+    boxes: np.ndarray
+    classes: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+
+
+def read_boxes(row: BoxRow, rule: BoxRule, num_labels: int) -> BoxSample:
+    """Decodes a row to its canonical form.
+
+    Raises:
+        UserError: the picture cannot be decoded, has not the size that its annotations state, or is turned by its EXIF
+            entry while they state none, or a box is wrong, see `BoxRule.apply`.
+    """
+    image = oriented(read_image(row.image, row.image_name), row.label.size, row.image_name)
+    truth: Any = rule.apply(row.label, image.size, num_labels, row.label_name)
+    return {"image": to_rgb(image, row.image_name), **truth}
+
+
+def oriented(image: Image.Image, size: tuple[int, int] | None, name: str) -> Image.Image:
+    """A photograph the way its boxes were drawn, which the stated size (width, height) tells if it has an EXIF turn."""
+    if size is not None:
+        return match_orientation(image, size, name, truth="annotation")
+    turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if turn != 1 and ImageOps.exif_transpose(image) is not image:
+        raise UserError(
+            f"{name}: EXIF turns this photograph (orientation {turn}), and its annotations state no width and height, so "
+            "that nobody can tell which way its boxes were drawn. Store it upright and without that entry, or state the size."
+        )
+    return image
+
+
+@dataclass(frozen=True, eq=False)
+class BoxDataset(DenseDataset):
+    """A split of pictures with boxes, with random access; see `BoxSample`.
+
+    Attributes:
+        rule: how stored boxes become canonical ones.
+    """
+
+    rule: BoxRule = field(default_factory=BoxRule)  # type: ignore[assignment]
+    task: ClassVar[str] = DETECTION
+
+    def decode(self, row: Any) -> Any:
+        """Decodes a row; see `read_boxes`."""
+        return read_boxes(row, self.rule, self.num_labels)
+
+    def packed(self, sample: Mapping[str, Any]) -> np.ndarray:
+        numbers = [sample[name][:, None] for name in ("classes", "areas", "crowd")]
+        return np.concatenate([sample["boxes"], *numbers], axis=1, dtype=np.float64).reshape(-1).view(np.uint8)
+
+    def unpacked(self, image: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+        numbers = np.frombuffer(truth.tobytes(), np.float64).reshape(-1, 7)
+        boxes, (classes, areas, crowd) = numbers[:, :4].astype(np.float32), numbers[:, 4:].T.copy()
+        return {
+            "image": image, "boxes": boxes, "classes": classes.astype(np.int64), "areas": areas, "crowd": crowd > 0,
+        }  # fmt: skip
+
+
+def collate_boxes(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Makes a batch of transformed samples of pictures with boxes.
+
+    Training pictures are padded at the right and at the bottom to the largest of the batch, rounded up to a multiple of 32.
+    Evaluation pictures (which have `orig_size`) are never padded: those of different sizes stay a list.
+
+    Returns:
+        `index` `[B]`; `pixel_values` uint8 `[B, 3, H, W]`, or a list of B tensors; `pixel_mask` bool `[B, H, W]`, true on
+        the pictures, if anything is padded; every other key of the samples as a list of B tensors.
+    """
+    pictures = [sample["pixel_values"] for sample in samples]
+    batch: dict[str, Any] = {"index": torch.tensor([sample["index"] for sample in samples])}
+    if "orig_size" in samples[0]:
+        alike = len({picture.shape for picture in pictures}) == 1
+        batch["pixel_values"] = torch.stack(pictures) if alike else pictures
+    else:
+        batch |= pad_pictures(pictures)
+    others = [name for name in samples[0] if name not in ("index", "pixel_values")]
+    return batch | {name: [sample[name] for sample in samples] for name in others}
+
+
+def pad_pictures(pictures: Sequence[Tensor], divisor: int = SIZE_DIVISOR) -> dict[str, Tensor]:
+    """`pixel_values` and, if any of the uint8 pictures `[3, h, w]` is padded, `pixel_mask` of a batch."""
+    height, width = (-(-max(picture.shape[axis] for picture in pictures) // divisor) * divisor for axis in (1, 2))
+    if all(picture.shape[1:] == (height, width) for picture in pictures):
+        return {"pixel_values": torch.stack(list(pictures))}
+    colour = torch.tensor(PADDING[tv_tensors.Image], dtype=torch.uint8)[:, None, None]
+    pixels = colour.expand(3, height, width).repeat(len(pictures), 1, 1, 1)
+    mask = torch.zeros(len(pictures), height, width, dtype=torch.bool)
+    for place, picture in enumerate(pictures):
+        pixels[place, :, : picture.shape[1], : picture.shape[2]] = picture
+        mask[place, : picture.shape[1], : picture.shape[2]] = True
+    return {"pixel_values": pixels, "pixel_mask": mask}
