@@ -50,6 +50,7 @@ class TimmDetectionAdapter(DetectionAdapter):
             labels=labels,
             output_hidden_states=True,
             output_dense=True,
+            output_detections=False,
         )
         return DenseOutput(
             stage_features(self.feature_specs, outputs.hidden_states),

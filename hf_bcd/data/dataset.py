@@ -316,6 +316,14 @@ def check_sample(sample: Any, name: str) -> None:
         raise UserError(f"{name}[0] has {shapes}: {advice}.")
     if labels.is_floating_point():
         raise UserError(f"labels of {name}[0] are {labels.dtype}; class ids are integers.")
+    check_pixels(pixels, name, advice)
+
+
+def check_pixels(pixels: Any, name: str, advice: str) -> None:
+    """Refuses pictures that are no RGB of 0..255, such as those that an image processor has normalised."""
+    if not isinstance(pixels, Tensor) or pixels.ndim != 3 or pixels.shape[0] != 3:
+        shape = list(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise UserError(f"pixel_values of {name}[0] is {shape}, not a tensor [3, H, W]: {advice}.")
     low, high = (float(value) for value in pixels.aminmax())
     if low < 0 or high > 255 or (pixels.is_floating_point() and 0 < high <= 2):
         raise UserError(

@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from ..utils.messages import UserError
 from .boxes import BoxRow, BoxRule
-from .dataset import DenseDataset
+from .dataset import DenseDataset, check_pixels
 from .images import match_orientation, read_image, to_rgb
 from .transforms import PADDING
 
@@ -124,3 +124,29 @@ def pad_pictures(pictures: Sequence[Tensor], divisor: int = SIZE_DIVISOR) -> dic
         pixels[place, :, : picture.shape[1], : picture.shape[2]] = picture
         mask[place, : picture.shape[1], : picture.shape[2]] = True
     return {"pixel_values": pixels, "pixel_mask": mask}
+
+
+def check_box_sample(sample: Any, num_labels: int, name: str) -> None:
+    """Refuses a transformed sample that no detector here could use; `name` says which data set it comes from."""
+    form = (
+        "{'index': int, 'pixel_values': raw RGB 0..255 [3, H, W], 'boxes': left, top, right, bottom in pixels [N, 4], "
+        "'classes': class ids [N], 'crowd_boxes': [M, 4]}"
+    )
+    advice = f"a sample must be {form}; load_dense_dataset makes such samples of pictures and boxes"
+    keys = ("index", "pixel_values", "boxes", "classes")
+    if missing := [key for key in keys if not isinstance(sample, Mapping) or key not in sample]:
+        held = list(sample) if isinstance(sample, Mapping) else type(sample).__name__
+        raise UserError(f"{name}[0] holds {held} and lacks {', '.join(missing)}: {advice}.")
+    check_pixels(sample["pixel_values"], name, advice)
+    boxes, classes = sample["boxes"], sample["classes"]
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or classes.shape != boxes.shape[:1]:
+        raise UserError(f"{name}[0] has boxes {list(boxes.shape)} and classes {list(classes.shape)}: {advice}.")
+    if len(boxes) and not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise UserError(f"boxes of {name}[0] are no corners, such as {boxes[0].tolist()}: {advice}.")
+    if len(boxes) and boxes.max() <= 1:
+        raise UserError(f"boxes of {name}[0] lie in 0..1, as if relative to the picture: {advice}.")
+    if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_labels:
+        raise UserError(
+            f"{name}[0] has the classes {sorted(set(classes.tolist()))}; class ids are 0 to {num_labels - 1}, and no box has "
+            "a class for the background."
+        )

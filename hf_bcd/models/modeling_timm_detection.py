@@ -128,16 +128,18 @@ class TimmDetectionModel(TimmBackboneModel):
         labels: list[dict[str, Tensor]] | None = None,
         output_hidden_states: bool | None = None,
         output_dense: bool | None = None,
+        output_detections: bool = True,
         **kwargs: Any,
     ) -> TimmDetectionOutput:
-        """Detections in evaluation mode, the loss with labels, or what distillation reads if asked for.
+        """Detections in evaluation mode, the loss with labels, and what distillation reads if asked for.
 
         Args:
             pixel_values: normalised images `[B, 3, H, W]`, any size; multiples of 32 waste nothing.
             pixel_mask: nonzero on the pixels of the image, `[B, H, W]`, 0 on padding, which lies right and below.
             labels: per image `class_labels` `[N]` and `boxes` `[N, 4]` cxcywh relative to its own size, without padding.
             output_hidden_states: return the backbone's maps and the pyramid.
-            output_dense: return the head's outputs per prior instead of detections.
+            output_dense: return the head's outputs per prior.
+            output_detections: in evaluation mode, suppress and return detections.
             kwargs: `return_dict=False` for a tuple; others are ignored, as in the models of transformers.
 
         Raises:
@@ -160,7 +162,7 @@ class TimmDetectionModel(TimmBackboneModel):
             classes = [label["class_labels"] for label in labels]
             loss_dict, dense = self.bbox_head.loss(dense, truths, classes)
             loss = torch.stack(list(loss_dict.values())).sum()
-        if not self.training and not output_dense:
+        if not self.training and output_detections:
             logits, pred_boxes = self.detect(dense, sizes)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

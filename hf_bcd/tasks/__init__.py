@@ -3,10 +3,11 @@
 from typing import Any
 
 from .base import Metric, Score, Task
+from .object_detection import ObjectDetection
 from .semantic_segmentation import SemanticSegmentation
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (SemanticSegmentation(),)}
+TASKS: dict[str, Task] = {task.name: task for task in (SemanticSegmentation(), ObjectDetection())}
 
 
 def task_of(dataset: Any) -> Task:

@@ -38,6 +38,7 @@ with torch.no_grad():
 (found,) = processor.post_process_object_detection(outputs, threshold=0.5, target_sizes=[image.size[::-1]])
 print(len(found["boxes"]), "objects", sorted({model.config.id2label[index] for index in found["labels"].tolist()}))
 """
+SHORTEST = 800  # pixels of the short side, where nothing else is said
 # arguments that only label maps have, and their defaults
 OF_LABEL_MAPS = {"crop_size": 512, "scale_min": 0.5, "scale_max": 2.0}
 
@@ -85,28 +86,30 @@ class ObjectDetection(Task):
     def train_sizes(self, args: Any) -> list[tuple[int, int]]:
         if args.square_size is not None:
             return [(args.square_size, args.square_size)]
-        short = max(args.train_shortest or [args.image_size or 0])
-        return [(short, min(args.image_longest, 2 * short))] if short else []
+        short = max(args.train_shortest or [args.image_size or SHORTEST])
+        return [(short, min(args.image_longest, 2 * short))]
 
     def augmentation(self, args: Any) -> str:
         if args.square_size is not None:
             sized = f"resized to {args.square_size} x {args.square_size}"
-        elif args.train_shortest or args.image_size:
-            sides = " or ".join(map(str, args.train_shortest or [args.image_size]))
-            sized = f"short side {sides}, long side at most {args.image_longest}"
         else:
-            sized = "original size"
+            sides = " or ".join(map(str, args.train_shortest or [args.image_size or SHORTEST]))
+            sized = f"short side {sides}, long side at most {args.image_longest}"
         jitter = f", brightness, contrast and saturation jitter {args.color_jitter:g}" if args.color_jitter else ""
         return f"{sized}, horizontal flip{jitter}"
 
     def train_transform(self, args: Any) -> Callable[..., Mapping[str, Any]]:
-        shortest = args.train_shortest or args.image_size
+        shortest = args.train_shortest or args.image_size or SHORTEST
         return BoxTrainTransform(
             shortest, longest=args.image_longest, square=args.square_size, jitter=args.color_jitter
         )
 
     def processor_size(self, args: Any) -> dict[str, Any]:
-        return {"shortest_edge": args.image_size, "longest_edge": args.image_longest, "square_size": args.square_size}
+        return {
+            "shortest_edge": args.image_size or SHORTEST,
+            "longest_edge": args.image_longest,
+            "square_size": args.square_size,
+        }
 
     def size_args(self, saved: Mapping[str, int], squares: bool) -> dict[str, int]:
         height, width = saved.get("height"), saved.get("width")
