@@ -1,11 +1,12 @@
-"""Streaming segmentation metrics from integer counts."""
+"""Streaming metrics: of segmentation from integer counts, of detection from a record of each picture."""
 
 from typing import Any
 
+from .detection import DetectionMetrics
 from .semantic import SemanticMetrics
 
 
-__all__ = ["SemanticMetrics", "load_evaluate_metric"]
+__all__ = ["DetectionMetrics", "SemanticMetrics", "load_evaluate_metric"]
 
 
 def load_evaluate_metric(num_labels: int, ignore_index: int = 255) -> Any:
