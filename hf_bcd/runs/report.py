@@ -15,7 +15,7 @@ from ..losses.bcd import BCDLoss
 from ..losses.context import relation_features
 from ..tasks import Task, task_of
 from ..training.config import BCDConfig
-from ..training.evaluation import predict_batch, with_transform
+from ..training.evaluation import on_cpu, predict_batch, with_transform
 from ..training.recording import hub_dataset, record_run
 from ..training.trainer import BCDTrainer
 from ..utils.costs import device_name, measure_costs
@@ -137,7 +137,7 @@ def write_figures(
         for sample, index in zip(samples, dict.fromkeys(indices), strict=True):
             batch = task.collate([shown[index]])
             batch["pixel_values"] = batch["pixel_values"].to(config.device)
-            sample["predictions"][title] = predict_batch(model, task, batch)[0].cpu()
+            sample["predictions"][title] = on_cpu(predict_batch(model, task, batch)[0])
     task.comparison(samples, data.id2label, folder / "comparison.png", errors=[roles["student"]])
     return ["comparison.png", *_write_bcd_figures(trainer, data, folder)]
 

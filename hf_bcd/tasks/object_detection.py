@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from ..data.detection import BoxEvalTransform, BoxTrainTransform, check_box_sample, collate_boxes
+from ..data import BoxEvalTransform, BoxTrainTransform, collate_boxes
+from ..data.detection import check_box_sample
 from ..figures.detection import detection_figure, detection_strip
-from ..metrics import DetectionMetrics
+from ..metrics.detection import DetectionMetrics
 from ..outputs import Objects
 from ..utils.messages import UserError
 from .base import Score, Task

@@ -30,7 +30,7 @@ from .distiller import Distiller
 from .hub import HubCallback
 
 
-HEADS = {"psp": "PSPNet", "deeplabv3plus": "DeepLabV3+", "fpn": "FPN"}
+HEADS = {"psp": "PSPNet", "deeplabv3plus": "DeepLabV3+", "fpn": "FPN", "retinanet": "RetinaNet", "gfl": "GFL"}
 PACKAGES = ("transformers", "torch", "timm", "datasets", "accelerate", "huggingface_hub")
 
 
@@ -107,7 +107,7 @@ def record_run(
 def record_model(model: DenseAdapter, role: str, recipe: Mapping[str, Any] | None = None) -> ModelRecord:
     """A model as `student`, `teacher` or `baseline` of a run."""
     config, start, words, trained_here = model.model.config, model.repo_id, "", None
-    timm_head = HEADS.get(config.head) if config.model_type == "timm_segmentation" else None
+    timm_head = HEADS.get(config.head) if config.model_type in ("timm_segmentation", "timm_detection") else None
     if role == "baseline":
         trained_here = None if recipe is None else recipe.get(role) is None
     elif (given := (recipe or {}).get(role)) is not None:

@@ -73,7 +73,7 @@ class SyntheticScenes(Dataset[Sample]):
         ):
             if wrong:
                 raise UserError(message)
-        self.size, self.num_images, self.seed, self.split = size, num_images, seed, split
+        self.size, self.num_images, self.seed, self.split = (size[0], size[1]), num_images, seed, split
         names = list(dict.fromkeys(TAXONOMIES[num_classes]))
         self.id2label = dict(enumerate(names))
         self._merge = np.full(256, IGNORE_INDEX, np.uint8)
