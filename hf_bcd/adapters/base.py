@@ -170,6 +170,32 @@ class DenseAdapter(nn.Module, ABC):
             if name.startswith(self.unused_parameters):
                 parameter.requires_grad_(False)
 
+    def stage_modules(self) -> Sequence[nn.Module]:
+        """The modules whose outputs end the stages of the backbone, a stem left out.
+
+        Raises:
+            UserError: if the family's stages are no modules of their own.
+        """
+        raise UserError(f"layer_decay: the stages of a {type(self.model).__name__} are not known; set layer_decay: 1.")
+
+    def depths(self) -> dict[nn.Parameter, int]:
+        """The stage of each parameter of the backbone, from 1 on; 0 for what comes before the first one.
+
+        Raises:
+            UserError: as `stage_modules`.
+        """
+        stages = [list(module.parameters()) for module in self.stage_modules()]
+        inside = {parameter: stage for stage, parameters in enumerate(stages, 1) for parameter in parameters}
+        found, depth, ended = {}, 0, 0
+        for parameter in self.model.parameters():  # in the order of the layers
+            ended = max(ended, inside.get(parameter, 0))
+            # layers between two stages belong to the later one, unless nothing follows
+            found[parameter] = inside.get(parameter, min(ended + 1, len(stages)) if ended else 0)
+            depth += parameter in inside
+            if depth == len(inside):
+                break
+        return found
+
     def normalize(self, pixel_values: Tensor) -> Tensor:
         """Normalises RGB images with values 0..255 as the family's image processor does, in float32."""
         # the order of operations of transformers' torchvision image processors, so that results agree bit for bit
@@ -310,6 +336,13 @@ def stage_specs(channels: Sequence[int], strides: Sequence[int]) -> dict[str, Fe
         else:
             specs[f"stride_{nominal}"] = FeatureSpec(stage_channels, stride)
     return specs
+
+
+def timm_stages(backbone: Any) -> list[nn.Module]:
+    """The modules that end the stages of a feature extractor of timm, a stem of stride 2 left out."""
+    modules = dict(backbone.named_modules())
+    names = [info["module"] for info in backbone.feature_info.get_dicts() if info["reduction"] > 2]
+    return [modules[name] if name in modules else modules[name.replace(".", "_")] for name in names]
 
 
 def stage_features(specs: dict[str, FeatureSpec], maps: Sequence[Tensor]) -> dict[str, Tensor]:

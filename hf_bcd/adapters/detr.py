@@ -1,6 +1,6 @@
 """Detectors of the DETR kind: DETR, Conditional, DAB and Deformable DETR, RT-DETR, D-FINE, DEIMv2."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..outputs import DenseOutput, FeatureSpec, Objects, Queries
 from ..utils.distributed import is_distributed
 from ..utils.messages import UserError
-from .base import DenseAdapter, stage_specs
+from .base import DenseAdapter, stage_specs, timm_stages
 from .detection import DetectionAdapter, detr_labels, picture_sizes, tapped
 
 
@@ -40,11 +40,10 @@ class DetrAdapter(DetectionAdapter):
             specs = stage_specs(widths, [4 * 2**level for level in range(len(widths))])
         return specs
 
-    def stage_modules(self) -> dict[str, nn.Module]:
-        """The modules whose outputs are the levels."""
+    def stage_modules(self) -> Sequence[nn.Module]:
         if self.backbone.config.model_type == "timm_backbone":
-            return {"all": self.backbone._backbone}
-        return dict(zip(self.feature_specs, self.backbone.encoder.stages, strict=True))
+            return timm_stages(self.backbone._backbone)
+        return list(self.backbone.encoder.stages)
 
     @property
     def pyramid_specs(self) -> dict[str, FeatureSpec]:
@@ -62,7 +61,12 @@ class DetrAdapter(DetectionAdapter):
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
         labels = None if targets is None else detr_labels(targets, self.label_sizes(targets))
         mask = None if pixel_mask is None else pixel_mask.long()
-        with tapped(self.stage_modules()) as stages:
+        levels = (
+            dict(zip(self.feature_specs, self.backbone.encoder.stages, strict=True))
+            if hasattr(self.backbone, "encoder")
+            else {}
+        )
+        with tapped(levels or {"all": self.backbone._backbone}) as stages:
             outputs = self.model(pixel_values=pixel_values, pixel_mask=mask, labels=labels, output_hidden_states=True)
         maps = dict(zip(self.feature_specs, stages["all"], strict=True)) if "all" in stages else stages
         output = DenseOutput(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..models.segmentation_model import AUXILIARY_LOSS_WEIGHT
 from ..outputs import DenseOutput, FeatureSpec, LabelMaps
 from ..utils.messages import UserError
-from .base import HALF_MEAN, HALF_STD, DenseAdapter, cross_entropy, stage_features, stage_specs
+from .base import HALF_MEAN, HALF_STD, DenseAdapter, cross_entropy, stage_features, stage_specs, timm_stages
 
 
 class SegformerAdapter(DenseAdapter):
@@ -40,6 +40,9 @@ class EspNetAdapter(DenseAdapter):
 
 class TimmSegmentationAdapter(EspNetAdapter):
     """Levels `stride_4` to `stride_32`, and `stem` where the backbone has a map of stride 2; logits of the head."""
+
+    def stage_modules(self) -> list[nn.Module]:
+        return timm_stages(self.model.backbone)
 
     def run(self, pixel_values: Tensor, targets: LabelMaps | None) -> DenseOutput:
         outputs = self.model(pixel_values, output_hidden_states=True)

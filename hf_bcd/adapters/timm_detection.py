@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..outputs import DenseHead, DenseOutput, FeatureSpec, Objects
-from .base import DenseAdapter, stage_features, stage_specs
+from .base import DenseAdapter, stage_features, stage_specs, timm_stages
 from .detection import DetectionAdapter, detr_labels, picture_sizes
 
 
@@ -18,6 +18,9 @@ class TimmDetectionAdapter(DetectionAdapter):
 
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         return stage_specs(self.model.feature_channels, self.model.feature_strides)
+
+    def stage_modules(self) -> list[nn.Module]:
+        return timm_stages(self.model.backbone)
 
     @property
     def pyramid_specs(self) -> dict[str, FeatureSpec]:

@@ -149,7 +149,7 @@ def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) ->
         return []
     loss = losses["bcd"]
     assert isinstance(loss, BCDLoss)
-    student, image = trainer.distiller.student.eval(), data[0]["image"]
+    student, image = trainer.distiller.finished.eval(), data[0]["image"]
     pixel_values = shown_to(student, data, trainer.args)[0]["pixel_values"][None].to(trainer.args.device)
     with torch.no_grad():
         size = (pixel_values.shape[-2], pixel_values.shape[-1])

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from ..losses import DistillationCriterion
 from ..utils.distributed import is_distributed
 from .checkpoints import last_checkpoint
+from .distiller import Distiller
 from .terms import TermMeans
 
 
@@ -29,16 +29,16 @@ STEPS_BETWEEN_AGREEMENTS = 10
 
 
 class DistillationCallback(TrainerCallback):
-    """Tells criterion and data where the run stands: the epoch, r(t) before a step, temperatures after it.
+    """Tells distiller and data where the run stands: the epoch, r(t) before a step, temperatures after it.
 
     Args:
-        criterion: what is told.
+        distiller: what is told.
         train_dataset: likewise.
         by_epoch: whether r(t) counts epochs; where a run is as long as `max_steps` says, it has none.
     """
 
-    def __init__(self, criterion: DistillationCriterion, train_dataset: Any, by_epoch: bool = False) -> None:
-        self.criterion, self.train_dataset, self.by_epoch = criterion, train_dataset, by_epoch
+    def __init__(self, distiller: Distiller, train_dataset: Any, by_epoch: bool = False) -> None:
+        self.distiller, self.train_dataset, self.by_epoch = distiller, train_dataset, by_epoch
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -51,15 +51,16 @@ class DistillationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step, total = state.global_step + 1, state.max_steps
-        self.criterion.begin_step(step, total)
+        criterion = self.distiller.criterion
+        criterion.begin_step(step, total)
         if self.by_epoch:
             # an epoch's end is a sum of fractions
-            self.criterion.set_decay(int((state.epoch or 0) + 1e-6) + 1, math.ceil(args.num_train_epochs))
+            criterion.set_decay(int((state.epoch or 0) + 1e-6) + 1, math.ceil(args.num_train_epochs))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.criterion.after_step()
+        self.distiller.after_step(state.global_step + 1)
 
 
 class InterruptCallback(TrainerCallback):

@@ -32,6 +32,7 @@ from .distiller import Distiller
 logger = logging.getLogger(__name__)
 
 DISTILLER_FILE = "distiller.safetensors"
+STUDENT = "student."  # before the names of weights that an average is of
 KEY_FILE = "run_key.json"
 ANYWAY = (
     " Resume with the same options, data and processes, start anew in another folder, or add --resume_anyway true."
@@ -186,7 +187,7 @@ def save_student(distiller: Distiller, folder: Path, processor: Any, key: Mappin
         key: of `run_key`, if distillation is to go on from here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for saved in (distiller.student.model, processor):
+    for saved in (distiller.finished.model, processor):
         drop_foreign_code(saved)
         saved.save_pretrained(folder)
     if key is not None:
@@ -203,7 +204,7 @@ def load_student(distiller: Distiller, folder: Path) -> None:
     Raises:
         UserError: if the folder holds another student, or lacks the state of the losses or has that of others.
     """
-    student = distiller.student.model
+    student = distiller.finished.model
     saved = type(student).from_pretrained(folder)
     try:
         student.load_state_dict(saved.state_dict())
@@ -218,7 +219,11 @@ def load_student(distiller: Distiller, folder: Path) -> None:
             )
         return
     try:
-        distiller.criterion.load_state_dict(load_file(path))
+        state = load_file(path)
+        own = {name.removeprefix(STUDENT): state.pop(name) for name in list(state) if name.startswith(STUDENT)}
+        if distiller.average is not None:
+            distiller.student.load_state_dict(own)
+        distiller.criterion.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path} belongs to other losses or another teacher than this run's: {error}") from error
 
@@ -258,5 +263,8 @@ def load_optimizer(load: Callable[[], None], optimizer: Any, scheduler: Any, che
 
 
 def criterion_state(distiller: Distiller) -> dict[str, Tensor]:
-    """State that losses keep across steps; empty where they keep nothing."""
-    return {name: tensor.contiguous() for name, tensor in distiller.criterion.state_dict().items()}
+    """State that losses keep across steps, and the weights that an average is of; empty where there is nothing."""
+    state = distiller.criterion.state_dict()
+    if distiller.average is not None:
+        state |= {f"{STUDENT}{name}": tensor for name, tensor in distiller.student.state_dict().items()}
+    return {name: tensor.contiguous().clone() for name, tensor in state.items()}

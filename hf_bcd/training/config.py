@@ -31,7 +31,7 @@ OUTCOME = (
     "learning_rate", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "optim", "optim_args",
     "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "bf16", "fp16", "load_best_model_at_end",
     "metric_for_best_model", "crop_size", "image_size", "image_longest", "train_shortest", "square_size", "decay_per", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
-    "dataloader_drop_last", "train_sampling_strategy",
+    "dataloader_drop_last", "train_sampling_strategy", "layer_decay", "lr_milestones", "ema_decay",
 )  # fmt: skip
 FINITE = 1e30
 # lowest value, whether it is left out, and highest
@@ -46,7 +46,8 @@ RANGES = {
     ),
     (0, False, FINITE): ("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "dataloader_num_workers"),
     (0, False, 2**32 - 1): ("seed", "data_seed"),
-    (0, False, 1): ("adam_beta1", "adam_beta2", "color_jitter"),
+    (0, True, 1): ("layer_decay",),
+    (0, False, 1): ("ema_decay", "adam_beta1", "adam_beta2", "color_jitter"),
 }  # fmt: skip
 OPTIONAL = ("eval_steps", "image_size", "square_size", "save_total_limit", "dataloader_prefetch_factor", "data_seed")
 # arguments that distillation or our own evaluation would ignore, with the value that says nothing
@@ -159,6 +160,22 @@ class BCDConfig(TrainingArguments):
     decay_per: Literal["auto", "step", "epoch"] = field(
         default="auto", metadata={"help": "What r(t) counts; auto is epochs for detectors, steps for others."}
     )
+    layer_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor of the learning rate from each stage of the backbone to the one before; 1 for none."
+        },
+    )
+    lr_milestones: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "When the learning rate is divided by ten, in epochs, or in steps where max_steps counts them."
+        },
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "Decay of an average of the student's weights, which is saved and scored; 0 for none."},
+    )
     teacher_dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "Precision of the teacher; auto is bfloat16 where the GPU has it."}
     )
@@ -228,6 +245,10 @@ class BCDConfig(TrainingArguments):
             raise UserError(
                 "log_gradients and `weight: auto` take the gradient of every term, which torch_compile hides; leave one out."
             )
+        for name in ("lr_milestones", "train_shortest"):
+            values = getattr(self, name)
+            if values is not None and not (values and all(value > 0 for value in values) and values == sorted(values)):
+                raise UserError(f"{name} is {values}; give numbers above 0 in ascending order.")
         if self.scale_min > self.scale_max:
             raise UserError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..adapters import DenseAdapter
 from ..losses import DistillationCriterion
 from ..outputs import DenseOutput, Targets
+from .optimization import WeightAverage
 
 
 class Distiller(nn.Module):
@@ -15,15 +16,29 @@ class Distiller(nn.Module):
     Args:
         student: adapted student.
         criterion: weighted losses with their connectors.
+        ema_decay: of an average of the student's weights, which is kept beside them; 0 for none.
     """
 
     student: DenseAdapter
     criterion: DistillationCriterion
+    average: WeightAverage | None
 
-    def __init__(self, student: DenseAdapter, criterion: DistillationCriterion) -> None:
+    def __init__(self, student: DenseAdapter, criterion: DistillationCriterion, ema_decay: float = 0.0) -> None:
         super().__init__()
         self.student = student
         self.criterion = criterion
+        self.average = WeightAverage(student, ema_decay) if ema_decay else None
+
+    @property
+    def finished(self) -> DenseAdapter:
+        """The student as it is scored and saved: the average of its weights where there is one."""
+        return self.student if self.average is None else self.average.student
+
+    def after_step(self, step: int) -> None:
+        """Ends optimizer step `step`."""
+        self.criterion.after_step()
+        if self.average is not None:
+            self.average.update(self.student, step)
 
     def forward(
         self,

@@ -33,6 +33,7 @@ from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synch
 from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
 from .loaders import spread_samples, stream_loader
+from .optimization import group_parameters, step_down
 from .recording import write_training_card
 from .teaching import prepare
 from .terms import TermMeans
@@ -101,7 +102,7 @@ class BCDTrainer(Trainer):
         student, self.teacher, criterion = prepare(
             model, teacher_model, args, reference, label_synonyms, to_train=train_dataset is not None
         )
-        distiller = synchronized(Distiller(student, criterion), args)
+        distiller = synchronized(Distiller(student, criterion, args.ema_decay), args)
         processor = processing_class or image_processor(student, **self.task.processor_size(args))
         if "optimizers" not in kwargs:
             kwargs.setdefault("optimizer_cls_and_kwargs", fused(*self.get_optimizer_cls_and_kwargs(args), args))
@@ -126,12 +127,12 @@ class BCDTrainer(Trainer):
         )
         # on a CPU it pays in training, and finished models are compared with their exports pixel by pixel
         if args.device.type == "cuda" or (args.device.type == "cpu" and train_dataset is not None):
-            for module in filter(None, (self.distiller.student, self.teacher)):
+            for module in filter(None, (self.distiller.student, self.distiller.finished, self.teacher)):
                 lay_out(module)
         self.interrupt = InterruptCallback()
         trained = {name: p for name, p in self.distiller.named_parameters() if p.requires_grad}
         for callback in (
-            DistillationCallback(criterion, self.train_dataset, args.decays_by_epoch(self.task.decay_per)),
+            DistillationCallback(distiller, self.train_dataset, args.decays_by_epoch(self.task.decay_per)),
             FiniteCallback(self.terms, trained),
             self.interrupt,
             PictureCallback(self._pictures, self.callback_handler.callbacks),
@@ -294,9 +295,21 @@ class BCDTrainer(Trainer):
         self._step_images = sum(len(batch["pixel_values"]) for batch in batch_samples)
         return self.accelerator.reduce(count, "sum") if self.accelerator.num_processes > 1 else count  # type: ignore
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices and kernels: weight decay spares biases, norms and other vectors."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The optimizer, its parameters grouped by weight decay and depth, unless one was given."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not given:
+            group_parameters(optimizer, self.model, self.args, self.distiller.student)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule, which `lr_milestones` lower."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.lr_milestones:
+            unit = 1 if self.args.max_steps > 0 else num_training_steps / self.args.num_train_epochs
+            step_down(scheduler, self.args.lr_milestones, unit)
+        return scheduler
 
     # ---- Evaluation and logging ----------------------------------------------------------------------------------
 
@@ -319,7 +332,7 @@ class BCDTrainer(Trainer):
         self._eval_dataloaders = {}  # of persistent workers the base class would hand out this one again for other data
         distiller, processor = self.distiller, self.processing_class
         scores = evaluate(
-            distiller.student,
+            distiller.finished,
             dataloader.dataset,
             self.args,
             processor=processor,  # type: ignore[arg-type]
@@ -337,7 +350,7 @@ class BCDTrainer(Trainer):
         dataset: Any = self.eval_dataset
         if isinstance(dataset, dict):  # several by name
             dataset = next(iter(dataset.values()))
-        student = self.distiller.student.eval()
+        student = self.distiller.finished.eval()
         for index in range(min(NUM_PICTURES, len(dataset))):
             sample = dataset[index]
             batch = {name: moved(value, self.args) for name, value in self.task.collate([sample]).items()}
