@@ -111,7 +111,7 @@ def assign_max_iou(anchors: Tensor, truths: Tensor, positive: float = 0.5, negat
         return anchors.new_full((len(anchors),), BACKGROUND, dtype=torch.long)
     iou = pairwise_iou(truths, anchors)
     best, assigned = iou.max(dim=0)
-    assigned = assigned.where(best >= positive, BACKGROUND).where((best >= positive) | (best < negative), IGNORED)
+    assigned = assigned.masked_fill(best < positive, IGNORED).masked_fill(best < negative, BACKGROUND)
     largest = iou.amax(dim=1, keepdim=True)
     numbers = torch.arange(1, len(truths) + 1, device=iou.device, dtype=torch.int32)[:, None]
     # a truth that no anchor overlaps has no best anchor
@@ -149,9 +149,9 @@ def assign_atss(priors: Tensor, level_sizes: Sequence[int], truths: Tensor, near
     inside = torch.cat([points - truths[:, None, :2], truths[:, None, 2:] - points], dim=-1).amin(dim=-1)
     chosen = (overlap >= threshold) & (inside > 0.01)
     quality = overlap.new_full((len(truths), len(priors)), -1.0)
-    quality.scatter_(1, index, overlap.where(chosen, -1.0))
+    quality.scatter_(1, index, overlap.masked_fill(~chosen, -1.0))
     best, assigned = quality.max(dim=0)
-    return assigned.where(best >= 0, BACKGROUND)
+    return assigned.masked_fill(best < 0, BACKGROUND)
 
 
 def background_focal_loss(logits: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def focal_loss(logits: Tensor, classes: Tensor, positive: Tensor, counted: Tenso
     own = logits.gather(-1, classes[..., None]).squeeze(-1)
     # what the class that is present has instead of its term as an absent one
     change = alpha * F.softplus(-own) * own.neg().sigmoid().square() - (1 - alpha) * background_focal_loss(own)
-    return absent.where(counted, 0).sum() + change.where(positive, 0).sum()
+    return absent.masked_fill(~counted, 0).sum() + change.masked_fill(~positive, 0).sum()
 
 
 def quality_focal_loss(logits: Tensor, classes: Tensor, quality: Tensor, positive: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def quality_focal_loss(logits: Tensor, classes: Tensor, quality: Tensor, positiv
     own = logits.gather(-1, classes[..., None]).squeeze(-1)
     error = F.binary_cross_entropy_with_logits(own, quality, reduction="none") * (own.sigmoid() - quality).square()
     change = error - background_focal_loss(own)
-    return background_focal_loss(logits).sum() + change.where(positive, 0).sum()
+    return background_focal_loss(logits).sum() + change.masked_fill(~positive, 0).sum()
 
 
 def distribution_focal_loss(log_probabilities: Tensor, target: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Object detection on a timm backbone, as a model of transformers."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torchvision
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
-from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_timm_detection import TimmDetectionConfig
 from .dense_heads import FPN, HEADS, DenseHeadOutput, HeadConv2d, PyramidConv2d, Scale
@@ -185,7 +184,7 @@ class TimmDetectionModel(TimmBackboneModel):
         logits, boxes, classes = self._candidates(dense, sizes)
         scores = logits.sigmoid()
         usable = (scores > self.config.score_threshold) & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
-        scores = scores.where(usable, 0)
+        scores = scores.masked_fill(~usable, 0)
         missing = self.config.max_detections - scores.shape[1]
         if missing > 0:
             scores, logits, classes = (F.pad(x, (0, missing)) for x in (scores, logits, classes))
@@ -194,17 +193,17 @@ class TimmDetectionModel(TimmBackboneModel):
         apart = boxes + classes[..., None] * (sizes.max() + 1)
         kept = []
         for of_image, image_scores in zip(apart, scores, strict=True):
-            index = torchvision.ops.nms(of_image, image_scores, self.config.nms_threshold)
+            index = torchvision.ops.nms(of_image, image_scores, cast(float, self.config.nms_threshold))
             kept.append(image_scores * torch.zeros_like(image_scores).index_fill(0, index, 1.0))
         scores, best = torch.stack(kept).topk(self.config.max_detections, dim=1)
 
         found = scores > 0
-        rows = logits.gather(1, best).where(found, NOTHING)
-        out = rows.new_full((*rows.shape, self.config.num_labels), NOTHING)
+        rows = logits.gather(1, best).masked_fill(~found, NOTHING)
+        out = rows.new_full((*rows.shape, dense.class_logits.shape[-1]), NOTHING)
         out = out.scatter(2, classes.gather(1, best)[..., None], rows[..., None])
         x0, y0, x1, y1 = (boxes.gather(1, best[..., None].expand(-1, -1, 4)) / sizes[:, None]).unbind(-1)
         centred = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
-        return out, centred.where(found[..., None], 0)
+        return out, centred.masked_fill(~found[..., None], 0)
 
     def _candidates(self, dense: DenseHeadOutput, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best (prior, class) pairs of each level: logits `[B, n]`, clipped boxes `[B, n, 4]` and classes `[B, n]`."""
