@@ -105,7 +105,7 @@ def config_of_weights(state: Mapping[str, Tensor], names: list[str]) -> TimmDete
     names = names or [f"LABEL_{index}" for index in range(num_labels)]
     neck_channels, last_channels = state["neck.lateral_convs.2.conv.weight"].shape[:2]
     extra_input = state["neck.fpn_convs.3.conv.weight"].shape[1]
-    options = {} if head == "retina" else {"reg_max": len(state["bbox_head.gfl_reg.bias"]) // 4 - 1}
+    options: dict[str, Any] = {} if head == "retina" else {"reg_max": len(state["bbox_head.gfl_reg.bias"]) // 4 - 1}
     return TimmDetectionConfig(
         backbone=RESNETS[blocks],
         head="retinanet" if head == "retina" else "gfl",

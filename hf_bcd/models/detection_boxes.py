@@ -66,7 +66,8 @@ def decode_distances(centres: Tensor, distances: Tensor) -> Tensor:
 def expected_distances(log_probabilities: Tensor) -> Tensor:
     """Mean of distributions over the distances 0, 1, ..., bins: `[..., bins + 1]` -> `[...]`."""
     steps = torch.arange(log_probabilities.shape[-1], device=log_probabilities.device, dtype=log_probabilities.dtype)
-    return log_probabilities.exp() @ steps
+    # no matrix product, which autocast would compute with 8 bits
+    return (log_probabilities.exp() * steps).sum(dim=-1)
 
 
 def box_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,33 +120,41 @@ def assign_max_iou(anchors: Tensor, truths: Tensor, positive: float = 0.5, negat
     return last.long().where(last >= 0, assigned)
 
 
-def assign_atss(priors: Tensor, level_sizes: Sequence[int], truths: Tensor, nearest: int = 9) -> Tensor:
-    """Adaptive training sample selection (Zhang et al., CVPR 2020, Algorithm 1).
+def atss_candidates(
+    priors: Tensor, level_sizes: Sequence[int], truths: Tensor, nearest: int = 9
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What adaptive training sample selection (Zhang et al., CVPR 2020, Algorithm 1) chooses from.
 
     Args:
         priors: `[A, 4]`, level by level.
         level_sizes: number of priors of each level.
-        truths: `[N, 4]`.
+        truths: `[N, 4]`, at least one.
         nearest: candidates of a truth in each level, those whose centres lie nearest to its centre.
 
     Returns:
-        Index of the truth per prior `[A]`, or `BACKGROUND`. A candidate is positive where its overlap (IoU) reaches the
-        mean plus the standard deviation of the truth's candidates and its centre lies inside the truth; a prior that
-        several truths want goes to the one that it overlaps most.
+        Index of each truth's candidates `[N, K]`, their overlap (IoU) with it `[N, K]`, and the threshold `[N, 1]`, mean
+        plus standard deviation of these overlaps.
     """
-    if not len(truths):
-        return priors.new_full((len(priors),), BACKGROUND, dtype=torch.long)
-    centres = (priors[:, :2] + priors[:, 2:]) / 2
-    offset = centres.T[None] - ((truths[:, :2] + truths[:, 2:]) / 2)[:, :, None]
-    distance = offset.square().sum(dim=1)
+    offset = (priors[:, :2] + priors[:, 2:]).T[None] / 2 - ((truths[:, :2] + truths[:, 2:]) / 2)[:, :, None]
     candidates, start = [], 0
-    for size, of_level in zip(level_sizes, distance.split(list(level_sizes), dim=1), strict=True):
-        candidates.append(of_level.topk(min(nearest, size), dim=1, largest=False).indices + start)
+    for size, distance in zip(level_sizes, offset.square().sum(dim=1).split(list(level_sizes), dim=1), strict=True):
+        candidates.append(distance.topk(min(nearest, size), dim=1, largest=False).indices + start)
         start += size
     index = torch.cat(candidates, dim=1)
     overlap, _ = box_overlaps(priors[index], truths[:, None])
-    threshold = overlap.mean(dim=1, keepdim=True) + overlap.std(dim=1, keepdim=True)
-    points = centres[index]
+    return index, overlap, overlap.mean(dim=1, keepdim=True) + overlap.std(dim=1, keepdim=True)
+
+
+def assign_atss(priors: Tensor, level_sizes: Sequence[int], truths: Tensor) -> Tensor:
+    """Index of the truth per prior `[A]`, or `BACKGROUND`; see `atss_candidates` for the arguments, of which `N` may be 0.
+
+    A candidate is positive where its overlap reaches the threshold and its centre lies inside the truth; a prior that
+    several truths want goes to the one that it overlaps most.
+    """
+    if not len(truths):
+        return priors.new_full((len(priors),), BACKGROUND, dtype=torch.long)
+    index, overlap, threshold = atss_candidates(priors, level_sizes, truths)
+    points = ((priors[:, :2] + priors[:, 2:]) / 2)[index]
     inside = torch.cat([points - truths[:, None, :2], truths[:, None, 2:] - points], dim=-1).amin(dim=-1)
     chosen = (overlap >= threshold) & (inside > 0.01)
     quality = overlap.new_full((len(truths), len(priors)), -1.0)

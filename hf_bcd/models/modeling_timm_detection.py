@@ -29,7 +29,7 @@ class TimmDetectionOutput(ModelOutput):
     Attributes:
         loss: sum of `loss_dict`, with labels.
         loss_dict: weighted terms `loss_cls`, `loss_bbox` and, for GFL, `loss_dfl`.
-        logits: `[B, max_detections, num_labels]` after suppression, in evaluation mode: the score's logit at the class of
+        logits: `[B, max_detections, num_labels]` after suppression: the score's logit at the class of
             the box, -1e4 elsewhere and in rows without detection; best first.
         pred_boxes: `[B, max_detections, 4]` cxcywh relative to each image's own size, without padding.
         hidden_states: maps of the backbone, fine to coarse, if asked for.
@@ -127,6 +127,7 @@ class TimmDetectionModel(TimmBackboneModel):
         labels: list[dict[str, Tensor]] | None = None,
         output_hidden_states: bool | None = None,
         output_dense: bool | None = None,
+        output_detections: bool | None = None,
         **kwargs: Any,
     ) -> TimmDetectionOutput:
         """Detections in evaluation mode, the loss with labels, and what distillation reads if asked for.
@@ -137,6 +138,8 @@ class TimmDetectionModel(TimmBackboneModel):
             labels: per image `class_labels` `[N]` and `boxes` `[N, 4]` cxcywh relative to its own size, without padding.
             output_hidden_states: return the backbone's maps and the pyramid.
             output_dense: return the head's outputs per prior.
+            output_detections: return `logits` and `pred_boxes`; by default in evaluation mode. A teacher does without,
+                for suppression waits for the device.
             kwargs: `return_dict=False` for a tuple; others are ignored, as in the models of transformers.
 
         Raises:
@@ -156,10 +159,10 @@ class TimmDetectionModel(TimmBackboneModel):
         loss_dict = loss = logits = pred_boxes = None
         if labels is not None:
             truths = [corners(label["boxes"].float()) * size for label, size in zip(labels, sizes, strict=True)]
-            classes = [label["class_labels"] for label in labels]
+            classes = [label["class_labels"].long() for label in labels]
             loss_dict, dense = self.bbox_head.loss(dense, truths, classes)
             loss = torch.stack(list(loss_dict.values())).sum()
-        if not self.training:
+        if output_detections or (output_detections is None and not self.training):
             logits, pred_boxes = self.detect(dense, sizes)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

@@ -196,6 +196,16 @@ def test_rows_without_detection_score_nothing():
     assert (output.logits.sigmoid() == 0).all() and (output.pred_boxes == 0).all()
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_a_teacher_in_a_training_step_never_waits_for_the_device(head):
+    model = tiny(head).eval()
+    with torch.no_grad(), no_host_synchronisation():
+        output = model(torch.randn(1, 3, 64, 64), output_dense=True, output_detections=False)
+        output.dense.cross(output.dense.tower).boxes()
+    assert output.logits is None and output.pred_boxes is None
+    assert model.train()(torch.randn(2, 3, 64, 64), output_detections=True).logits.shape == (2, 100, 5)
+
+
 def test_fewer_candidates_than_rows():
     model = confident(tiny(strides=[32, 64]))
     with torch.no_grad():
