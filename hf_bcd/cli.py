@@ -16,6 +16,7 @@ COMMANDS = {
     "benchmark": "measure speed and memory of losses, steps, data and metrics",
     "study": "run a grid of recipes, losses and seeds, and compare",
     "export": "export a finished student to ONNX, check and time it",
+    "convert-mmdet": "convert a detector of mmdetection for transformers",
     "push": "push the finished student of a folder to the Hub",
 }
 
@@ -31,7 +32,7 @@ def main() -> None:
         print("\n".join(f"  {command:{width}}  {what}" for command, what in COMMANDS.items()))
     elif name in COMMANDS:
         sys.argv[0] = f"hf-bcd {name}"  # what --help calls the program
-        command = import_module(f".commands.{name}", __package__)
+        command = import_module(f".commands.{name.replace('-', '_')}", __package__)
         run(lambda: command.main(arguments))
     else:
         sys.exit(f"error: no command {name!r}; choose one of {', '.join(COMMANDS)}")

@@ -71,7 +71,7 @@ class PyramidConv2d(nn.Conv2d):
 
     def init_weights(self) -> None:
         initialization.xavier_uniform_(self.weight)
-        initialization.zeros_(self.bias)
+        initialization.zeros_(cast(Tensor, self.bias))
 
 
 class HeadConv2d(nn.Conv2d):
@@ -271,7 +271,7 @@ class RetinaHead(DenseHead):
         error = (dense.box_outputs.float() - encode_deltas(dense.priors, targets)).abs().sum(dim=-1)
         # -2 is the only other value that is neither positive nor background
         focal = focal_loss(dense.class_logits.float(), classes, positive, counted=assigned >= -1)
-        return {"loss_cls": focal / number, "loss_bbox": error.where(positive, 0).sum() / number}
+        return {"loss_cls": focal / number, "loss_bbox": error.masked_fill(~positive, 0).sum() / number}
 
 
 class GFLHead(DenseHead):
@@ -312,7 +312,7 @@ class GFLHead(DenseHead):
         targets = targets / dense.strides[:, None]
         distributions = self.distributions(dense.box_outputs.float())
         iou, giou = box_overlaps(decode_distances(centres, expected_distances(distributions)), targets)
-        weight = logits.detach().amax(dim=-1).sigmoid().where(positive, 0)
+        weight = logits.detach().amax(dim=-1).sigmoid().masked_fill(~positive, 0)
         number, total = mean_over_ranks(torch.stack([positive.sum().float(), weight.sum()])).clamp_min(1)
 
         distances = torch.cat([centres - targets[..., :2], targets[..., 2:] - centres], dim=-1)

@@ -66,7 +66,8 @@ def decode_distances(centres: Tensor, distances: Tensor) -> Tensor:
 def expected_distances(log_probabilities: Tensor) -> Tensor:
     """Mean of distributions over the distances 0, 1, ..., bins: `[..., bins + 1]` -> `[...]`."""
     steps = torch.arange(log_probabilities.shape[-1], device=log_probabilities.device, dtype=log_probabilities.dtype)
-    return log_probabilities.exp() @ steps
+    # no matrix product, which autocast would compute with 8 bits
+    return (log_probabilities.exp() * steps).sum(dim=-1)
 
 
 def box_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +112,7 @@ def assign_max_iou(anchors: Tensor, truths: Tensor, positive: float = 0.5, negat
         return anchors.new_full((len(anchors),), BACKGROUND, dtype=torch.long)
     iou = pairwise_iou(truths, anchors)
     best, assigned = iou.max(dim=0)
-    assigned = assigned.where(best >= positive, BACKGROUND).where((best >= positive) | (best < negative), IGNORED)
+    assigned = assigned.masked_fill(best < positive, IGNORED).masked_fill(best < negative, BACKGROUND)
     largest = iou.amax(dim=1, keepdim=True)
     numbers = torch.arange(1, len(truths) + 1, device=iou.device, dtype=torch.int32)[:, None]
     # a truth that no anchor overlaps has no best anchor
@@ -119,39 +120,47 @@ def assign_max_iou(anchors: Tensor, truths: Tensor, positive: float = 0.5, negat
     return last.long().where(last >= 0, assigned)
 
 
-def assign_atss(priors: Tensor, level_sizes: Sequence[int], truths: Tensor, nearest: int = 9) -> Tensor:
-    """Adaptive training sample selection (Zhang et al., CVPR 2020, Algorithm 1).
+def atss_candidates(
+    priors: Tensor, level_sizes: Sequence[int], truths: Tensor, nearest: int = 9
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What adaptive training sample selection (Zhang et al., CVPR 2020, Algorithm 1) chooses from.
 
     Args:
         priors: `[A, 4]`, level by level.
         level_sizes: number of priors of each level.
-        truths: `[N, 4]`.
+        truths: `[N, 4]`, at least one.
         nearest: candidates of a truth in each level, those whose centres lie nearest to its centre.
 
     Returns:
-        Index of the truth per prior `[A]`, or `BACKGROUND`. A candidate is positive where its overlap (IoU) reaches the
-        mean plus the standard deviation of the truth's candidates and its centre lies inside the truth; a prior that
-        several truths want goes to the one that it overlaps most.
+        Index of each truth's candidates `[N, K]`, their overlap (IoU) with it `[N, K]`, and the threshold `[N, 1]`, mean
+        plus standard deviation of these overlaps.
     """
-    if not len(truths):
-        return priors.new_full((len(priors),), BACKGROUND, dtype=torch.long)
-    centres = (priors[:, :2] + priors[:, 2:]) / 2
-    offset = centres.T[None] - ((truths[:, :2] + truths[:, 2:]) / 2)[:, :, None]
-    distance = offset.square().sum(dim=1)
+    offset = (priors[:, :2] + priors[:, 2:]).T[None] / 2 - ((truths[:, :2] + truths[:, 2:]) / 2)[:, :, None]
     candidates, start = [], 0
-    for size, of_level in zip(level_sizes, distance.split(list(level_sizes), dim=1), strict=True):
-        candidates.append(of_level.topk(min(nearest, size), dim=1, largest=False).indices + start)
+    for size, distance in zip(level_sizes, offset.square().sum(dim=1).split(list(level_sizes), dim=1), strict=True):
+        candidates.append(distance.topk(min(nearest, size), dim=1, largest=False).indices + start)
         start += size
     index = torch.cat(candidates, dim=1)
     overlap, _ = box_overlaps(priors[index], truths[:, None])
-    threshold = overlap.mean(dim=1, keepdim=True) + overlap.std(dim=1, keepdim=True)
-    points = centres[index]
+    return index, overlap, overlap.mean(dim=1, keepdim=True) + overlap.std(dim=1, keepdim=True)
+
+
+def assign_atss(priors: Tensor, level_sizes: Sequence[int], truths: Tensor) -> Tensor:
+    """Index of the truth per prior `[A]`, or `BACKGROUND`; see `atss_candidates` for the arguments, of which `N` may be 0.
+
+    A candidate is positive where its overlap reaches the threshold and its centre lies inside the truth; a prior that
+    several truths want goes to the one that it overlaps most.
+    """
+    if not len(truths):
+        return priors.new_full((len(priors),), BACKGROUND, dtype=torch.long)
+    index, overlap, threshold = atss_candidates(priors, level_sizes, truths)
+    points = ((priors[:, :2] + priors[:, 2:]) / 2)[index]
     inside = torch.cat([points - truths[:, None, :2], truths[:, None, 2:] - points], dim=-1).amin(dim=-1)
     chosen = (overlap >= threshold) & (inside > 0.01)
     quality = overlap.new_full((len(truths), len(priors)), -1.0)
-    quality.scatter_(1, index, overlap.where(chosen, -1.0))
+    quality.scatter_(1, index, overlap.masked_fill(~chosen, -1.0))
     best, assigned = quality.max(dim=0)
-    return assigned.where(best >= 0, BACKGROUND)
+    return assigned.masked_fill(best < 0, BACKGROUND)
 
 
 def background_focal_loss(logits: Tensor) -> Tensor:
@@ -173,7 +182,7 @@ def focal_loss(logits: Tensor, classes: Tensor, positive: Tensor, counted: Tenso
     own = logits.gather(-1, classes[..., None]).squeeze(-1)
     # what the class that is present has instead of its term as an absent one
     change = alpha * F.softplus(-own) * own.neg().sigmoid().square() - (1 - alpha) * background_focal_loss(own)
-    return absent.where(counted, 0).sum() + change.where(positive, 0).sum()
+    return absent.masked_fill(~counted, 0).sum() + change.masked_fill(~positive, 0).sum()
 
 
 def quality_focal_loss(logits: Tensor, classes: Tensor, quality: Tensor, positive: Tensor) -> Tensor:
@@ -188,7 +197,7 @@ def quality_focal_loss(logits: Tensor, classes: Tensor, quality: Tensor, positiv
     own = logits.gather(-1, classes[..., None]).squeeze(-1)
     error = F.binary_cross_entropy_with_logits(own, quality, reduction="none") * (own.sigmoid() - quality).square()
     change = error - background_focal_loss(own)
-    return background_focal_loss(logits).sum() + change.where(positive, 0).sum()
+    return background_focal_loss(logits).sum() + change.masked_fill(~positive, 0).sum()
 
 
 def distribution_focal_loss(log_probabilities: Tensor, target: Tensor) -> Tensor:

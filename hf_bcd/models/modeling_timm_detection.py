@@ -1,7 +1,7 @@
 """Object detection on a timm backbone, as a model of transformers."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torchvision
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
-from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_timm_detection import TimmDetectionConfig
 from .dense_heads import FPN, HEADS, DenseHeadOutput, HeadConv2d, PyramidConv2d, Scale
@@ -30,7 +29,7 @@ class TimmDetectionOutput(ModelOutput):
     Attributes:
         loss: sum of `loss_dict`, with labels.
         loss_dict: weighted terms `loss_cls`, `loss_bbox` and, for GFL, `loss_dfl`.
-        logits: `[B, max_detections, num_labels]` after suppression, in evaluation mode: the score's logit at the class of
+        logits: `[B, max_detections, num_labels]` after suppression: the score's logit at the class of
             the box, -1e4 elsewhere and in rows without detection; best first.
         pred_boxes: `[B, max_detections, 4]` cxcywh relative to each image's own size, without padding.
         hidden_states: maps of the backbone, fine to coarse, if asked for.
@@ -128,7 +127,7 @@ class TimmDetectionModel(TimmBackboneModel):
         labels: list[dict[str, Tensor]] | None = None,
         output_hidden_states: bool | None = None,
         output_dense: bool | None = None,
-        output_detections: bool = True,
+        output_detections: bool | None = None,
         **kwargs: Any,
     ) -> TimmDetectionOutput:
         """Detections in evaluation mode, the loss with labels, and what distillation reads if asked for.
@@ -139,7 +138,8 @@ class TimmDetectionModel(TimmBackboneModel):
             labels: per image `class_labels` `[N]` and `boxes` `[N, 4]` cxcywh relative to its own size, without padding.
             output_hidden_states: return the backbone's maps and the pyramid.
             output_dense: return the head's outputs per prior.
-            output_detections: in evaluation mode, suppress and return detections.
+            output_detections: return `logits` and `pred_boxes`; by default in evaluation mode. A teacher does without,
+                for suppression waits for the device.
             kwargs: `return_dict=False` for a tuple; others are ignored, as in the models of transformers.
 
         Raises:
@@ -159,10 +159,10 @@ class TimmDetectionModel(TimmBackboneModel):
         loss_dict = loss = logits = pred_boxes = None
         if labels is not None:
             truths = [corners(label["boxes"].float()) * size for label, size in zip(labels, sizes, strict=True)]
-            classes = [label["class_labels"] for label in labels]
+            classes = [label["class_labels"].long() for label in labels]
             loss_dict, dense = self.bbox_head.loss(dense, truths, classes)
             loss = torch.stack(list(loss_dict.values())).sum()
-        if not self.training and output_detections:
+        if output_detections or (output_detections is None and not self.training):
             logits, pred_boxes = self.detect(dense, sizes)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -187,7 +187,7 @@ class TimmDetectionModel(TimmBackboneModel):
         logits, boxes, classes = self._candidates(dense, sizes)
         scores = logits.sigmoid()
         usable = (scores > self.config.score_threshold) & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
-        scores = scores.where(usable, 0)
+        scores = scores.masked_fill(~usable, 0)
         missing = self.config.max_detections - scores.shape[1]
         if missing > 0:
             scores, logits, classes = (F.pad(x, (0, missing)) for x in (scores, logits, classes))
@@ -196,17 +196,17 @@ class TimmDetectionModel(TimmBackboneModel):
         apart = boxes + classes[..., None] * (sizes.max() + 1)
         kept = []
         for of_image, image_scores in zip(apart, scores, strict=True):
-            index = torchvision.ops.nms(of_image, image_scores, self.config.nms_threshold)
+            index = torchvision.ops.nms(of_image, image_scores, cast(float, self.config.nms_threshold))
             kept.append(image_scores * torch.zeros_like(image_scores).index_fill(0, index, 1.0))
         scores, best = torch.stack(kept).topk(self.config.max_detections, dim=1)
 
         found = scores > 0
-        rows = logits.gather(1, best).where(found, NOTHING)
-        out = rows.new_full((*rows.shape, self.config.num_labels), NOTHING)
+        rows = logits.gather(1, best).masked_fill(~found, NOTHING)
+        out = rows.new_full((*rows.shape, dense.class_logits.shape[-1]), NOTHING)
         out = out.scatter(2, classes.gather(1, best)[..., None], rows[..., None])
         x0, y0, x1, y1 = (boxes.gather(1, best[..., None].expand(-1, -1, 4)) / sizes[:, None]).unbind(-1)
         centred = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
-        return out, centred.where(found[..., None], 0)
+        return out, centred.masked_fill(~found[..., None], 0)
 
     def _candidates(self, dense: DenseHeadOutput, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best (prior, class) pairs of each level: logits `[B, n]`, clipped boxes `[B, n, 4]` and classes `[B, n]`."""

@@ -12,6 +12,7 @@ from hf_bcd.models.detection_boxes import (
     anchor_boxes,
     assign_atss,
     assign_max_iou,
+    atss_candidates,
     box_overlaps,
     decode_deltas,
     decode_distances,
@@ -71,7 +72,11 @@ def test_max_iou_on_the_worked_example():
 
 def test_atss_on_the_worked_example():
     sizes = [height * width for height, width in CELLS]
-    assigned = assign_atss(all_levels(square_priors), sizes, TRUTHS)
+    priors = all_levels(square_priors)
+    assert atss_candidates(priors, sizes, TRUTHS)[2].flatten().tolist() == pytest.approx(
+        [0.324808, 0.459024], abs=1e-6
+    )
+    assigned = assign_atss(priors, sizes, TRUTHS)
     assert (assigned == 0).nonzero().flatten().tolist() == [101, 102, 124, 125, 126, 127, 149, 150, 151]
     assert (assigned == 1).nonzero().flatten().tolist() == [548, 549, 550, 560, 561, 562]
 
@@ -166,6 +171,12 @@ def test_distances_and_their_expectation():
     assert distribution_focal_loss(logits.log_softmax(dim=0), torch.tensor(3.25)).item() == pytest.approx(
         3.607852, abs=1e-5
     )
+
+
+def test_expectation_stays_exact_under_autocast():
+    logits = torch.linspace(-1, 1, 17)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert expected_distances(logits.log_softmax(dim=0)[None]).item() == pytest.approx(10.795327, abs=1e-5)
 
 
 def test_overlaps():

@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 import torchvision
+from host_sync import no_host_synchronisation
 from tiny_detectors import HEADS, TINY, confident, tiny
 from torch import nn
 from torch.nn import functional as F
@@ -195,6 +196,16 @@ def test_rows_without_detection_score_nothing():
     assert (output.logits.sigmoid() == 0).all() and (output.pred_boxes == 0).all()
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_a_teacher_in_a_training_step_never_waits_for_the_device(head):
+    model = tiny(head).eval()
+    with torch.no_grad(), no_host_synchronisation():
+        output = model(torch.randn(1, 3, 64, 64), output_dense=True, output_detections=False)
+        output.dense.cross(output.dense.tower).boxes()
+    assert output.logits is None and output.pred_boxes is None
+    assert model.train()(torch.randn(2, 3, 64, 64), output_detections=True).logits.shape == (2, 100, 5)
+
+
 def test_fewer_candidates_than_rows():
     model = confident(tiny(strides=[32, 64]))
     with torch.no_grad():
@@ -379,3 +390,32 @@ def test_module_names_are_mmdetections():
     expected |= {"bbox_head.reg_convs.0.conv.weight", "bbox_head.scales.4.scale", "bbox_head.gfl_reg.bias"}
     assert expected | {"bbox_head.retina_cls.weight", "bbox_head.retina_reg.bias"} <= keys
     assert not any(isinstance(m, nn.BatchNorm2d) for m in tiny().bbox_head.modules())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_training_step_never_waits_for_the_device(head):
+    model = tiny(head, frozen_stages=1, norm_eval=True)
+    mask = torch.ones(2, 64, 96)
+    mask[1, 50:] = 0
+    with no_host_synchronisation():
+        output = model(torch.randn(2, 3, 64, 96), pixel_mask=mask, labels=labels_of(3, 0), output_dense=True)
+        output.dense.boxes().sum()
+        output.loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", HEADS)
+def test_training_step_on_a_gpu_equals_the_cpu_and_never_waits(head):
+    model, labels, pixel_values = tiny(head), labels_of(3, 0), torch.randn(2, 3, 64, 96)
+    expected = model(pixel_values, labels=labels).loss
+    model.cuda()
+    labels = [{key: value.cuda() for key, value in label.items()} for label in labels]
+    pixel_values = pixel_values.cuda()
+    model(pixel_values, labels=labels).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = model(pixel_values, labels=labels).loss
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-2, atol=1e-3)
