@@ -74,6 +74,7 @@ class BoxDataset(DenseDataset):
 
     rule: BoxRule = field(default_factory=BoxRule)  # type: ignore[assignment]
     task: ClassVar[str] = DETECTION
+    ignore_index: ClassVar[None] = None  # type: ignore[misc] # no box is void
 
     def decode(self, row: Any) -> Any:
         """Decodes a row; see `read_boxes`."""

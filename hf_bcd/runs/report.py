@@ -43,20 +43,17 @@ def protocol(
 ) -> dict[str, Any]:
     """How the numbers were measured, in words that fix them."""
     options = student.processor_options(**task_of(data).processor_size(config))
-    size = options.get("size", {})
-    resized = f"short side resized to {config.image_size}, aspect ratio kept"
-    if "height" in size:
-        resized = f"resized to {size['width']} x {size['height']} (width x height), whatever its aspect ratio"
+    task = task_of(data)
     return {
         "dataset": data.name,
         "split": data.split,
         "num_images": len(data),
         "num_labels": data.num_labels,
         "classes_averaged": scores["classes_averaged"],
-        "input": resized if options["do_resize"] else "original size",
-        "ignore_index": data.ignore_index,
+        "input": task.sized(options["size"]) if options["do_resize"] else "original size",
+        **({"ignore_index": data.ignore_index} if data.ignore_index is not None else {}),
         "label_rule": data.rule.in_words(),
-        **task_of(data).protocol,
+        **task.protocol,
     }
 
 
