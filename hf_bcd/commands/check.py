@@ -82,7 +82,8 @@ def _split_lines(dataset: Any, rows: int) -> Iterator[str]:
 
 def _box_lines(dataset: BoxDataset, rows: int) -> Iterator[str]:
     found = survey_boxes(map(dataset.rows.__getitem__, range(rows)), dataset.rule, dataset.num_labels)
-    yield f"  image sizes (width x height): {_sizes(found.sizes)}"
+    sizes = sorted(found.sizes, key=lambda size: size[0] * size[1])
+    yield f"  image sizes (width x height): {_sizes(sizes) if len(sizes) < 9 else f'{len(sizes)} from {_sizes(sizes[:1])} to {_sizes(sizes[-1:])}'}"
     yield f"  {dataset.rule.in_words()}"
     yield f"  boxes: {found.boxes.sum()}, at most {found.most} in a picture; {found.empty} pictures without"
     yield f"  crowds: {found.crowds}; degenerate: {found.degenerate}; repeated: {found.repeated}; clipped: {found.clipped}"

@@ -58,6 +58,14 @@ def assemble_boxes(
     if not splits:
         raise UserError(f"{source}: no split has annotations.")
     names, categories = _classes(found, scans.get("train") or scans[next(iter(splits))], source, id2label)
+    for found_there in scans.values():
+        known = range(len(names)) if categories is None else set(categories)
+        if unknown := [category for category in found_there.categories if category not in known]:
+            raise UserError(
+                f"{found_there.where[unknown[0]]}: a box has the category {unknown[0]!r}, which is none of the {len(names)} "
+                f"classes ({', '.join(list(names.values())[:8])}{', ...' if len(names) > 8 else ''}). Correct the "
+                "annotation, or name all classes (`--id2label`)."
+            )
     # spread over a split, since neighbours are alike
     shares = PROBED_PICTURES // len(splits)
     probed = {
@@ -90,14 +98,6 @@ def assemble_boxes(
                 rows = Subset(rows, useful)
         for note in notes:
             logger.warning("%s: %s: %s.", source, split, note)
-        unknown = scans[split].categories.keys() - set(rule.categories or range(len(names)))
-        if unknown:
-            some = ", ".join(map(repr, sorted(unknown, key=str)[:5]))
-            raise UserError(
-                f"{source}: boxes of {split!r} have the categories {some}, which are none of the {len(names)} classes "
-                f"({', '.join(list(names.values())[:8])}{', ...' if len(names) > 8 else ''}). Correct the annotations, or name "
-                "all classes (`--id2label`)."
-            )
         commit = getattr(splits[split], "commit", None) or revision
         built[split] = BoxDataset(rows, name, split, source, names, rule, commit, tuple(notes))
     return DenseDatasets(built)

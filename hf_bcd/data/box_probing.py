@@ -24,11 +24,13 @@ class Scan:
 
     Attributes:
         categories: number of boxes of each stored category.
+        where: the first row with each of them.
         lacking: rows without annotations: not even an empty list.
         useful: rows with a box that is no crowd, in a picture that is not known to be tiny.
     """
 
     categories: Counter[Any] = field(default_factory=Counter)
+    where: dict[Any, str] = field(default_factory=dict)
     lacking: list[UnlabelledError] = field(default_factory=list)
     useful: list[int] = field(default_factory=list)
 
@@ -52,7 +54,9 @@ def scan(rows: Any) -> Scan:
             raise UserError(
                 f"{row.label_name}: box {place}, {shown(raw.boxes[place])}, is not finite. Correct or remove it."
             )
-        found.categories.update(raw.categories.tolist())
+        for category in (here := Counter(raw.categories.tolist())):
+            found.where.setdefault(category, row.label_name)
+        found.categories.update(here)
         if not raw.crowd.all() and (raw.size is None or min(raw.size) >= MIN_PICTURE):
             found.useful.append(index)
     if 0 < len(found.lacking) < len(rows):

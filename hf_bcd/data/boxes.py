@@ -101,11 +101,9 @@ class BoxRule:
         found = [index.get(category, -1) for category in raw.categories.tolist()]
         if -1 in found:
             wrong = found.index(-1)
-            shown = f"0..{num_labels - 1}" if self.categories is None else ", ".join(map(repr, list(known)[:8]))
             raise UserError(
                 f"{name}: box {wrong} has the category {raw.categories.tolist()[wrong]!r}, which is none of the "
-                f"{num_labels} known ones ({shown}{', ...' if len(known) > 8 and self.categories else ''}). Correct the "
-                "annotation, or name all classes (`--id2label`)."
+                f"{num_labels} classes. Correct the annotation, or name all classes (`--id2label`)."
             )
         return np.array(found, np.int64)
 

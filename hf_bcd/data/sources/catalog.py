@@ -159,10 +159,11 @@ CATALOG: dict[str, DatasetSpec] = {
         images={"train": 118287, "validation": 5000}, local=layouts.COCO_PANOPTIC,
     ),
     # The copies on the Hub lack pictures without boxes, or crowds; each can be named as any data set with a column of boxes.
+    # Of the 118287 training pictures, those without boxes are left out.
     "coco_detection": DatasetSpec(
         source="https://cocodataset.org/#download", licence=COCO_LICENCE,
         id2label={index: COCO_NAMES[index] for index in range(80)},
-        images={"train": 118287, "validation": 5000}, local=COCO_DETECTION, task=DETECTION,
+        images={"train": 117266, "validation": 5000}, local=COCO_DETECTION, task=DETECTION,
     ),
     # Everything that is no instance is class 0, as in VOC. The Hub's copies lack pixels, masks or crowds.
     "coco_instances": DatasetSpec(
