@@ -29,10 +29,11 @@ NUM_PICTURES = 4
 
 
 def metrics_table(scores: Mapping[str, Mapping[str, Any]], task: Task) -> str:
-    """A plain-text table of the task's main scores, one row a model."""
-    rows = [["", *(score.title for score in task.headline)]]
+    """A plain-text table of the task's main scores, one row a model; without those that no model has."""
+    shown = [score for score in task.headline if any(score.text(values[score.key]) for values in scores.values())]
+    rows = [["", *(score.title for score in shown)]]
     for name, values in scores.items():
-        rows.append([name, *(score.text(values[score.key]) for score in task.headline)])
+        rows.append([name, *(score.text(values[score.key]) for score in shown)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines)

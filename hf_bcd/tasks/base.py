@@ -1,5 +1,6 @@
 """A kind of dense prediction: how its samples, batches, targets, predictions and scores look."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,8 +45,8 @@ class Score(NamedTuple):
         return f"{self.title} (%)" if self.percent else self.title
 
     def text(self, value: float) -> str:
-        """The value as tables show it: two decimals."""
-        return f"{self.scale * value:.2f}"
+        """The value as tables show it: two decimals, nothing if it is no number because the data have none of that kind."""
+        return f"{self.scale * value:.2f}" if math.isfinite(value) else ""
 
 
 class Metric(Protocol):
