@@ -75,9 +75,11 @@ def assemble_boxes(
     looked = [
         Looked(row.label, row.label.size or _size(row), row.label_name) for some in probed.values() for row in some
     ]
-    by = "as box_format says" if box_format else f"as in {found.kind}"
+    stated, by = box_format or found.box_format, "as box_format says" if box_format else f"as in {found.kind}"
+    if not box_format and stated == "voc" and min(one.lowest for one in scans.values()) < 1:
+        stated, by = "xyxy", f"{by}, where some start at 0, so that corners do not count from 1"
     try:
-        rule = BoxRule(*recognise(looked, box_format or found.box_format, by), categories)
+        rule = BoxRule(*recognise(looked, stated, by), categories)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     built: dict[str, Any] = {}

@@ -124,7 +124,7 @@ class BoxRule:
         classes = self.classes(raw, num_labels, name)
         corners = self.corners(raw, size)
 
-        def refuse(wrong: np.ndarray, what: str, remedy: str) -> None:
+        def refuse(wrong: Any, what: str, remedy: str) -> None:
             if wrong.any():
                 place = int(wrong.argmax())
                 raise UserError(

@@ -79,6 +79,15 @@ def test_voc_splits_and_difficult_things(tmp_path):
     assert [data["val"][index]["crowd"].all() for index in range(2)] == [True, True]
 
 
+def test_voc_corners_that_count_from_0(tmp_path):
+    voc(tmp_path, {"a": [(19, 9, 31, 21, 0)]})
+    assert load_dense_dataset(tmp_path)["train"][0]["boxes"].tolist() == [[19, 9, 50, 30]]
+    voc(tmp_path, {"b": [(-1, 9, 31, 21, 0)]})
+    train = load_dense_dataset(tmp_path)["train"]
+    assert train[0]["boxes"].tolist() == [[20, 10, 50, 30]] and "do not count from 1" in train.rule.why
+    assert load_dense_dataset(tmp_path, box_format="voc")["train"][1]["boxes"].tolist() == [[0, 9, 30, 30]]
+
+
 def test_roboflow_groups_are_no_classes(tmp_path):
     coco(tmp_path, file="train/_annotations.coco.json", ids=(1, 2, 3))
     file = tmp_path / "train/_annotations.coco.json"
