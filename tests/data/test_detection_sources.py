@@ -198,6 +198,19 @@ def test_the_format_is_recognised_or_given(form, given):
     )
 
 
+def test_fractions_may_end_a_little_outside(tmp_path):
+    lines = "0 .5 .5 .2 .2\n" * 5 + "1 .95 .5 .12 .2\n"
+    train = load_dense_dataset(with_yaml(yolo(tmp_path, lines=lines), "names: [cat, dog]"))["train"]
+    assert train[0]["boxes"][5] == pytest.approx(np.array([89, 32, 100, 48]))
+    table_of = datasets.Dataset.from_dict(
+        {
+            "image": [picture()],
+            "objects": [{"bbox": [[0.5, 0.6, 0.2, 0.2], [0.6, 0.4, 0.2, 1.02]], "category": [0, 0]}],
+        }
+    )
+    refused("2 of the 2 boxes .*read as xywh", table_of)
+
+
 def test_areas_decide_where_both_formats_are_possible():
     things = {"a": [(10, 10, 30, 30, 0), (5, 20, 40, 45, 1), (20, 1, 50, 60, 2)]}
     train = load_dense_dataset(table("dict of lists", things))["train"]
