@@ -68,22 +68,28 @@ def assemble_boxes(
             )
     # spread over a split, since neighbours are alike
     shares = PROBED_PICTURES // len(splits)
-    probed = {
-        split: [rows[index * len(rows) // min(shares, len(rows))] for index in range(min(shares, len(rows)))]
-        for split, rows in splits.items()
-    }
+    probed = {}
+    for split, rows in splits.items():
+        places = scans[split].useful or range(len(rows))
+        count = min(shares, len(places))
+        probed[split] = [rows[places[index * len(places) // count]] for index in range(count)]
     looked = [
         Looked(row.label, row.label.size or _size(row), row.label_name) for some in probed.values() for row in some
     ]
-    by = "as box_format says" if box_format else f"as in {found.kind}"
+    stated, by = box_format or found.box_format, "as box_format says" if box_format else f"as in {found.kind}"
+    if not box_format and stated == "voc" and min(one.lowest for one in scans.values()) < 1:
+        stated, by = "xyxy", f"{by}, where some start at 0, so that corners do not count from 1"
     try:
-        rule = BoxRule(*recognise(looked, box_format or found.box_format, by), categories)
+        rule = BoxRule(*recognise(looked, stated, by), categories)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     built: dict[str, Any] = {}
     for split, rows in splits.items():
-        notes = survey_boxes(probed[split], rule, len(names)).notes()
+        survey = survey_boxes(probed[split], rule, len(names))
+        notes = survey.notes()
         if split == "train":
+            if survey.degenerate == survey.boxes.sum() > 0:
+                raise UserError(f"{source}: {notes[0]} (they are read as {rule.box_format}).")
             if absent := absent_classes(scans[split].categories, rule, names):
                 shown = ", ".join(map(repr, absent[:5])) + (", ..." if absent[5:] else "")
                 notes.append(f"no box of 'train' shows {shown}")

@@ -26,12 +26,14 @@ class Scan:
         categories: number of boxes of each stored category.
         where: the first row with each of them.
         lacking: rows without annotations: not even an empty list.
+        lowest: the smallest first or second number of a box.
         useful: rows with a box that is no crowd, in a picture that is not known to be tiny.
     """
 
     categories: Counter[Any] = field(default_factory=Counter)
     where: dict[Any, str] = field(default_factory=dict)
     lacking: list[UnlabelledError] = field(default_factory=list)
+    lowest: float = np.inf
     useful: list[int] = field(default_factory=list)
 
 
@@ -57,6 +59,7 @@ def scan(rows: Any) -> Scan:
         for category in (here := Counter(raw.categories.tolist())):
             found.where.setdefault(category, row.label_name)
         found.categories.update(here)
+        found.lowest = min(found.lowest, raw.boxes[:, :2].min(initial=np.inf))
         if not raw.crowd.all() and (raw.size is None or min(raw.size) >= MIN_PICTURE):
             found.useful.append(index)
     if 0 < len(found.lacking) < len(rows):
@@ -139,7 +142,7 @@ class BoxSurvey:
         ]
 
 
-def survey_boxes(rows: Iterable[BoxRow], rule: BoxRule, num_labels: int) -> BoxSurvey:
+def survey_boxes(rows: Iterable[Any], rule: BoxRule, num_labels: int) -> BoxSurvey:
     """Counts over rows; raises as `BoxSurvey.add` does."""
     found = BoxSurvey(rule, num_labels)
     for row in rows:

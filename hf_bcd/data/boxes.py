@@ -10,6 +10,7 @@ from ..utils.messages import UserError
 
 
 MIN_SIDE = 1.0  # pixels; smaller boxes teach nothing
+FRACTIONS = 0.9  # share of the values up to 1; in pixels, the far sides of corners are above
 MOST_OUTSIDE = 0.2  # of real boxes, few end outside of their picture
 
 Corners = Callable[[np.ndarray], np.ndarray]
@@ -124,7 +125,7 @@ class BoxRule:
         classes = self.classes(raw, num_labels, name)
         corners = self.corners(raw, size)
 
-        def refuse(wrong: np.ndarray, what: str, remedy: str) -> None:
+        def refuse(wrong: Any, what: str, remedy: str) -> None:
             if wrong.any():
                 place = int(wrong.argmax())
                 raise UserError(
@@ -188,8 +189,8 @@ def recognise(looked: Sequence[Looked], stated: str | None, by: str) -> tuple[st
     """The format of stored boxes, and a clause that says how it is known.
 
     Corners (xyxy) are impossible where a side would be negative; left, top, width and height (xywh) also where the box
-    would end more than a pixel outside of the picture. If both are possible, the stated areas decide. Values that are all
-    at most 1 are fractions of the picture's sides, of the centre and the size unless these are impossible.
+    would end more than a pixel outside of the picture. If both are possible, the stated areas decide. Values that are
+    at most 1 (but for a few boxes that end outside) are fractions of the picture's sides, of the centre and the size unless these are impossible.
 
     Args:
         looked: some pictures.
@@ -205,7 +206,7 @@ def recognise(looked: Sequence[Looked], stated: str | None, by: str) -> tuple[st
     if not looked:
         return stated or "xywh", by if stated else "and no picture that was looked at has any"
     values = np.concatenate([one.raw.boxes for one in looked])
-    fractions = bool((values <= 1).all())
+    fractions = bool((values <= 1).mean() > FRACTIONS)
     candidates = ("cxcywh_normalised", "xyxy_normalised") if fractions else ("xywh", "xyxy")
     wrong = {name: _impossible(looked, name) for name in {*candidates, stated} - {None}}
 
@@ -216,28 +217,22 @@ def recognise(looked: Sequence[Looked], stated: str | None, by: str) -> tuple[st
         return f"{shown(values[place])} in {one.name}, {one.size[0]}x{one.size[1]} (width x height)"
 
     if stated is not None:
+        read = f"boxes are read as {stated}, {by}, but"
         others = [name for name in candidates if name != stated and not wrong[name].any()]
         if fractions != FORMATS[stated][1]:
             what = "at most 1, as fractions of the picture's sides are" if fractions else "above 1, as no fraction is"
-            problem = (
-                f"all values of the {len(values)} boxes looked at are {what}" if fractions else f"values are {what}"
-            )
-            if fractions or (values > 1).mean() > MOST_OUTSIDE:
-                raise UserError(
-                    f"boxes are read as {stated}, {by}, but {problem}, such as {example(stated)}. {_remedy()}"
-                )
-        elif others and wrong[stated].mean() > MOST_OUTSIDE:
+            raise UserError(f"{read} values are {what}, such as {example(stated)}. {_remedy(*candidates[:1])}")
+        if others and wrong[stated].mean() > MOST_OUTSIDE:
             raise UserError(
-                f"boxes are read as {stated}, {by}, but that is impossible for {int(wrong[stated].sum())} of {len(values)}, "
-                f"such as {example(stated)}, while all of them could be {others[0]}. {_remedy(others[0])}"
+                f"{read} that is impossible for {int(wrong[stated].sum())} of {len(values)}, such as {example(stated)}, "
+                f"while all of them could be {others[0]}. {_remedy(others[0])}"
             )
         return stated, by
     possible = [name for name in candidates if not wrong[name].any()]
     if len(possible) == 1:
         (other,) = set(candidates) - set(possible)
-        return possible[
-            0
-        ], f"since {int(wrong[other].sum())} of {len(values)} boxes looked at are impossible as {other}"
+        count = int(wrong[other].sum())
+        return possible[0], f"since {count} of {len(values)} boxes looked at are impossible as {other}"
     if not possible:
         reasons = "; ".join(f"not {name}, for {example(name)}" for name in candidates)
         raise UserError(f"the boxes fit no format: {reasons}. {_remedy()}")

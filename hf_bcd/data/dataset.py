@@ -86,13 +86,13 @@ class Rows(Protocol):
 class ReadRows:
     """Rows that `read(*item)` makes of each item, such as its paths."""
 
-    def __init__(self, items: Sequence[tuple[Any, ...]], read: Callable[..., Row]):
+    def __init__(self, items: Sequence[tuple[Any, ...]], read: Callable[..., Any]):
         self.items, self.read = items, read
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Any:
         return self.read(*self.items[index])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,8 @@ def load_dense_dataset(
         image_column: column of the images; found by its name if None.
         label_column: column of the masks or of the things with their boxes; found by its name if None.
         id2label: class names as mapping, list or JSON file. If None: from the features, or the file `id2label.json` of
-            the folder or Hub id, else inferred as 0 to the largest id in all masks of `train`.
+            the folder or Hub id, else inferred as 0 to the largest id in all masks of `train`, or as the categories of
+            its boxes.
         reduce_labels: stored 0 is void and class k is stored as k + 1.
         ignore_labels: further stored ids that are void. 255 always is.
         streaming: give `train` as a `DenseStream`, which is read while training and never stored; the other splits are
@@ -111,10 +112,8 @@ def load_dense_dataset(
     if shuffle_buffer < 1:
         raise UserError(f"shuffle_buffer is {shuffle_buffer}; a stream draws from at least one sample.")
     limits = {"shuffle_buffer": shuffle_buffer, "max_eval_samples": max_eval_samples}
-    read = partial(read_either, boxes=None if task is None else task == DETECTION)
-    open_tables: Callable[..., Mapping[str, Any]] = partial(load_tables, read=read)
-    if streaming:
-        open_tables = partial(open_streams, **limits)
+    read: Any = partial(read_either, boxes=None if task is None else task == DETECTION)
+    open_tables: Any = partial(open_streams, **limits) if streaming else partial(load_tables, read=read)
     columns = {"image_column": image_column, "label_column": label_column}
     if isinstance(name_or_path, str) and name_or_path in CATALOG:
         fixed = {"config": config, "revision": revision, **columns, "id2label": id2label}

@@ -79,6 +79,15 @@ def test_voc_splits_and_difficult_things(tmp_path):
     assert [data["val"][index]["crowd"].all() for index in range(2)] == [True, True]
 
 
+def test_voc_corners_that_count_from_0(tmp_path):
+    voc(tmp_path, {"a": [(19, 9, 31, 21, 0)]})
+    assert load_dense_dataset(tmp_path)["train"][0]["boxes"].tolist() == [[19, 9, 50, 30]]
+    voc(tmp_path, {"b": [(-1, 9, 31, 21, 0)]})
+    train = load_dense_dataset(tmp_path)["train"]
+    assert train[0]["boxes"].tolist() == [[20, 10, 50, 30]] and "do not count from 1" in train.rule.why
+    assert load_dense_dataset(tmp_path, box_format="voc")["train"][1]["boxes"].tolist() == [[0, 9, 30, 30]]
+
+
 def test_roboflow_groups_are_no_classes(tmp_path):
     coco(tmp_path, file="train/_annotations.coco.json", ids=(1, 2, 3))
     file = tmp_path / "train/_annotations.coco.json"
@@ -187,6 +196,19 @@ def test_the_format_is_recognised_or_given(form, given):
         boxes == pytest.approx(np.array(corners(things)), abs=1e-3)
         for boxes, things in zip(found, THINGS.values(), strict=True)
     )
+
+
+def test_fractions_may_end_a_little_outside(tmp_path):
+    lines = "0 .5 .5 .2 .2\n" * 5 + "1 .95 .5 .12 .2\n"
+    train = load_dense_dataset(with_yaml(yolo(tmp_path, lines=lines), "names: [cat, dog]"))["train"]
+    assert train[0]["boxes"][5] == pytest.approx(np.array([89, 32, 100, 48]))
+    table_of = datasets.Dataset.from_dict(
+        {
+            "image": [picture()],
+            "objects": [{"bbox": [[0.5, 0.6, 0.2, 0.2], [0.6, 0.4, 0.2, 1.02]], "category": [0, 0]}],
+        }
+    )
+    refused("2 of the 2 boxes .*read as xywh", table_of)
 
 
 def test_areas_decide_where_both_formats_are_possible():

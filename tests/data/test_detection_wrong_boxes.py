@@ -91,6 +91,7 @@ ERRORS = {
     "sizes that are not the picture's": (edited(lambda content: content["images"][1].update(width=90)), "b.jpg: the image is 100x80 pixels .* but its annotation is 90x80"),
     "an EXIF turn without stated size": (turned, r"EXIF turns this photograph \(orientation 6\).*state the size"),
     "nothing to train on": (lambda root: coco(root, dict.fromkeys("abc", [])), "none of the 3 pictures of 'train' has a box"),
+    "degenerate boxes only": (box(lambda x, y, w, h: [x, y, 0.5, h]), "6 of the 6 boxes in 3 pictures have a side below one pixel.*read as xywh"),
     "crowds only": (lambda root: coco(root, iscrowd=lambda one: 1), "all boxes of 'train' mark crowds"),
     "YOLO with pixels": (with_names(labels("0 50 40 20 10")), "boxes are read as cxcywh_normalised, as in YOLO's text files, but values are above 1"),
     "YOLO of an unknown class": (with_names(labels("3 .5 .5 .1 .1")), "a.txt: a box has the category 3, which is none of the 3"),

@@ -61,7 +61,7 @@ class CocoRows:
     file: str
     images: list[tuple[str, tuple[int, int] | None]]
     first: np.ndarray
-    annotations: tuple[np.ndarray, ...]
+    annotations: Sequence[np.ndarray]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -69,7 +69,8 @@ class CocoRows:
     def __getitem__(self, index: int) -> BoxRow:
         path, size = self.images[index]
         mine = slice(self.first[index], self.first[index + 1])
-        raw = RawBoxes(*(column[mine] for column in self.annotations), size)
+        boxes, categories, areas, crowd = (column[mine] for column in self.annotations)
+        raw = RawBoxes(boxes, categories, areas, crowd, size)
         return BoxRow(Path(path), raw, path, f"{self.file}, image {Path(path).name}")
 
 
