@@ -219,6 +219,9 @@ class DenseAdapter(nn.Module, ABC):
             output.task_losses = {"loss_task": cross_entropy(output.logits, targets), **output.task_losses}
         return output
 
+    def check_shape(self, size: tuple[int, int] | None) -> None:
+        """Refuses training images `size` (height, width; None for padded ones) that the family must not be shown."""
+
     @torch.no_grad()
     def check_size(self, size: tuple[int, int]) -> None:
         """Runs the model on a black image `size` (height, width), as training and evaluation would.
@@ -226,6 +229,7 @@ class DenseAdapter(nn.Module, ABC):
         Raises:
             UserError: if it cannot take images of this size.
         """
+        self.check_shape(size)
         mode = self.training
         pixel_values = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self.image_mean.device)
         try:

@@ -42,11 +42,24 @@ class DetectionAdapter(DenseAdapter):
         """Runs the model on RGB images `[B, 3, H, W]`, uint8 or float, values 0..255, not normalised.
 
         Padding is exactly 0 for the model. Without targets, the output has no task losses.
+
+        Raises:
+            UserError: if `pixel_values` is not a batch of RGB images, or is padded for a family of `squares`.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise UserError(f"pixel_values has shape {list(pixel_values.shape)}; expected RGB images [B, 3, H, W]")
         pixel_mask = pixel_mask if targets is None else targets.pixel_mask
+        if pixel_mask is not None:
+            self.check_shape(None)
         return self.run(self.shown(pixel_values, pixel_mask), targets, pixel_mask)
+
+    def check_shape(self, size: tuple[int, int] | None) -> None:
+        if self.squares and (size is None or size[0] != size[1]):
+            found = "padded" if size is None else f"{size[0]} x {size[1]} pixels, or padded to that"
+            raise UserError(
+                f"{type(self.model).__name__} takes only squares, since it heeds no padding; these images are {found}. Resize "
+                "them to squares: square_size: 640."
+            )
 
     def shown(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
         """Images as the model gets them."""
@@ -68,18 +81,16 @@ class DetectionAdapter(DenseAdapter):
         """
         with torch.autocast(pixel_values.device.type, enabled=False):
             outputs = self.model(pixel_values=self.shown(pixel_values))
-        logits, boxes = outputs.logits.float(), corners(outputs.pred_boxes.float())
+        logits, boxes = self.map_classes(outputs.logits.float()), corners(outputs.pred_boxes.float())
         if self.softmax:
             probabilities, classes = logits.softmax(-1)[..., :-1].max(-1, keepdim=True)
         else:
             probabilities, classes = logits.sigmoid(), torch.arange(logits.shape[-1], device=logits.device)
             classes = classes.expand_as(logits)
-        known = self._known_classes(classes)
-        scores = torch.where(known >= 0, probabilities, -1).flatten(1)
-        scores, index = scores.topk(min(MAX_DETECTIONS, scores.shape[1]))
+        scores, index = probabilities.flatten(1).topk(min(MAX_DETECTIONS, probabilities[0].numel()))
         found = []
-        for one, where, ids, relative, (height, width) in zip(scores, index, known, boxes, sizes, strict=True):
-            kept = one > 0  # empty rows, and classes that nobody asked for
+        for one, where, ids, relative, (height, width) in zip(scores, index, classes, boxes, sizes, strict=True):
+            kept = one > 0  # no empty rows
             where = where[kept]
             scale = relative.new_tensor([width, height, width, height])
             found.append(
@@ -91,24 +102,22 @@ class DetectionAdapter(DenseAdapter):
             )
         return found
 
-    def _known_classes(self, classes: Tensor) -> Tensor:
-        """Class ids in the data set's classes, -1 where it has none."""
-        if self.label_map is None:
-            return classes
-        table = torch.full((len(self.label_map.teacher),), -1, device=classes.device)
-        for student, sources in self.label_map.sources.items():
-            table[list(sources)] = student
-        return table[classes]
-
     def map_classes(self, class_logits: Tensor) -> Tensor:
-        """Logits `[..., C]` in the classes that the model was matched to, if it was; one for no object stays the last."""
-        if self.label_map is None:
+        """Logits `[..., C]` in the classes that the model was matched to, if it was.
+
+        Of several classes that stand for one, the largest counts; where classes exclude each other, their probabilities
+        add, and classes that stand for none are no object, which stays the last.
+        """
+        label_map = self.label_map
+        if label_map is None or label_map.is_identity:
             return class_logits
-        own, rest = class_logits.split(
-            [len(self.label_map.teacher), class_logits.shape[-1] - len(self.label_map.teacher)], -1
-        )
-        mapped = self.label_map.apply(own.flatten(0, -2)).unflatten(0, own.shape[:-1])
-        return torch.cat([mapped, rest], dim=-1)
+        own = class_logits[..., : len(label_map.teacher)]
+        mapped = label_map.apply(own.flatten(0, -2), exclusive=self.softmax).unflatten(0, own.shape[:-1])
+        if not self.softmax:
+            return mapped
+        used = {source for sources in label_map.sources.values() for source in sources}
+        others = [column for index, column in enumerate(class_logits.unbind(-1)) if index not in used]
+        return torch.cat([mapped, torch.stack(others, -1).logsumexp(-1, keepdim=True)], dim=-1)
 
     def processor_options(
         self, shortest_edge: int | None, longest_edge: int = 1333, square_size: int | None = None

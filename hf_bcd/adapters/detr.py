@@ -45,6 +45,10 @@ class DetrAdapter(DetectionAdapter):
             return timm_stages(self.backbone._backbone)
         return list(self.backbone.encoder.stages)
 
+    def depths(self) -> dict[nn.Parameter, int]:
+        inside = set(self.backbone.parameters())  # Deformable DETR's level embeddings come before it
+        return {parameter: depth for parameter, depth in super().depths().items() if parameter in inside}
+
     @property
     def pyramid_specs(self) -> dict[str, FeatureSpec]:
         return {name: FeatureSpec(self.model.config.d_model, stride) for name, stride in self.pyramid_levels.items()}

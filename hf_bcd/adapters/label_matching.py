@@ -75,11 +75,12 @@ class LabelMap:
         """Whether class i of the one is class i of the other, for all classes of both."""
         return len(self.teacher) == len(self.student) and self.sources == {index: (index,) for index in self.student}
 
-    def apply(self, logits: Tensor) -> Tensor:
+    def apply(self, logits: Tensor, exclusive: bool = True) -> Tensor:
         """Turns the teacher's logits `[B, C_teacher, h, w]` into the student's classes, `[B, C_student, h, w]`.
 
-        Where several of the teacher's classes stand for one, its logit is their log-sum-exp: probabilities add. Classes
-        that stand for none are left out; classes that are missing are a `UserError`.
+        Where several of the teacher's classes stand for one, its logit is their log-sum-exp: probabilities add; their
+        largest if they do not exclude each other. Classes that stand for none are left out; classes that are missing are
+        a `UserError`.
         """
         if not self.is_complete:
             raise UserError(f"the teacher has no class for {self.missing}, so its logits cannot be mapped.")
@@ -94,7 +95,7 @@ class LabelMap:
         if len(groups) == selected.shape[1]:
             return selected
         parts = selected.float().split([len(group) for group in groups], dim=1)
-        return cat([part.logsumexp(dim=1, keepdim=True) for part in parts], dim=1)
+        return cat([part.logsumexp(1, True) if exclusive else part.amax(1, True) for part in parts], dim=1)
 
     def report(self) -> str:
         """What matched how, and what is left over on either side, in a few lines."""

@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..outputs import DenseOutput, FeatureSpec, resize_nearest
+from ..outputs import DenseHead, DenseOutput, FeatureSpec, resize_nearest
 from .base import DenseAdapter
 
 
@@ -100,6 +101,8 @@ class FrozenTeacher(nn.Module):
             features={name: level.float() for name, level in output.features.items()},
             pyramid={name: level.float() for name, level in output.pyramid.items()},
             logits=None if output.logits is None else output.logits.float(),
+            dense=None if output.dense is None else in_float32(output.dense),
+            queries=None if output.queries is None else in_float32(output.queries),
             head=self.head if self.adapter.head_levels else None,
         )
 
@@ -107,3 +110,11 @@ class FrozenTeacher(nn.Module):
         """Class scores of the head on maps `{level: [B, C, h, w]}`, as `logits` are; gradients reach only these maps."""
         with self._precision(next(iter(features.values())).device):
             return self.adapter.head(features).float()
+
+
+def in_float32(part: Any) -> Any:
+    """Raw output of a detector (`DenseHead` or `Queries`), whatever its precision."""
+    tensors = {name: x.float() for name, x in vars(part).items() if isinstance(x, Tensor) and x.is_floating_point()}
+    if isinstance(part, DenseHead):
+        tensors |= {"tower": {name: [x.float() for x in maps] for name, maps in part.tower.items()}}
+    return replace(part, **tensors)

@@ -60,15 +60,19 @@ def prepare(
     student.freeze_unused()
     task = task_of(dataset)
     check_task(student, task)
+    sizes = []
     if to_train and hasattr(dataset, "with_transform"):  # which brings it to these sizes
         task.check_args(args)
-        for size in task.train_sizes(args):
-            student.check_size(size)
+        sizes = task.train_sizes(args)
+    for size in sizes:
+        student.check_size(size)
     set_seed(args.seed)  # connectors start the same whatever ran before in this process
     if teacher is None:
         return Prepared(student, None, DistillationCriterion({}, {}, []))
     teacher = adapt(teacher)
     check_task(teacher, task)
+    for size in sizes:
+        teacher.check_shape(size)
     frozen = freeze(teacher, student.id2label, args, synonyms)
     check_losses(frozen.adapter, frozen.label_map, args)
     criterion = build_losses(student, frozen.adapter, args)

@@ -1,0 +1,108 @@
+"""Tiny, randomly initialised models of every family of detectors that has an adapter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+from models.tiny_detectors import tiny
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.hgnet_v2 import HGNetV2Config
+
+from hf_bcd.outputs import Objects
+
+
+LABELS = {0: "person", 1: "car", 2: "dog"}
+QUERIES = 12
+OUT = ["stage2", "stage3", "stage4"]
+ATTENTION = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_layers": 2, "decoder_ffn_dim": 32}
+REAL_TIME = ATTENTION | {
+    "encoder_hidden_dim": 32, "d_model": 32, "encoder_ffn_dim": 32, "num_queries": QUERIES, "num_denoising": 4,
+    "decoder_in_channels": [32, 32, 32],
+}  # fmt: skip
+PLAIN = ATTENTION | {
+    "d_model": 32, "encoder_layers": 1, "encoder_ffn_dim": 32, "num_queries": QUERIES, "auxiliary_loss": True,
+    "dropout": 0.0, "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None,
+}  # fmt: skip
+
+
+def names(labels: dict[int, str]) -> dict[str, Any]:
+    return {"id2label": dict(labels), "label2id": {name: index for index, name in labels.items()}}
+
+
+def resnet(out: list[str]) -> PreTrainedConfig:
+    widths = {"embedding_size": 8, "hidden_sizes": [8, 12, 16, 20], "depths": [1] * 4}
+    return hf.ResNetConfig(layer_type="basic", out_features=out, **widths)
+
+
+def rt_resnet() -> PreTrainedConfig:
+    widths = {"embedding_size": 8, "hidden_sizes": [8, 12, 16, 20], "depths": [1] * 4}
+    return hf.RTDetrResNetConfig(layer_type="basic", out_features=OUT, **widths)
+
+
+def hgnet() -> PreTrainedConfig:
+    widths = [16, 24, 32, 48]
+    return HGNetV2Config(
+        stem_channels=[3, 8, 8], stage_in_channels=[8, 16, 24, 32], stage_mid_channels=[8] * 4, hidden_sizes=widths,
+        stage_out_channels=widths, stage_num_blocks=[1] * 4, stage_numb_of_layers=[1] * 4, out_features=OUT,
+    )  # fmt: skip
+
+
+def rt_detr(version: str, **fields: Any) -> PreTrainedModel:
+    options = REAL_TIME | {"encoder_in_channels": [12, 16, 20]} | fields
+    config = getattr(hf, f"{version}Config")(backbone_config=rt_resnet(), **options)
+    return getattr(hf, f"{version}ForObjectDetection")(config)
+
+
+def d_fine(version: str, **fields: Any) -> PreTrainedModel:
+    options = REAL_TIME | {"encoder_in_channels": [24, 32, 48]} | fields
+    config = getattr(hf, f"{version}Config")(backbone_config=hgnet(), **options)
+    return getattr(hf, f"{version}ForObjectDetection")(config)
+
+
+def detr(version: str, out: list[str], **fields: Any) -> PreTrainedModel:
+    config = getattr(hf, f"{version}Config")(backbone_config=resnet(out), **PLAIN | fields)
+    return getattr(hf, f"{version}ForObjectDetection")(config)
+
+
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "gfl": lambda **fields: tiny("gfl", **fields),
+    "retinanet": lambda **fields: tiny("retinanet", **fields),
+    "rt_detr": lambda **fields: rt_detr("RTDetr", **fields),
+    "rt_detr_v2": lambda **fields: rt_detr("RTDetrV2", **fields),
+    "d_fine": lambda **fields: d_fine("DFine", **fields),
+    "deimv2": lambda **fields: d_fine("Deimv2", **fields),
+    "detr": lambda **fields: detr("Detr", ["stage4"], **fields),
+    "conditional_detr": lambda **fields: detr("ConditionalDetr", ["stage4"], **fields),
+    "dab-detr": lambda **fields: detr("DabDetr", ["stage4"], hidden_size=32, **fields),
+    "deformable_detr": lambda **fields: detr("DeformableDetr", OUT, num_feature_levels=4, **fields),
+}
+OURS = ["gfl", "retinanet"]
+SQUARES = ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"]
+PADDED = ["detr", "conditional_detr", "dab-detr", "deformable_detr"]
+
+
+def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> PreTrainedModel:
+    """A model of `MODELS` whose weights do not depend on what ran before, and whose queries differ, in evaluation mode."""
+    torch.manual_seed(0)
+    model = MODELS[name](**names(labels), **fields)
+    with torch.no_grad():  # as they are initialised, all answers are much the same
+        for key, parameter in model.named_parameters():
+            if name in PADDED[:3] and parameter.ndim > 1 and ("decoder" in key or "query" in key):
+                parameter.copy_(2.0 * torch.randn(parameter.shape) / parameter.shape[1] ** 0.5)
+            if "class" in key or "cls" in key or "bbox" in key:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def objects(*counts: int, size: tuple[int, int] = (96, 128), num_labels: int = 3, mask: Any = None) -> Objects:
+    """Random boxes, so many in each picture, inside of `size`, or of what a mask leaves of it."""
+    generator = torch.Generator().manual_seed(sum(counts))
+    boxes, classes = [], []
+    for index, count in enumerate(counts):
+        height, width = size if mask is None else (int(mask[index].any(axis).sum()) for axis in (1, 0))
+        corner = torch.rand(count, 2, generator=generator) * 0.6
+        extent = 0.15 + torch.rand(count, 2, generator=generator) * 0.24
+        boxes.append(torch.cat([corner, corner + extent], 1) * torch.tensor([width, height] * 2))
+        classes.append(torch.randint(num_labels, (count,), generator=generator))
+    return Objects(boxes, classes, size, num_labels, mask)

@@ -1,0 +1,380 @@
+"""One contract for the adapters of all detectors: levels, losses, padding, predictions, classes, processors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from adapters.adapter_tiny_detectors import LABELS, MODELS, OURS, PADDED, QUERIES, SQUARES, objects, tiny_detector
+from adapters.adapter_tiny_models import images
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from hf_bcd.adapters import FrozenTeacher, adapt, build_adapter, image_processor
+from hf_bcd.adapters.detection import DetectionAdapter, detr_labels, picture_sizes
+from hf_bcd.data import BoxEvalTransform
+from hf_bcd.outputs import DenseOutput, Objects
+from hf_bcd.utils.messages import UserError
+
+
+OTHER_LABELS = {0: "dog", 1: "tree", 2: "person", 3: "car"}
+family = pytest.mark.parametrize("name", MODELS)
+
+
+def adapted(name: str, labels: dict[int, str] = LABELS, **fields) -> DetectionAdapter:
+    return build_adapter(tiny_detector(name, labels, **fields))  # type: ignore[return-value]
+
+
+def assert_levels(adapter: DetectionAdapter, output: DenseOutput, size: tuple[int, int]) -> None:
+    for specs, levels in ((adapter.feature_specs, output.features), (adapter.pyramid_specs, output.pyramid)):
+        assert list(levels) == list(specs)
+        for level, spec in specs.items():
+            expected = (2, spec.channels, *(-(-side // spec.stride) for side in size))
+            assert levels[level].shape == expected, level
+
+
+# ---- Levels and raw outputs --------------------------------------------------------------------------------------------
+
+
+@family
+@pytest.mark.parametrize("training", [False, True])
+def test_levels_are_as_declared(name: str, training: bool) -> None:
+    adapter, size = adapted(name).train(training), (96, 160) if name in SQUARES else (131, 167)
+    with torch.no_grad():
+        output = adapter(images(*size))
+    assert_levels(adapter, output, size)
+    assert {"stride_4", "stride_8", "stride_16", "stride_32"} <= set(output.features)
+    assert {spec.stride: level for level, spec in adapter.pyramid_specs.items()}[32] == "p5"
+    assert output.logits is None and output.task_losses == {}
+    assert (output.dense is not None) == (name in OURS) and (output.queries is not None) == (name not in OURS)
+
+
+@pytest.mark.parametrize("name", [*SQUARES, *PADDED])
+@pytest.mark.parametrize("counts", [(3, 1), (0, 0)])
+def test_queries_are_the_ordinary_ones(name: str, counts: tuple[int, int]) -> None:
+    """Those that denoise true boxes come first in training, as many as there are boxes: no teacher has them."""
+    adapter = adapted(name).train()
+    queries = adapter(images(96, 128), objects(*counts)).queries
+    classes = 4 if name == "detr" else 3
+    assert queries.class_logits.shape == (2, 2, QUERIES, classes) and queries.boxes.shape == (2, 2, QUERIES, 4)
+    assert queries.softmax == (name == "detr") and 0 <= queries.boxes.min() <= queries.boxes.max() <= 1
+    corners = name in ("d_fine", "deimv2")
+    assert (queries.corners is not None) == corners
+    assert not corners or queries.corners.shape == (2, 2, QUERIES, 4 * 33)
+    with torch.no_grad():
+        adapter.eval()
+        found, outputs = adapter(images(96, 128)).queries, adapter.model(adapter.shown(images(96, 128)))
+    torch.testing.assert_close(found.class_logits[-1], outputs.logits)
+    torch.testing.assert_close(found.boxes[-1], outputs.pred_boxes)
+
+
+# ---- Losses ------------------------------------------------------------------------------------------------------------
+
+
+@family
+@pytest.mark.parametrize("counts", [(3, 1), (2, 0), (0, 0)])
+def test_the_loss_reaches_every_parameter(name: str, counts: tuple[int, int]) -> None:
+    adapter = adapted(name).train()
+    adapter.freeze_unused()
+    loss = adapter(images(96, 128), objects(*counts)).task_losses["loss_task"]
+    assert loss.ndim == 0 and loss.isfinite() and loss > 0
+    loss.backward()
+    trained = {key: p for key, p in adapter.model.named_parameters() if p.requires_grad}
+    assert [key for key, parameter in trained.items() if parameter.grad is None] == []
+    assert all(parameter.grad.isfinite().all() for parameter in trained.values())
+    assert sum(float(parameter.grad.abs().sum()) > 0 for parameter in trained.values()) > len(trained) / 3
+
+
+@family
+def test_the_loss_is_the_models_own(name: str) -> None:
+    adapter, pictures, targets = adapted(name), images(96, 128), objects(3, 1)
+    labels = [
+        {
+            "class_labels": classes,
+            "boxes": torch.stack(
+                [
+                    (boxes[:, 0] + boxes[:, 2]) / 256,
+                    (boxes[:, 1] + boxes[:, 3]) / 192,
+                    (boxes[:, 2] - boxes[:, 0]) / 128,
+                    (boxes[:, 3] - boxes[:, 1]) / 96,
+                ],
+                1,
+            ),
+        }
+        for boxes, classes in zip(targets.boxes, targets.classes, strict=True)
+    ]
+    with torch.no_grad():
+        expected = adapter.model(pixel_values=adapter.shown(pictures), labels=labels).loss
+        found = adapter(pictures, targets).task_losses["loss_task"]
+    torch.testing.assert_close(found, expected)
+
+
+# ---- Padding -----------------------------------------------------------------------------------------------------------
+
+
+def padded_pair() -> tuple[Tensor, Tensor]:
+    """A whole picture of 128 x 128 pixels beside one of 64 x 64, and the mask."""
+    pictures, mask = images(128, 128), torch.zeros(2, 128, 128, dtype=torch.bool)
+    mask[0], mask[1, :64, :64] = True, True
+    return pictures.masked_fill(~mask[:, None], 124), mask
+
+
+def without_neighbours(adapter: DetectionAdapter) -> DetectionAdapter:
+    """The model whose maps have not seen the padding: convolutions see their own position only, and no norm all of them."""
+    for module in adapter.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            vars(module)["forward"] = lambda x: x
+        if isinstance(module, torch.nn.Conv2d) and max(module.kernel_size) > 1:
+            kernel, middle = module.weight.data.clone(), module.kernel_size[0] // 2
+            module.weight.data.zero_()
+            module.weight.data[..., middle, middle] = kernel.sum((2, 3))
+    return adapter
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_changes_no_box(name: str) -> None:
+    adapter, (pictures, mask) = without_neighbours(adapted(name)), padded_pair()
+    with torch.no_grad():
+        together, blind = (adapter(pictures, pixel_mask=given).queries.boxes[-1, 1] for given in (mask, None))
+        alone = adapter(pictures[1:, :, :64, :64]).queries.boxes[-1, 0]
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-3)
+    assert (blind - alone).abs().max() > 0.01, "padding would not show"
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_a_padded_picture_costs_what_it_costs_alone(name: str) -> None:
+    """Both pictures have two boxes, so that the loss of both is the mean of their losses."""
+    adapter, (pictures, mask) = without_neighbours(adapted(name)), padded_pair()
+    targets = objects(2, 2, mask=mask, size=(128, 128))
+    single = [
+        Objects(targets.boxes[index : index + 1], targets.classes[index : index + 1], (side, side), 3)
+        for index, side in ((0, 128), (1, 64))
+    ]
+    with torch.no_grad():
+        whole, small = adapter(pictures[:1], single[0]), adapter(pictures[1:, :, :64, :64], single[1])
+        found = adapter(pictures, targets).task_losses["loss_task"]
+    expected = (whole.task_losses["loss_task"] + small.task_losses["loss_task"]) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_true_boxes_are_relative_to_the_picture_without_padding() -> None:
+    _, mask = padded_pair()
+    box = torch.tensor([[16.0, 0.0, 48.0, 32.0]])
+    targets = Objects([box, box], [torch.tensor([1])] * 2, (128, 128), 3, mask)
+    whole, small = detr_labels(targets, picture_sizes(targets))
+    assert whole["boxes"].tolist() == [[0.25, 0.125, 0.25, 0.25]] and small["boxes"].tolist() == [
+        [0.5, 0.25, 0.5, 0.5]
+    ]
+
+
+@pytest.mark.parametrize("name", SQUARES)
+def test_families_of_squares_refuse_padding(name: str) -> None:
+    adapter, (pictures, mask) = adapted(name), padded_pair()
+    for arguments in ((pictures, objects(1, 1, size=(128, 128), mask=mask)), (pictures, None, mask)):
+        with pytest.raises(UserError, match=r"takes only squares.*square_size: 640"):
+            adapter(*arguments)
+    with pytest.raises(UserError, match=r"takes only squares.*96 x 128.*square_size: 640"):
+        adapter.check_size((96, 128))
+    adapter.check_size((128, 128))
+
+
+# ---- Predictions -------------------------------------------------------------------------------------------------------
+
+
+@family
+def test_predictions_are_those_of_the_familys_processor(name: str) -> None:
+    adapter, pictures, sizes = adapted(name), images(96, 128), [(100, 333), (480, 640)]
+    found = adapter.predict(pictures, sizes)
+    with torch.no_grad():
+        outputs = adapter.model(pixel_values=adapter.shown(pictures))
+    processor = getattr(transformers, adapter.processor_class)()
+    expected = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=torch.tensor(sizes))
+    for ours, theirs in zip(found, expected, strict=True):
+        order = theirs["scores"].argsort(descending=True, stable=True)[:100]
+        count = min(len(order), len(ours["scores"]))
+        assert count >= QUERIES and len(ours["scores"]) <= 100
+        assert len(ours["boxes"]) == len(ours["labels"]) == len(ours["scores"]) and ours["labels"].dtype == torch.int64
+        for key, tolerance in (("scores", 1e-6), ("boxes", 0.01), ("labels", 0)):
+            torch.testing.assert_close(
+                ours[key][:count], theirs[key][order[:count]].to(ours[key].dtype), rtol=0, atol=tolerance
+            )
+        assert (ours["scores"].diff() <= 0).all()
+
+
+# ---- Classes -----------------------------------------------------------------------------------------------------------
+
+
+@family
+def test_a_teacher_answers_in_the_datas_classes(name: str) -> None:
+    """Of four classes in another order, one of which nobody asked for."""
+    plain, matched = adapted(name, OTHER_LABELS), adapted(name, OTHER_LABELS)
+    assert matched.match(LABELS).is_complete and matched.num_labels == 3 and matched.id2label == LABELS
+    pictures, new = images(96, 128), {0: 2, 2: 0, 3: 1}
+    (before, _), (after, _) = (adapter.predict(pictures, [(96, 128)] * 2) for adapter in (plain, matched))
+    known = [row for row, label in enumerate(before["labels"].tolist()) if label in new]
+    assert 0 < len(known) < len(before["labels"]) and set(after["labels"].tolist()) <= {0, 1, 2}
+    # of the query that sees a tree, DETR gives the next best class
+    count = min(len(known), len(after["labels"])) - (name == "detr")
+    torch.testing.assert_close(after["boxes"][:count], before["boxes"][known][:count])
+    torch.testing.assert_close(after["scores"][:count], before["scores"][known][:count])
+    assert after["labels"][:count].tolist() == [new[int(before["labels"][row])] for row in known][:count]
+    with torch.no_grad():
+        raw = [adapter(pictures) for adapter in (plain, matched)]
+    ours, theirs = (x.dense.class_logits if name in OURS else x.queries.class_logits for x in raw)
+    columns = [2, 3, 0, 4] if name == "detr" else [2, 3, 0]
+    expected = ours[..., columns]
+    if name == "detr":  # a tree is no object here
+        expected[..., -1] = ours[..., [1, 4]].logsumexp(-1)
+    torch.testing.assert_close(theirs, expected)
+
+
+@family
+def test_several_classes_of_a_teacher_stand_for_one(name: str) -> None:
+    adapter, pictures = adapted(name, OTHER_LABELS), images(96, 128)
+    with torch.no_grad():
+        raw = adapter(pictures)
+        before = (raw.dense.class_logits if name in OURS else raw.queries.class_logits).clone()
+        adapter.match({0: "thing", 1: "person"}, {"thing": ["dog", "car"]})
+        raw = adapter(pictures)
+    after = raw.dense.class_logits if name in OURS else raw.queries.class_logits
+    torch.testing.assert_close(after[..., 1], before[..., 2])
+    both = before[..., [0, 3]]  # of classes that exclude each other, probabilities add
+    torch.testing.assert_close(after[..., 0], both.logsumexp(-1) if name == "detr" else both.amax(-1))
+    found = adapter.predict(pictures, [(96, 128)] * 2)[0]
+    pairs = torch.cat([found["boxes"], found["labels"][:, None]], 1)
+    # our detectors suppress boxes in the model's own classes
+    assert name in OURS or len(pairs.unique(dim=0)) == len(pairs), "a box of two classes is there twice"
+    assert set(found["labels"].tolist()) <= {0, 1}
+
+
+# ---- The frozen teacher ------------------------------------------------------------------------------------------------
+
+
+@family
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_frozen_teacher_gives_constants_in_float32(name: str, dtype: torch.dtype | None) -> None:
+    teacher = FrozenTeacher(adapted(name), LABELS, dtype=dtype)
+    output = teacher(images(90, 128))  # which it sees at 96 x 128
+    assert_levels(teacher.adapter, output, (96, 128))  # type: ignore[arg-type]
+    tensors = [*output.features.values(), *output.pyramid.values()]
+    for part in (output.dense, output.queries):
+        tensors += [value for value in vars(part).values() if isinstance(value, Tensor)] if part else []
+    if output.dense is not None:
+        tensors += [output.dense.boxes(), *output.dense.tower["class"], *output.dense.tower["box"]]
+    assert all(not tensor.requires_grad for tensor in tensors)
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+# ---- Pairs -------------------------------------------------------------------------------------------------------------
+
+OF_ALL = {"features", "pyramid", "boxes", "classes"}
+SIGMOID = [name for name in MODELS if name not in ("gfl", "retinanet", "detr")]
+
+
+def offered(student: str, teacher: str) -> set[str]:
+    if student in OURS:
+        same = {"dense", "tower"} | ({"distributions"} if student == "gfl" else set())
+        return OF_ALL | (same if student == teacher else set())
+    queries = (student in SIGMOID and teacher in SIGMOID) or student == teacher
+    # the tiny D-FINE and DEIMv2 have the same bins
+    corners = {student, teacher} <= {"d_fine", "deimv2"}
+    return OF_ALL | ({"queries"} if queries else set()) | ({"corners"} if corners else set())
+
+
+@pytest.fixture(scope="module")
+def adapters() -> dict[str, DetectionAdapter]:
+    return {name: adapted(name) for name in MODELS}
+
+
+@pytest.mark.parametrize("student", MODELS)
+def test_what_two_families_have_in_common(student: str, adapters: dict[str, DetectionAdapter]) -> None:
+    for teacher in MODELS:
+        assert adapters[student].offers_with(adapters[teacher]) == offered(student, teacher), teacher
+
+
+def test_models_of_one_family_need_not_be_alike(adapters: dict[str, DetectionAdapter]) -> None:
+    def lost(student: str, **fields) -> set[str]:
+        return set(offered(student, student) - adapters[student].offers_with(adapted(student, **fields)))
+
+    assert lost("gfl", reg_max=8) == {"distributions"}
+    assert lost("gfl", head_convs=2) == lost("gfl", head_channels=32) == {"tower"}
+    assert lost("retinanet", strides=[8, 16, 32, 64]) == {"dense", "tower"}
+    assert lost("d_fine", reg_scale=8.0) == lost("d_fine", max_num_bins=16) == {"corners"}
+    assert lost("rt_detr", num_queries=20) == set()
+
+
+# ---- Stages ------------------------------------------------------------------------------------------------------------
+
+
+@family
+def test_depths_count_the_stages_of_the_backbone(name: str) -> None:
+    adapter = adapted(name)
+    depths, seen = adapter.depths(), set()
+    for key, parameter in adapter.model.named_parameters():
+        stage = next((i for i in range(4) if f"stages.{i}." in key or f"backbone.layer{i + 1}." in key), None)
+        within = stage is not None or ".embedder." in key or key.startswith("backbone.")
+        assert depths.get(parameter) == (None if not within else 0 if stage is None else stage + 1), key
+        seen.add(depths.get(parameter))
+    assert seen == {None, 0, 1, 2, 3, 4}
+
+
+# ---- Image processors --------------------------------------------------------------------------------------------------
+
+
+def picture(width: int = 150, height: int = 100) -> Image.Image:
+    generator = np.random.default_rng(0)
+    return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@family
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ({"shortest_edge": 64, "longest_edge": 1333}, (64, 96)),
+        ({"shortest_edge": 64, "longest_edge": 80}, (53, 80)),
+        ({"shortest_edge": None, "square_size": 96}, (96, 96)),
+    ],
+)
+def test_the_saved_processor_shows_what_evaluation_shows(
+    name: str, size: dict[str, int], shape: tuple[int, int], tmp_path: Path
+) -> None:
+    adapter = adapted(name)
+    image_processor(adapter, **size).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(processor).__name__.removesuffix("Fast") == adapter.processor_class
+    expected = processor(picture(), return_tensors="pt")["pixel_values"]
+    sample = {"image": picture(), "boxes": np.zeros((0, 4), np.float32), "classes": np.zeros(0, np.int64)}
+    sample |= {"areas": np.zeros(0), "crowd": np.zeros(0, bool)}
+    found = BoxEvalTransform(processor)(sample)
+    assert found["pixel_values"].shape == (3, *shape) and found["orig_size"].tolist() == [100, 150]
+    torch.testing.assert_close(adapter.shown(found["pixel_values"][None]), expected, rtol=0, atol=0.02)
+
+
+@family
+def test_a_loaded_model_is_shown_what_its_own_processor_shows(name: str, tmp_path: Path) -> None:
+    model = tiny_detector(name)
+    model.save_pretrained(tmp_path)
+    processor = getattr(transformers, build_adapter(model).processor_class)()
+    processor.save_pretrained(tmp_path)
+    adapter = adapt(type(model).from_pretrained(tmp_path))
+    plain = (not processor.do_normalize, name in SQUARES)
+    assert plain in ((False, False), (True, True))
+    assert adapter.image_mean.flatten().tolist() == pytest.approx([0.0] * 3 if plain[0] else processor.image_mean)
+    assert adapter.image_std.flatten().tolist() == pytest.approx([1.0] * 3 if plain[0] else processor.image_std)
+    assert image_processor(adapter, shortest_edge=64).do_normalize == processor.do_normalize
+
+
+def test_semantic_classes_of_shared_families_stay_segmenters() -> None:
+    """A DETR with a mask head predicts label maps of no kind that is here."""
+    config = transformers.DetrConfig(
+        backbone_config=transformers.ResNetConfig(hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, layer_type="basic"),
+        backbone=None, use_timm_backbone=False, use_pretrained_backbone=False, d_model=32, encoder_layers=1,
+        decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
+    )  # fmt: skip
+    with pytest.raises(
+        UserError, match="DetrModel predicts no boxes; load the weights with AutoModelForObjectDetection"
+    ):
+        build_adapter(transformers.DetrModel(config))
