@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import Subset
 
 from ..utils.messages import UserError
-from .box_probing import PROBED_PICTURES, Scan, absent_classes, scan, survey_boxes
+from .box_probing import PROBED_PICTURES, Scan, scan, survey_boxes
 from .boxes import BoxRow, BoxRule, Looked, recognise
 from .dataset import DenseDatasets, named_splits
 from .detection import BoxDataset, oriented
@@ -90,7 +90,8 @@ def assemble_boxes(
         if split == "train":
             if survey.degenerate == survey.boxes.sum() > 0:
                 raise UserError(f"{source}: {notes[0]} (they are read as {rule.box_format}).")
-            if absent := absent_classes(scans[split].categories, rule, names):
+            known = enumerate(range(len(names)) if categories is None else categories)
+            if absent := [names[index] for index, category in known if category not in scans[split].categories]:
                 shown = ", ".join(map(repr, absent[:5])) + (", ..." if absent[5:] else "")
                 notes.append(f"no box of 'train' shows {shown}")
             useful = scans[split].useful

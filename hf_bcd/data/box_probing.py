@@ -1,7 +1,7 @@
 """A look at pictures with boxes, so that what is wrong with them shows before training."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,9 +148,3 @@ def survey_boxes(rows: Iterable[Any], rule: BoxRule, num_labels: int) -> BoxSurv
     for row in rows:
         found.add(row)
     return found
-
-
-def absent_classes(categories: Mapping[Any, int], rule: BoxRule, id2label: Mapping[int, str]) -> list[str]:
-    """Names of the classes of which a split has no box."""
-    known = range(len(id2label)) if rule.categories is None else rule.categories
-    return [id2label[index] for index, category in enumerate(known) if not categories.get(category)]

@@ -107,7 +107,7 @@ def load_dense_dataset(
         raise UserError(f"task is {task!r}; data sets have {TASK!r} or {DETECTION!r}.")
     if streaming and task == DETECTION:
         raise UserError("Pictures with boxes are not streamed: leave streaming out (`--streaming`).")
-    if scene_options and name_or_path not in SCENES:
+    if scene_options and name_or_path not in tuple(SCENES):
         raise UserError(f"Arguments {', '.join(scene_options)} are for the data sets {' and '.join(SCENES)} only.")
     if shuffle_buffer < 1:
         raise UserError(f"shuffle_buffer is {shuffle_buffer}; a stream draws from at least one sample.")

@@ -5,7 +5,7 @@ import json
 import datasets
 import numpy as np
 import pytest
-from boxes import NAMES, SIZE, THINGS, coco, corners, imagefolder, picture, voc, yolo
+from boxed_folders import NAMES, SIZE, THINGS, coco, corners, imagefolder, picture, voc, yolo
 from pictures import refused, save
 
 from hf_bcd.commands.check import check

@@ -6,7 +6,7 @@ import math
 import datasets
 import numpy as np
 import pytest
-from boxes import SIZE, THINGS, coco, imagefolder, picture, voc, yolo
+from boxed_folders import SIZE, THINGS, coco, imagefolder, picture, voc, yolo
 from pictures import encoded, orientation, refused, save
 from PIL import Image
 
