@@ -31,7 +31,7 @@ def general_instances(
     ours, theirs = (at_least_float32(head.class_logits).detach().sigmoid() for head in (student, teacher))
     score, index = (theirs - ours).abs().max(dim=-1)
     surer = theirs.gather(-1, index[..., None]) > ours.gather(-1, index[..., None])
-    boxes = torch.where(surer, teacher.boxes().detach(), student.boxes().detach()).float()
+    boxes = at_least_float32(torch.where(surer, teacher.boxes().detach(), student.boxes().detach()))
     chosen, scores, left = [], [], score
     for _ in range(count):  # a fixed number, so that nothing waits for the device
         best, where = left.max(dim=1)
@@ -45,6 +45,7 @@ def general_instances(
 def pooled(features: Mapping[str, Tensor], specs: Mapping[str, FeatureSpec], boxes: Tensor) -> Tensor:
     """Features `[B, N, C, 7, 7]` of boxes `[B, N, 4]`: each from the level that suits its size, bilinear at cell centres."""
     strides = [spec.stride for spec in specs.values()]
+    boxes = boxes.to(at_least_float32(features[next(iter(specs))]).dtype)
     sides = (boxes[..., 2:] - boxes[..., :2]).clamp_min(1).prod(-1).sqrt()
     # a box of 56 pixels belongs to stride 4, as in feature pyramid networks
     level = (sides / 14 / strides[0] + 1e-6).log2().floor().clamp(0, len(strides) - 1)
@@ -105,7 +106,7 @@ class GIDLoss(DistillationLoss):
         belongs = ((overlaps(at_priors[:, :, None], boxes[:, None])[0] >= 0.5) * real[:, None]).amax(2)
         target = at_least_float32(theirs.class_logits).detach().sigmoid()
         classes = F.binary_cross_entropy_with_logits(at_least_float32(ours.class_logits), target, reduction="none")
-        giou = overlaps(ours.boxes().float(), theirs.boxes().detach().float())[1]
+        giou = overlaps(at_least_float32(ours.boxes()), at_least_float32(theirs.boxes().detach()))[1]
         answers = (belongs * (classes.sum(-1) + 1 - giou)).sum() / mean_over_ranks(belongs.sum())
         return {"features": features, "relations": relations, "responses": answers}
 
