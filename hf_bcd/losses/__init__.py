@@ -23,7 +23,7 @@ from .gid import GIDLoss, general_instances
 from .ifd import IFDLoss, ifd_loss
 from .ifvd import IFVDLoss, ifvd_loss
 from .kd import KDLoss, kd_loss
-from .ld import LDLoss, distribution_divergence
+from .ld import LDLoss, box_response_loss, distribution_divergence
 from .mgd import MGDLoss, mgd_loss
 from .modules.adversarial import Adversary
 from .modules.schedules import Temperature, decay
@@ -45,7 +45,7 @@ __all__ = [
     "CWTLoss", "CrossKDLoss", "DDFLoss", "DISTLoss", "DSDLoss", "DistillationCriterion", "DistillationLoss", "FAMLoss",
     "FGDLoss", "FitNetLoss", "GIDLoss", "IFDLoss", "IFVDLoss", "KDLoss", "LDLoss", "MGDLoss", "PKDLoss", "Pair", "QueryKDLoss", "SCKDLoss", "SKDLoss",
     "SSTKDLoss", "SlimSegLoss", "TATLoss", "Temperature", "at_loss", "bglsseg_loss", "boundary_distillation_loss",
-    "boundary_strength", "bpkd_loss", "build_criterion", "c2vkd_feature_loss", "category_similarity_loss",
+    "boundary_strength", "box_response_loss", "bpkd_loss", "build_criterion", "c2vkd_feature_loss", "category_similarity_loss",
     "cirkd_loss", "cirkd_memory_loss", "context_distillation_loss", "cross_head_losses", "crosskd_loss", "cwd_loss", "cwt_loss", "ddf_loss", "decay",
     "dist_loss", "distribution_divergence", "dkd_loss", "fam_loss", "fgd_loss", "fitnet_loss", "general_instances", "ifd_loss", "ifvd_loss", "kd_loss", "mgd_loss",
     "path_offsets", "path_range", "pixel_similarity_loss", "pkd_loss", "query_kd_losses", "relation_divergence", "sckd_gate",

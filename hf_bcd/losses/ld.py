@@ -1,6 +1,7 @@
 """Localization distillation (Zheng et al., CVPR 2022, https://arxiv.org/abs/2102.12252)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..outputs import DenseHead, DenseOutput, Objects, Targets
@@ -23,6 +24,27 @@ def distribution_divergence(student: Tensor, teacher: Tensor, *, tau: float = 10
     """
     sides = [at_least_float32(x).unflatten(-1, (4, -1)) for x in (student, teacher.detach())]
     return tau**2 * divergence(*sides, dim=-1, tau=tau) / sides[0].shape[-1]
+
+
+@full_precision
+def box_response_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Class scores of a dense detector: `mean over priors and classes of max_c σ(t) · KL(σ(t) ‖ σ(s))`, in nat.
+
+    Our form of a pixel term where each prior stands for a position and classes exclude nothing; the weight keeps the many
+    priors of the background from deciding.
+
+    Args:
+        student: logits `[B, A, C]`.
+        teacher: likewise; they receive no gradient.
+
+    Returns:
+        Scalar >= 0, 0 for equal scores; float32 or float64.
+    """
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    target = teacher.sigmoid()
+    distance = F.binary_cross_entropy_with_logits(student, target, reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(teacher, target, reduction="none")
+    return ((distance - entropy) * target.amax(-1, keepdim=True)).mean()
 
 
 class LDLoss(DistillationLoss):

@@ -1,11 +1,12 @@
 """Structured knowledge distillation (Liu et al., TPAMI 2023, https://arxiv.org/abs/1903.04197)."""
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..outputs import DenseOutput, Targets
 from .base import Pair, check_positive
-from .kd import kd_loss
 from .modules.adversarial import AdversarialLoss
 from .ops.functional import full_precision, image_means, mask_fill_value, on_teacher_grid, spatial_size, unit_vectors
 
@@ -57,6 +58,7 @@ class SKDLoss(AdversarialLoss):
         level: level of the pair-wise term; the coarsest that both models have by default.
         nodes: its pooling windows along each axis; the official pool_scale of 0.5 makes 2.
         discriminator_channels: width of the discriminator; 64 in the official code, 0 leaves the holistic term out.
+        on: `pixels`, or `boxes`: the pixel term of a dense detector's priors, see `box_response_loss`, and no holistic term.
     """
 
     weights = {"pixel": 10.0, "pair": 0.5, "holistic": 0.001}
@@ -70,16 +72,19 @@ class SKDLoss(AdversarialLoss):
     reference = "liu2023structured"
 
     def __init__(
-        self, pair: Pair, *, level: str | None = None, nodes: int = 2, discriminator_channels: int = 64
+        self,
+        pair: Pair,
+        *,
+        level: str | None = None,
+        nodes: int = 2,
+        discriminator_channels: int = 64,
+        on: Literal["pixels", "boxes"] = "pixels",
     ) -> None:
-        super().__init__(pair, discriminator_channels)
+        super().__init__(pair, discriminator_channels, on)
         check_positive(nodes=nodes)
         self.level, self.nodes = pair.level(level), nodes
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         ours, theirs = student.features[self.level], teacher.features[self.level]
-        mask = targets.valid(spatial_size(teacher.logits))
-        return {
-            "pixel": kd_loss(student.logits, teacher.logits, mask=mask),
-            "pair": skd_loss(ours, theirs, nodes=self.nodes, mask=targets.valid(spatial_size(theirs))),
-        } | self.adversarial_term(student.logits, teacher.logits, mask)
+        pair = skd_loss(ours, theirs, nodes=self.nodes, mask=targets.valid(spatial_size(theirs)))
+        return {"pair": pair} | self.responses(student, teacher, targets, "pixel")

@@ -1,6 +1,7 @@
 """Structural and statistical texture distillation (Ji et al., CVPR 2022, https://arxiv.org/abs/2305.03944)."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,7 +9,6 @@ from torch import Tensor
 from ..outputs import DenseOutput, Targets, resize_nearest
 from ..utils.messages import UserError
 from .base import Pair, check_positive
-from .kd import kd_loss
 from .modules.adversarial import AdversarialLoss
 from .modules.connectors import FeaturePair
 from .ops.functional import class_similarity, full_precision, image_means, on_teacher_grid, resize, spatial_size
@@ -118,6 +118,7 @@ class SSTKDLoss(AdversarialLoss):
         directions: directional bands of a level; our choice.
         intensity_levels: levels of intensity.
         discriminator_channels: width of the discriminator; 64 as in SKD, 0 leaves the adversarial term out.
+        on: `pixels`, or `boxes`: the response of a dense detector's priors, see `box_response_loss`, and no adversary.
     """
 
     weights = {"structure": 0.9, "statistics": 1.15, "response": 10.0, "adversarial": 0.001}
@@ -141,8 +142,9 @@ class SSTKDLoss(AdversarialLoss):
         directions: int = 4,
         intensity_levels: int = 128,
         discriminator_channels: int = 64,
+        on: Literal["pixels", "boxes"] = "pixels",
     ) -> None:
-        super().__init__(pair, discriminator_channels)
+        super().__init__(pair, discriminator_channels, on)
         check_positive(pyramid_levels=pyramid_levels, directions=directions)
         if intensity_levels < 2:
             raise UserError(f"intensity_levels is {intensity_levels!r}; it must be >= 2.")
@@ -155,7 +157,5 @@ class SSTKDLoss(AdversarialLoss):
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         ours, theirs = self.pair(student.features, teacher.features)
-        mask = targets.valid(spatial_size(teacher.logits))
         texture = sstkd_loss(ours, theirs, mask=targets.valid(spatial_size(theirs)), **self.options)
-        response = {"response": kd_loss(student.logits, teacher.logits, mask=mask)}
-        return texture | response | self.adversarial_term(student.logits, teacher.logits, mask)
+        return texture | self.responses(student, teacher, targets, "response")

@@ -26,6 +26,8 @@ HEADS = {
     "fgd": {"features": "pyramid", "level": "p3", "on": "boxes"},
     "gid": {},
     "crosskd": {"on": "tower"},
+    "skd": {"features": "pyramid", "level": "p4", "on": "boxes"},
+    "sstkd": {"level": "stride_8", "on": "boxes", "intensity_levels": 8},
     "bcd": {"channels": 8, "reduced_channels": 4},
 }
 DECODER = {"query_kd": {"least_score": 1e-3}, "pkd": {"features": "pyramid", "levels": ["p5"]}}

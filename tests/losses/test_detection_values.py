@@ -9,7 +9,7 @@ import torch
 from adapters.adapter_tiny_detectors import objects
 from torch import Tensor
 
-from hf_bcd.losses import distribution_divergence, general_instances
+from hf_bcd.losses import box_response_loss, distribution_divergence, general_instances
 from hf_bcd.losses.base import Pair
 from hf_bcd.losses.crosskd import cross_head_losses
 from hf_bcd.losses.ddf import ddf_loss
@@ -416,3 +416,14 @@ def test_other_priors_are_a_clear_error() -> None:
     ours, theirs = (DenseOutput({}, None, dense=dense(torch.zeros(1, n, 1), torch.zeros(1, n, 4))) for n in (3, 4))
     with pytest.raises(ValueError, match=r"have \(3,\) and \(4,\) priors a level.*multiples of 32"):
         heads_of(ours, theirs)
+
+
+def test_the_response_of_boxes_is_a_weighted_divergence_of_each_class() -> None:
+    student, teacher = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    terms = []
+    for s, t in zip(student.flatten(0, 1).tolist(), teacher.flatten(0, 1).tolist(), strict=True):
+        p, q = ([1 / (1 + math.exp(-x)) for x in row] for row in (t, s))
+        terms += [
+            max(p) * (a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))) for a, b in zip(p, q, strict=True)
+        ]
+    assert box_response_loss(student, teacher).item() == pytest.approx(sum(terms) / len(terms))

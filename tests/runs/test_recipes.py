@@ -155,9 +155,11 @@ DETECTORS = {
         "ifd",
         "mgd",
         "pkd",
+        "skd",
+        "sstkd",
         "tat",
-    },
-    "gfl_r50_to_r18": {"bcd", "crosskd", "fgd", "gid", "ld", "pkd"},
+    },  # fmt: skip
+    "gfl_r50_to_r18": {"bcd", "crosskd", "fgd", "gid", "ld", "pkd", "skd", "sstkd"},
     "dfine_l_to_s": {"bcd", "ddf", "pkd", "query_kd"},
     "rtdetr_r101_to_r18": {"bcd", "pkd", "query_kd"},
 }

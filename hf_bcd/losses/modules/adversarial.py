@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...outputs import DenseOutput, Targets
 from ...utils.distributed import all_reduce_sum
 from ...utils.messages import UserError
 from ..base import DistillationLoss, Pair
-from ..ops.functional import full_precision, on_teacher_grid, resize, standardize
+from ..kd import kd_loss
+from ..ld import box_response_loss, heads_of
+from ..ops.functional import full_precision, on_teacher_grid, resize, spatial_size, standardize
 from .noise import SharedNoise
 
 
@@ -195,8 +198,13 @@ class AdversarialLoss(DistillationLoss):
     adversarial: ClassVar[str] = "adversarial"  # name of this term
     keeps = "discriminator"
 
-    def __init__(self, pair: Pair, discriminator_channels: int) -> None:
+    def __init__(self, pair: Pair, discriminator_channels: int, on: str = "pixels") -> None:
         super().__init__(pair)
+        if on not in ("pixels", "boxes"):
+            raise UserError(f"on is {on!r}; choose pixels or boxes.")
+        if on == "boxes":  # whose scores are no picture
+            self.needs, discriminator_channels = frozenset({"features", "dense", "classes"}), 0
+        self.on = on
         if discriminator_channels < 0:
             raise UserError(f"discriminator_channels is {discriminator_channels!r}; it must be >= 0.")
         self.adversary = None
@@ -208,6 +216,15 @@ class AdversarialLoss(DistillationLoss):
     def adversarial_term(self, student: Tensor, teacher: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """The term of the scores of both models, or none without a discriminator."""
         return {} if self.adversary is None else {self.adversarial: self.adversary(student, teacher, mask)}
+
+    def responses(self, student: DenseOutput, teacher: DenseOutput, targets: Targets, name: str) -> dict[str, Tensor]:
+        """The terms of the class scores: `name`, of pixels or of a detector's priors, and the adversarial one of pixels."""
+        if self.on == "boxes":
+            ours, theirs = heads_of(student, teacher)
+            return {name: box_response_loss(ours.class_logits, theirs.class_logits)}
+        mask = targets.valid(spatial_size(teacher.logits))
+        response = {name: kd_loss(student.logits, teacher.logits, mask=mask)}
+        return response | self.adversarial_term(student.logits, teacher.logits, mask)
 
     def after_step(self) -> None:
         if self.adversary is not None:
