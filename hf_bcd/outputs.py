@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -144,8 +144,6 @@ class LabelMaps:
     ignore_index: int = IGNORE_INDEX
     num_valid: Tensor | None = None
 
-    pixel_mask: ClassVar[None] = None
-
     def __post_init__(self) -> None:
         if self.ids.device.type == "cpu":  # elsewhere looking would wait for the device
             check_ids(self.ids, self.num_labels, self.ignore_index, "label maps")
@@ -153,6 +151,10 @@ class LabelMaps:
     @property
     def size(self) -> tuple[int, int]:
         return self.ids.shape[-2], self.ids.shape[-1]
+
+    @property
+    def pixel_mask(self) -> Tensor | None:
+        return None
 
     def valid(self, size: tuple[int, int]) -> Tensor:
         """Positions that are not void, nearest neighbours: boolean `[B, *size]`."""

@@ -203,7 +203,9 @@ class DFineAdapter(RTDetrAdapter):
         start = outputs.denoising_meta_values["dn_num_split"][0] if outputs.denoising_meta_values else 0
         found = super().queries(outputs)
         found.corners = outputs.intermediate_predicted_corners[:, :, start:].transpose(0, 1)
-        layers = len(found.corners)  # in training, one more comes before the decoder's own
+        layers = outputs.intermediate_predicted_corners.shape[
+            1
+        ]  # in training, one more comes before the decoder's own
         found.class_logits, found.boxes = found.class_logits[-layers:], found.boxes[-layers:]
         found.corner_scale = self.corner_scale
         return found

@@ -98,9 +98,9 @@ class GIDLoss(DistillationLoss):
         mine, its = (pooled(side, self.specs, boxes) for side in levels)
         features = ((mine - its).square().mean((2, 3, 4)) * real).sum() / count
 
-        distances = [normalised_distances(side.flatten(2), real) for side in (mine, its)]
+        ours_apart, theirs_apart = (normalised_distances(side.flatten(2), real) for side in (mine, its))
         pairs = real[:, :, None] * real[:, None]
-        relation = F.smooth_l1_loss(*distances, reduction="none") * pairs
+        relation = F.smooth_l1_loss(ours_apart, theirs_apart, reduction="none") * pairs
         relations = relation.sum() / mean_over_ranks(pairs.sum())
 
         belongs = ((overlaps(at_priors[:, :, None], boxes[:, None])[0] >= 0.5) * real[:, None]).amax(2)

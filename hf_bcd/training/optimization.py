@@ -78,7 +78,7 @@ class WeightAverage(nn.Module):
     def update(self, student: DenseAdapter, step: int) -> None:
         """Moves towards the weights after optimizer step `step`; takes over their buffers."""
         kept = self.decay * (1 - math.exp(-step / AVERAGE_WARMUP))
-        averages, weights = list(self.student.parameters()), list(student.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - kept)
+        for average, weight in zip(self.student.parameters(), student.parameters(), strict=True):
+            average.lerp_(weight, 1 - kept)
         for buffer, new in zip(self.student.buffers(), student.buffers(), strict=True):
             buffer.copy_(new)

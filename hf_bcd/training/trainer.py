@@ -102,7 +102,7 @@ class BCDTrainer(Trainer):
         student, self.teacher, criterion = prepare(
             model, teacher_model, args, reference, label_synonyms, to_train=train_dataset is not None
         )
-        distiller = synchronized(Distiller(student, criterion, args.ema_decay), args)
+        distiller: Any = synchronized(Distiller(student, criterion, args.ema_decay), args)
         processor = processing_class or image_processor(student, **self.task.processor_size(args))
         if "optimizers" not in kwargs:
             kwargs.setdefault("optimizer_cls_and_kwargs", fused(*self.get_optimizer_cls_and_kwargs(args), args))
