@@ -1,7 +1,8 @@
 """Detectors of the DETR kind: DETR, Conditional, DAB and Deformable DETR, RT-DETR, D-FINE, DEIMv2."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from .base import DenseAdapter, stage_specs, timm_stages
 from .detection import DetectionAdapter, detr_labels, picture_sizes, tapped
 
 
+logger = logging.getLogger(__name__)
+
+
 class DetrAdapter(DetectionAdapter):
     """DETR: levels of the backbone's stages, the encoder's map as `p5`, queries of the last layer, or of all in training.
 
@@ -22,28 +26,35 @@ class DetrAdapter(DetectionAdapter):
 
     processor_class = "DetrImageProcessor"
     softmax = True
-    pyramid_levels: ClassVar[Mapping[str, int]] = {"p5": 32}
 
     @property
     def backbone(self) -> Any:
-        """The model of the backbone."""
+        """The model of the backbone, which may be a feature extractor of timm."""
         encoder = getattr(self.model.model, "backbone", None) or self.model.model.conv_encoder
-        return getattr(encoder, "conv_encoder", encoder).model
+        backbone = getattr(encoder, "conv_encoder", encoder).model
+        return getattr(backbone, "_backbone", backbone)
 
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
+        if info := getattr(self.backbone, "feature_info", None):  # of all stages, whichever the detector reads
+            stages = [stage for stage in info.info if stage["reduction"] > 2]
+            return stage_specs([stage["num_chs"] for stage in stages], [stage["reduction"] for stage in stages])
         config = self.backbone.config
-        if config.model_type == "timm_backbone":
-            info = self.backbone._backbone.feature_info
-            specs = stage_specs(info.channels(), info.reduction())
-        else:
-            widths = getattr(config, "stage_out_channels", None) or config.hidden_sizes
-            specs = stage_specs(widths, [4 * 2**level for level in range(len(widths))])
-        return specs
+        widths = getattr(config, "stage_out_channels", None) or config.hidden_sizes
+        return stage_specs(widths, [4 * 2**level for level in range(len(widths))])
 
     def stage_modules(self) -> Sequence[nn.Module]:
-        if self.backbone.config.model_type == "timm_backbone":
-            return timm_stages(self.backbone._backbone)
+        if hasattr(self.backbone, "feature_info"):
+            return timm_stages(self.backbone, self.backbone.feature_info.info)
         return list(self.backbone.encoder.stages)
+
+    def freeze_unused(self) -> None:
+        super().freeze_unused()
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            logger.warning(
+                "The backbone of this %s is frozen, as transformers leaves a ResNet of its own in models of the DETR kind: losses "
+                "of its features teach nothing. model.model.unfreeze_backbone() makes it learn.",
+                type(self.model).__name__,
+            )
 
     def depths(self) -> dict[nn.Parameter, int]:
         inside = set(self.backbone.parameters())  # Deformable DETR's level embeddings come before it
@@ -51,7 +62,9 @@ class DetrAdapter(DetectionAdapter):
 
     @property
     def pyramid_specs(self) -> dict[str, FeatureSpec]:
-        return {name: FeatureSpec(self.model.config.d_model, stride) for name, stride in self.pyramid_levels.items()}
+        config = self.model.config
+        width = getattr(config, "hidden_size", None) or config.d_model
+        return {"p5": FeatureSpec(width, list(self.feature_specs.values())[-1].stride)}
 
     @property
     def offers(self) -> frozenset[str]:
@@ -65,14 +78,8 @@ class DetrAdapter(DetectionAdapter):
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
         labels = None if targets is None else detr_labels(targets, self.label_sizes(targets))
         mask = None if pixel_mask is None else pixel_mask.long()
-        levels = (
-            dict(zip(self.feature_specs, self.backbone.encoder.stages, strict=True))
-            if hasattr(self.backbone, "encoder")
-            else {}
-        )
-        with tapped(levels or {"all": self.backbone._backbone}) as stages:
+        with tapped(dict(zip(self.feature_specs, self.stage_modules(), strict=True))) as maps:
             outputs = self.model(pixel_values=pixel_values, pixel_mask=mask, labels=labels, output_hidden_states=True)
-        maps = dict(zip(self.feature_specs, stages["all"], strict=True)) if "all" in stages else stages
         output = DenseOutput(
             {name: maps[name] for name in self.feature_specs},
             None,
@@ -94,7 +101,7 @@ class DetrAdapter(DetectionAdapter):
     def pyramid(self, outputs: Any, size: tuple[int, int]) -> dict[str, Tensor]:
         """Maps of the encoder."""
         tokens, grids, start = outputs.encoder_last_hidden_state, {}, 0
-        for name, stride in self.pyramid_levels.items():
+        for name, (_, stride) in self.pyramid_specs.items():
             height, width = -(-size[0] // stride), -(-size[1] // stride)
             part = tokens[:, start : start + height * width]
             grids[name], start = part.transpose(1, 2).unflatten(2, (height, width)), start + height * width
@@ -113,17 +120,11 @@ class ConditionalDetrAdapter(DetrAdapter):
     processor_class = "ConditionalDetrImageProcessor"
     softmax = False
 
-    @property
-    def pyramid_specs(self) -> dict[str, FeatureSpec]:
-        width = getattr(self.model.config, "hidden_size", None) or self.model.config.d_model
-        return {"p5": FeatureSpec(width, 32)}
-
 
 class DeformableDetrAdapter(ConditionalDetrAdapter):
     """Deformable DETR: four levels of the encoder, strides 8 to 64."""
 
     processor_class = "DeformableDetrImageProcessor"
-    pyramid_levels = {"p3": 8, "p4": 16, "p5": 32, "p6": 64}
 
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         if self.model.config.two_stage or self.model.config.num_feature_levels != 4:
@@ -134,7 +135,7 @@ class DeformableDetrAdapter(ConditionalDetrAdapter):
 
     @property
     def pyramid_specs(self) -> dict[str, FeatureSpec]:
-        return {name: FeatureSpec(self.model.config.d_model, stride) for name, stride in self.pyramid_levels.items()}
+        return {f"p{level}": FeatureSpec(self.model.config.d_model, 2**level) for level in (3, 4, 5, 6)}
 
 
 class RTDetrAdapter(DetrAdapter):
@@ -149,7 +150,6 @@ class RTDetrAdapter(DetrAdapter):
     default_statistics = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     softmax = False
     squares = True
-    pyramid_levels = {"p3": 8, "p4": 16, "p5": 32}
 
     @property
     def pyramid_specs(self) -> dict[str, FeatureSpec]:
