@@ -13,8 +13,8 @@ from .utils.auto_classes import register_models
 if TYPE_CHECKING:
     from .adapters import describe
     from .data import load_dense_dataset
-    from .metrics import SemanticMetrics
-    from .models import TimmSegmentationConfig, TimmSegmentationModel
+    from .metrics import DetectionMetrics, SemanticMetrics
+    from .models import TimmDetectionConfig, TimmDetectionModel, TimmSegmentationConfig, TimmSegmentationModel
     from .training.config import BCDConfig
     from .training.trainer import BCDTrainer
 
@@ -23,7 +23,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "BCDConfig": "training.config",
     "BCDTrainer": "training.trainer",
+    "DetectionMetrics": "metrics",
     "SemanticMetrics": "metrics",
+    "TimmDetectionConfig": "models",
+    "TimmDetectionModel": "models",
     "TimmSegmentationConfig": "models",
     "TimmSegmentationModel": "models",
     "describe": "adapters",
@@ -33,7 +36,10 @@ _HOMES = {
 __all__ = [
     "BCDConfig",
     "BCDTrainer",
+    "DetectionMetrics",
     "SemanticMetrics",
+    "TimmDetectionConfig",
+    "TimmDetectionModel",
     "TimmSegmentationConfig",
     "TimmSegmentationModel",
     "describe",

@@ -30,6 +30,7 @@ from benchmarks.plot import plot_relation
 from benchmarks.step import PAIRS, step_row
 
 from hf_bcd.cli import run
+from hf_bcd.commands.methods import tasks_of
 from hf_bcd.losses import LOSSES
 from hf_bcd.utils.costs import device_name
 from hf_bcd.utils.files import write_json
@@ -43,7 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--largest", type=int, default=SIZES[-1], help="most positions of the context loss")
-    parser.add_argument("--methods", default=",".join(sorted(LOSSES)), help="methods to measure; all by default")
+    of_pixels = sorted(name for name in LOSSES if "segmentation" in tasks_of(name))
+    parser.add_argument(
+        "--methods", default=",".join(of_pixels), help="methods to measure; by default all for label maps"
+    )
     parser.add_argument("--write_costs", type=Path, help="also write the methods' costs to this file, for their table")
     parser.add_argument(
         "--side", type=int, default=None, help="crop: 512, for the whole step 512 on a GPU and 128 on the CPU"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, TrainerCallback
 
-from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel
+from hf_bcd import BCDConfig, BCDTrainer, TimmDetectionModel, TimmSegmentationModel
 from hf_bcd.data import DenseDatasets, load_dense_dataset
 
 
@@ -50,6 +50,24 @@ def tiny_segformer(seed: int = 0, width: int = 8) -> SegformerForSemanticSegment
 
 def scenes(train: int = 8, validation: int = 3, size: tuple[int, int] = (48, 64)) -> DenseDatasets:
     return load_dense_dataset("synthetic", size=size, num_images={"train": train, "validation": validation, "test": 2})
+
+
+def boxes(train: int = 8, validation: int = 3, size: tuple[int, int] = (48, 64)) -> DenseDatasets:
+    """The same scenes with boxes around persons and vehicles."""
+    numbers = {"train": train, "validation": validation, "test": 2}
+    return load_dense_dataset("synthetic_detection", size=size, num_images=numbers)
+
+
+def tiny_detector(head: str = "gfl", seed: int = 0, **config: Any) -> TimmDetectionModel:
+    torch.manual_seed(seed)
+    small = {"neck_channels": 8, "head_channels": 8, "head_convs": 2, "norm_groups": 2, "strides": [8, 16, 32]}
+    names = {0: "person", 1: "vehicle"}
+    return TimmDetectionModel.from_backbone(
+        "resnet10t",
+        head=head,
+        backbone_kwargs={"channels": [8, 8, 16, 16], "stem_width": 8},
+        **{**small, "id2label": names, "label2id": {name: index for index, name in names.items()}, **config},
+    )
 
 
 def parquet_scenes(folder: Path, shards: list[int], validation: int = 2, seed: int = 0) -> Path:

@@ -1,4 +1,4 @@
-"""Shows what a data set holds: source, terms, splits, and sizes, ids and classes of the first rows of each.
+"""Shows what a data set holds: source, terms, splits, and sizes, ids, boxes and classes of the first rows of each.
 
 hf-bcd check ade20k --data_dir path/to/ADEChallengeData2016
 hf-bcd check user/name --label_column mask --reduce_labels
@@ -6,11 +6,13 @@ hf-bcd check path/to/data --every_row
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data import CATALOG, DenseDataset, DenseDatasets, load_dense_dataset
+from ..data import CATALOG, BoxDataset, DenseDataset, DenseDatasets, load_dense_dataset
+from ..data.box_probing import PROBED_PICTURES, survey_boxes
+from ..data.boxes import FORMATS
 from ..data.probing import PROBED_ROWS, judge, survey
 from ..utils.messages import UserError
 
@@ -28,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--id2label", help="JSON file with the class names")
     parser.add_argument("--reduce_labels", action="store_true", help="0 is void and classes start at 1")
     parser.add_argument("--ignore_labels", type=int, nargs="+", default=[], help="further ids that are void")
+    parser.add_argument("--task", help="object-detection where a source has both masks and boxes")
+    parser.add_argument("--box_format", help=f"how boxes are stored, if it is not recognised: {', '.join(FORMATS)}")
     parser.add_argument("--every_row", action="store_true", help="read all images and masks, not only the first ones")
     options = vars(parser.parse_args(argv))
     name, alias = options.pop("name"), options.pop("dataset_name")
@@ -64,16 +68,41 @@ def _lines(data: DenseDatasets, name: str, every_row: bool) -> Iterator[str]:
         expected = spec.images.get(split) if spec else None
         agrees = "" if expected is None else ", as expected" if expected == len(dataset) else f", expected {expected}"
         yield f"\n{split}: {len(dataset)} images{agrees}"
-        yield from _split_lines(dataset, len(dataset) if every_row else min(len(dataset), PROBED_ROWS))
+        probed = PROBED_PICTURES // len(data) if isinstance(dataset, BoxDataset) else PROBED_ROWS
+        yield from _split_lines(dataset, len(dataset) if every_row else min(len(dataset), probed))
     absent = [split for split in spec.images if split not in data] if spec else []
     if absent:
         yield f"\nnot there: {', '.join(absent)}"
 
 
-def _split_lines(dataset: DenseDataset, rows: int) -> Iterator[str]:
-    found = survey(map(dataset.rows.__getitem__, range(rows)), dataset.rule, dataset.num_labels)
+def _split_lines(dataset: Any, rows: int) -> Iterator[str]:
     yield f"  of the first {rows}" if rows < len(dataset) else f"  of all {rows}"
-    yield f"  image sizes (width x height): {', '.join(f'{width}x{height}' for width, height in sorted(found.sizes))}"
+    yield from (_box_lines if isinstance(dataset, BoxDataset) else _mask_lines)(dataset, rows)
+
+
+def _box_lines(dataset: BoxDataset, rows: int) -> Iterator[str]:
+    found = survey_boxes(map(dataset.rows.__getitem__, range(rows)), dataset.rule, dataset.num_labels)
+    sizes = sorted(found.sizes, key=lambda size: size[0] * size[1])
+    yield f"  image sizes (width x height): {_sizes(sizes) if len(sizes) < 9 else f'{len(sizes)} from {_sizes(sizes[:1])} to {_sizes(sizes[-1:])}'}"
+    yield f"  {dataset.rule.in_words()}"
+    yield f"  boxes: {found.boxes.sum()}, at most {found.most} in a picture; {found.empty} pictures without"
+    yield f"  crowds: {found.crowds}; degenerate: {found.degenerate}; repeated: {found.repeated}; clipped: {found.clipped}"
+    for index in found.boxes.nonzero()[0].tolist():
+        yield f"  class {index:3d}: {found.boxes[index]:6d}  {dataset.id2label[index]}"
+    absent = [name for index, name in dataset.id2label.items() if not found.boxes[index]]
+    if absent and rows == len(dataset):
+        yield f"  no box of {len(absent)} classes: {', '.join(absent[:8])}{', ...' if absent[8:] else ''}"
+    for note in dict.fromkeys([*dataset.notes, *(found.notes() if rows == len(dataset) else ())]):
+        yield f"  please check: {note}"
+
+
+def _sizes(sizes: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
+
+
+def _mask_lines(dataset: DenseDataset, rows: int) -> Iterator[str]:
+    found = survey(map(dataset.rows.__getitem__, range(rows)), dataset.rule, dataset.num_labels)
+    yield f"  image sizes (width x height): {_sizes(found.sizes)}"
     yield f"  masks stored as: {', '.join(sorted(found.modes))}"
     yield f"  ids stored: {', '.join(map(str, sorted(found.stored)))}"
     yield f"  void: {found.void_share:.1%} of the pixels"

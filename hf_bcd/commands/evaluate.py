@@ -15,7 +15,7 @@ from ..runs.arguments import parse_arguments
 from ..runs.experiment import evaluate_model, final_split, load_data
 from ..runs.report import metrics_table, protocol
 from ..tasks import task_of
-from ..training.hardware import limit_threads
+from ..training.hardware import fit_loaders, limit_threads
 from ..utils.files import write_json
 from ..utils.messages import UserError
 
@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     """Scores the model that the arguments name; `argv` is the process's own command line by default."""
     model_args, data_args, config = parse_arguments(argv, description=__doc__)
     limit_threads()
+    fit_loaders(config)
     if model_args.student is None:
         raise UserError("name the model to evaluate with --student (Hub id or folder).")
     spec = ModelSpec.parse(model_args.student, "student")

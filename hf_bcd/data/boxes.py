@@ -10,6 +10,8 @@ from ..utils.messages import UserError
 
 
 MIN_SIDE = 1.0  # pixels; smaller boxes teach nothing
+FRACTIONS = 0.9  # share of the values up to 1; in pixels, the far sides of corners are above
+MOST_OUTSIDE = 0.2  # of real boxes, few end outside of their picture
 
 Corners = Callable[[np.ndarray], np.ndarray]
 
@@ -100,11 +102,9 @@ class BoxRule:
         found = [index.get(category, -1) for category in raw.categories.tolist()]
         if -1 in found:
             wrong = found.index(-1)
-            shown = f"0..{num_labels - 1}" if self.categories is None else ", ".join(map(repr, list(known)[:8]))
             raise UserError(
                 f"{name}: box {wrong} has the category {raw.categories.tolist()[wrong]!r}, which is none of the "
-                f"{num_labels} known ones ({shown}{', ...' if len(known) > 8 and self.categories else ''}). Correct the "
-                "annotation, or name all classes (`--id2label`)."
+                f"{num_labels} classes. Correct the annotation, or name all classes (`--id2label`)."
             )
         return np.array(found, np.int64)
 
@@ -125,7 +125,7 @@ class BoxRule:
         classes = self.classes(raw, num_labels, name)
         corners = self.corners(raw, size)
 
-        def refuse(wrong: np.ndarray, what: str, remedy: str) -> None:
+        def refuse(wrong: Any, what: str, remedy: str) -> None:
             if wrong.any():
                 place = int(wrong.argmax())
                 raise UserError(
@@ -175,3 +175,99 @@ def to_train_on(sample: Any) -> np.ndarray:
     plain = ~sample["crowd"] & ~is_degenerate(boxes, sample["areas"])
     plain[plain] = ~is_repeated(boxes[plain], classes[plain])
     return plain
+
+
+class Looked(NamedTuple):
+    """Stored boxes of a picture whose width and height are known."""
+
+    raw: RawBoxes
+    size: tuple[int, int]
+    name: str
+
+
+def recognise(looked: Sequence[Looked], stated: str | None, by: str) -> tuple[str, str]:
+    """The format of stored boxes, and a clause that says how it is known.
+
+    Corners (xyxy) are impossible where a side would be negative; left, top, width and height (xywh) also where the box
+    would end more than a pixel outside of the picture. If both are possible, the stated areas decide. Values that are
+    at most 1 (but for a few boxes that end outside) are fractions of the picture's sides, of the centre and the size unless these are impossible.
+
+    Args:
+        looked: some pictures.
+        stated: the format that an option or the kind of file states; None for none.
+        by: what states it, in words.
+
+    Raises:
+        UserError: the boxes fit no format, or several; or they fit another one than what is stated.
+    """
+    looked = [one for one in looked if len(one.raw.boxes) and np.isfinite(one.raw.boxes).all()]
+    if stated is not None and stated not in FORMATS:
+        raise UserError(f"box_format is {stated!r}; choose one of {', '.join(FORMATS)}.")
+    if not looked:
+        return stated or "xywh", by if stated else "and no picture that was looked at has any"
+    values = np.concatenate([one.raw.boxes for one in looked])
+    fractions = bool((values <= 1).mean() > FRACTIONS)
+    candidates = ("cxcywh_normalised", "xyxy_normalised") if fractions else ("xywh", "xyxy")
+    wrong = {name: _impossible(looked, name) for name in {*candidates, stated} - {None}}
+
+    def example(box_format: str) -> str:
+        place = int(wrong[box_format].argmax())
+        owner = int(np.searchsorted(np.cumsum([len(one.raw.boxes) for one in looked]), place, side="right"))
+        one = looked[owner]
+        return f"{shown(values[place])} in {one.name}, {one.size[0]}x{one.size[1]} (width x height)"
+
+    if stated is not None:
+        read = f"boxes are read as {stated}, {by}, but"
+        others = [name for name in candidates if name != stated and not wrong[name].any()]
+        if fractions != FORMATS[stated][1]:
+            what = "at most 1, as fractions of the picture's sides are" if fractions else "above 1, as no fraction is"
+            raise UserError(f"{read} values are {what}, such as {example(stated)}. {_remedy(*candidates[:1])}")
+        if others and wrong[stated].mean() > MOST_OUTSIDE:
+            raise UserError(
+                f"{read} that is impossible for {int(wrong[stated].sum())} of {len(values)}, such as {example(stated)}, "
+                f"while all of them could be {others[0]}. {_remedy(others[0])}"
+            )
+        return stated, by
+    possible = [name for name in candidates if not wrong[name].any()]
+    if len(possible) == 1:
+        (other,) = set(candidates) - set(possible)
+        count = int(wrong[other].sum())
+        return possible[0], f"since {count} of {len(values)} boxes looked at are impossible as {other}"
+    if not possible:
+        reasons = "; ".join(f"not {name}, for {example(name)}" for name in candidates)
+        raise UserError(f"the boxes fit no format: {reasons}. {_remedy()}")
+    distance = {name: _area_distance(looked, name) for name in candidates}
+    closest, farther = sorted(candidates, key=distance.__getitem__)
+    if not distance[closest] < distance[farther] / 2:
+        raise UserError(
+            f"the {len(values)} boxes looked at could be {' or '.join(candidates)}, such as {example(candidates[0])}, and "
+            f"no areas tell. {_remedy()}"
+        )
+    return closest, f"since the stated areas differ from those of the boxes by {distance[closest]:.0%} on average"
+
+
+def _remedy(box_format: str = "xywh") -> str:
+    return f"Give the format that they have (`--dataset_options.box_format {box_format}`), or mend the annotations."
+
+
+def _impossible(looked: Sequence[Looked], box_format: str) -> np.ndarray:
+    """Which boxes of several pictures cannot have a format: bool `[N]`."""
+    rule, parts = BoxRule(box_format), []
+    for one in looked:
+        corners = rule.corners(one.raw, one.size)
+        negative = (corners[:, 2:] < corners[:, :2]).any(axis=1)
+        beyond = ((corners[:, 2:] > np.add(one.size, 1)) | (corners[:, :2] < -1)).any(axis=1)
+        # corners say where a box is, so that one which is partly outside is no other format
+        parts.append(negative if FORMATS[box_format][0] in (_xyxy, _voc) else negative | beyond)
+    return np.concatenate(parts)
+
+
+def _area_distance(looked: Sequence[Looked], box_format: str) -> float:
+    """Mean relative distance of stated areas from those of the boxes, if these had a format; inf without areas."""
+    rule, parts = BoxRule(box_format), []
+    for one in looked:
+        corners = rule.corners(one.raw, one.size)
+        known = one.raw.areas > 0
+        parts.append(np.abs((corners[:, 2:] - corners[:, :2]).prod(axis=1)[known] / one.raw.areas[known] - 1))
+    distances = np.concatenate(parts)
+    return float(distances.mean()) if len(distances) else float("inf")

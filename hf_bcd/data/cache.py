@@ -37,7 +37,7 @@ class SampleCache:
     """
 
     def __init__(self, samples: Any, name: str, capacity: int | None = None):
-        self.samples, self.name = samples, name
+        self.samples, self.name, self._packed, self._unpacked = samples, name, samples.packed, samples.unpacked
         if capacity is None:
             probed = np.linspace(0, len(samples) - 1, min(len(samples), PROBED_IMAGES)).round().astype(int).tolist()
             sizes = [sum(part.size for part in self._parts(samples[index])) for index in probed]
@@ -67,20 +67,20 @@ class SampleCache:
         entry = 8 + 32 * index
         height, width, extra, place = struct.unpack_from("4q", self._index, entry)
         if place:
-            return self.samples.unpacked(*self._arrays(place - 1, height, width, extra))
+            return self._unpacked(*self._arrays(place - 1, height, width, extra))
         image, truth = self._parts(self.samples[index])
         height, width, _ = image.shape
         place = self._reserve(image.size + truth.size)
         if place is None:
-            return self.samples.unpacked(image, truth)
+            return self._unpacked(image, truth)
         pixels, kept = self._arrays(place, height, width, truth.size)
         pixels[:], kept[:] = image, truth
         struct.pack_into("3q", self._index, entry, height, width, truth.size)
         struct.pack_into("q", self._index, entry + 24, place + 1)
-        return self.samples.unpacked(pixels, kept)
+        return self._unpacked(pixels, kept)
 
     def _parts(self, sample: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        return np.asarray(sample["image"]), self.samples.packed(sample)
+        return np.asarray(sample["image"]), self._packed(sample)
 
     def _reserve(self, size: int) -> int | None:
         with self._lock:

@@ -38,6 +38,20 @@ def aliases_of(split: str) -> list[str]:
     return [alias for alias, name in SPLIT_ALIASES.items() if name == split]
 
 
+SPLIT_NAMES = [name for split in ("train", "validation", "test") for name in (split, *aliases_of(split))]
+
+
+def named_splits(splits: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Splits by their usual names; a `UserError` names two that stand for the same one, or one without images."""
+    renamed = {usual_name(split): rows for split, rows in splits.items()}
+    if len(renamed) < len(splits):
+        raise UserError(f"{source}: several of the splits {', '.join(splits)} stand for the same one; keep one.")
+    for split, rows in renamed.items():
+        if not (len(rows) if hasattr(rows, "__len__") else any(True for _ in rows)):
+            raise UserError(f"{source}: split {split!r} holds no images.")
+    return renamed
+
+
 class Row(NamedTuple):
     """One raw sample: files, their encoded bytes or decoded images, with names for error messages."""
 
@@ -72,13 +86,13 @@ class Rows(Protocol):
 class ReadRows:
     """Rows that `read(*item)` makes of each item, such as its paths."""
 
-    def __init__(self, items: Sequence[tuple[Any, ...]], read: Callable[..., Row]):
+    def __init__(self, items: Sequence[tuple[Any, ...]], read: Callable[..., Any]):
         self.items, self.read = items, read
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Any:
         return self.read(*self.items[index])
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, cast
 
 import numpy as np
 import torch
@@ -47,8 +47,8 @@ def read_boxes(row: BoxRow, rule: BoxRule, num_labels: int) -> BoxSample:
             entry while they state none, or a box is wrong, see `BoxRule.apply`.
     """
     image = oriented(read_image(row.image, row.image_name), row.label.size, row.image_name)
-    truth: Any = rule.apply(row.label, image.size, num_labels, row.label_name)
-    return {"image": to_rgb(image, row.image_name), **truth}
+    truth = rule.apply(row.label, image.size, num_labels, row.label_name)
+    return cast(BoxSample, {"image": to_rgb(image, row.image_name), **truth})
 
 
 def oriented(image: Image.Image, size: tuple[int, int] | None, name: str) -> Image.Image:
@@ -74,6 +74,7 @@ class BoxDataset(DenseDataset):
 
     rule: BoxRule = field(default_factory=BoxRule)  # type: ignore[assignment]
     task: ClassVar[str] = DETECTION
+    ignore_index: ClassVar[None] = None  # type: ignore[misc] # no box is void
 
     def decode(self, row: Any) -> Any:
         """Decodes a row; see `read_boxes`."""

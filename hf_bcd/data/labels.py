@@ -179,15 +179,14 @@ def _table(rule: LabelRule, num_labels: int) -> np.ndarray:
     return table
 
 
-def read_id2label(source: NameSource) -> dict[int, str]:
+def read_id2label(source: NameSource, *, of_pixels: bool = True) -> dict[int, str]:
     """Class names by id, from a mapping, a list or a JSON file of either.
 
     A list holds names in the order of ids, or objects with `id` and `name` as annotation tools write them; a mapping has
-    names, or objects with `name`, by id.
+    names, or objects with `name`, by id. Pixels have 2 to 255 classes; things have one or any number.
 
     Raises:
-        UserError: a name is no text, the ids are not 0..n-1, a name occurs twice, or there are fewer than two classes
-            or more than 255.
+        UserError: a name is no text, the ids are not 0..n-1, a name occurs twice, or there are too few or too many classes.
     """
     origin, names = "id2label", cast(Any, source)
     if isinstance(source, str | Path):
@@ -213,17 +212,20 @@ def read_id2label(source: NameSource) -> dict[int, str]:
         if int(index) in id2label:
             raise UserError(f"{origin}: id {index} has two names, {id2label[int(index)]!r} and {label!r}; keep one.")
         id2label[int(index)] = label
-    if id2label.get(IGNORE_INDEX, "").casefold() in VOID_NAMES:  # which it is without a name
+    if of_pixels and id2label.get(IGNORE_INDEX, "").casefold() in VOID_NAMES:  # which it is without a name
         del id2label[IGNORE_INDEX]
     id2label = dict(sorted(id2label.items()))
-    if list(id2label) != list(range(len(id2label))) or not 1 <= len(id2label) <= MAX_LABELS:
+    if list(id2label) != list(range(len(id2label))) or not 1 <= len(id2label) <= (
+        MAX_LABELS if of_pixels else len(id2label)
+    ):
         holes = sorted(set(range(max(id2label, default=0))) - id2label.keys())[:5]
+        limit = f" with n at most {MAX_LABELS} (255 marks void pixels)" if of_pixels else ""
         missing = f"; {', '.join(map(str, holes))} {'have' if len(holes) > 1 else 'has'} no name" if holes else ""
         raise UserError(
-            f"{origin}: class ids must be 0..n-1 with n at most {MAX_LABELS} (255 marks void pixels), got {len(id2label)} "
+            f"{origin}: class ids must be 0..n-1{limit}, got {len(id2label)} "
             f"ids from {min(id2label, default=None)} to {max(id2label, default=None)}{missing}."
         )
-    if len(id2label) == 1:
+    if len(id2label) == 1 and of_pixels:
         raise UserError(
             f"{origin}: one class, {id2label[0]!r}, which every pixel would get. Name what the other pixels are as a class "
             "of its own, such as background."

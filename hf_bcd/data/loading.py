@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.messages import UserError
+from .box_loading import assemble_boxes
 from .boxes import BoxRow, BoxRule
 from .dataset import (
+    SPLIT_NAMES,
+    TASK,
     DenseDataset,
     DenseDatasets,
     ReadRows,
     Row,
     UnlabelledError,
-    aliases_of,
-    usual_name,
+    named_splits,
 )
-from .detection import BoxDataset
+from .detection import DETECTION, BoxDataset
 from .labels import MAX_LABELS, LabelRule, NameSource, read_id2label
 from .probing import PROBED_ROWS, Survey, infer_id2label, is_labelled, judge, probed_rows, survey
-from .sources.catalog import CATALOG, open_known
+from .sources.box_layouts import BoxSource, open_boxes
+from .sources.box_tables import BoxTableRows, read_either
+from .sources.catalog import CATALOG, open_copy, open_known
 from .sources.layouts import has_file_pairs, pair_folders
-from .sources.tables import hub_names, load_tables, read_tables
+from .sources.tables import hub_names, load_tables
 from .streaming import DenseStream, StreamRows, open_streams
 
 
@@ -38,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 NAME_FILES = ("id2label.json", "classes.json")
 METADATA_FILES = [f"{folder}metadata.{kind}" for folder in ("", "*/") for kind in ("csv", "jsonl", "parquet")]
-SPLIT_NAMES = [name for split in ("train", "validation", "test") for name in (split, *aliases_of(split))]
 FOLDERS = {split: (f"{split}/images", f"{split}/masks") for split in SPLIT_NAMES}
 SCENE_COUNTS = {"train": 1000, "validation": 200, "test": 200}
 SCENES = {"synthetic": ("size", "seed", "num_classes"), "synthetic_detection": ("size", "seed")}  # and num_images
@@ -58,52 +61,64 @@ def load_dense_dataset(
     streaming: bool = False,
     shuffle_buffer: int = 1000,
     max_eval_samples: int | None = None,
+    task: str | None = None,
+    box_format: str | None = None,
     **scene_options: Any,
 ) -> DenseDatasets:
-    """Loads a segmentation data set in canonical form, whatever its source.
+    """Loads a data set of pictures with label maps or with boxes in canonical form, whatever its source.
 
     Args:
         name_or_path: one of
             - a name in `CATALOG`, whose label rule and class names are known;
             - a folder with `{train,val,test}/{images,masks}`, where image and mask have the same stem, and
               optionally `id2label.json` or `classes.json`; a `Path` is always a folder;
+            - a folder with boxes in COCO's JSON, YOLO's text files or Pascal VOC's XML, see `sources.box_layouts`;
             - a folder that `datasets.load_dataset` reads, such as an `imagefolder` whose `metadata.jsonl` has `file_name`
-              and `mask_file_name`;
+              and `mask_file_name`, or `objects` with `bbox` and `category`;
             - a Hub id `user/name`;
             - a loaded data set; a single `Dataset` counts as the split `train`.
         data_dir: root of the local copy of a data set of the catalog; otherwise a folder inside the source.
         config: configuration of a Hub id or folder, if it has several.
         revision: branch, tag or commit of a Hub id.
         image_column: column of the images; found by its name if None.
-        label_column: column of the masks; found by its name if None.
+        label_column: column of the masks or of the things with their boxes; found by its name if None.
         id2label: class names as mapping, list or JSON file. If None: from the features, or the file `id2label.json` of
-            the folder or Hub id, else inferred as 0 to the largest id in all masks of `train`.
+            the folder or Hub id, else inferred as 0 to the largest id in all masks of `train`, or as the categories of
+            its boxes.
         reduce_labels: stored 0 is void and class k is stored as k + 1.
         ignore_labels: further stored ids that are void. 255 always is.
         streaming: give `train` as a `DenseStream`, which is read while training and never stored; the other splits are
             stored. For Hub ids and folders that `datasets` reads, with known class names.
         shuffle_buffer: number of encoded samples of a stream from which the next one is drawn.
         max_eval_samples: number of samples of each other split that streaming stores; None for all.
-        scene_options: for `synthetic`: `num_images` (split -> number), `size`, `seed`, `num_classes`.
+        task: `semantic-segmentation` or `object-detection` where a source has both masks and boxes; None takes the masks.
+        box_format: how boxes are stored, a key of `boxes.FORMATS` such as `xywh`; recognised if None.
+        scene_options: for `synthetic`: `num_images` (split -> number), `size`, `seed`, `num_classes`; for
+            `synthetic_detection` all but the last.
 
     Returns:
-        The splits that exist, usually `train`, `validation` and `test`.
+        The splits that exist, usually `train`, `validation` and `test`: `DenseDataset` of label maps, `BoxDataset` of boxes.
 
     Raises:
         UserError: the source does not exist or is incomplete, columns or class names cannot be found, one of the rows
-            that are looked at cannot be read, or the masks do not agree with names and rule.
+            that are looked at cannot be read, or the masks do not agree with names and rule; and see `assemble_boxes`.
     """
-    if scene_options and name_or_path not in SCENES:
+    if task not in (None, TASK, DETECTION):
+        raise UserError(f"task is {task!r}; data sets have {TASK!r} or {DETECTION!r}.")
+    if streaming and task == DETECTION:
+        raise UserError("Pictures with boxes are not streamed: leave streaming out (`--streaming`).")
+    if scene_options and name_or_path not in tuple(SCENES):
         raise UserError(f"Arguments {', '.join(scene_options)} are for the data sets {' and '.join(SCENES)} only.")
     if shuffle_buffer < 1:
         raise UserError(f"shuffle_buffer is {shuffle_buffer}; a stream draws from at least one sample.")
     limits = {"shuffle_buffer": shuffle_buffer, "max_eval_samples": max_eval_samples}
-    open_tables: Callable[..., Mapping[str, Any]] = partial(open_streams, **limits) if streaming else load_tables
+    read: Any = partial(read_either, boxes=None if task is None else task == DETECTION)
+    open_tables: Any = partial(open_streams, **limits) if streaming else partial(load_tables, read=read)
     columns = {"image_column": image_column, "label_column": label_column}
     if isinstance(name_or_path, str) and name_or_path in CATALOG:
         fixed = {"config": config, "revision": revision, **columns, "id2label": id2label}
         fixed |= {"reduce_labels": reduce_labels, "ignore_labels": ignore_labels}
-        fixed |= {"data_dir": data_dir if name_or_path in SCENES else None}
+        fixed |= {"data_dir": data_dir, "box_format": box_format} if name_or_path in SCENES else {}
         if any(fixed.values()):
             raise UserError(
                 f"{', '.join(key for key, value in fixed.items() if value)} cannot be set for {name_or_path!r}, whose "
@@ -115,9 +130,18 @@ def load_dense_dataset(
             logger.warning(
                 "%r is the known data set of that name; the folder %s here would be ./%s.", *[name_or_path] * 3
             )
+        known_task = CATALOG[name_or_path].task
+        if task not in (None, known_task) or (box_format and known_task != DETECTION):
+            raise UserError(
+                f"{name_or_path} is a data set for {known_task}: leave task and box_format out, or take another."
+            )
         if name_or_path in SCENES:
             return _load_scenes(name_or_path, **scene_options)
-        opened = open_known(name_or_path, data_dir, open_tables, max_eval_samples if streaming else None)
+        if known_task == DETECTION:
+            root, found = open_copy(name_or_path, data_dir)
+            return assemble_boxes(name_or_path, found, str(root), box_format=box_format)
+        known_tables = open_tables if streaming else load_tables
+        opened = open_known(name_or_path, data_dir, known_tables, max_eval_samples if streaming else None)
         return _probed(_assemble(name_or_path, *opened))
 
     rule = LabelRule(reduce_zero=reduce_labels, void_ids=tuple(ignore_labels))
@@ -132,14 +156,20 @@ def load_dense_dataset(
             id2label = id2label or next((root / file for file in NAME_FILES if (root / file).is_file()), None)
             # Metadata may pair files of different names, so it goes before the pairing by stem.
             described = any(has_file_pairs(file) for pattern in METADATA_FILES for file in root.glob(pattern))
-            rows: Mapping[str, Any] = {} if described else pair_folders(root, FOLDERS)
+            masks = described or any((root / folder).is_dir() for _, folder in FOLDERS.values())
+            if (boxes := open_boxes(root) if task == DETECTION or (task is None and not masks) else None) is not None:
+                fixed = {"config": config, "revision": revision, **columns, "reduce_labels": reduce_labels}
+                _refuse_useless(
+                    fixed | {"ignore_labels": ignore_labels, "streaming": streaming}, f"{root}: {boxes.kind}"
+                )
+                return assemble_boxes(name, boxes, source, id2label, box_format)
+            rows: Mapping[str, Any] = {} if described or task == DETECTION else pair_folders(root, FOLDERS)
             if rows and streaming:
                 raise _nothing_to_stream(root)
             of_tables = {"config": config, **columns} if rows else {}
-            useless = [key for key, value in {"revision": revision, **of_tables}.items() if value]
-            if useless:
-                raise UserError(f"{root}: {', '.join(useless)} cannot be set for this kind of folder. Leave it out.")
+            _refuse_useless({"revision": revision, **of_tables}, str(root))
             if rows:
+                _refuse_useless({"box_format": box_format}, str(root))
                 return _probed(_assemble(name, rows, source, id2label, rule))
             rows = open_tables(source, name, **columns, config=config)
         else:
@@ -150,11 +180,24 @@ def load_dense_dataset(
         raise _nothing_to_stream(type(name_or_path).__name__)
     else:
         name, source = "dataset", type(name_or_path).__name__
-        rows = read_tables(name_or_path, name, **columns)
-    id2label = id2label or next(iter(rows.values())).class_names
+        rows = read(name_or_path, name, **columns)
+    first = next(iter(rows.values()))
+    if isinstance(first, BoxTableRows):
+        _refuse_useless({"reduce_labels": reduce_labels, "ignore_labels": ignore_labels}, f"{source}: boxes", "data")
+        names = None if first.class_names is None else dict(enumerate(first.class_names))
+        if names is None and id2label is None and hub_id is not None:
+            id2label = hub_names(hub_id, revision)
+        return assemble_boxes(name, BoxSource(rows, names, None, "a table"), source, id2label, box_format, revision)
+    _refuse_useless({"box_format": box_format}, source, "data")
+    id2label = id2label or first.class_names
     if id2label is None and hub_id is not None:
         id2label = hub_names(hub_id, revision)
     return _probed(_assemble(name, rows, source, id2label, rule, revision))
+
+
+def _refuse_useless(options: Mapping[str, Any], where: str, kind: str = "folder") -> None:
+    if useless := [key for key, value in options.items() if value]:
+        raise UserError(f"{where}: {', '.join(useless)} cannot be set for this kind of {kind}. Leave it out.")
 
 
 def _nothing_to_stream(source: object) -> UserError:
@@ -217,12 +260,7 @@ def _assemble(
     rule: LabelRule,
     revision: str | None = None,
 ) -> DenseDatasets:
-    renamed = {usual_name(split): rows for split, rows in splits.items()}
-    if len(renamed) < len(splits):
-        raise UserError(f"{source}: several of the splits {', '.join(splits)} stand for the same one; keep one.")
-    for split, rows in renamed.items():
-        if not (len(rows) if hasattr(rows, "__len__") else any(True for _ in rows)):
-            raise UserError(f"{source}: split {split!r} holds no images.")
+    renamed = named_splits(splits, source)
     if id2label is not None:
         id2label = read_id2label(id2label)
     elif any(isinstance(rows, StreamRows) for rows in renamed.values()):

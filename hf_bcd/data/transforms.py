@@ -203,7 +203,7 @@ class BoxTrainTransform:
         teaches = to_train_on(sample)
         groups = {
             name: tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
-                torch.from_numpy(sample["boxes"][chosen]), format="XYXY", canvas_size=tuple(size)
+                torch.from_numpy(sample["boxes"][chosen]), format="XYXY", canvas_size=(size[0], size[1])
             )
             for name, chosen in (("boxes", teaches), ("crowd_boxes", sample["crowd"]))
         }

@@ -11,7 +11,7 @@ from .panels import cell_size, grey, grid, rgb, save, short, to_numpy
 from .segmentation import ERROR_COLOUR, palette
 
 
-SHOWN_SCORE = 0.5  # detections below it are not drawn
+STRIP_SCORE = 0.3  # detections below it are not drawn into the log's pictures
 MATCHING_IOU = 0.5
 MISSED_COLOUR = (255, 255, 255)
 
@@ -33,15 +33,16 @@ def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1e-9)
 
 
-def judge(prediction: Mapping[str, Any], truth: Mapping[str, Any]) -> Judgement:
+def judge(prediction: Mapping[str, Any], truth: Mapping[str, Any], least_score: float) -> Judgement:
     """Matches detections, best first, each to the true object of its class that it overlaps most, by at least a half.
 
     Args:
         prediction: `boxes` xyxy `[K, 4]`, `scores` and `labels` `[K]`, best first.
         truth: `boxes` `[N, 4]` and `classes` `[N]`; crowds are left out.
+        least_score: detections below it are left out.
     """
     boxes, scores, labels = (to_numpy(prediction[key]) for key in ("boxes", "scores", "labels"))
-    shown = np.flatnonzero(scores >= SHOWN_SCORE)
+    shown = np.flatnonzero(scores >= least_score)
     overlaps = box_iou(boxes[shown], truth["boxes"]) * (labels[shown][:, None] == truth["classes"][None])
     free, right = np.ones(len(truth["boxes"]), bool), np.zeros(len(shown), bool)
     for row, overlap in enumerate(overlaps):
@@ -55,6 +56,8 @@ def detection_figure(
     samples: Sequence[Mapping[str, Any]], id2label: Mapping[int, str], path: str | Path, errors: Sequence[str] = ()
 ) -> Path:
     """Saves a row per sample: the picture, its true boxes, those of each prediction, and the errors of some.
+
+    Scores of two models mean different things, so of each as many of the best boxes are drawn as the samples have objects.
 
     A panel of errors shows what a prediction missed (dashed) and what it says beside the truth: a wrong class or place, or an
     object for the second time.
@@ -72,10 +75,16 @@ def detection_figure(
     if not samples:
         raise ValueError("samples is empty; a comparison needs at least one sample.")
     rows, present = [], set[int]()
+    truths = [_told_apart(sample) for sample in samples]
+    number = sum(len(truth["boxes"]) for truth in truths)
+    least = {
+        name: _score_of_best([to_numpy(sample["predictions"][name]["scores"]) for sample in samples], number)
+        for name in samples[0]["predictions"]
+    }
     colours = palette(min(len(id2label), 255))
-    for sample in samples:
-        pixels, truth = rgb(sample["image"]), _told_apart(sample)
-        judged = {name: judge(prediction, truth) for name, prediction in sample["predictions"].items()}
+    for sample, truth in zip(samples, truths, strict=True):
+        pixels = rgb(sample["image"])
+        judged = {name: judge(prediction, truth, least[name]) for name, prediction in sample["predictions"].items()}
         present |= {int(index) for index in truth["classes"]}
         row = [("input", "", pixels), ("truth", f"{len(truth['boxes'])} objects", _drawn(pixels, truth, colours))]
         for name, prediction in sample["predictions"].items():
@@ -109,9 +118,15 @@ def detection_strip(
 ) -> np.ndarray:
     """A picture with its true boxes and with the predicted ones, side by side: uint8 `[H, 2 W, 3]`."""
     pixels, colours = rgb(image), palette(min(num_labels, 255))
-    shown = to_numpy(prediction["scores"]) >= SHOWN_SCORE
+    shown = to_numpy(prediction["scores"]) >= STRIP_SCORE
     found = {"boxes": to_numpy(prediction["boxes"])[shown], "classes": to_numpy(prediction["labels"])[shown]}
     return np.concatenate([_drawn(pixels, boxes, colours) for boxes in (_told_apart(truth), found)], 1)
+
+
+def _score_of_best(scores: Sequence[np.ndarray], number: int) -> float:
+    """The lowest of the `number` best of several pictures' scores."""
+    ordered = np.sort(np.concatenate(scores))[::-1]
+    return float(ordered[min(number, len(ordered)) - 1]) if number and len(ordered) else np.inf
 
 
 def _told_apart(truth: Mapping[str, Any]) -> dict[str, np.ndarray]:

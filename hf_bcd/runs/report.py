@@ -29,10 +29,11 @@ NUM_PICTURES = 4
 
 
 def metrics_table(scores: Mapping[str, Mapping[str, Any]], task: Task) -> str:
-    """A plain-text table of the task's main scores, one row a model."""
-    rows = [["", *(score.title for score in task.headline)]]
+    """A plain-text table of the task's main scores, one row a model; without those that no model has."""
+    shown = [score for score in task.headline if any(score.text(values[score.key]) for values in scores.values())]
+    rows = [["", *(score.title for score in shown)]]
     for name, values in scores.items():
-        rows.append([name, *(score.text(values[score.key]) for score in task.headline)])
+        rows.append([name, *(score.text(values[score.key]) for score in shown)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines)
@@ -43,20 +44,17 @@ def protocol(
 ) -> dict[str, Any]:
     """How the numbers were measured, in words that fix them."""
     options = student.processor_options(**task_of(data).processor_size(config))
-    size = options.get("size", {})
-    resized = f"short side resized to {config.image_size}, aspect ratio kept"
-    if "height" in size:
-        resized = f"resized to {size['width']} x {size['height']} (width x height), whatever its aspect ratio"
+    task = task_of(data)
     return {
         "dataset": data.name,
         "split": data.split,
         "num_images": len(data),
         "num_labels": data.num_labels,
         "classes_averaged": scores["classes_averaged"],
-        "input": resized if options["do_resize"] else "original size",
-        "ignore_index": data.ignore_index,
+        "input": task.sized(options["size"]) if options["do_resize"] else "original size",
+        **({"ignore_index": data.ignore_index} if data.ignore_index is not None else {}),
         "label_rule": data.rule.in_words(),
-        **task_of(data).protocol,
+        **task.protocol,
     }
 
 

@@ -39,7 +39,10 @@ def collect(study: Study) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation of a sample; no deviation for a single value."""
+    """Mean and standard deviation of a sample, NaN left out; NaN for none, no deviation for a single value."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return math.nan, None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -47,7 +50,8 @@ def paired_difference(
     values: Mapping[int, float], reference: Mapping[int, float]
 ) -> tuple[float, float | None] | None:
     """Mean difference to the reference over common seeds, if any, and half of its 95 % interval (Student's t), if several."""
-    differences = [value - reference[seed] for seed, value in values.items() if seed in reference]
+    pairs = [(value, reference[seed]) for seed, value in values.items() if seed in reference]
+    differences = [own - other for own, other in pairs if math.isfinite(own - other)]
     if not differences:
         return None
     mean, deviation = mean_and_deviation(differences)
@@ -106,6 +110,8 @@ def difference_table(results: Results, references: Mapping[str, str], task: Task
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    filled = [any(cells) for cells in zip(*rows, strict=True)]  # sizes or kinds that the data lack are left out
+    header, *rows = ([cell for cell, kept in zip(line, filled, strict=True) if kept] for line in (header, *rows))
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -155,7 +161,7 @@ def write_study_report(study: Study) -> str:
         study.folder / "results.md",
         f"# {study.name}\n\n{text}\n\n"
         f"{finished} of {len(study.runs)} runs. Scores on the {first['images']} images of the split `{first['split']}`, in "
-        "percent but for fragments; mean ± standard deviation over seeds. Differences are paired by seed, with their 95 % "
+        "percent where they are fractions; mean ± standard deviation over seeds. Differences are paired by seed, with their 95 % "
         "intervals (Student's t). Minutes are of training only.\n",
     )
     plot_scores(results, study.folder / "results.png", task)
@@ -176,7 +182,7 @@ def plot_scores(results: Results, path: Path, task: Task) -> None:
         for row, name in enumerate(names):
             values = [score.scale * one["scores"][score.key] for one in results[name].values()]
             axes.plot(values, [row] * len(values), "o", color=f"C{row % 10}", alpha=0.6, markersize=5)
-            axes.plot(statistics.fmean(values), row, "|", color="black", markersize=14)
+            axes.plot(mean_and_deviation(values)[0], row, "|", color="black", markersize=14)
         for _, scores in _teachers(results):
             axes.axvline(score.scale * scores[score.key], color="grey", linestyle=":")
         axes.set(xlabel=score.label)

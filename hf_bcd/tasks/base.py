@@ -1,5 +1,6 @@
 """A kind of dense prediction: how its samples, batches, targets, predictions and scores look."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,8 +45,8 @@ class Score(NamedTuple):
         return f"{self.title} (%)" if self.percent else self.title
 
     def text(self, value: float) -> str:
-        """The value as tables show it: two decimals."""
-        return f"{self.scale * value:.2f}"
+        """The value as tables show it: two decimals, nothing if it is no number because the data have none of that kind."""
+        return f"{self.scale * value:.2f}" if math.isfinite(value) else ""
 
 
 class Metric(Protocol):
@@ -69,6 +70,7 @@ class Task(ABC):
         per_class: a score of each class, whose value is a list.
         metrics: names of the metrics for the Hub.
         answer: a model's output in a sentence, with the number of classes.
+        limit: a sentence on what it cannot say.
         caption: the panels of `comparison` in a sentence.
         protocol: how predictions are made and scored, sentences for `protocol` in `results.json`.
         call: Jinja template of a line that runs a student by `pipeline`.
@@ -84,6 +86,7 @@ class Task(ABC):
     per_class: ClassVar[Score]
     metrics: ClassVar[tuple[str, ...]]
     answer: ClassVar[str]
+    limit: ClassVar[str]
     caption: ClassVar[str]
     protocol: ClassVar[Mapping[str, str]]
     call: ClassVar[str]
@@ -114,6 +117,12 @@ class Task(ABC):
     @abstractmethod
     def processor_size(self, args: Any) -> dict[str, Any]:
         """The size that the training arguments ask for, as arguments of an adapter's `processor_options`."""
+
+    def sized(self, size: Mapping[str, int]) -> str:
+        """In words how an image processor of this `size` resizes pictures."""
+        if "height" in size:
+            return f"resized to {size['width']} x {size['height']} (width x height), whatever its aspect ratio"
+        return f"short side resized to {size['shortest_edge']}, aspect ratio kept"
 
     @abstractmethod
     def size_args(self, saved: Mapping[str, int], squares: bool) -> dict[str, int]:

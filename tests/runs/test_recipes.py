@@ -4,21 +4,25 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hf_bcd.adapters import DenseAdapter, build_adapter
 from hf_bcd.adapters.loading import ModelSpec
+from hf_bcd.commands.methods import tasks_of
 from hf_bcd.data import CATALOG
 from hf_bcd.losses import LOSSES, build_criterion
 from hf_bcd.losses.recipe import ALWAYS_OFFERED
-from hf_bcd.models import TimmSegmentationConfig, TimmSegmentationModel
+from hf_bcd.models import TimmDetectionConfig, TimmDetectionModel, TimmSegmentationConfig, TimmSegmentationModel
 from hf_bcd.runs.arguments import parse_arguments
+from hf_bcd.training.teaching import build_losses
 
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
+# a base of several is no run of its own
+RECIPES = sorted(path for path in (ROOT / "examples" / "recipes").rglob("*.yaml") if not path.name.startswith("_"))
 PAPER_ROWS = {
     "voc2012_aug": {"pspnet18", "pspnet38", "efficientnet_b1", "segformer_b0"},
     "cityscapes": {"pspnet18", "pspnet38", "efficientnet_b1", "segformer_b0"},
@@ -47,9 +51,13 @@ each_comparison = pytest.mark.parametrize(
 def adapter_of(model: str, num_labels: int) -> DenseAdapter:
     """The model that a recipe describes (as JSON), without its weights."""
     spec = ModelSpec.parse(json.loads(model), "model")
-    fields = {"backbone": spec.backbone, "head": spec.head, "output_stride": spec.output_stride}
+    fields: dict[str, Any] = {"backbone": spec.backbone, "head": spec.head}
     with torch.device("meta"):
-        built = TimmSegmentationModel(TimmSegmentationConfig(**fields, **spec.options, num_labels=num_labels))
+        if spec.head in ("retinanet", "gfl"):
+            built: Any = TimmDetectionModel(TimmDetectionConfig(**fields, **spec.options, num_labels=num_labels))
+        else:
+            fields["output_stride"] = spec.output_stride
+            built = TimmSegmentationModel(TimmSegmentationConfig(**fields, **spec.options, num_labels=num_labels))
     return build_adapter(built)
 
 
@@ -60,17 +68,19 @@ def parse(recipe: Path):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_recipe_describes_a_run(recipe: Path) -> None:
     model, data, config = parse(recipe)
-    assert data.dataset_name in CATALOG and recipe.parent.name == data.dataset_name
+    assert data.dataset_name in CATALOG and recipe.parent.name == data.dataset_name.removesuffix("_detection")
     header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     commands = [line for line in header if "accelerate launch scripts/distill.py" in line]
-    assert commands and (data.dataset_name == "synthetic" or any(str(recipe.relative_to(ROOT)) in h for h in header))
+    assert commands and (
+        recipe.stem == "resnet18_to_resnet10" or any(str(recipe.relative_to(ROOT)) in h for h in header)
+    )
     for role, given in (("student", model.student), ("teacher", model.teacher)):
         spec = ModelSpec.parse(given or "", role)
         if spec.name_or_path:
-            assert re.fullmatch(r"(nvidia|facebook)/[a-zA-Z0-9-]+", spec.name_or_path)
+            assert re.fullmatch(r"(nvidia|facebook|ustc-community|PekingU)/[a-zA-Z0-9_-]+", spec.name_or_path)
         elif spec.backbone != "espnet":
             assert adapter_of(json.dumps(given), 5).feature_specs
-    assert config.max_steps > 0
+    assert config.max_steps > 0 or config.num_train_epochs > 0
 
 
 @pytest.mark.parametrize("dataset", PAPER_ROWS)
@@ -126,5 +136,51 @@ def test_every_method_has_a_recipe(dataset: str) -> None:
     rows = {recipe.stem.removeprefix(prefix) for recipe in COMPARED[dataset]}
     assert joint <= rows
     if dataset == "voc2012_aug":  # the paper compares fewer on COCO-Stuff
-        assert rows - joint == set(LOSSES) - {"bcd"}
+        of_segmentation = {name for name, loss in LOSSES.items() if loss.needs <= ALWAYS_OFFERED | {"head"}}
+        assert rows - joint == of_segmentation - {"bcd"}
     assert rows - joint <= set(LOSSES)
+
+
+DETECTORS = {
+    "retinanet_r101_to_r50": {
+        "at",
+        "bcd",
+        "crosskd",
+        "cwd",
+        "cwt",
+        "fam",
+        "fgd",
+        "fitnet",
+        "gid",
+        "ifd",
+        "mgd",
+        "pkd",
+        "tat",
+    },
+    "gfl_r50_to_r18": {"bcd", "crosskd", "fgd", "gid", "ld", "pkd"},
+    "dfine_l_to_s": {"bcd", "ddf", "pkd", "query_kd"},
+    "rtdetr_r101_to_r18": {"bcd", "pkd", "query_kd"},
+}
+
+
+def test_every_method_that_serves_detectors_has_a_recipe() -> None:
+    serving = {name for name in LOSSES if "detection" in tasks_of(name)}
+    assert set().union(*DETECTORS.values()) == serving
+
+
+@pytest.mark.parametrize("base", DETECTORS)
+def test_a_detectors_recipe_differs_from_its_base_in_its_losses_which_can_be_built(base: str) -> None:
+    folder = ROOT / "examples" / "recipes" / "coco"
+    base_models, base_data, base_config = parse(folder / f"{base}.yaml")
+    found = set()
+    for recipe in sorted(folder.glob(f"{base}*.yaml")):
+        models, data, config = parse(recipe)
+        found |= set(config.loss_options)
+        assert data == base_data and (models.teacher, models.student) == (base_models.teacher, base_models.student)
+        changed = {key for key, value in config.to_dict().items() if value != base_config.to_dict()[key]}
+        assert changed <= {"output_dir", "logging_dir", "losses"} and config.output_dir == f"runs/coco/{recipe.stem}"
+        if isinstance(models.student, dict):
+            student, teacher = (adapter_of(json.dumps(given), 80) for given in (models.student, models.teacher))
+            with torch.device("meta"):
+                build_losses(student, teacher, config)
+    assert found == DETECTORS[base]

@@ -8,8 +8,9 @@ import tiny
 from adapters.adapter_tiny_models import dpt, segformer
 
 from hf_bcd.adapters import build_adapter
-from hf_bcd.commands.evaluate import main, size_to_show
+from hf_bcd.commands.evaluate import main
 from hf_bcd.runs import experiment
+from hf_bcd.tasks import TASKS
 
 
 DATA = {"dataset_name": "synthetic", "dataset_options": "{size: [48, 64], num_images: {test: 2}}"}
@@ -26,7 +27,7 @@ def test_the_size_that_a_student_was_trained_at_holds(tmp_path: Path, caplog: py
     run.train()
     run.save_model()
     found = evaluate(tmp_path / "student", tmp_path)
-    assert "resizing images to 24, as the model's processor does" in caplog.text
+    assert "image_size is 24, as the model's processor has it" in caplog.text
     assert found["protocol"]["input"] == "short side resized to 24, aspect ratio kept"
     expected = experiment.evaluate_model(run.student, tiny.config(tmp_path, image_size=24), data["test"])
     assert found["scores"]["mean_iou"] == pytest.approx(expected["mean_iou"])
@@ -39,12 +40,14 @@ def test_the_size_that_a_student_was_trained_at_holds(tmp_path: Path, caplog: py
     ("model", "saved", "shown", "words"),
     [
         (segformer, {}, None, ""),
-        (segformer, {"shortest_edge": 512, "longest_edge": 2048}, 512, "resizing images to 512"),
+        (segformer, {"shortest_edge": 512, "longest_edge": 2048}, 512, ""),
         (segformer, {"height": 512, "width": 512}, None, "squashes images to 512 x 512"),
-        (dpt, {"height": 64, "width": 64}, 64, "resizing images to 64"),
+        (dpt, {"height": 64, "width": 64}, 64, ""),
         (dpt, {}, None, ""),
     ],
 )
 def test_sizes_of_image_processors(model, saved: dict, shown: int | None, words: str, caplog) -> None:
-    assert size_to_show(saved, build_adapter(model())) == shown
+    squares = "height" in build_adapter(model()).processor_options(None).get("size", {})
+    found = TASKS["semantic-segmentation"].size_args(saved, squares)
+    assert found == ({} if shown is None else {"image_size": shown})
     assert words in caplog.text and bool(caplog.records) == bool(words)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -152,29 +152,48 @@ def _open_splits(root: Path, kind: str, read: Callable[[Path, Any, dict[int, str
         tag = next((tag for tag in tags if (root / f"annotations/{kind}_{tag}.json").is_file()), None)
         if tag is None:
             continue
-        file = root / f"annotations/{kind}_{tag}.json"
         folders = [root / tag, root / "images" / tag, root / tag / "images"]
-        # The innermost: `train/images` lies in `train`.
-        images = next((folder for folder in reversed(folders) if folder.is_dir()), None)
-        if images is None:
-            raise UserError(f"{file} needs a folder with its images; expected {folders[0]}.")
-        try:
-            content = json.loads(read_text(file))
-            splits[split] = read(file, content, _image_paths(file, content["images"], images))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise UserError(f"{file}: not COCO's {kind} annotations ({error!r}).") from error
+        splits[split] = read_annotations(root / f"annotations/{kind}_{tag}.json", folders, kind, read)
     return splits
+
+
+def read_annotations(
+    file: Path, folders: Sequence[Path], kind: str, read: Callable[[Path, Any, dict[int, str]], Any]
+) -> Any:
+    """What `read` makes of a json file, its content and the paths of its images by id.
+
+    Args:
+        file: the annotation file.
+        folders: where its images may lie, the innermost last: `train/images` lies in `train`.
+        kind: `panoptic` or `instances`.
+        read: see above.
+
+    Raises:
+        UserError: the file is not of this kind, or images are missing.
+    """
+    images = next((folder for folder in reversed(folders) if folder.is_dir()), None)
+    if images is None:
+        raise UserError(f"{file} needs a folder with its images; expected {folders[0]}.")
+    try:
+        content = json.loads(read_text(file))
+        return read(file, content, _image_paths(file, content["images"], images))
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: not COCO's {kind} annotations ({error!r}).") from error
 
 
 def _image_paths(file: Path, images: list[Any], folder: Path) -> dict[int, str]:
     present = {path.name for path in folder.iterdir()}
-    missing = [image["file_name"] for image in images if image["file_name"] not in present]
+    names = [image["file_name"] for image in images]
+    missing = [name for name in names if name not in present and not ("/" in name and (folder / name).is_file())]
     if missing:
         raise UserError(
             f"{file} lists {len(images)} images, of which {len(missing)} are not in {folder}, such as {missing[0]}. "
             "Complete the folder."
         )
-    return {image["id"]: str(folder / image["file_name"]) for image in images}
+    paths = {image["id"]: str(folder / image["file_name"]) for image in images}
+    if len(paths) < len(images):
+        raise UserError(f"{file} lists {len(images)} images, but only {len(paths)} different ids. Correct the file.")
+    return paths
 
 
 def _panoptic_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows:
@@ -182,7 +201,7 @@ def _panoptic_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows
     items = []
     for annotation in content["annotations"]:
         pairs = sorted((segment["id"], segment["category_id"]) for segment in annotation["segments_info"])
-        _check_categories(file, content, (category for _, category in pairs), COCO_PANOPTIC)
+        check_categories(file, content, (category for _, category in pairs), COCO_PANOPTIC)
         segments = np.array([segment for segment, _ in pairs], dtype=np.int32)
         ids = np.array([classes[category] for _, category in pairs], dtype=np.uint8)
         mask = str(file.with_suffix("") / annotation["file_name"])
@@ -192,7 +211,7 @@ def _panoptic_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows
 
 def _instance_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows:
     by_image = defaultdict(list)
-    _check_categories(file, content, (one["category_id"] for one in content["annotations"]), COCO_THINGS)
+    check_categories(file, content, (one["category_id"] for one in content["annotations"]), COCO_THINGS)
     for annotation in content["annotations"]:
         kept = {key: annotation[key] for key in ("category_id", "iscrowd", "segmentation")}
         by_image[annotation["image_id"]].append(kept)
@@ -203,7 +222,7 @@ def _instance_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows
     return ReadRows(items, _read_instances)
 
 
-def _check_categories(file: Path, content: Any, categories: Iterable[int], known: tuple[int, ...]) -> None:
+def check_categories(file: Path, content: Any, categories: Iterable[int], known: tuple[int, ...]) -> None:
     """Compares the categories that annotations use, and the names that the file gives them, with COCO's."""
     unknown = sorted(set(categories) - set(known))
     if unknown:

@@ -122,7 +122,7 @@ class Layout:
     """The files below the root of a local copy, in words, and the function that opens it; it finds no splits elsewhere."""
 
     folders: str
-    open: Callable[[Path], LocalCopy]
+    open: Callable[[Path], Any]  # a `LocalCopy`, or a `BoxSource` of pictures with boxes
 
 
 def _open_ade20k(root: Path) -> LocalCopy:

@@ -41,12 +41,14 @@ class TableRows:
         commit: commit of the Hub repository that was read, where it came from there.
     """
 
-    def __init__(self, dataset: datasets.Dataset, image_column: str, label_column: str, name: str):
+    def __init__(
+        self, dataset: datasets.Dataset, image_column: str, label_column: str, name: str, others: Sequence[str] = ()
+    ):
         import datasets
 
         self.class_names = class_names(dataset.features, label_column)
         self.commit = commit_in_path(next((file["filename"] for file in dataset.cache_files), ""))
-        dataset = dataset.with_format(None).select_columns([image_column, label_column])
+        dataset = dataset.with_format(None).select_columns([image_column, label_column, *others])
         for column in (image_column, label_column):
             if isinstance(dataset.features[column], datasets.Image):
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
@@ -61,12 +63,13 @@ class TableRows:
 
 def row_of(record: Mapping[str, Any], image_column: str, label_column: str, name: str) -> Row:
     """Takes image and mask, neither of which may be missing, out of a record of a table; `name` says where it is."""
-    image, image_name = _file(record, image_column, name, UserError)
-    label, label_name = _file(record, label_column, name, UnlabelledError)
+    image, image_name = file_of(record, image_column, name, UserError)
+    label, label_name = file_of(record, label_column, name, UnlabelledError)
     return Row(image, label, image_name, label_name)
 
 
-def _file(record: Mapping[str, Any], column: str, name: str, error: type[UserError]) -> tuple[Any, str]:
+def file_of(record: Mapping[str, Any], column: str, name: str, error: type[UserError]) -> tuple[Any, str]:
+    """The encoded file or array in a record, and where it is; an `error` if it is missing."""
     value, name = record[column], f"{name}, column {column!r}"
     if value is None:
         raise error(f"{name}: empty. Remove rows without image or mask.")
@@ -86,14 +89,8 @@ def class_names(features: Mapping[str, Any], label_column: str) -> list[str] | N
     return getattr(_element(features[label_column]), "names", None)
 
 
-def read_tables(
-    loaded: Any, name: str, image_column: str | None = None, label_column: str | None = None
-) -> dict[str, TableRows]:
-    """Finds the columns of images and label maps of every split; a single `Dataset` is the split `train`.
-
-    Raises:
-        UserError: `loaded` is neither a `Dataset` nor a `DatasetDict`, or none or several columns fit.
-    """
+def splits_of(loaded: Any, name: str) -> Mapping[Any, datasets.Dataset]:
+    """The splits of what `datasets` has loaded; a single `Dataset` is the split `train`, all else an error."""
     import datasets
 
     if isinstance(loaded, datasets.IterableDataset | datasets.IterableDatasetDict):
@@ -104,8 +101,19 @@ def read_tables(
         loaded = datasets.DatasetDict({"train": loaded})
     if not isinstance(loaded, datasets.DatasetDict):
         raise UserError(f"{name}: expected a datasets.Dataset or DatasetDict, got {type(loaded).__name__}.")
+    return loaded
+
+
+def read_tables(
+    loaded: Any, name: str, image_column: str | None = None, label_column: str | None = None
+) -> dict[str, TableRows]:
+    """Finds the columns of images and label maps of every split.
+
+    Raises:
+        UserError: `loaded` is neither a `Dataset` nor a `DatasetDict`, or none or several columns fit.
+    """
     rows = {}
-    for split, table in loaded.items():
+    for split, table in splits_of(loaded, name).items():
         try:
             columns = find_columns(table.features, image_column, label_column, name)
         except UserError as error:
@@ -125,9 +133,9 @@ def find_columns(
     import datasets
 
     is_image = {column: isinstance(feature, datasets.Image) for column, feature in features.items()}
-    is_label = {column: is_image[column] or _element(features[column]) is not None for column in is_image}
-    image = _find_column("image", is_image, image_column, IMAGE_COLUMNS, name)
-    label = _find_column("label", is_label, label_column, LABEL_COLUMNS, name)
+    is_label = {column: is_label_map(feature) for column, feature in features.items()}
+    image = find_column("image", is_image, image_column, IMAGE_COLUMNS, name)
+    label = find_column("label", is_label, label_column, LABEL_COLUMNS, name)
     if image == label:
         raise UserError(
             f"{name}: column {image!r} cannot hold both images and label maps. Set label_column (`--label_column`)."
@@ -135,9 +143,15 @@ def find_columns(
     return image, label
 
 
-def _find_column(
-    kind: str, fits: Mapping[str, bool], requested: str | None, synonyms: Sequence[str], name: str
-) -> str:
+def is_label_map(feature: Any) -> bool:
+    """Whether a column can hold label maps: images, or tables of ids."""
+    import datasets
+
+    return isinstance(feature, datasets.Image) or _element(feature) is not None
+
+
+def find_column(kind: str, fits: Mapping[str, bool], requested: str | None, synonyms: Sequence[str], name: str) -> str:
+    """The one column, of those that fit, that is requested or has one of the usual names."""
     found = [column for column in ((requested,) if requested else synonyms) if fits.get(column)]
     if len(found) != 1:
         state = f"{requested!r} is none" if requested else f"{' and '.join(found) or 'none'} found by name"
@@ -227,10 +241,15 @@ def load_hub(
 
 
 def load_tables(
-    repo: str, name: str, image_column: str | None = None, label_column: str | None = None, **options: Any
+    repo: str,
+    name: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    read: Callable[..., dict[str, TableRows]] = read_tables,
+    **options: Any,
 ) -> dict[str, TableRows]:
-    """Stores a data set and gives the rows of its splits: `load_hub(repo, **options)`, then `read_tables`."""
-    return read_tables(load_hub(repo, **options), name, image_column, label_column)
+    """Stores a data set and gives the rows of its splits: `load_hub(repo, **options)`, then `read`."""
+    return read(load_hub(repo, **options), name, image_column, label_column)
 
 
 def hub_names(repo: str, revision: str | None = None) -> Path | None:

@@ -118,5 +118,7 @@ class SyntheticBoxes(SyntheticScenes):
             rows, columns = np.nonzero(numbers == number)
             boxes[place] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
         ids = np.array([THINGS.index(classes[number]) for number in found], np.int64)
-        raw = RawBoxes(boxes, ids, pixels[found].astype(float), np.zeros(len(found), bool), self.size[::-1])
+        raw = RawBoxes(
+            boxes, ids, pixels[found].astype(float), np.zeros(len(found), bool), (self.size[1], self.size[0])
+        )
         return {"image": scene.render()[0], "boxes": raw}

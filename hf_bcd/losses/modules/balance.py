@@ -71,6 +71,6 @@ class GradientBalance(nn.Module):
         self._squares = None
         if self._ends:
             task, terms = self.sums[0], self.sums[1:]
-            measured = (task > 0) & (terms > 0)
+            measured = (task > 0) & (terms > 1e-6 * task)  # less is rounding, and its weight would be without bounds
             wanted = self.shares * task / torch.where(measured, terms, 1.0)
             self.weights.copy_(torch.where(measured, wanted, self.weights))

@@ -1,0 +1,312 @@
+"""Boxes in files: COCO's JSON, YOLO's text files and Pascal VOC's XML, found by how their folders look."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import yaml
+
+from ...utils.files import read_text
+from ...utils.messages import UserError
+from ..boxes import BoxRow, RawBoxes
+from ..dataset import SPLIT_NAMES, ReadRows
+from .coco import COCO_NAMES, COCO_THINGS, check_categories, read_annotations
+from .layouts import EXTENSIONS, Layout, files_by_stem
+
+
+logger = logging.getLogger(__name__)
+
+
+class BoxSource(NamedTuple):
+    """Raw splits of pictures with boxes, and what their files say of all of them.
+
+    Attributes:
+        splits: rows of each split.
+        names: class name of each stored category, in the order of the classes; None if the files do not say.
+        box_format: key of `FORMATS` that the kind of file stands for; None if boxes must tell.
+        kind: the kind of file, in words.
+    """
+
+    splits: Mapping[str, Any]
+    names: Mapping[Any, str] | None
+    box_format: str | None
+    kind: str
+
+
+def open_boxes(root: Path) -> BoxSource | None:
+    """The pictures with boxes below a folder; None if it holds no annotations of a known kind."""
+    found = [source for read in (open_coco, open_yolo, open_voc) if (source := read(root)) is not None]
+    if len(found) > 1:
+        logger.warning("%s: boxes are read from %s, not from %s.", root, *(source.kind for source in found[:2]))
+    return found[0] if found else None
+
+
+@dataclass(frozen=True, eq=False)
+class CocoRows:
+    """The images of an annotation file, whose annotations lie in flat arrays: there may be a million.
+
+    Attributes:
+        file: the annotation file.
+        images: path and, if stated, (width, height) of each image.
+        first: the annotations of image i are those from `first[i]` to `first[i + 1]`.
+        annotations: `[M]` or `[M, 4]` arrays in the order of `RawBoxes`.
+    """
+
+    file: str
+    images: list[tuple[str, tuple[int, int] | None]]
+    first: np.ndarray
+    annotations: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> BoxRow:
+        path, size = self.images[index]
+        mine = slice(self.first[index], self.first[index + 1])
+        boxes, categories, areas, crowd = (column[mine] for column in self.annotations)
+        raw = RawBoxes(boxes, categories, areas, crowd, size)
+        return BoxRow(Path(path), raw, path, f"{self.file}, image {Path(path).name}")
+
+
+def open_coco(root: Path, official: bool = False) -> BoxSource | None:
+    """Splits with `annotations/instances_{split}*.json`, or `{split}/_annotations.coco.json` beside the images.
+
+    Args:
+        root: folder of the data set.
+        official: whether the categories must be COCO's 80 things, which are the classes then.
+    """
+    files: dict[str, Path] = {}
+    for split in SPLIT_NAMES:
+        found = [*sorted(root.glob(f"annotations/instances_{split}[0-9]*.json"))]
+        named = (f"annotations/instances_{split}.json", f"{split}/_annotations.coco.json")
+        found += [root / name for name in named if (root / name).is_file()]
+        if len(found) > 1:
+            raise UserError(f"{root}: {found[0].name} and {found[1].name} are both for {split}; keep one.")
+        if found:
+            files[split] = found[0]
+    if not files:
+        return None
+    names: dict[Any, str] | None = dict(zip(COCO_THINGS, COCO_NAMES.values(), strict=False)) if official else None
+    splits = {}
+    for split, file in sorted(files.items(), key=lambda entry: entry[0] not in ("train", "training")):
+        tag = file.stem.removeprefix("instances_")
+        folders = [file.parent] if tag == file.stem else [root / tag, root / "images" / tag, root / tag / "images"]
+
+        def read(file: Path, content: Any, paths: dict[int, str]) -> CocoRows | None:
+            nonlocal names
+            if "annotations" not in content:
+                logger.warning("%s: left out, since it has no annotations.", file)
+                return None
+            if official:
+                check_categories(file, content, (one["category_id"] for one in content["annotations"]), COCO_THINGS)
+            here = _category_names(content)
+            names = here if names is None else names
+            if not official and {category: names.get(category) for category in here} != here:
+                raise UserError(
+                    f"{file}: its categories {_some(here)} are not those of the other split, {_some(names)}."
+                )
+            return _coco_rows(file, content, paths)
+
+        rows = read_annotations(file, folders, "instances", read)
+        splits |= {} if rows is None else {split: rows}
+    return BoxSource(splits, names, "xywh", "COCO's JSON")
+
+
+def _category_names(content: Any) -> dict[int, str]:
+    """Names by category id, ascending; without what is only the name of a group, as Roboflow adds it."""
+    used = {annotation["category_id"] for annotation in content["annotations"]}
+    groups = {category.get("supercategory") for category in content["categories"]}
+    return {
+        category["id"]: category["name"]
+        for category in sorted(content["categories"], key=lambda category: category["id"])
+        if category["id"] in used
+        or category["name"] not in groups
+        or category.get("supercategory") not in (None, "none")
+    }
+
+
+def _some(names: Mapping[Any, str]) -> str:
+    shown = [f"{category}: {name}" for category, name in list(names.items())[:6]]
+    return ", ".join(shown) + (", ..." if len(names) > 6 else "")
+
+
+def _coco_rows(file: Path, content: Any, paths: dict[int, str]) -> CocoRows:
+    places = {image: place for place, image in enumerate(paths)}
+    annotations = content["annotations"]
+    for annotation in annotations:
+        box = annotation["bbox"]
+        if annotation["image_id"] not in places or not (isinstance(box, list) and len(box) == 4):
+            raise UserError(
+                f"{file}: annotation {annotation.get('id')} of image {annotation['image_id']} has the box {box}. A box is "
+                "[left, top, width, height], and its image is one of the file's. Correct or remove the annotation."
+            )
+    of_image = np.array([places[annotation["image_id"]] for annotation in annotations], np.int64)
+    order = np.argsort(of_image, kind="stable")
+    first = np.searchsorted(of_image[order], np.arange(len(paths) + 1))
+    columns = (
+        np.array([annotation["bbox"] for annotation in annotations], np.float64).reshape(-1, 4),
+        np.array([annotation["category_id"] for annotation in annotations], np.int64),
+        np.array([_number(annotation.get("area")) for annotation in annotations], np.float64),
+        np.array([bool(annotation.get("iscrowd")) for annotation in annotations], bool),
+    )
+    sizes = [(image["width"], image["height"]) if image.get("width") else None for image in content["images"]]
+    images = list(zip(paths.values(), sizes, strict=True))
+    return CocoRows(str(file), images, first, tuple(column[order] for column in columns))
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def plain_boxes(boxes: Sequence[Any], categories: Sequence[Any], size: tuple[int, int] | None = None) -> RawBoxes:
+    """Boxes that state neither areas nor crowds."""
+    count = len(categories)
+    array = np.array(boxes, np.float64).reshape(-1, 4)
+    return RawBoxes(array, np.array(categories, None), np.full(count, np.nan), np.zeros(count, bool), size)
+
+
+def open_yolo(root: Path) -> BoxSource | None:
+    """Splits of pictures in a folder `images` with text files of the same stem in `labels`, and `data.yaml`."""
+    file = next((root / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (root / name).is_file()), None)
+    try:
+        content: Any = {} if file is None else yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not readable as YAML ({error}).") from error
+    usual = {split: [f"{split}/images", f"images/{split}"] for split in SPLIT_NAMES}
+    given = {split: content[split] for split in SPLIT_NAMES if isinstance(content, dict) and content.get(split)}
+    if file is not None and (not isinstance(content, dict) or "names" not in content):
+        if not given:
+            return None  # a file of something else
+        raise UserError(f"{file}: it lacks names, a list of the class names.")
+    splits = {}
+    for split in SPLIT_NAMES:
+        if split in given and not isinstance(given[split], str):
+            raise UserError(f"{file}: {split} is {given[split]!r}; expected one folder of images.")
+        # exported files often say ../train/images, seen from a folder that is not there
+        stated = str(given.get(split, "")).removeprefix("./")
+        candidates = (
+            [Path(str(content.get("path") or "")) / stated, Path(stated.removeprefix("../"))] if stated else []
+        )
+        folders = [root / folder for folder in (*candidates, *usual[split])]
+        images = next((folder for folder in folders if folder.is_dir()), None)
+        if images is None:
+            if split in given:
+                raise UserError(f"{file}: the folder {given[split]} of {split} is not there. Correct the path.")
+            continue
+        parts = list(images.parts)
+        if "images" in parts:
+            parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+        labels = Path(*parts)
+        pictures = files_by_stem(images)
+        texts = files_by_stem(labels, (".txt",)) if labels.is_dir() else {}
+        if not pictures.keys() & texts.keys():
+            if file is None and not texts:
+                continue  # pictures of something else
+            if split not in ("train", "training"):
+                logger.warning("%s: split %r is left out, since %s holds no labels.", root, split, labels)
+                continue
+            raise UserError(
+                f"{labels}: no text file with the boxes of a picture in {images} ({', '.join(EXTENSIONS)})."
+            )
+        if lonely := sorted(texts.keys() - pictures.keys() - {"classes"}):
+            logger.warning("%s: %d files have no picture in %s, such as %s.", labels, len(lonely), images, lonely[0])
+        items = [(str(pictures[stem]), str(labels / f"{stem}.txt")) for stem in sorted(pictures)]
+        splits[split] = ReadRows(items, _read_yolo)
+    if not splits:
+        return None
+    names = content.get("names")
+    names = dict(enumerate(names)) if isinstance(names, list) else names
+    return BoxSource(splits, names, "cxcywh_normalised", "YOLO's text files")
+
+
+def _read_yolo(image: str, file: str) -> BoxRow:
+    """A line is a class and a box, or a class and the points of an outline; without a file, nothing is there."""
+    lines = read_text(Path(file)).splitlines() if Path(file).is_file() else []
+    boxes, classes = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            index, *values = map(float, line.split())
+            if not index.is_integer() or not (len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0)):
+                raise ValueError(f"{len(values)} numbers behind the class")
+        except ValueError as error:
+            raise UserError(
+                f"{file}, line {number}: {line[:60]!r} is neither `class cx cy w h` nor `class x y x y x y ...` ({error})."
+            ) from error
+        if len(values) > 4:
+            low, high = np.reshape(values, (-1, 2)).min(axis=0), np.reshape(values, (-1, 2)).max(axis=0)
+            values = [*(low + high) / 2, *(high - low)]
+        boxes.append(values)
+        classes.append(int(index))
+    return BoxRow(Path(image), plain_boxes(boxes, classes), image, file)
+
+
+def open_voc(root: Path) -> BoxSource | None:
+    """Splits of XML files in `Annotations` with `JPEGImages` and `ImageSets/Main`, or beside the pictures of a split."""
+    inner = [root, *sorted(root.glob("VOC20*")), *sorted(root.glob("VOCdevkit/VOC20*"))]
+    base = next((folder for folder in inner if (folder / "Annotations").is_dir()), None)
+    splits: dict[str, ReadRows] = {}
+    if base is not None:
+        files, images = files_by_stem(base / "Annotations", (".xml",)), files_by_stem(base / "JPEGImages")
+        lists = {split: base / f"ImageSets/Main/{split}.txt" for split in SPLIT_NAMES}
+        lists = {split: file for split, file in lists.items() if file.is_file()}
+        for split, file in lists.items():
+            stems = [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
+            if split not in ("train", "training") and not files.keys() & set(stems):
+                logger.warning("%s: split %r is left out, since no picture of it has an XML file.", root, split)
+                continue
+            splits[split] = _voc_rows(stems, files, images, file)
+        if not lists:
+            splits["train"] = _voc_rows(sorted(files), files, images, base / "Annotations")
+    for split in SPLIT_NAMES if base is None else ():
+        folder = root / split
+        if folder.is_dir() and any(folder.glob("*.xml")):
+            files, images = files_by_stem(folder, (".xml",)), files_by_stem(folder)
+            splits[split] = _voc_rows(sorted(images), files, images, folder)
+    return BoxSource(splits, None, "voc", "Pascal VOC's XML") if splits else None
+
+
+def _voc_rows(stems: Iterable[str], files: Mapping[str, Path], images: Mapping[str, Path], where: Path) -> ReadRows:
+    stems = list(stems)
+    if missing := [stem for stem in stems if stem not in files or stem not in images]:
+        raise UserError(
+            f"{where}: {len(missing)} of {len(stems)} pictures have no XML file or no image, such as {missing[0]}. "
+            "Complete or remove them."
+        )
+    return ReadRows([(str(images[stem]), str(files[stem])) for stem in stems], _read_voc)
+
+
+def _read_voc(image: str, file: str) -> BoxRow:
+    """What is marked as difficult counts as a crowd: VOC neither trains nor scores it."""
+    try:
+        tree = ElementTree.parse(file).getroot()
+        things = tree.findall("object")
+        corners = [
+            [float(_text(thing, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")] for thing in things
+        ]
+        names = [_text(thing, "name") for thing in things]
+        width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+    except (ElementTree.ParseError, ValueError, OSError) as error:
+        raise UserError(f"{file}: not an annotation of Pascal VOC ({error}).") from error
+    raw = plain_boxes(corners, names, (width, height) if width and height else None)
+    difficult = np.array([(thing.findtext("difficult") or "0").strip() == "1" for thing in things], bool)
+    return BoxRow(Path(image), raw._replace(crowd=difficult), image, file)
+
+
+def _text(element: Any, path: str) -> str:
+    text = element.findtext(path)
+    if not text or not text.strip():
+        raise ValueError(f"an object without {path}")
+    return text.strip()
+
+
+COCO_DETECTION = Layout(
+    "{train,val}2017/*.jpg and annotations/instances_{train,val}2017.json", partial(open_coco, official=True)
+)
