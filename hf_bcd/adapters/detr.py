@@ -1,12 +1,14 @@
 """Detectors of the DETR kind: DETR, Conditional, DAB and Deformable DETR, RT-DETR, D-FINE, DEIMv2."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.loss import loss_for_object_detection
 
 from ..outputs import DenseOutput, FeatureSpec, Objects, Queries
 from ..utils.distributed import is_distributed
@@ -78,7 +80,7 @@ class DetrAdapter(DetectionAdapter):
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
         labels = None if targets is None else detr_labels(targets, self.label_sizes(targets))
         mask = None if pixel_mask is None else pixel_mask.long()
-        with tapped(dict(zip(self.feature_specs, self.stage_modules(), strict=True))) as maps:
+        with counted_by_rank(), tapped(dict(zip(self.feature_specs, self.stage_modules(), strict=True))) as maps:
             outputs = self.model(pixel_values=pixel_values, pixel_mask=mask, labels=labels, output_hidden_states=True)
         output = DenseOutput(
             {name: maps[name] for name in self.feature_specs},
@@ -95,8 +97,15 @@ class DetrAdapter(DetectionAdapter):
         return picture_sizes(targets)
 
     def task_loss(self, outputs: Any, targets: Objects) -> Tensor:
-        """The family's loss, which divides by the number of boxes, as a mean over ranks."""
-        return outputs.loss
+        """The family's loss, whose divisors become means over ranks: the number of boxes, and weights of DETR's queries."""
+        boxes = sum(map(len, targets.boxes))
+        share = share_of_mean(boxes, 1, outputs.loss)
+        if not self.softmax:
+            return share * outputs.loss
+        classes = torch.stack([loss for name, loss in outputs.loss_dict.items() if name.startswith("loss_ce")]).sum()
+        nothing = self.model.config.eos_coefficient
+        weights = nothing * outputs.logits[..., 0].numel() + (1 - nothing) * boxes
+        return share_of_mean(weights, 0, outputs.loss) * classes + share * (outputs.loss - classes)
 
     def pyramid(self, outputs: Any, size: tuple[int, int]) -> dict[str, Tensor]:
         """Maps of the encoder."""
@@ -141,8 +150,7 @@ class DeformableDetrAdapter(ConditionalDetrAdapter):
 class RTDetrAdapter(DetrAdapter):
     """RT-DETR: squares without padding, denoising queries cut off.
 
-    The model's loss divides by the boxes of its own rank; here it is brought to their mean over ranks. Two ranks equal one
-    only without denoising queries, whose number follows from the batch and whose noise is random, and with norms that keep
+    Two ranks equal one only without denoising queries, whose number follows from the batch and whose noise is random, and with norms that keep
     their statistics.
     """
 
@@ -162,11 +170,7 @@ class RTDetrAdapter(DetrAdapter):
         return targets.boxes[0].new_tensor([width, height]).expand(len(targets.boxes), 2)
 
     def task_loss(self, outputs: Any, targets: Objects) -> Tensor:
-        loss, count = outputs.loss, max(1, sum(map(len, targets.boxes)))
-        if is_distributed():
-            total = torch.tensor(float(count), device=loss.device)
-            dist.all_reduce(total)
-            loss = loss * count / (total / dist.get_world_size())
+        loss = super().task_loss(outputs, targets)
         # a batch without objects has no denoising queries, yet every rank must give each parameter a gradient
         embedding = getattr(self.model.model, "denoising_class_embed", None)
         return loss if embedding is None else loss + 0 * embedding.weight.sum()
@@ -207,3 +211,27 @@ class DFineAdapter(RTDetrAdapter):
         found.class_logits, found.boxes = found.class_logits[-layers:], found.boxes[-layers:]
         found.corner_scale = self.corner_scale
         return found
+
+
+def share_of_mean(count: float, least: float, like: Tensor) -> Tensor | float:
+    """A rank's count over the mean of all ranks' counts, where a loss has divided by the former; each at least `least`."""
+    if not is_distributed():
+        return 1.0
+    mean = torch.tensor(float(count), device=like.device)
+    dist.all_reduce(mean)
+    return max(count, least) / (mean / dist.get_world_size()).clamp_min(least)
+
+
+class _Alone:
+    _shared_state: ClassVar[dict[str, Any]] = {}
+
+
+@contextmanager
+def counted_by_rank() -> Iterator[None]:
+    """Lets losses of transformers divide by the boxes of their rank: they take a mean over ranks, and divide that by the ranks."""
+    known = loss_for_object_detection.PartialState
+    loss_for_object_detection.PartialState = _Alone
+    try:
+        yield
+    finally:
+        loss_for_object_detection.PartialState = known
