@@ -342,10 +342,10 @@ def stage_specs(channels: Sequence[int], strides: Sequence[int]) -> dict[str, Fe
     return specs
 
 
-def timm_stages(backbone: Any) -> list[nn.Module]:
-    """The modules that end the stages of a feature extractor of timm, a stem of stride 2 left out."""
+def timm_stages(backbone: Any, infos: Sequence[Mapping[str, Any]] | None = None) -> list[nn.Module]:
+    """The modules that end the stages of a feature extractor of timm, by default those it gives; without a stem of stride 2."""
     modules = dict(backbone.named_modules())
-    names = [info["module"] for info in backbone.feature_info.get_dicts() if info["reduction"] > 2]
+    names = [info["module"] for info in infos or backbone.feature_info.get_dicts() if info["reduction"] > 2]
     return [modules[name] if name in modules else modules[name.replace(".", "_")] for name in names]
 
 

@@ -54,11 +54,11 @@ class DetectionAdapter(DenseAdapter):
         return self.run(self.shown(pixel_values, pixel_mask), targets, pixel_mask)
 
     def check_shape(self, size: tuple[int, int] | None) -> None:
-        if self.squares and (size is None or size[0] != size[1]):
+        if self.squares and (size is None or size[0] != size[1] or size[0] % self.size_multiple):
             found = "padded" if size is None else f"{size[0]} x {size[1]} pixels, or padded to that"
             raise UserError(
-                f"{type(self.model).__name__} takes only squares, since it heeds no padding; these images are {found}. Resize "
-                "them to squares: square_size: 640."
+                f"{type(self.model).__name__} takes only squares with a side of a multiple of {self.size_multiple}, since it heeds "
+                f"no padding; these images are {found}. Resize them to such squares: square_size: 640."
             )
 
     def shown(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:

@@ -1,17 +1,23 @@
 """Detectors of the DETR kind: DETR, Conditional, DAB and Deformable DETR, RT-DETR, D-FINE, DEIMv2."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.loss import loss_for_object_detection
 
 from ..outputs import DenseOutput, FeatureSpec, Objects, Queries
 from ..utils.distributed import is_distributed
 from ..utils.messages import UserError
 from .base import DenseAdapter, stage_specs, timm_stages
 from .detection import DetectionAdapter, detr_labels, picture_sizes, tapped
+
+
+logger = logging.getLogger(__name__)
 
 
 class DetrAdapter(DetectionAdapter):
@@ -22,28 +28,35 @@ class DetrAdapter(DetectionAdapter):
 
     processor_class = "DetrImageProcessor"
     softmax = True
-    pyramid_levels: ClassVar[Mapping[str, int]] = {"p5": 32}
 
     @property
     def backbone(self) -> Any:
-        """The model of the backbone."""
+        """The model of the backbone, which may be a feature extractor of timm."""
         encoder = getattr(self.model.model, "backbone", None) or self.model.model.conv_encoder
-        return getattr(encoder, "conv_encoder", encoder).model
+        backbone = getattr(encoder, "conv_encoder", encoder).model
+        return getattr(backbone, "_backbone", backbone)
 
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
+        if info := getattr(self.backbone, "feature_info", None):  # of all stages, whichever the detector reads
+            stages = [stage for stage in info.info if stage["reduction"] > 2]
+            return stage_specs([stage["num_chs"] for stage in stages], [stage["reduction"] for stage in stages])
         config = self.backbone.config
-        if config.model_type == "timm_backbone":
-            info = self.backbone._backbone.feature_info
-            specs = stage_specs(info.channels(), info.reduction())
-        else:
-            widths = getattr(config, "stage_out_channels", None) or config.hidden_sizes
-            specs = stage_specs(widths, [4 * 2**level for level in range(len(widths))])
-        return specs
+        widths = getattr(config, "stage_out_channels", None) or config.hidden_sizes
+        return stage_specs(widths, [4 * 2**level for level in range(len(widths))])
 
     def stage_modules(self) -> Sequence[nn.Module]:
-        if self.backbone.config.model_type == "timm_backbone":
-            return timm_stages(self.backbone._backbone)
+        if hasattr(self.backbone, "feature_info"):
+            return timm_stages(self.backbone, self.backbone.feature_info.info)
         return list(self.backbone.encoder.stages)
+
+    def freeze_unused(self) -> None:
+        super().freeze_unused()
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            logger.warning(
+                "The backbone of this %s is frozen, as transformers leaves a ResNet of its own in models of the DETR kind: losses "
+                "of its features teach nothing. model.model.unfreeze_backbone() makes it learn.",
+                type(self.model).__name__,
+            )
 
     def depths(self) -> dict[nn.Parameter, int]:
         inside = set(self.backbone.parameters())  # Deformable DETR's level embeddings come before it
@@ -51,7 +64,9 @@ class DetrAdapter(DetectionAdapter):
 
     @property
     def pyramid_specs(self) -> dict[str, FeatureSpec]:
-        return {name: FeatureSpec(self.model.config.d_model, stride) for name, stride in self.pyramid_levels.items()}
+        config = self.model.config
+        width = getattr(config, "hidden_size", None) or config.d_model
+        return {"p5": FeatureSpec(width, list(self.feature_specs.values())[-1].stride)}
 
     @property
     def offers(self) -> frozenset[str]:
@@ -65,14 +80,8 @@ class DetrAdapter(DetectionAdapter):
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
         labels = None if targets is None else detr_labels(targets, self.label_sizes(targets))
         mask = None if pixel_mask is None else pixel_mask.long()
-        levels = (
-            dict(zip(self.feature_specs, self.backbone.encoder.stages, strict=True))
-            if hasattr(self.backbone, "encoder")
-            else {}
-        )
-        with tapped(levels or {"all": self.backbone._backbone}) as stages:
+        with counted_by_rank(), tapped(dict(zip(self.feature_specs, self.stage_modules(), strict=True))) as maps:
             outputs = self.model(pixel_values=pixel_values, pixel_mask=mask, labels=labels, output_hidden_states=True)
-        maps = dict(zip(self.feature_specs, stages["all"], strict=True)) if "all" in stages else stages
         output = DenseOutput(
             {name: maps[name] for name in self.feature_specs},
             None,
@@ -88,13 +97,20 @@ class DetrAdapter(DetectionAdapter):
         return picture_sizes(targets)
 
     def task_loss(self, outputs: Any, targets: Objects) -> Tensor:
-        """The family's loss, which divides by the number of boxes, as a mean over ranks."""
-        return outputs.loss
+        """The family's loss, whose divisors become means over ranks: the number of boxes, and weights of DETR's queries."""
+        boxes = sum(map(len, targets.boxes))
+        share = share_of_mean(boxes, 1, outputs.loss)
+        if not self.softmax:
+            return share * outputs.loss
+        classes = torch.stack([loss for name, loss in outputs.loss_dict.items() if name.startswith("loss_ce")]).sum()
+        nothing = self.model.config.eos_coefficient
+        weights = nothing * outputs.logits[..., 0].numel() + (1 - nothing) * boxes
+        return share_of_mean(weights, 0, outputs.loss) * classes + share * (outputs.loss - classes)
 
     def pyramid(self, outputs: Any, size: tuple[int, int]) -> dict[str, Tensor]:
         """Maps of the encoder."""
         tokens, grids, start = outputs.encoder_last_hidden_state, {}, 0
-        for name, stride in self.pyramid_levels.items():
+        for name, (_, stride) in self.pyramid_specs.items():
             height, width = -(-size[0] // stride), -(-size[1] // stride)
             part = tokens[:, start : start + height * width]
             grids[name], start = part.transpose(1, 2).unflatten(2, (height, width)), start + height * width
@@ -113,17 +129,11 @@ class ConditionalDetrAdapter(DetrAdapter):
     processor_class = "ConditionalDetrImageProcessor"
     softmax = False
 
-    @property
-    def pyramid_specs(self) -> dict[str, FeatureSpec]:
-        width = getattr(self.model.config, "hidden_size", None) or self.model.config.d_model
-        return {"p5": FeatureSpec(width, 32)}
-
 
 class DeformableDetrAdapter(ConditionalDetrAdapter):
     """Deformable DETR: four levels of the encoder, strides 8 to 64."""
 
     processor_class = "DeformableDetrImageProcessor"
-    pyramid_levels = {"p3": 8, "p4": 16, "p5": 32, "p6": 64}
 
     def find_feature_specs(self) -> dict[str, FeatureSpec]:
         if self.model.config.two_stage or self.model.config.num_feature_levels != 4:
@@ -134,14 +144,13 @@ class DeformableDetrAdapter(ConditionalDetrAdapter):
 
     @property
     def pyramid_specs(self) -> dict[str, FeatureSpec]:
-        return {name: FeatureSpec(self.model.config.d_model, stride) for name, stride in self.pyramid_levels.items()}
+        return {f"p{level}": FeatureSpec(self.model.config.d_model, 2**level) for level in (3, 4, 5, 6)}
 
 
 class RTDetrAdapter(DetrAdapter):
     """RT-DETR: squares without padding, denoising queries cut off.
 
-    The model's loss divides by the boxes of its own rank; here it is brought to their mean over ranks. Two ranks equal one
-    only without denoising queries, whose number follows from the batch and whose noise is random, and with norms that keep
+    Two ranks equal one only without denoising queries, whose number follows from the batch and whose noise is random, and with norms that keep
     their statistics.
     """
 
@@ -149,7 +158,6 @@ class RTDetrAdapter(DetrAdapter):
     default_statistics = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     softmax = False
     squares = True
-    pyramid_levels = {"p3": 8, "p4": 16, "p5": 32}
 
     @property
     def pyramid_specs(self) -> dict[str, FeatureSpec]:
@@ -162,11 +170,7 @@ class RTDetrAdapter(DetrAdapter):
         return targets.boxes[0].new_tensor([width, height]).expand(len(targets.boxes), 2)
 
     def task_loss(self, outputs: Any, targets: Objects) -> Tensor:
-        loss, count = outputs.loss, max(1, sum(map(len, targets.boxes)))
-        if is_distributed():
-            total = torch.tensor(float(count), device=loss.device)
-            dist.all_reduce(total)
-            loss = loss * count / (total / dist.get_world_size())
+        loss = super().task_loss(outputs, targets)
         # a batch without objects has no denoising queries, yet every rank must give each parameter a gradient
         embedding = getattr(self.model.model, "denoising_class_embed", None)
         return loss if embedding is None else loss + 0 * embedding.weight.sum()
@@ -209,3 +213,27 @@ class DFineAdapter(RTDetrAdapter):
         found.class_logits, found.boxes = found.class_logits[-layers:], found.boxes[-layers:]
         found.corner_scale = self.corner_scale
         return found
+
+
+def share_of_mean(count: float, least: float, like: Tensor) -> Tensor | float:
+    """A rank's count over the mean of all ranks' counts, where a loss has divided by the former; each at least `least`."""
+    if not is_distributed():
+        return 1.0
+    mean = torch.tensor(float(count), device=like.device)
+    dist.all_reduce(mean)
+    return max(count, least) / (mean / dist.get_world_size()).clamp_min(least)
+
+
+class _Alone:
+    _shared_state: ClassVar[dict[str, Any]] = {}
+
+
+@contextmanager
+def counted_by_rank() -> Iterator[None]:
+    """Lets losses of transformers divide by the boxes of their rank: they take a mean over ranks, and divide that by the ranks."""
+    known = loss_for_object_detection.PartialState
+    loss_for_object_detection.PartialState = _Alone
+    try:
+        yield
+    finally:
+        loss_for_object_detection.PartialState = known

@@ -183,7 +183,7 @@ class BoxTrainTransform:
         self.shortest = [shortest] if isinstance(shortest, int) else list(shortest)
         if min([*self.shortest, longest, square or 1], default=0) < 1 or not self.shortest:
             raise UserError(f"shortest {shortest}, longest {longest} and square {square} must be positive.")
-        if max(self.shortest) > longest:
+        if square is None and max(self.shortest) > longest:
             raise UserError(f"shortest is {max(self.shortest)}, more than longest, {longest}.")
         _check_factors(scale, jitter)
         if not 0 <= flip <= 1:

@@ -87,6 +87,12 @@ class ObjectDetection(Task):
                 )
         if args.square_size is not None and (args.image_size is not None or args.train_shortest is not None):
             raise UserError("square_size and image_size or train_shortest size images in two ways; give one of them.")
+        short = max(args.train_shortest or [args.image_size or SHORTEST])
+        if args.square_size is None and short > args.image_longest:
+            raise UserError(
+                f"the short side of images is {short} pixels (image_size, {SHORTEST} by default, or train_shortest), more than "
+                f"image_longest allows the long side, {args.image_longest}."
+            )
 
     def train_sizes(self, args: Any) -> list[tuple[int, int]]:
         if args.square_size is not None:

@@ -57,7 +57,8 @@ def prepare(
         student.match(id2label, synonyms)
     if student.label_map is None:
         adopt_labels(student.model, id2label)
-    student.freeze_unused()
+    if to_train:
+        student.freeze_unused()
     task = task_of(dataset)
     check_task(student, task)
     sizes = []

@@ -61,8 +61,15 @@ def d_fine(version: str, **fields: Any) -> PreTrainedModel:
 
 
 def detr(version: str, out: list[str], **fields: Any) -> PreTrainedModel:
-    config = getattr(hf, f"{version}Config")(backbone_config=resnet(out), **PLAIN | fields)
-    return getattr(hf, f"{version}ForObjectDetection")(config)
+    options = {"backbone_config": resnet(out)} | PLAIN | fields
+    model = getattr(hf, f"{version}ForObjectDetection")(getattr(hf, f"{version}Config")(**options))
+    model.model.unfreeze_backbone()  # transformers means to, but looks for layers by a name of timm's
+    return model
+
+
+def timm_resnet(out: list[int]) -> PreTrainedConfig:
+    """As the published checkpoints of DETR have it."""
+    return hf.TimmBackboneConfig(backbone="test_resnet", out_indices=out)
 
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
@@ -73,13 +80,18 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "d_fine": lambda **fields: d_fine("DFine", **fields),
     "deimv2": lambda **fields: d_fine("Deimv2", **fields),
     "detr": lambda **fields: detr("Detr", ["stage4"], **fields),
+    "detr-timm": lambda **fields: detr("Detr", [], backbone_config=timm_resnet([4]), **fields),
     "conditional_detr": lambda **fields: detr("ConditionalDetr", ["stage4"], **fields),
     "dab-detr": lambda **fields: detr("DabDetr", ["stage4"], hidden_size=32, **fields),
     "deformable_detr": lambda **fields: detr("DeformableDetr", OUT, num_feature_levels=4, **fields),
+    "deformable_detr-timm": lambda **fields: detr(
+        "DeformableDetr", [], num_feature_levels=4, backbone_config=timm_resnet([2, 3, 4]), **fields
+    ),
 }
 OURS = ["gfl", "retinanet"]
 SQUARES = ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"]
-PADDED = ["detr", "conditional_detr", "dab-detr", "deformable_detr"]
+PADDED = ["detr", "detr-timm", "conditional_detr", "dab-detr", "deformable_detr", "deformable_detr-timm"]
+SOFTMAX = ["detr", "detr-timm"]
 
 
 def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> PreTrainedModel:
@@ -88,7 +100,7 @@ def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> 
     model = MODELS[name](**names(labels), **fields)
     with torch.no_grad():  # as they are initialised, all answers are much the same
         for key, parameter in model.named_parameters():
-            if name in PADDED[:3] and parameter.ndim > 1 and ("decoder" in key or "query" in key):
+            if name in PADDED[:4] and parameter.ndim > 1 and ("decoder" in key or "query" in key):
                 parameter.copy_(2.0 * torch.randn(parameter.shape) / parameter.shape[1] ** 0.5)
             if "class" in key or "cls" in key or "bbox" in key:
                 parameter.add_(0.2 * torch.randn(parameter.shape))

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from adapters.adapter_tiny_detectors import LABELS, MODELS, OURS, PADDED, QUERIES, SQUARES, objects, tiny_detector
+from adapters.adapter_tiny_detectors import (
+    LABELS,
+    MODELS,
+    OURS,
+    PADDED,
+    QUERIES,
+    SOFTMAX,
+    SQUARES,
+    objects,
+    tiny_detector,
+)
 from adapters.adapter_tiny_models import images
 from PIL import Image
 from torch import Tensor
@@ -57,9 +67,9 @@ def test_queries_are_the_ordinary_ones(name: str, counts: tuple[int, int]) -> No
     """Those that denoise true boxes come first in training, as many as there are boxes: no teacher has them."""
     adapter = adapted(name).train()
     queries = adapter(images(96, 128), objects(*counts)).queries
-    classes = 4 if name == "detr" else 3
+    classes = 4 if name in SOFTMAX else 3
     assert queries.class_logits.shape == (2, 2, QUERIES, classes) and queries.boxes.shape == (2, 2, QUERIES, 4)
-    assert queries.softmax == (name == "detr") and 0 <= queries.boxes.min() <= queries.boxes.max() <= 1
+    assert queries.softmax == (name in SOFTMAX) and 0 <= queries.boxes.min() <= queries.boxes.max() <= 1
     corners = name in ("d_fine", "deimv2")
     assert (queries.corners is not None) == corners
     assert not corners or queries.corners.shape == (2, 2, QUERIES, 4 * 33)
@@ -175,8 +185,9 @@ def test_families_of_squares_refuse_padding(name: str) -> None:
     for arguments in ((pictures, objects(1, 1, size=(128, 128), mask=mask)), (pictures, None, mask)):
         with pytest.raises(UserError, match=r"takes only squares.*square_size: 640"):
             adapter(*arguments)
-    with pytest.raises(UserError, match=r"takes only squares.*96 x 128.*square_size: 640"):
-        adapter.check_size((96, 128))
+    for size in ((96, 128), (100, 100)):
+        with pytest.raises(UserError, match=rf"takes only squares.*{size[0]} x {size[1]}.*square_size: 640"):
+            adapter.check_size(size)
     adapter.check_size((128, 128))
 
 
@@ -213,21 +224,24 @@ def test_a_teacher_answers_in_the_datas_classes(name: str) -> None:
     assert matched.match(LABELS).is_complete and matched.num_labels == 3 and matched.id2label == LABELS
     pictures, new = images(96, 128), {0: 2, 2: 0, 3: 1}
     (before, _), (after, _) = (adapter.predict(pictures, [(96, 128)] * 2) for adapter in (plain, matched))
-    known = [row for row, label in enumerate(before["labels"].tolist()) if label in new]
-    assert 0 < len(known) < len(before["labels"]) and set(after["labels"].tolist()) <= {0, 1, 2}
-    # of the query that sees a tree, DETR gives the next best class
-    count = min(len(known), len(after["labels"])) - (name == "detr")
-    torch.testing.assert_close(after["boxes"][:count], before["boxes"][known][:count])
-    torch.testing.assert_close(after["scores"][:count], before["scores"][known][:count])
-    assert after["labels"][:count].tolist() == [new[int(before["labels"][row])] for row in known][:count]
     with torch.no_grad():
         raw = [adapter(pictures) for adapter in (plain, matched)]
     ours, theirs = (x.dense.class_logits if name in OURS else x.queries.class_logits for x in raw)
-    columns = [2, 3, 0, 4] if name == "detr" else [2, 3, 0]
-    expected = ours[..., columns]
-    if name == "detr":  # a tree is no object here
-        expected[..., -1] = ours[..., [1, 4]].logsumexp(-1)
+    expected = ours[..., [2, 3, 0]]
+    if name in SOFTMAX:  # a tree is no object here
+        expected = torch.cat([expected, ours[..., [1, 4]].logsumexp(-1, keepdim=True)], -1)
     torch.testing.assert_close(theirs, expected)
+    if name in SOFTMAX:  # probabilities stay, also those of queries that see a tree
+        best, classes = ours[-1, 0].softmax(-1)[:, [2, 3, 0]].max(-1)
+        best, order = best.sort(descending=True)
+        torch.testing.assert_close(after["scores"], best)
+        assert after["labels"].tolist() == classes[order].tolist()
+        return
+    known = [row for row, label in enumerate(before["labels"].tolist()) if label in new]
+    assert 0 < len(known) < len(before["labels"])
+    for key in ("boxes", "scores"):
+        torch.testing.assert_close(after[key], before[key][known])
+    assert after["labels"].tolist() == [new[int(before["labels"][row])] for row in known]
 
 
 @family
@@ -241,7 +255,7 @@ def test_several_classes_of_a_teacher_stand_for_one(name: str) -> None:
     after = raw.dense.class_logits if name in OURS else raw.queries.class_logits
     torch.testing.assert_close(after[..., 1], before[..., 2])
     both = before[..., [0, 3]]  # of classes that exclude each other, probabilities add
-    torch.testing.assert_close(after[..., 0], both.logsumexp(-1) if name == "detr" else both.amax(-1))
+    torch.testing.assert_close(after[..., 0], both.logsumexp(-1) if name in SOFTMAX else both.amax(-1))
     found = adapter.predict(pictures, [(96, 128)] * 2)[0]
     pairs = torch.cat([found["boxes"], found["labels"][:, None]], 1)
     # our detectors suppress boxes in the model's own classes
@@ -271,14 +285,16 @@ def test_a_frozen_teacher_gives_constants_in_float32(name: str, dtype: torch.dty
 # ---- Pairs -------------------------------------------------------------------------------------------------------------
 
 OF_ALL = {"features", "pyramid", "boxes", "classes"}
-SIGMOID = [name for name in MODELS if name not in ("gfl", "retinanet", "detr")]
+SIGMOID = [name for name in MODELS if name not in ("gfl", "retinanet", *SOFTMAX)]
 
 
 def offered(student: str, teacher: str) -> set[str]:
     if student in OURS:
         same = {"dense", "tower"} | ({"distributions"} if student == "gfl" else set())
         return OF_ALL | (same if student == teacher else set())
-    queries = (student in SIGMOID and teacher in SIGMOID) or student == teacher
+    queries = all(name in SIGMOID for name in (student, teacher)) or all(
+        name in SOFTMAX for name in (student, teacher)
+    )
     # the tiny D-FINE and DEIMv2 have the same bins
     corners = {student, teacher} <= {"d_fine", "deimv2"}
     return OF_ALL | ({"queries"} if queries else set()) | ({"corners"} if corners else set())
@@ -314,8 +330,9 @@ def test_depths_count_the_stages_of_the_backbone(name: str) -> None:
     adapter = adapted(name)
     depths, seen = adapter.depths(), set()
     for key, parameter in adapter.model.named_parameters():
-        stage = next((i for i in range(4) if f"stages.{i}." in key or f"backbone.layer{i + 1}." in key), None)
-        within = stage is not None or ".embedder." in key or key.startswith("backbone.")
+        stage = next((i for i in range(4) if f"stages.{i}." in key or f".layer{i + 1}." in f".{key}"), None)
+        stem = (".embedder.", "backbone.conv1.", "backbone.bn1.", "model.conv1.", "model.bn1.")
+        within = stage is not None or any(part in key for part in stem)
         assert depths.get(parameter) == (None if not within else 0 if stage is None else stage + 1), key
         seen.add(depths.get(parameter))
     assert seen == {None, 0, 1, 2, 3, 4}
@@ -365,6 +382,15 @@ def test_a_loaded_model_is_shown_what_its_own_processor_shows(name: str, tmp_pat
     assert adapter.image_mean.flatten().tolist() == pytest.approx([0.0] * 3 if plain[0] else processor.image_mean)
     assert adapter.image_std.flatten().tolist() == pytest.approx([1.0] * 3 if plain[0] else processor.image_std)
     assert image_processor(adapter, shortest_edge=64).do_normalize == processor.do_normalize
+
+
+def test_a_frozen_backbone_is_no_secret(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_detector("detr")
+    build_adapter(model).freeze_unused()
+    assert not caplog.records
+    model.model.freeze_backbone()
+    build_adapter(model).freeze_unused()
+    assert "DetrForObjectDetection is frozen" in caplog.text and "unfreeze_backbone()" in caplog.text
 
 
 def test_semantic_classes_of_shared_families_stay_segmenters() -> None:
