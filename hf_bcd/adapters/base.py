@@ -242,10 +242,10 @@ class DenseAdapter(nn.Module, ABC):
                 f"{type(self.model).__name__} cannot take images of {size[0]}x{size[1]} pixels ({shortened(error)})."
                 + (
                     f" Its backbone {self.model.config.backbone} was made for {made_for[-2]}x{made_for[-1]}. Train at that "
-                    "size (`--crop_size`, `--image_size`), or build it for another: options {backbone_kwargs: {img_size: "
+                    "size (`--crop_size`, `--image_size`, for detectors `--square_size`), or build it for another: options {backbone_kwargs: {img_size: "
                     "...}}, for Swin also {strict_img_size: false}."
                     if made_for
-                    else " Choose another crop_size or image_size, such as a multiple of 32."
+                    else " Choose another crop_size, image_size or square_size, such as a multiple of 32."
                 )
             ) from error
         finally:

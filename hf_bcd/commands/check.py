@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ignore_labels", type=int, nargs="+", default=[], help="further ids that are void")
     parser.add_argument("--task", help="object-detection where a source has both masks and boxes")
     parser.add_argument("--box_format", help=f"how boxes are stored, if it is not recognised: {', '.join(FORMATS)}")
-    parser.add_argument("--every_row", action="store_true", help="read all images and masks, not only the first ones")
+    parser.add_argument(
+        "--every_row", action="store_true", help="read all images and their truth, not only the first ones"
+    )
     options = vars(parser.parse_args(argv))
     name, alias = options.pop("name"), options.pop("dataset_name")
     source = name or alias

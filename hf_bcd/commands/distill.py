@@ -1,10 +1,12 @@
-"""Distils a small segmentation model from a large one.
+"""Distils a small segmenter or detector from a large one.
 
     accelerate launch scripts/distill.py                                   # demo: no download, under two minutes
     accelerate launch scripts/distill.py --config examples/recipes/camvid/mobilenetv2_deeplabv3plus_to_mobilenetv2_fpn.yaml \\
         --data_dir path/to/camvid --student.weights W --teacher.weights W
     accelerate launch scripts/distill.py --dataset_name user/data --teacher nvidia/segformer-b4-finetuned-ade-512-512 \\
         --student nvidia/mit-b0 --output_dir runs/mine
+    accelerate launch scripts/distill.py --data_dir path/to/boxes --teacher '{backbone: resnet50, head: gfl, pretrained: true}' \\
+        --student '{backbone: resnet18, head: gfl, pretrained: true}' --output_dir runs/mine
 
 Without --teacher the student is trained by itself. Everything a run produces lies in its output folder.
 """

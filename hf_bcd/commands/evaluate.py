@@ -1,10 +1,10 @@
-"""Scores a segmentation model on a labelled data set.
+"""Scores a segmenter or detector on a labelled data set.
 
     accelerate launch scripts/evaluate.py --student runs/demo --dataset_name synthetic
     accelerate launch scripts/evaluate.py --student me/segformer-b0-bcd --data_dir path/to/data --image_size 512
 
 `--image_size` is the short side that images are resized to; by default that of the model's own image processor, if it
-keeps their aspect ratio, else none. Writes `<output_dir>/evaluation.json` and prints the same numbers.
+keeps their aspect ratio, else none; detectors that take squares have `--square_size` instead. Writes `<output_dir>/evaluation.json` and prints the same numbers.
 """
 
 import logging
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, size in task_of(data[split]).size_args(saved, squares).items():
             logger.warning("%s is %d, as the model's processor has it; --%s sets another", name, size, name)
             setattr(config, name, size)
+    task_of(data[split]).check_args(config)
     scores = evaluate_model(adapter, config, data[split], model_args.label_synonyms)
     if config.should_save:
         measured = protocol(data[split], adapter, config, scores)

@@ -12,12 +12,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill, indent
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from .. import losses
 from ..adapters.base import OF_BOTH
 from ..losses import LOSSES, DistillationCriterion, build_criterion
-from ..losses.recipe import ALWAYS_OFFERED, OFFERED_BY_ALL, options_of, read_losses
+from ..losses.recipe import ALWAYS_OFFERED, OFFERED_BY_ALL, options_of, read_losses, serving_options
 from ..outputs import FeatureSpec
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import yaml_text
@@ -66,15 +66,9 @@ def reference_criterion(recipe: Mapping[str, Any]) -> DistillationCriterion:
 
 def tasks_of(name: str) -> str:
     """The tasks that a method serves, with the option that makes it do so where that is no default."""
-    choices = {
-        key: get_args(parameter.annotation)
-        for key, parameter in inspect.signature(LOSSES[name]).parameters.items()
-        if get_origin(parameter.annotation) is Literal
-    }
-    variants = [{}, *({key: value} for key, values in choices.items() for value in values)]
     found = []
     for task, offers in TASK_OFFERS.items():
-        serving = next((own for own in variants if read_losses({name: own})[name].needs <= offers), None)
+        serving = serving_options(name, offers)
         if serving is not None:
             found.append(task + "".join(f" (`{key}: {value}`)" for key, value in serving.items()))
     return ", ".join(found)

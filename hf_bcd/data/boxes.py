@@ -133,7 +133,7 @@ class BoxRule:
                     f"{size[0]}x{size[1]}, width x height). {remedy}"
                 )
 
-        other = f"Give the format that the boxes have (box_format, one of {', '.join(FORMATS)}), or mend the box."
+        other = f"Give the format that the boxes have (`--box_format`, one of {', '.join(FORMATS)}), or mend the box."
         refuse(~np.isfinite(raw.boxes).all(axis=1), "is not finite", "Correct or remove it.")
         sides = corners[:, 2:] - corners[:, :2]
         refuse((sides < 0).any(axis=1), "has a negative width or height", other)
@@ -247,7 +247,7 @@ def recognise(looked: Sequence[Looked], stated: str | None, by: str) -> tuple[st
 
 
 def _remedy(box_format: str = "xywh") -> str:
-    return f"Give the format that they have (`--dataset_options.box_format {box_format}`), or mend the annotations."
+    return f"Give the format that they have (`--box_format {box_format}`), or mend the annotations."
 
 
 def _impossible(looked: Sequence[Looked], box_format: str) -> np.ndarray:

@@ -163,6 +163,8 @@ def load_dense_dataset(
                     fixed | {"ignore_labels": ignore_labels, "streaming": streaming}, f"{root}: {boxes.kind}"
                 )
                 return assemble_boxes(name, boxes, source, id2label, box_format)
+            if task == TASK and not masks and (boxes := open_boxes(root)) is not None:
+                raise UserError(f"{root}: {boxes.kind}, which has boxes and no masks. Leave task out (`--task`).")
             rows: Mapping[str, Any] = {} if described or task == DETECTION else pair_folders(root, FOLDERS)
             if rows and streaming:
                 raise _nothing_to_stream(root)

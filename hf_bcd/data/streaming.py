@@ -18,6 +18,7 @@ from ..hub.errors import explained
 from ..utils.messages import UserError
 from .dataset import Row, Sample, Split, Transform, torch_seed
 from .probing import PROBED_ROWS
+from .sources.box_tables import holds_boxes
 from .sources.tables import TableRows, class_names, commit_in_path, find_columns, load_hub, row_of
 
 
@@ -251,6 +252,8 @@ def open_streams(
         features = builder.info.features
         if features is None:
             raise UserError(f"{name}: its files name no columns; store it as Parquet to stream it.")
+        if holds_boxes(features, label_column):
+            raise UserError(f"{name}: pictures with boxes are not streamed; leave streaming out (`--streaming`).")
         columns = find_columns(features, image_column, label_column, name)
         if hasattr(builder.config, "columns") and len(features) > len(columns):
             builder.config.columns = list(columns)  # type: ignore[attr-defined] # reads no other bytes

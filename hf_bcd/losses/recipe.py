@@ -59,10 +59,10 @@ NEEDS = {
     "task_loss": "with its graph, which torch_compile hides",
     "boxes": "true boxes",
     "classes": "scores of boxes, which are compared class by class",
-    "dense": "scores and boxes at the same priors, which RetinaNet and GFL have",
+    "dense": "scores and boxes at the same priors, which two RetinaNets or two GFLs have",
     "distributions": "of distances to a box's sides, which GFL has",
     "tower": "the convolutions before a detector's scores, which RetinaNet and GFL have, as many and as wide in both",
-    "queries": "of the DETR kind",
+    "queries": "of two models of the DETR kind, whose classes exclude each other in both (DETR) or in neither",
     "corners": "D-FINE's distributions on one scale",
     "pyramid": "levels of a detector's neck",
 }
@@ -130,12 +130,30 @@ def check_needs(losses: Losses, offers: frozenset[str]) -> None:
     """
     for name, loss in read_losses(losses).items():
         if missing := sorted(loss.needs - offers):
-            others = [other for other, cls in LOSSES.items() if cls.needs <= offers]
+            others = others_that_serve(offers)
             words = "; ".join(f"`{need}`: {NEEDS[need]}" for need in missing if need in NEEDS)
             raise UserError(
                 f"loss {name!r} needs {', '.join(missing)}, but student and teacher only offer "
                 f"{', '.join(sorted(offers))} ({words}). Choose another teacher or setting, or another loss: {', '.join(others)}."
             )
+
+
+def serving_options(name: str, offers: frozenset[str]) -> dict[str, str] | None:
+    """The options with which a loss needs no more than this: none or one of its choices, or None where nothing helps."""
+    choices = {key: get_args(parameter.annotation) for key, parameter in _parameters(LOSSES[name]).items()
+               if get_origin(parameter.annotation) is Literal}  # fmt: skip
+    variants = [{}, *({key: value} for key, values in choices.items() for value in values)]
+    return next((options for options in variants if _read(name, options).needs <= offers), None)
+
+
+def others_that_serve(offers: frozenset[str]) -> list[str]:
+    """The losses that need no more than this, as a recipe names them, with the option that makes them so."""
+    found = {name: serving_options(name, offers) for name in LOSSES}
+    return [
+        name + "".join(f" ({key}: {value})" for key, value in options.items())
+        for name, options in found.items()
+        if options is not None
+    ]
 
 
 def build_criterion(

@@ -11,6 +11,8 @@ from typing import Any, NoReturn, get_type_hints
 from transformers import HfArgumentParser
 
 from ..adapters.loading import ModelSpec
+from ..data.boxes import FORMATS
+from ..tasks import TASKS
 from ..training.config import PRESETS, BCDConfig
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
@@ -78,10 +80,22 @@ class DataArguments:
         default=False, metadata={"help": "Keep decoded training and validation images in memory: for small sets."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Image column, if it cannot be recognised."})
-    label_column: str | None = field(default=None, metadata={"help": "Mask column, if it cannot be recognised."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the masks or boxes, if it cannot be recognised."}
+    )
     id2label: str | None = field(default=None, metadata={"help": "JSON file with the class names."})
     reduce_labels: bool = field(default=False, metadata={"help": "Raw label 0 is void and classes start at 1."})
     ignore_labels: list[int] = field(default_factory=list, metadata={"help": "Raw label ids that are void."})
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{' or '.join(TASKS)}, where a source has both masks and boxes; the masks are taken by default."
+        },
+    )
+    box_format: str | None = field(
+        default=None,
+        metadata={"help": f"How boxes are stored, if it cannot be recognised: {', '.join(FORMATS)}."},
+    )
     dataset_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further options of the data set, e.g. {size: [96, 128]} for synthetic."}
     )

@@ -21,7 +21,7 @@ from ..tasks import task_of
 from ..training.checkpoints import last_checkpoint
 from ..training.config import BCDConfig
 from ..training.evaluation import evaluate
-from ..training.teaching import adopt_labels, check_task
+from ..training.teaching import adopt_labels, check_checkpointing, check_task
 from ..training.trainer import BCDTrainer
 from ..utils.files import write_text
 from ..utils.messages import UserError
@@ -31,6 +31,9 @@ from .arguments import DataArguments, ModelArguments
 
 
 logger = logging.getLogger(__name__)
+
+# arguments of `load_dense_dataset` that the command line calls by another name
+NAMES = {"config": "dataset_config", "revision": "dataset_revision"}
 
 
 def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
@@ -51,22 +54,29 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
             raise UserError(f"--{name} is {limit}; take at least one image, or leave it out for all.")
     if args.cache_images and args.streaming:
         raise UserError("streaming is for data that no memory holds: leave --cache_images or --streaming out.")
-    options = args.dataset_options or {}
-    data = load_dense_dataset(
-        source,
-        data_dir=args.data_dir if args.dataset_name else None,
-        config=args.dataset_config,
-        revision=args.dataset_revision,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        id2label=args.id2label,
-        reduce_labels=args.reduce_labels,
-        ignore_labels=args.ignore_labels,
-        streaming=args.streaming,
-        shuffle_buffer=args.shuffle_buffer,
-        max_eval_samples=args.max_eval_samples,
-        **(parse_mapping(options, "dataset_options") if isinstance(options, str) else options),
-    )
+    given = args.dataset_options or {}
+    of_one = parse_mapping(given, "dataset_options") if isinstance(given, str) else given
+    options = {
+        "data_dir": args.data_dir if args.dataset_name else None,
+        "config": args.dataset_config,
+        "revision": args.dataset_revision,
+        "image_column": args.image_column,
+        "label_column": args.label_column,
+        "id2label": args.id2label,
+        "reduce_labels": args.reduce_labels,
+        "ignore_labels": args.ignore_labels,
+        "streaming": args.streaming,
+        "shuffle_buffer": args.shuffle_buffer,
+        "max_eval_samples": args.max_eval_samples,
+        "task": args.task,
+        "box_format": args.box_format,
+    }
+    if twice := sorted(options.keys() & of_one):
+        raise UserError(
+            f"dataset_options sets {', '.join(twice)}, which every data set has; give arguments of their own instead "
+            f"(--{shortened(', --'.join(NAMES.get(name, name) for name in twice))})."
+        )
+    data = load_dense_dataset(source, **options, **of_one)
     if for_training and "train" not in data:
         raise UserError(f"{source} has no training split, only {', '.join(data)}.")
 
@@ -86,13 +96,15 @@ def build_student(args: ModelArguments, config: BCDConfig, data: DenseDatasets) 
     """Builds the untrained student for the data set's classes; the same seed gives the same weights.
 
     Raises:
-        UserError: if the arguments name no student, or it cannot take images as they are in training or evaluation.
+        UserError: if the arguments name no student, or it cannot take images as they are in training or evaluation, or has
+            no activation checkpointing.
     """
     if args.student is None:
         raise UserError("no student: give --student (Hub id, folder, or {backbone: ..., head: ...}).")
     set_seed(config.seed)
     spec = ModelSpec.parse(args.student, "student")
     student = adapt(build_model(spec, data["train"].id2label, trust_remote_code=args.trust_remote_code))
+    check_checkpointing(student.model, config)
     check_sizes(student, config, data)
     return student
 

@@ -85,6 +85,14 @@ class ObjectDetection(Task):
                 raise UserError(
                     f"{name} is for label maps; images for a detector are sized by image_size and image_longest, or square_size."
                 )
+        short = _shortest(args)
+        if args.square_size is None and args.image_longest < max(short):
+            name = "train_shortest" if args.train_shortest else "image_size"
+            usual = "" if args.train_shortest or args.image_size else ", as usual"
+            raise UserError(
+                f"image_longest is {args.image_longest}, less than {name}, which is {max(short)}{usual}. The long side is never "
+                f"shorter: raise image_longest, or lower {name}."
+            )
         if args.square_size is not None and (args.image_size is not None or args.train_shortest is not None):
             raise UserError("square_size and image_size or train_shortest size images in two ways; give one of them.")
         short = max(args.train_shortest or [args.image_size or SHORTEST])
@@ -97,23 +105,21 @@ class ObjectDetection(Task):
     def train_sizes(self, args: Any) -> list[tuple[int, int]]:
         if args.square_size is not None:
             return [(args.square_size, args.square_size)]
-        short = max(args.train_shortest or [args.image_size or SHORTEST])
+        short = max(_shortest(args))
         return [(short, min(args.image_longest, 2 * short))]
 
     def augmentation(self, args: Any) -> str:
         if args.square_size is not None:
             sized = f"resized to {args.square_size} x {args.square_size}"
         else:
-            sides = " or ".join(map(str, args.train_shortest or [args.image_size or SHORTEST]))
+            sides = " or ".join(map(str, _shortest(args)))
             sized = f"short side {sides}, long side at most {args.image_longest}"
         jitter = f", brightness, contrast and saturation jitter {args.color_jitter:g}" if args.color_jitter else ""
         return f"{sized}, horizontal flip{jitter}"
 
     def train_transform(self, args: Any) -> Callable[..., Mapping[str, Any]]:
-        shortest = args.train_shortest or args.image_size or SHORTEST
-        return BoxTrainTransform(
-            shortest, longest=args.image_longest, square=args.square_size, jitter=args.color_jitter
-        )
+        sizes = {"longest": args.image_longest, "square": args.square_size}
+        return BoxTrainTransform(_shortest(args), **sizes, jitter=args.color_jitter)
 
     def processor_size(self, args: Any) -> dict[str, Any]:
         return {
@@ -186,3 +192,8 @@ class ObjectDetection(Task):
         height, width = (int(side) for side in sample["orig_size"])
         image = torch.nn.functional.interpolate(sample["pixel_values"][None].float(), (height, width), mode="bilinear")
         return detection_strip(image[0].round().to(torch.uint8), sample, prediction, num_labels)
+
+
+def _shortest(args: Any) -> list[int]:
+    """The short sides that training draws from."""
+    return args.train_shortest or [args.image_size or SHORTEST]

@@ -139,7 +139,7 @@ class BCDConfig(TrainingArguments):
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Short side images are resized to, in training (before scaling) and evaluation; None keeps it."
+            "help": "Short side of images in training (before scaling) and evaluation; None keeps it, for detectors 800."
         },
     )
     image_longest: int = field(

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, set_seed
 
 from ..adapters import DenseAdapter, FrozenTeacher, LabelMap, adapt, match_labels, read_synonyms
 from ..losses import DistillationCriterion, build_criterion
-from ..losses.recipe import LOSSES, OFFERED_BY_ALL, check_needs
+from ..losses.recipe import OFFERED_BY_ALL, check_needs, others_that_serve
 from ..tasks import TASKS, Task, task_of
 from ..utils.messages import UserError
+from ..utils.text import shortened
 from .config import BCDConfig
 
 
@@ -61,6 +62,8 @@ def prepare(
         student.freeze_unused()
     task = task_of(dataset)
     check_task(student, task)
+    if to_train:
+        check_checkpointing(student.model, args)
     sizes = []
     if to_train and hasattr(dataset, "with_transform"):  # which brings it to these sizes
         task.check_args(args)
@@ -102,6 +105,19 @@ def check_task(model: DenseAdapter, task: Task) -> None:
             f"{type(model.model).__name__} is for {TASKS[model.task].title}, but the data are for {task.title}; choose a model "
             "or data of the other kind."
         )
+
+
+def check_checkpointing(model: PreTrainedModel, args: BCDConfig) -> None:
+    """Refuses activation checkpointing of a model that has none; a `UserError` names it."""
+    if args.activation_checkpointing:
+        try:
+            model.activation_checkpointing_enable()
+        except ValueError as error:
+            raise UserError(
+                f"activation_checkpointing cannot be had: {shortened(error)} Leave it out, and lower per_device_train_batch_size "
+                "if memory is short."
+            ) from error
+        model.activation_checkpointing_disable()
 
 
 def adopt_labels(model: PreTrainedModel, id2label: Mapping[int, str] | None) -> None:
@@ -172,7 +188,7 @@ def check_losses(teacher: DenseAdapter, label_map: LabelMap, args: BCDConfig) ->
     by_class = {"logits", "classes"}
     concerned = [name for name, loss in args.loss_options.items() if by_class & loss.needs]
     if concerned and not label_map.is_complete:
-        others = [name for name, loss in LOSSES.items() if not by_class & loss.needs]
+        others = others_that_serve(offers_of(teacher, args) - by_class)
         raise UserError(
             f"the teacher has no class for {', '.join(label_map.missing)}, but the losses {', '.join(concerned)} compare "
             "class scores. Say in a --label_synonyms file which of the teacher's classes stand for these, or distil "

@@ -218,7 +218,7 @@ def test_areas_decide_where_both_formats_are_possible():
     data = table("dict of lists", things).map(
         lambda row: {"objects": {key: row["objects"][key] for key in ("bbox", "category")}}
     )
-    refused(r"could be xywh or xyxy, such as \[10, 10, 30, 30\] in .*100x80 .*--dataset_options.box_format xywh", data)
+    refused(r"could be xywh or xyxy, such as \[10, 10, 30, 30\] in .*100x80 .*--box_format xywh", data)
 
 
 def test_masks_win_unless_boxes_are_asked_for(tmp_path):
@@ -232,6 +232,13 @@ def test_masks_win_unless_boxes_are_asked_for(tmp_path):
     refused("reduce_labels cannot be set", tmp_path, task="object-detection", reduce_labels=True)
     refused("not streamed", tmp_path, task="object-detection", streaming=True)
     refused("box_format cannot be set", tmp_path, box_format="xywh", id2label=list(NAMES))
+
+
+def test_boxes_without_masks_are_neither_label_maps_nor_streamed(tmp_path):
+    coco(tmp_path / "coco")
+    refused(r"COCO's JSON, which has boxes and no masks.*--task", tmp_path / "coco", task="semantic-segmentation")
+    imagefolder(tmp_path / "table")
+    refused(r"pictures with boxes are not streamed; .*--streaming", tmp_path / "table", streaming=True)
 
 
 def test_check_prints_boxes_format_and_what_is_odd(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from loss_references import pair_of
 
 from hf_bcd.losses import LOSSES, BCDLoss, CrossKDLoss, build_criterion
-from hf_bcd.losses.recipe import ALWAYS_OFFERED, options_of, read_losses
+from hf_bcd.losses.recipe import ALWAYS_OFFERED, check_needs, options_of, read_losses
 from hf_bcd.outputs import FeatureSpec
 from hf_bcd.utils.messages import UserError, unknown_key_message
 
@@ -144,6 +144,16 @@ def test_what_only_the_models_can_tell_is_explained_when_a_criterion_is_built():
                 build_criterion({name: {}}, SPECS, {"stride_32": FeatureSpec(4, 32)}, num_labels=3)
     with pytest.raises(UserError, match="loss 'sckd' needs task_loss.*torch_compile"):
         build_criterion({"sckd": {}}, SPECS, SPECS, num_labels=3, offers=ALWAYS_OFFERED - {"task_loss"})
+
+
+def test_losses_that_serve_are_named_with_the_option_that_makes_them_so():
+    detectors = frozenset({"features", "labels", "task_loss", "classes", "tower"})
+    with pytest.raises(
+        UserError, match=r"another loss: at, bcd, crosskd \(on: tower\), cwd \(on: features\), cwt, fam"
+    ):
+        check_needs({"kd": {}}, detectors)
+    with pytest.raises(UserError, match=r"another loss: (?!.*crosskd).*cwd \(on: features\)"):
+        check_needs({"kd": {}}, detectors - {"tower"})
 
 
 def test_no_hint_where_nothing_is_near():

@@ -1,13 +1,17 @@
 """Recipes, the command line and what wins over what."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from hf_bcd.adapters.loading import ModelSpec
 from hf_bcd.runs.arguments import parse_arguments, read_arguments
+from hf_bcd.runs.experiment import load_data
 from hf_bcd.training.config import PRESETS
+from hf_bcd.utils.messages import UserError
 
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +74,33 @@ def test_the_paper_preset_is_literal() -> None:
 def test_mistakes_on_the_command_line_are_named(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_arguments([*argv, *CPU])
+
+
+def test_task_and_format_of_boxes_reach_the_data(tmp_path: Path) -> None:
+    lines = [{"file_name": "a.png", "objects": {"bbox": [[10, 10, 30, 30]], "category": ["cat"]}}]
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "train" / "a.png")
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def corners(*argv: str) -> list[list[float]]:
+        _, data, _ = parse_arguments(["--student", "a/b", "--data_dir", str(tmp_path), *argv, *CPU])
+        return load_data(data)["train"][0]["boxes"].tolist()
+
+    with pytest.raises(UserError, match=r"could be xywh or xyxy.*--box_format xywh"):
+        corners()
+    assert corners("--box_format", "xywh") == [[10, 10, 40, 40]]
+    assert corners("--box_format", "xyxy", "--task", "object-detection") == [[10, 10, 30, 30]]
+    with pytest.raises(UserError, match=r"task is 'boxes'; data sets have"):
+        corners("--task", "boxes")
+
+
+@pytest.mark.parametrize("options", ["{task: object-detection}", "{config: a, box_format: xywh}"])
+def test_options_of_one_data_set_are_not_those_of_all(options: str) -> None:
+    _, data, _ = parse_arguments(["--dataset_name", "synthetic", "--dataset_options", options, *CPU])
+    with pytest.raises(
+        UserError, match=r"dataset_options sets .*own instead \(--(task|box_format, --dataset_config)\)"
+    ):
+        load_data(data)
 
 
 def test_unknown_keys_of_a_recipe_are_errors_that_name_the_file(tmp_path: Path) -> None:

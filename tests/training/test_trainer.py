@@ -19,12 +19,13 @@ from hf_bcd.adapters.loading import ModelSpec
 from hf_bcd.losses import LOSSES
 from hf_bcd.losses.bcd import BCDLoss
 from hf_bcd.runs import baseline, experiment
-from hf_bcd.runs.arguments import RECIPE_KEYS, DataArguments
+from hf_bcd.runs.arguments import RECIPE_KEYS, DataArguments, ModelArguments
 from hf_bcd.runs.recipes import read_recipe
 from hf_bcd.training.callbacks import InterruptCallback
 from hf_bcd.training.checkpoints import last_checkpoint
 from hf_bcd.training.recording import schedule_words
 from hf_bcd.utils.files import write_json
+from hf_bcd.utils.messages import UserError
 
 
 ROOT = Path(__file__).parents[2]
@@ -353,6 +354,22 @@ def test_reduced_precision_and_checkpointing_keep_the_loss(option: str, tmp_path
         losses.append(tiny.history(run, "loss"))
     tolerance = 0.02 if option == "bf16" else 1e-6
     assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+
+
+def test_a_model_without_activation_checkpointing_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.tiny_segformer()
+    model.supports_gradient_checkpointing = False
+    message = (
+        "activation_checkpointing cannot be had: Segformer.* does not support activation checkpointing. Leave it out"
+    )
+    with pytest.raises(UserError, match=message):
+        tiny.trainer(tmp_path, model=model, activation_checkpointing=True)
+    student = ModelArguments(student={"backbone": "resnet18", "head": "fpn"})
+    monkeypatch.setattr(TimmSegmentationModel, "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match="activation_checkpointing cannot be had"):  # no teacher is trained before
+        experiment.build_student(student, tiny.config(tmp_path, activation_checkpointing=True), tiny.scenes())
 
 
 @pytest.mark.gpu

@@ -106,10 +106,8 @@ def raw_boxes(value: Any, name: str, size: tuple[int, int] | None = None) -> Raw
     return RawBoxes(array, np.array(categories, None), np.array(areas, np.float64), np.array(crowd, bool), size)
 
 
-def holds_boxes(loaded: Any, name: str, label_column: str | None) -> bool:
-    """Whether a table has boxes and no label maps, or `label_column` is one of boxes."""
-    tables = list(splits_of(loaded, name).values())
-    features = tables[0].features if tables else {}
+def holds_boxes(features: Mapping[str, Any], label_column: str | None) -> bool:
+    """Whether a table with these columns has boxes and no label maps, or `label_column` is one of boxes."""
     if label_column is not None:
         return fields_of(features.get(label_column)) is not None
     if any(is_label_map(features[column]) for column in LABEL_COLUMNS if column in features):
@@ -145,5 +143,7 @@ def read_either(
     boxes: bool | None = None,
 ) -> dict[str, Any]:
     """The rows of a table with label maps or with boxes; `boxes` asks for one of them, None takes what is there."""
-    boxes = holds_boxes(loaded, name, label_column) if boxes is None else boxes
+    if boxes is None:
+        first = next(iter(splits_of(loaded, name).values()), None)
+        boxes = first is not None and holds_boxes(first.features, label_column)
     return (read_box_tables if boxes else read_tables)(loaded, name, image_column, label_column)
