@@ -42,7 +42,7 @@ def match_queries(student: Queries, layer: int, answers: Answers) -> Tensor:
 
     The cost is that of DETRDistill's assigner: cross-entropy 1, L1 5, generalised IoU 2.
     """
-    from scipy.optimize import linear_sum_assignment  # as these models' own losses do; not everybody needs it
+    from scipy.optimize import linear_sum_assignment  # `import hf_bcd.losses` needs only torch
 
     weights, classes, boxes, _ = answers
     with torch.no_grad():

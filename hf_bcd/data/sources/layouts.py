@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ...utils.files import read_text
 from ...utils.messages import UserError
 from ..dataset import ReadRows, Row, Rows, read_files, usual_name
-from .coco import import_extra, open_instances, open_panoptic
+from .coco import open_instances, open_panoptic
 
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,8 @@ def _open_voc2012_aug(root: Path) -> LocalCopy:
 
 def _read_mat(image: str, mask: str) -> Row:
     """The row of an image and a MATLAB file of COCO-Stuff 10K, whose variable `S` is the label map `[H, W]`."""
-    io = import_extra("scipy.io")
+    from scipy import io  # takes a while to import
+
     try:
         return Row(Path(image), io.loadmat(mask, variable_names=["S"])["S"], image, mask)
     # NotImplementedError is what scipy raises for version 7.3 of the format
