@@ -177,6 +177,9 @@ def load_model(
     )
 
 
+load_segmentation_model = load_model  # what it was called before it loaded detectors
+
+
 def auto_classes(config: Any) -> list[Any]:
     """The Auto classes to try for a configuration: the one of the class that it was saved from first."""
     segmenters = [transformers.AutoModelForSemanticSegmentation, transformers.AutoModelForUniversalSegmentation]
