@@ -207,7 +207,9 @@ class DFineAdapter(RTDetrAdapter):
         start = outputs.denoising_meta_values["dn_num_split"][0] if outputs.denoising_meta_values else 0
         found = super().queries(outputs)
         found.corners = outputs.intermediate_predicted_corners[:, :, start:].transpose(0, 1)
-        layers = len(found.corners)  # in training, one more comes before the decoder's own
+        layers = outputs.intermediate_predicted_corners.shape[
+            1
+        ]  # in training, one more comes before the decoder's own
         found.class_logits, found.boxes = found.class_logits[-layers:], found.boxes[-layers:]
         found.corner_scale = self.corner_scale
         return found
@@ -229,9 +231,10 @@ class _Alone:
 @contextmanager
 def counted_by_rank() -> Iterator[None]:
     """Lets losses of transformers divide by the boxes of their rank: they take a mean over ranks, and divide that by the ranks."""
-    known = loss_for_object_detection.PartialState
-    loss_for_object_detection.PartialState = _Alone
+    module: Any = loss_for_object_detection
+    known = module.PartialState
+    module.PartialState = _Alone
     try:
         yield
     finally:
-        loss_for_object_detection.PartialState = known
+        module.PartialState = known

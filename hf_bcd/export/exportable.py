@@ -109,7 +109,9 @@ def to_onnx(model: LogitsModel, pixel_values: Tensor, dynamic_size: bool) -> Any
         return opset18.Conv(x, weight, auto_pad="SAME_UPPER", strides=stride, dilations=dilation, group=groups)
 
     def onnx_is_all_true(x: Any) -> Any:  # of a check that transformers leaves in its real-time detectors
-        return opset18.Cast(opset18.ReduceMin(opset18.Cast(x, to=INT64), keepdims=0), to=BOOL)
+        numbers: Any = opset18.Cast(x, to=INT64)
+        smallest: Any = opset18.ReduceMin(numbers, keepdims=0)
+        return opset18.Cast(smallest, to=BOOL)
 
     free = {**({0: "batch"} if model.free_batch else {}), **({2: "height", 3: "width"} if dynamic_size else {})}
     with warnings.catch_warnings():
