@@ -55,6 +55,8 @@ class DenseAdapter(nn.Module, ABC):
     """Beginnings of the names of parameters that no output of the adapter depends on."""
     min_labels: ClassVar[int] = 2
     """Number of classes below which a model gives one answer only."""
+    exported: ClassVar[tuple[str, ...]] = ("logits",)
+    """Outputs of the model that an export has."""
     upsamples = False
     """Whether the model itself, unlike `run`, brings its logits to the size of the image."""
 

@@ -27,6 +27,7 @@ class DetectionAdapter(DenseAdapter):
     task = "object-detection"
     processor_class = "DeformableDetrImageProcessor"
     min_labels = 1
+    exported = ("logits", "pred_boxes")
     squares: ClassVar[bool] = False
     softmax: ClassVar[bool] = False
 
@@ -81,6 +82,10 @@ class DetectionAdapter(DenseAdapter):
         """
         with torch.autocast(pixel_values.device.type, enabled=False):
             outputs = self.model(pixel_values=self.shown(pixel_values))
+        return self.detections(outputs, sizes)
+
+    def detections(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """What `predict` gives, from the model's `logits` `[B, Q, C]` and `pred_boxes` `[B, Q, 4]`."""
         logits, boxes = self.map_classes(outputs.logits.float()), corners(outputs.pred_boxes.float())
         if self.softmax:
             probabilities, classes = logits.softmax(-1)[..., :-1].max(-1, keepdim=True)

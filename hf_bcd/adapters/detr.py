@@ -231,9 +231,10 @@ class _Alone:
 @contextmanager
 def counted_by_rank() -> Iterator[None]:
     """Lets losses of transformers divide by the boxes of their rank: they take a mean over ranks, and divide that by the ranks."""
-    known = loss_for_object_detection.PartialState
-    loss_for_object_detection.PartialState = _Alone
+    module: Any = loss_for_object_detection
+    known = module.PartialState
+    module.PartialState = _Alone
     try:
         yield
     finally:
-        loss_for_object_detection.PartialState = known
+        module.PartialState = known

@@ -46,9 +46,17 @@ def main(argv: list[str] | None = None) -> None:
     parity, latency, (height, width) = report["parity"], report["latency_ms"], report["size"]
     print(f"{folder / ONNX_MODEL}: {report['bytes'] / 1e6:.1f} MB, opset {report['opset']}")
     fixed = report["fixed_because"]
-    print(f"height and width: {f'fixed at {height} x {width}, because {fixed}' if fixed else 'free'}; batch: free")
-    print(
-        f"largest difference to PyTorch {parity['max_difference']:.1e} at logits up to {parity['max_logit']:.3g}; "
-        f"same class at {100 * parity['argmax_agreement']:.2f} % of the positions"
-    )
+    free = f"fixed at {height} x {width}, because {fixed}" if fixed else "free"
+    if "matched" in parity:
+        print(f"height and width: {free}")
+        print(
+            f"{parity['matched']} of {parity['detections']} detections are those of PyTorch, boxes within "
+            f"{parity['max_pixels']:.1e} pixels, scores within {parity['max_score']:.1e}"
+        )
+    else:
+        print(f"height and width: {free}; batch: free")
+        print(
+            f"largest difference to PyTorch {parity['max_difference']:.1e} at logits up to {parity['max_logit']:.3g}; "
+            f"same class at {100 * parity['argmax_agreement']:.2f} % of the positions"
+        )
     print(f"latency at {height} x {width}: {latency['onnxruntime']:.1f} ms, PyTorch {latency['pytorch']:.1f} ms")

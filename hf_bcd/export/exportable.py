@@ -1,8 +1,9 @@
 """Models as `torch.onnx` can export them with free height and width: the same function, in other operations."""
 
 import copy
+import warnings
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame, conv2d_same
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from ..models.heads import average_bins
 
 
+INT64, BOOL = 7, 9  # ONNX's numbers of types
 OPSET = 18  # which the exporter itself writes; later ones only by conversion
 
 
@@ -22,6 +24,9 @@ class LogitsModel(nn.Module):
     exported with. TensorFlow's padding becomes an attribute of the convolution: computed from the size, it makes the
     shapes of a deep network terms so large that exporting does not come to an end. The model itself stays as it is.
     """
+
+    outputs: ClassVar[tuple[str, ...]] = ("logits",)
+    free_batch: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -44,9 +49,21 @@ class LogitsModel(nn.Module):
                 layer.padding = tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
         self.eval()
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> Any:
         """`[B, 3, H, W]` -> `[B, num_labels, h, w]`."""
         return self.model(pixel_values=pixel_values).logits
+
+
+class DetectionsModel(LogitsModel):
+    """From `pixel_values` of one picture to `logits` and `pred_boxes` in DETR's form, suppression of boxes included."""
+
+    outputs = ("logits", "pred_boxes")
+    free_batch = False
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        """`[1, 3, H, W]` -> `[1, Q, C]` and `[1, Q, 4]`."""
+        outputs = self.model(pixel_values=pixel_values)
+        return outputs.logits, outputs.pred_boxes
 
 
 def why_fixed(model: PreTrainedModel) -> str | None:
@@ -78,9 +95,9 @@ def _(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups:
 
 @torch.no_grad()  # with gradients, attention is traced with another memory layout, in which views fail
 def to_onnx(model: LogitsModel, pixel_values: Tensor, dynamic_size: bool) -> Any:
-    """The model as an `ONNXProgram` with free batch, and perhaps height and width.
+    """The model as an `ONNXProgram`, where the model's `free_batch` says so with free batch, and perhaps height and width.
 
-    The example `[B, 3, H, W]` has at least two images, for 1 is exported as a constant.
+    The example `[B, 3, H, W]` then has at least two images, for 1 is exported as a constant.
 
     Raises:
         torch.onnx.errors.OnnxExporterError: if that cannot be done.
@@ -91,15 +108,27 @@ def to_onnx(model: LogitsModel, pixel_values: Tensor, dynamic_size: bool) -> Any
     def onnx_convolve_same(x: Any, weight: Any, stride: Any, dilation: Any, groups: Any) -> Any:
         return opset18.Conv(x, weight, auto_pad="SAME_UPPER", strides=stride, dilations=dilation, group=groups)
 
-    program: Any = torch.onnx.export(
-        model,
-        (pixel_values,),
-        dynamic_shapes={"pixel_values": {0: "batch", **({2: "height", 3: "width"} if dynamic_size else {})}},
-        input_names=["pixel_values"],
-        output_names=["logits"],
-        opset_version=OPSET,
-        custom_translation_table={torch.ops.hf_bcd.convolve_same.default: onnx_convolve_same},
-        verbose=False,
-    )
+    def onnx_is_all_true(x: Any) -> Any:  # of a check that transformers leaves in its real-time detectors
+        numbers: Any = opset18.Cast(x, to=INT64)
+        smallest: Any = opset18.ReduceMin(numbers, keepdims=0)
+        return opset18.Cast(smallest, to=BOOL)
+
+    free = {**({0: "batch"} if model.free_batch else {}), **({2: "height", 3: "width"} if dynamic_size else {})}
+    with warnings.catch_warnings():
+        # of torchvision's suppression of boxes
+        warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)
+        program: Any = torch.onnx.export(
+            model,
+            (pixel_values,),
+            dynamic_shapes={"pixel_values": free},
+            input_names=["pixel_values"],
+            output_names=list(model.outputs),
+            opset_version=OPSET,
+            custom_translation_table={
+                torch.ops.hf_bcd.convolve_same.default: onnx_convolve_same,
+                torch.ops.aten._is_all_true.default: onnx_is_all_true,
+            },
+            verbose=False,
+        )
     ClearMetadataAndDocStringPass()(program.model)  # stack traces with this machine's paths
     return program

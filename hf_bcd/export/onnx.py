@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,12 +23,15 @@ from ..utils.costs import device_name, time_forward
 from ..utils.files import write_json
 from ..utils.messages import UserError
 from ..utils.text import shortened
-from .exportable import OPSET, LogitsModel, to_onnx, why_fixed
+from .exportable import OPSET, DetectionsModel, LogitsModel, to_onnx, why_fixed
 
 
 REQUIREMENTS = ("onnx", "onnxscript", "onnxruntime")
 # of the logits, where the largest is below 1, else relative to it; part of the pixels with the same class
 MAX_DIFFERENCE, MIN_AGREEMENT = 1e-4, 0.999
+# of a detection that both have
+MAX_PIXELS, MAX_SCORE = 0.5, 1e-3
+PICTURES = 3
 DEFAULT_SIZE = 512
 SECONDS = 2.0  # for the timed passes of each runtime
 
@@ -45,8 +49,14 @@ class OnnxModel(nn.Module):
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """`[B, 3, H, W]` -> `[B, num_labels, h, w]`."""
-        return torch.from_numpy(self.session.run(None, {"pixel_values": pixel_values.numpy()})[0])
+        """`[B, 3, H, W]` -> the first output, `[B, num_labels, h, w]` of label maps."""
+        return self.outputs(pixel_values)["logits"]
+
+    def outputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """All outputs by name."""
+        found = self.session.run(None, {"pixel_values": pixel_values.numpy()})
+        names = [output.name for output in self.session.get_outputs()]
+        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 
 
 def export_student(
@@ -59,8 +69,8 @@ def export_student(
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a student to `onnx/model.onnx`, checks and times it, and writes `onnx/export.json` beside it.
 
-    The batch is dynamic; height and width are where the file then computes the model's function at every size that is
-    tried, and fixed otherwise.
+    Of label maps, the batch is dynamic; height and width are where the file then computes the model's function at every
+    size that is tried, and fixed otherwise. Detectors are exported for one picture of one size.
 
     Args:
         source: the student's folder or Hub id.
@@ -86,7 +96,8 @@ def export_student(
     path.parent.mkdir(parents=True, exist_ok=True)
     (folder / ONNX_REPORT).unlink(missing_ok=True)  # a report stands for a file that was checked
     check_runs(adapter.model, image)
-    fixed_because, parity = write_model(path, adapter, (height, width))
+    write = write_detector if "pred_boxes" in adapter.exported else write_model
+    fixed_because, parity = write(path, adapter, (height, width))
     timed = {"onnxruntime": (OnnxModel(path), image), "pytorch": (adapter.model, image)}
     seconds = time_forward(timed, 2 * SECONDS)
     report = {
@@ -178,14 +189,83 @@ def write_model(path: Path, adapter: DenseAdapter, size: tuple[int, int]) -> tup
     return fixed_because, parity
 
 
+def write_detector(path: Path, adapter: Any, size: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    """Writes the file of a detector, for one picture of one size.
+
+    Returns:
+        Why height and width are fixed, and the result of `compare_detections`.
+
+    Raises:
+        UserError: as `write_model`.
+    """
+    model, (height, width) = adapter.model, size
+    fixed_because = "detectors are exported for one picture of one size"
+    try:
+        save(path, DetectionsModel(model), adapter, size, fixed_because)
+    except OnnxExporterError as error:
+        cause = shortened(error.__cause__ or error)
+        raise UserError(f"{type(model).__name__} cannot be exported at {height} x {width} pixels: {cause}") from error
+    pictures = images(adapter, PICTURES, height, width).split(1)
+    parity = compare_detections(OnnxModel(path), adapter, pictures)
+    if not parity["matched"] == parity["detections"] == parity["onnx_detections"]:
+        raise UserError(
+            f"{path} does not find what the model finds: {parity}; every detection must be there in both, within "
+            f"{MAX_PIXELS} pixels and {MAX_SCORE:g} of its score. The file is kept for you to look at; do not use it."
+        )
+    return fixed_because, parity
+
+
+@torch.no_grad()
+def compare_detections(onnx_model: OnnxModel, adapter: Any, pictures: Sequence[Tensor]) -> dict[str, Any]:
+    """Runs file and model on the same pictures `[1, 3, H, W]`, and matches their detections of a score of at least 0.3.
+
+    Of a model that is so sure of nothing, the ten best of a picture.
+
+    Returns:
+        `sizes`; numbers of `detections` of the model and `onnx_detections` of the file; how many are `matched`: same class,
+        box and score close; of these, the largest differences `max_pixels` and `max_score`.
+    """
+    counts, differences = {"detections": 0, "onnx_detections": 0, "matched": 0}, [(0.0, 0.0)]
+    for pixel_values in pictures:
+        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        (expected,) = adapter.detections(adapter.model(pixel_values=pixel_values), [size])
+        (found,) = adapter.detections(SimpleNamespace(**onnx_model.outputs(pixel_values)), [size])
+        best = expected["scores"][: min(10, len(expected["scores"]))].tolist()
+        sure = min([0.3, *best[-1:]]) if sum(score >= 0.3 for score in best) == 0 else 0.3
+        left = list(range(len(found["scores"])))
+        for row in range(int((expected["scores"] >= sure).sum())):
+            gaps = {
+                place: (
+                    float((found["boxes"][place] - expected["boxes"][row]).abs().max()),
+                    float((found["scores"][place] - expected["scores"][row]).abs()),
+                )
+                for place in left
+                if found["labels"][place] == expected["labels"][row]
+            }
+            near = {place: gap for place, gap in gaps.items() if gap[0] <= MAX_PIXELS and gap[1] <= MAX_SCORE}
+            counts["detections"] += 1
+            if near:
+                place = min(near, key=lambda place: near[place])
+                left.remove(place)
+                counts["matched"] += 1
+                counts["onnx_detections"] += 1
+                differences.append(near[place])
+        # what only the file is sure of, scores at the threshold apart
+        counts["onnx_detections"] += sum(float(found["scores"][place]) >= sure + MAX_SCORE for place in left)
+    pixels, scores = (max(values) for values in zip(*differences, strict=True))
+    sizes = sorted({tuple(picture.shape[2:]) for picture in pictures})
+    return {"sizes": sizes, **counts, "max_pixels": pixels, "max_score": scores}
+
+
 def save(
     path: Path, exportable: LogitsModel, adapter: DenseAdapter, size: tuple[int, int], fixed_because: str | None
 ) -> None:
     """Exports the model and writes the file, with all that its users must know in its metadata."""
-    program = to_onnx(exportable, images(adapter, 2, *size), dynamic_size=fixed_because is None)
+    number = 2 if exportable.free_batch else 1
+    program = to_onnx(exportable, images(adapter, number, *size), dynamic_size=fixed_because is None)
     normalisation = {"image_mean": adapter.image_mean, "image_std": adapter.image_std}
     program.model.metadata_props.update(
-        input=f"pixel_values [batch, 3, height, width], float32, {adapter.channel_order}, normalised",
+        input=f"pixel_values [{'batch' if exportable.free_batch else 1}, 3, height, width], float32, {adapter.channel_order}, normalised",
         **{key: json.dumps([round(x, 6) for x in values.flatten().tolist()]) for key, values in normalisation.items()},
         size="any" if fixed_because is None else f"{size[0]} x {size[1]}, because {fixed_because}",
         id2label=json.dumps(adapter.id2label),

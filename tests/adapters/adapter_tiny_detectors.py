@@ -102,6 +102,8 @@ def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> 
         for key, parameter in model.named_parameters():
             if name in PADDED[:4] and parameter.ndim > 1 and ("decoder" in key or "query" in key):
                 parameter.copy_(2.0 * torch.randn(parameter.shape) / parameter.shape[1] ** 0.5)
+            if name in SQUARES and parameter.ndim == 4:  # or no signal passes the backbone, and all queries tie
+                parameter.copy_(1.4 * torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)
             if "class" in key or "cls" in key or "bbox" in key:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
     return model.eval()
