@@ -149,6 +149,7 @@ class RTDetrAdapter(DetrAdapter):
     default_statistics = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     softmax = False
     squares = True
+    within_queries = True
     pyramid_levels = {"p3": 8, "p4": 16, "p5": 32}
 
     @property
