@@ -27,6 +27,14 @@ def with_yaml(folder, text):
     return folder
 
 
+def coco128(folder, file, train):
+    """As Ultralytics lays its data sets out."""
+    yolo(folder, images="images/train2017", labels="labels/train2017")
+    (folder / "train.txt").write_text("".join(f"./images/train2017/{stem}.png\n" for stem in THINGS))
+    (folder / file).write_text(f"path: ../datasets/coco128\ntrain: {train}\nnames: {{0: cat, 1: dog, 2: owl}}\n")
+    return folder
+
+
 LAYOUTS = {
     "COCO": coco,
     "COCO's folders of 2017": lambda root: coco(root, file="annotations/instances_train2017.json", images="train2017"),
@@ -45,6 +53,8 @@ LAYOUTS = {
         yolo(root, images="images/train", labels="labels/train"),
         "path: /elsewhere\ntrain: images/train\nnames: [cat, dog, owl]",
     ),
+    "YOLO, file of another name": lambda root: coco128(root, "coco128.yaml", "images/train2017"),
+    "YOLO, list of pictures": lambda root: coco128(root, "data.yaml", "train.txt"),
     "VOC": voc,
     "VOC in VOCdevkit": lambda root: voc(root / "VOCdevkit/VOC2007").parent.parent,
     "VOC beside the pictures": lambda root: voc(root, annotations="train", images="train"),
@@ -66,6 +76,28 @@ def test_yolo_outlines_are_enclosed_and_pictures_without_file_are_empty(tmp_path
         "classes"
     ] == [1]
     assert [len(data["val"][index]["boxes"]) for index in range(2)] == [1, 0]
+
+
+def test_yolo_as_roboflow_exports_it(tmp_path):
+    for split in ("train", "valid", "test"):
+        yolo(tmp_path, images=f"{split}/images", labels=f"{split}/labels")
+    text = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 3\nnames: [cat, dog, owl]\n"
+    data = load_dense_dataset(with_yaml(tmp_path, text))
+    assert list(data) == ["train", "validation", "test"]
+    for split in data.values():
+        assert_things(split)
+
+
+def test_yolo_folders_without_splits_say_what_is_missing(tmp_path):
+    yolo(tmp_path, images="images/all", labels="labels/all")
+    refused("nothing says which of them are for training. Add data.yaml with train, val and names", tmp_path)
+    assert_things(load_dense_dataset(coco(tmp_path))["train"])  # another annotation does
+    for path in (tmp_path / "annotations").iterdir():
+        path.unlink()
+    (tmp_path / "train.txt").write_text("images/all/a.png\nimages/all/z.png\n")
+    refused(
+        r"train.txt: the picture images/all/z.png is not there", with_yaml(tmp_path, "train: train.txt\nnames: [cat]")
+    )
 
 
 def test_voc_splits_and_difficult_things(tmp_path):
