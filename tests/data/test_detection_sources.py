@@ -88,13 +88,30 @@ def test_yolo_as_roboflow_exports_it(tmp_path):
         assert_things(split)
 
 
-def test_yolo_folders_without_splits_say_what_is_missing(tmp_path):
-    yolo(tmp_path, images="images/all", labels="labels/all")
-    refused("nothing says which of them are for training. Add data.yaml with train, val and names", tmp_path)
-    assert_things(load_dense_dataset(coco(tmp_path))["train"])  # another annotation does
-    for path in (tmp_path / "annotations").iterdir():
-        path.unlink()
-    (tmp_path / "train.txt").write_text("images/all/a.png\nimages/all/z.png\n")
+MISPLACED = {
+    "CVAT's COCO": (lambda root: coco(root, file="annotations/instances_default.json", images="images/default"), "COCO's"),
+    "one COCO file for all": (lambda root: coco(root, file="result.json", images="images"), "COCO's JSON is annotations/"),
+    "COCO's file beside the images": (lambda root: coco(root, file="train/annotations.json"), "COCO's JSON is annotations/"),
+    "VOC in one folder": (lambda root: voc(root, annotations=".", images="."), "Pascal VOC's XML files are in Annotations"),
+    "VOC by other names": (lambda root: voc(root, annotations="xml", images="images"), "Pascal VOC's XML files are in"),
+    "YOLO without splits": (lambda root: yolo(root, images="images", labels="labels"), "YOLO's text files are in labels/train"),
+    "YOLO of all": (lambda root: yolo(root, images="images/all", labels="labels/all"), "or data.yaml names the folders"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", MISPLACED)
+def test_boxes_that_lie_elsewhere_are_named_with_the_layout_that_they_need(layout, tmp_path):
+    write, needed = MISPLACED[layout]
+    refused(rf"looks like boxes, but is not where they are looked for: .*{needed}", write(tmp_path))
+
+
+def test_a_table_is_read_whatever_lies_beside_it(tmp_path):
+    coco(tmp_path, file="result.json", images="elsewhere")
+    assert_things(load_dense_dataset(imagefolder(tmp_path))["train"])
+
+
+def test_pictures_of_a_list_must_be_there(tmp_path):
+    (tmp_path / "train.txt").write_text("images/all/z.png\n")
     refused(
         r"train.txt: the picture images/all/z.png is not there", with_yaml(tmp_path, "train: train.txt\nnames: [cat]")
     )

@@ -23,6 +23,25 @@ from .layouts import EXTENSIONS, Layout, files_by_stem
 logger = logging.getLogger(__name__)
 
 
+COCO_LAYOUT = (
+    "COCO's JSON is annotations/instances_train.json with the images in train/, or train/_annotations.coco.json"
+)
+VOC_LAYOUT = "Pascal VOC's XML files are in Annotations with JPEGImages beside it, or beside the images in train/"
+YOLO_LAYOUT = (
+    "YOLO's text files are in labels/train with the images in images/train, or data.yaml names the folders of images"
+)
+# where annotations often are as well, and what they contain
+MISPLACED = (
+    ("*.json", '"categories"', COCO_LAYOUT),
+    ("*/*.json", '"categories"', COCO_LAYOUT),
+    ("*.json", '"images"', COCO_LAYOUT),
+    ("*/*.json", '"images"', COCO_LAYOUT),
+    ("*.xml", "<annotation", VOC_LAYOUT),
+    ("*/*.xml", "<annotation", VOC_LAYOUT),
+    ("labels/**/*.txt", "", YOLO_LAYOUT),
+)
+
+
 class BoxSource(NamedTuple):
     """Raw splits of pictures with boxes, and what their files say of all of them.
 
@@ -40,20 +59,21 @@ class BoxSource(NamedTuple):
 
 
 def open_boxes(root: Path) -> BoxSource | None:
-    """The pictures with boxes below a folder; None if it holds no annotations of a known kind.
-
-    Raises:
-        UserError: there are text files as YOLO's, but nothing says what is for training.
-    """
+    """The pictures with boxes below a folder; None if it holds no annotations of a known kind."""
     found = [source for read in (open_coco, open_yolo, open_voc) if (source := read(root)) is not None]
     if len(found) > 1:
         logger.warning("%s: boxes are read from %s, not from %s.", root, *(source.kind for source in found[:2]))
-    if not found and (root / "images").is_dir() and next((root / "labels").rglob("*.txt"), None) is not None:
-        raise UserError(
-            f"{root}: images and labels are there as in YOLO's folders, but nothing says which of them are for training. Add "
-            "data.yaml with train, val and names."
-        )
     return found[0] if found else None
+
+
+def misplaced_boxes(root: Path) -> str | None:
+    """What to do about a file that looks as if it held boxes, in a folder where `open_boxes` finds none; None without one."""
+    for pattern, mark, layout in MISPLACED:
+        for path in sorted(root.glob(pattern))[:20]:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                if not mark or mark in file.read(2**16):
+                    return f"{path} looks like boxes, but is not where they are looked for: {layout}."
+    return None
 
 
 @dataclass(frozen=True, eq=False)
