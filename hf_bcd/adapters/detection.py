@@ -22,6 +22,7 @@ class DetectionAdapter(DenseAdapter):
     Attributes:
         squares: whether pictures must be resized to squares, because the family heeds no padding.
         softmax: whether its classes exclude each other, with a last one for no object.
+        within_queries: whether its processor gives no more detections than the model has queries.
     """
 
     task = "object-detection"
@@ -30,6 +31,7 @@ class DetectionAdapter(DenseAdapter):
     exported = ("logits", "pred_boxes")
     squares: ClassVar[bool] = False
     softmax: ClassVar[bool] = False
+    within_queries: ClassVar[bool] = False
 
     @abstractmethod
     def run(  # type: ignore[override] # the targets of another task
@@ -59,7 +61,7 @@ class DetectionAdapter(DenseAdapter):
             found = "padded" if size is None else f"{size[0]} x {size[1]} pixels, or padded to that"
             raise UserError(
                 f"{type(self.model).__name__} takes only squares with a side of a multiple of {self.size_multiple}, since it heeds "
-                f"no padding; these images are {found}. Resize them to such squares: square_size: 640."
+                f"no padding; these images are {found}. Resize them to such squares: square_size: 640 (`--square_size`)."
             )
 
     def shown(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
@@ -79,7 +81,11 @@ class DetectionAdapter(DenseAdapter):
 
         Returns:
             Of each picture at most 100 `boxes` xyxy float32 `[K, 4]`, `scores` `[K]` and `labels` int64 `[K]`, best first.
+
+        Raises:
+            UserError: if the pictures are no squares, and the family takes no others.
         """
+        self.check_shape((pixel_values.shape[-2], pixel_values.shape[-1]))
         with torch.autocast(pixel_values.device.type, enabled=False):
             outputs = self.model(pixel_values=self.shown(pixel_values))
         return self.detections(outputs, sizes)
@@ -92,7 +98,8 @@ class DetectionAdapter(DenseAdapter):
         else:
             probabilities, classes = logits.sigmoid(), torch.arange(logits.shape[-1], device=logits.device)
             classes = classes.expand_as(logits)
-        scores, index = probabilities.flatten(1).topk(min(MAX_DETECTIONS, probabilities[0].numel()))
+        most = len(probabilities[0]) if self.within_queries else probabilities[0].numel()
+        scores, index = probabilities.flatten(1).topk(min(MAX_DETECTIONS, most))
         found = []
         for one, where, ids, relative, (height, width) in zip(scores, index, classes, boxes, sizes, strict=True):
             kept = one > 0  # no empty rows

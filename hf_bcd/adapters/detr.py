@@ -158,6 +158,7 @@ class RTDetrAdapter(DetrAdapter):
     default_statistics = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     softmax = False
     squares = True
+    within_queries = True
 
     @property
     def pyramid_specs(self) -> dict[str, FeatureSpec]:

@@ -127,14 +127,20 @@ def pad_pictures(pictures: Sequence[Tensor], divisor: int = SIZE_DIVISOR) -> dic
     return {"pixel_values": pixels, "pixel_mask": mask}
 
 
-def check_box_sample(sample: Any, num_labels: int, name: str) -> None:
+def check_box_sample(sample: Any, num_labels: int, name: str, evaluated: bool = False) -> None:
     """Refuses a transformed sample that no detector here could use; `name` says which data set it comes from."""
+    truth = (
+        "'areas': [N], 'crowd': bool [N], 'orig_size': height and width of the picture, in whose pixels the boxes are"
+        if evaluated
+        else "'crowd_boxes': [M, 4]"
+    )
     form = (
         "{'index': int, 'pixel_values': raw RGB 0..255 [3, H, W], 'boxes': left, top, right, bottom in pixels [N, 4], "
-        "'classes': class ids [N], 'crowd_boxes': [M, 4]}"
+        f"'classes': class ids [N], {truth}}}"
     )
     advice = f"a sample must be {form}; load_dense_dataset makes such samples of pictures and boxes"
-    keys = ("index", "pixel_values", "boxes", "classes")
+    others = ("areas", "crowd", "orig_size") if evaluated else ("crowd_boxes",)
+    keys = ("index", "pixel_values", "boxes", "classes", *others)
     if missing := [key for key in keys if not isinstance(sample, Mapping) or key not in sample]:
         held = list(sample) if isinstance(sample, Mapping) else type(sample).__name__
         raise UserError(f"{name}[0] holds {held} and lacks {', '.join(missing)}: {advice}.")
@@ -146,6 +152,12 @@ def check_box_sample(sample: Any, num_labels: int, name: str) -> None:
         raise UserError(f"boxes of {name}[0] are no corners, such as {boxes[0].tolist()}: {advice}.")
     if len(boxes) and boxes.max() <= 1:
         raise UserError(f"boxes of {name}[0] lie in 0..1, as if relative to the picture: {advice}.")
+    height, width = (int(side) for side in (sample["orig_size"] if evaluated else sample["pixel_values"].shape[-2:]))
+    if len(boxes) and (boxes.min() < -1 or (boxes[:, 2:].amax(0) > boxes.new_tensor([width, height]) + 1).any()):
+        raise UserError(
+            f"boxes of {name}[0] end outside of its picture, {width}x{height} (width x height), such as "
+            f"{boxes[boxes.amax(1).argmax()].tolist()}: {advice}."
+        )
     if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_labels:
         raise UserError(
             f"{name}[0] has the classes {sorted(set(classes.tolist()))}; class ids are 0 to {num_labels - 1}, and no box has "

@@ -26,7 +26,7 @@ from .dataset import (
 from .detection import DETECTION, BoxDataset
 from .labels import MAX_LABELS, LabelRule, NameSource, read_id2label
 from .probing import PROBED_ROWS, Survey, infer_id2label, is_labelled, judge, probed_rows, survey
-from .sources.box_layouts import BoxSource, open_boxes
+from .sources.box_layouts import BoxSource, misplaced_boxes, open_boxes
 from .sources.box_tables import BoxTableRows, read_either
 from .sources.catalog import CATALOG, open_copy, open_known
 from .sources.layouts import has_file_pairs, pair_folders
@@ -173,7 +173,12 @@ def load_dense_dataset(
             if rows:
                 _refuse_useless({"box_format": box_format}, str(root))
                 return _probed(_assemble(name, rows, source, id2label, rule))
-            rows = open_tables(source, name, **columns, config=config)
+            try:
+                rows = open_tables(source, name, **columns, config=config)
+            except UserError as error:
+                if (hint := misplaced_boxes(root)) is None:
+                    raise
+                raise UserError(f"{hint} As a table: {error}") from error
         else:
             name = source = hub_id = _checked_hub_id(name_or_path)
             options = {"revision": revision, "data_dir": None if data_dir is None else str(data_dir)}

@@ -12,7 +12,6 @@ from transformers import HfArgumentParser
 
 from ..adapters.loading import ModelSpec
 from ..data.boxes import FORMATS
-from ..tasks import TASKS
 from ..training.config import PRESETS, BCDConfig
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
@@ -87,10 +86,7 @@ class DataArguments:
     reduce_labels: bool = field(default=False, metadata={"help": "Raw label 0 is void and classes start at 1."})
     ignore_labels: list[int] = field(default_factory=list, metadata={"help": "Raw label ids that are void."})
     task: str | None = field(
-        default=None,
-        metadata={
-            "help": f"{' or '.join(TASKS)}, where a source has both masks and boxes; the masks are taken by default."
-        },
+        default=None, metadata={"help": "object-detection, to read the boxes of a source that has masks too."}
     )
     box_format: str | None = field(
         default=None,

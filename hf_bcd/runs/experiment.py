@@ -234,9 +234,11 @@ def evaluate_model(
     """Scores of a model on a split, in the split's classes.
 
     Raises:
-        UserError: if the model lacks some of these classes, and has not as many without names in common.
+        UserError: if the model is for another task, or lacks some of these classes, and has not as many without names in
+            common.
     """
     adapter = adapt(model)
+    check_task(adapter, task_of(data))
     if (label_map := adapter.match(data.id2label, read_synonyms(label_synonyms))).missing:
         if len(label_map.teacher) != len(label_map.student):
             raise UserError(

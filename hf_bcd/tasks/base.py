@@ -138,13 +138,14 @@ class Task(ABC):
         """Shows a model its pictures as this image processor, which is saved beside it, will."""
 
     @abstractmethod
-    def check_sample(self, sample: Any, num_labels: int, name: str) -> None:
+    def check_sample(self, sample: Any, num_labels: int, name: str, evaluated: bool) -> None:
         """Looks at a transformed sample of a data set from elsewhere; a `UserError` says what is not as here.
 
         Args:
             sample: what the data set gives.
             num_labels: number of classes.
             name: the data set, for error messages.
+            evaluated: whether it is for evaluation, instead of training.
         """
 
     @abstractmethod

@@ -147,8 +147,8 @@ class ObjectDetection(Task):
     def eval_transform(self, processor: BaseImageProcessor) -> Callable[..., Mapping[str, Any]]:
         return BoxEvalTransform(processor)
 
-    def check_sample(self, sample: Any, num_labels: int, name: str) -> None:
-        check_box_sample(sample, num_labels, name)
+    def check_sample(self, sample: Any, num_labels: int, name: str, evaluated: bool) -> None:
+        check_box_sample(sample, num_labels, name, evaluated)
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return collate_boxes(samples)

@@ -125,7 +125,7 @@ class SemanticSegmentation(Task):
     def eval_transform(self, processor: BaseImageProcessor) -> Callable[..., Mapping[str, Any]]:
         return EvalTransform(processor)
 
-    def check_sample(self, sample: Any, num_labels: int, name: str) -> None:
+    def check_sample(self, sample: Any, num_labels: int, name: str, evaluated: bool) -> None:
         check_sample(sample, name)
         check_ids(sample["labels"], num_labels, IGNORE_INDEX, f"labels of {name}[0]")
 

@@ -79,4 +79,4 @@ def check_samples(task: Task, num_labels: int, **datasets: Any) -> None:
                 continue
             with torch_seed(0):  # the data set's own random numbers must not move those of the run
                 sample = dataset[0]
-            task.check_sample(sample, num_labels, f"{name}[{part!r}]" if part else name)
+            task.check_sample(sample, num_labels, f"{name}[{part!r}]" if part else name, name == "eval_dataset")

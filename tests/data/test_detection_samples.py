@@ -16,6 +16,7 @@ from hf_bcd.data import (
     keep_in_memory,
     load_dense_dataset,
 )
+from hf_bcd.data.detection import check_box_sample
 from hf_bcd.data.synthetic.scenes import SyntheticScenes
 from hf_bcd.utils.messages import UserError
 
@@ -158,3 +159,47 @@ def test_training_batches_are_padded_to_multiples_of_32():
 def test_wrong_options_of_the_transform(options, message):
     with pytest.raises(UserError, match=message):
         BoxTrainTransform(**options)
+
+
+def sample_from_elsewhere(evaluated, **changes):
+    sample = {
+        "index": 0, "pixel_values": torch.zeros(3, 60, 90, dtype=torch.uint8), "boxes": torch.tensor([[10.0, 5, 90, 60]]),
+        "classes": torch.tensor([1]),
+    }  # fmt: skip
+    if evaluated:  # twice as large as it is shown
+        truth = {"areas": torch.ones(1), "crowd": torch.tensor([False]), "orig_size": torch.tensor([120, 180])}
+        sample |= truth | {"boxes": 2 * sample["boxes"]}
+    else:
+        sample["crowd_boxes"] = torch.zeros(0, 4)
+    return {name: value for name, value in (sample | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"boxes": torch.tensor([[60.0, 40, 20, 20]])}, r"are no corners, such as \[60.0, 40.0, 20.0, 20.0\]"),
+        ({"boxes": torch.tensor([[0.1, 0.1, 0.5, 0.5]])}, "lie in 0..1"),
+        (
+            {"boxes": torch.tensor([[10.0, 10, 500, 50]])},
+            r"end outside of its picture, \d+x\d+ .* \[10.0, 10.0, 500.0",
+        ),
+        ({"boxes": torch.tensor([[-9.0, 10, 50, 50]])}, "end outside of its picture"),
+        ({"classes": torch.tensor([3])}, r"has the classes \[3\]; class ids are 0 to 2"),
+        ({"classes": torch.tensor([1, 1])}, r"boxes \[1, 4\] and classes \[2\]"),
+        ({"classes": None}, "lacks classes"),
+    ],
+)
+def test_samples_from_elsewhere_that_no_detector_can_use(changes, message, evaluated):
+    check_box_sample(sample_from_elsewhere(evaluated), 3, "data", evaluated)
+    with pytest.raises(UserError, match=message):
+        check_box_sample(sample_from_elsewhere(evaluated, **changes), 3, "data", evaluated)
+
+
+def test_samples_to_train_on_and_to_evaluate_on_have_keys_of_their_own():
+    with pytest.raises(UserError, match=r"lacks areas, crowd, orig_size: a sample must be .*'orig_size': height and"):
+        check_box_sample(sample_from_elsewhere(False), 3, "data", True)
+    with pytest.raises(UserError, match=r"lacks crowd_boxes: a sample must be .*'crowd_boxes': \[M, 4\]"):
+        check_box_sample(sample_from_elsewhere(True), 3, "data")
+    nothing = {"boxes": torch.zeros(0, 4), "classes": torch.zeros(0, dtype=torch.int64)}
+    check_box_sample(sample_from_elsewhere(False, **nothing), 3, "data")

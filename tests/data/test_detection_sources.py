@@ -27,6 +27,14 @@ def with_yaml(folder, text):
     return folder
 
 
+def coco128(folder, file, train):
+    """As Ultralytics lays its data sets out."""
+    yolo(folder, images="images/train2017", labels="labels/train2017")
+    (folder / "train.txt").write_text("".join(f"./images/train2017/{stem}.png\n" for stem in THINGS))
+    (folder / file).write_text(f"path: ../datasets/coco128\ntrain: {train}\nnames: {{0: cat, 1: dog, 2: owl}}\n")
+    return folder
+
+
 LAYOUTS = {
     "COCO": coco,
     "COCO's folders of 2017": lambda root: coco(root, file="annotations/instances_train2017.json", images="train2017"),
@@ -45,6 +53,8 @@ LAYOUTS = {
         yolo(root, images="images/train", labels="labels/train"),
         "path: /elsewhere\ntrain: images/train\nnames: [cat, dog, owl]",
     ),
+    "YOLO, file of another name": lambda root: coco128(root, "coco128.yaml", "images/train2017"),
+    "YOLO, list of pictures": lambda root: coco128(root, "data.yaml", "train.txt"),
     "VOC": voc,
     "VOC in VOCdevkit": lambda root: voc(root / "VOCdevkit/VOC2007").parent.parent,
     "VOC beside the pictures": lambda root: voc(root, annotations="train", images="train"),
@@ -66,6 +76,45 @@ def test_yolo_outlines_are_enclosed_and_pictures_without_file_are_empty(tmp_path
         "classes"
     ] == [1]
     assert [len(data["val"][index]["boxes"]) for index in range(2)] == [1, 0]
+
+
+def test_yolo_as_roboflow_exports_it(tmp_path):
+    for split in ("train", "valid", "test"):
+        yolo(tmp_path, images=f"{split}/images", labels=f"{split}/labels")
+    text = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 3\nnames: [cat, dog, owl]\n"
+    data = load_dense_dataset(with_yaml(tmp_path, text))
+    assert list(data) == ["train", "validation", "test"]
+    for split in data.values():
+        assert_things(split)
+
+
+MISPLACED = {
+    "CVAT's COCO": (lambda root: coco(root, file="annotations/instances_default.json", images="images/default"), "COCO's"),
+    "one COCO file for all": (lambda root: coco(root, file="result.json", images="images"), "COCO's JSON is annotations/"),
+    "COCO's file beside the images": (lambda root: coco(root, file="train/annotations.json"), "COCO's JSON is annotations/"),
+    "VOC in one folder": (lambda root: voc(root, annotations=".", images="."), "Pascal VOC's XML files are in Annotations"),
+    "VOC by other names": (lambda root: voc(root, annotations="xml", images="images"), "Pascal VOC's XML files are in"),
+    "YOLO without splits": (lambda root: yolo(root, images="images", labels="labels"), "YOLO's text files are in labels/train"),
+    "YOLO of all": (lambda root: yolo(root, images="images/all", labels="labels/all"), "or data.yaml names the folders"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", MISPLACED)
+def test_boxes_that_lie_elsewhere_are_named_with_the_layout_that_they_need(layout, tmp_path):
+    write, needed = MISPLACED[layout]
+    refused(rf"looks like boxes, but is not where they are looked for: .*{needed}", write(tmp_path))
+
+
+def test_a_table_is_read_whatever_lies_beside_it(tmp_path):
+    coco(tmp_path, file="result.json", images="elsewhere")
+    assert_things(load_dense_dataset(imagefolder(tmp_path))["train"])
+
+
+def test_pictures_of_a_list_must_be_there(tmp_path):
+    (tmp_path / "train.txt").write_text("images/all/z.png\n")
+    refused(
+        r"train.txt: the picture images/all/z.png is not there", with_yaml(tmp_path, "train: train.txt\nnames: [cat]")
+    )
 
 
 def test_voc_splits_and_difficult_things(tmp_path):

@@ -37,6 +37,13 @@ TINY = [
     "--dataloader_num_workers", "0",
 ]  # fmt: skip
 
+DETECTION = [
+    *TINY[:4], "--image_size", "48", "--train_shortest", "32", "48", "--per_device_train_batch_size", "2",
+    "--calibration_images", "4", "--teacher_training.max_steps", "2", "--max_steps", "6", "--warmup_steps", "1",
+    "--with_baseline", "false", "--ema_decay", "0.9", "--losses", "{bcd: {}, ld: {}}", "--color_jitter", "0.4",
+    "--report_to", "none",
+]  # fmt: skip
+
 pytestmark = pytest.mark.slow
 
 
@@ -118,17 +125,17 @@ def test_evaluate_repeats_the_runs_numbers(demo: tuple[Path, str], tmp_path: Pat
     assert scores["mean_iou"] == expected["mean_iou"]
 
 
-def killed(folder: Path, options: list[object]) -> None:
-    """Distils until signal 9 ends the process in the fourth step."""
+def killed(folder: Path, options: list[object], number: int = signal.SIGKILL) -> None:
+    """Distils until a signal, 9 unless told, reaches the process in the fourth step."""
     step, steps = BCDTrainer.training_step, itertools.count(1)
 
     def training_step(self: BCDTrainer, *args: Any) -> torch.Tensor:
         if self.teacher is not None and next(steps) == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return step(self, *args)
 
     BCDTrainer.training_step = training_step
-    distil(folder, *options)
+    run(lambda: distil(folder, *options))
 
 
 def test_a_killed_run_resumes_to_the_same_student(tmp_path: Path) -> None:
@@ -141,6 +148,21 @@ def test_a_killed_run_resumes_to_the_same_student(tmp_path: Path) -> None:
     written = checkpoint.stat().st_mtime_ns
     distil(tmp_path / "killed", *options, "--resume_from_checkpoint", "true")
     assert checkpoint.stat().st_mtime_ns == written, "it began anew"
+    distil(tmp_path / "whole", *options)
+    assert_same_students(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_or_stopped_detector_resumes_to_the_same_student(number: int, tmp_path: Path) -> None:
+    """With all that a detector's run remembers: sides that are drawn, the average of the weights, two losses, workers."""
+    options = ["--config", RECIPES / "synthetic" / "gfl_resnet18_to_gfl_resnet10.yaml", *DETECTION]
+    options += ["--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 3, "--dataloader_num_workers", 2]
+    assert exit_code(killed, tmp_path / "killed", options, number) == (130 if number == signal.SIGINT else -number)
+    last = tmp_path / "killed" / ("checkpoint-4" if number == signal.SIGINT else "checkpoint-2")
+    assert last.is_dir() and not (tmp_path / "killed" / "model.safetensors").exists()
+    written = (last / "model.safetensors").stat().st_mtime_ns
+    distil(tmp_path / "killed", *options, "--resume_from_checkpoint", "true")
+    assert (last / "model.safetensors").stat().st_mtime_ns == written, "it began anew"
     distil(tmp_path / "whole", *options)
     assert_same_students(tmp_path / "killed", tmp_path / "whole")
 

@@ -11,6 +11,7 @@ from hf_bcd.adapters import build_adapter
 from hf_bcd.commands.evaluate import main
 from hf_bcd.runs import experiment
 from hf_bcd.tasks import TASKS
+from hf_bcd.utils.messages import UserError
 
 
 DATA = {"dataset_name": "synthetic", "dataset_options": "{size: [48, 64], num_images: {test: 2}}"}
@@ -51,3 +52,14 @@ def test_sizes_of_image_processors(model, saved: dict, shown: int | None, words:
     found = TASKS["semantic-segmentation"].size_args(saved, squares)
     assert found == ({} if shown is None else {"image_size": shown})
     assert words in caplog.text and bool(caplog.records) == bool(words)
+
+
+def test_a_model_of_another_task_is_named_also_where_its_classes_fit(tmp_path: Path) -> None:
+    data = tiny.scenes()["validation"]
+    names = {"id2label": data.id2label, "label2id": {name: index for index, name in data.id2label.items()}}
+    with pytest.raises(UserError, match="TimmDetectionModel is for object detection, but the data are for semantic"):
+        experiment.evaluate_model(tiny.tiny_detector(**names), tiny.config(tmp_path), data)
+    with pytest.raises(
+        UserError, match="TimmSegmentationModel is for semantic segmentation, but the data are for object"
+    ):
+        experiment.evaluate_model(tiny.tiny_timm(), tiny.config(tmp_path), tiny.boxes()["validation"])

@@ -15,12 +15,31 @@ import yaml
 from ...utils.files import read_text
 from ...utils.messages import UserError
 from ..boxes import BoxRow, RawBoxes
-from ..dataset import SPLIT_NAMES, ReadRows
+from ..dataset import SPLIT_NAMES, ReadRows, usual_name
 from .coco import COCO_NAMES, COCO_THINGS, check_categories, read_annotations
 from .layouts import EXTENSIONS, Layout, files_by_stem
 
 
 logger = logging.getLogger(__name__)
+
+
+COCO_LAYOUT = (
+    "COCO's JSON is annotations/instances_train.json with the images in train/, or train/_annotations.coco.json"
+)
+VOC_LAYOUT = "Pascal VOC's XML files are in Annotations with JPEGImages beside it, or beside the images in train/"
+YOLO_LAYOUT = (
+    "YOLO's text files are in labels/train with the images in images/train, or data.yaml names the folders of images"
+)
+# where annotations often are as well, and what they contain
+MISPLACED = (
+    ("*.json", '"categories"', COCO_LAYOUT),
+    ("*/*.json", '"categories"', COCO_LAYOUT),
+    ("*.json", '"images"', COCO_LAYOUT),
+    ("*/*.json", '"images"', COCO_LAYOUT),
+    ("*.xml", "<annotation", VOC_LAYOUT),
+    ("*/*.xml", "<annotation", VOC_LAYOUT),
+    ("labels/**/*.txt", "", YOLO_LAYOUT),
+)
 
 
 class BoxSource(NamedTuple):
@@ -45,6 +64,16 @@ def open_boxes(root: Path) -> BoxSource | None:
     if len(found) > 1:
         logger.warning("%s: boxes are read from %s, not from %s.", root, *(source.kind for source in found[:2]))
     return found[0] if found else None
+
+
+def misplaced_boxes(root: Path) -> str | None:
+    """What to do about a file that looks as if it held boxes, in a folder where `open_boxes` finds none; None without one."""
+    for pattern, mark, layout in MISPLACED:
+        for path in sorted(root.glob(pattern))[:20]:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                if not mark or mark in file.read(2**16):
+                    return f"{path} looks like boxes, but is not where they are looked for: {layout}."
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +201,13 @@ def plain_boxes(boxes: Sequence[Any], categories: Sequence[Any], size: tuple[int
 
 
 def open_yolo(root: Path) -> BoxSource | None:
-    """Splits of pictures in a folder `images` with text files of the same stem in `labels`, and `data.yaml`."""
-    file = next((root / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (root / name).is_file()), None)
+    """Splits of pictures in a folder `images` with text files of the same stem in `labels`, and `data.yaml`.
+
+    The file may have another name if it is the only one, and may name lists of pictures instead of folders.
+    """
+    files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
+    usual_files = [path for path in files if path.name in ("data.yaml", "data.yml", "dataset.yaml")]
+    file = next(iter(usual_files or (files if len(files) == 1 else [])), None)
     try:
         content: Any = {} if file is None else yaml.safe_load(read_text(file))
     except yaml.YAMLError as error:
@@ -181,30 +215,33 @@ def open_yolo(root: Path) -> BoxSource | None:
     usual = {split: [f"{split}/images", f"images/{split}"] for split in SPLIT_NAMES}
     given = {split: content[split] for split in SPLIT_NAMES if isinstance(content, dict) and content.get(split)}
     if file is not None and (not isinstance(content, dict) or "names" not in content):
-        if not given:
+        if not given or not usual_files:
             return None  # a file of something else
         raise UserError(f"{file}: it lacks names, a list of the class names.")
-    splits = {}
+    splits: dict[str, ReadRows] = {}
+    stated_already = {usual_name(split) for split in given}
     for split in SPLIT_NAMES:
+        if split not in given and usual_name(split) in stated_already:
+            continue  # `val: ../valid/images`, as Roboflow writes
         if split in given and not isinstance(given[split], str):
-            raise UserError(f"{file}: {split} is {given[split]!r}; expected one folder of images.")
+            raise UserError(f"{file}: {split} is {given[split]!r}; expected one folder, or one list, of images.")
         # exported files often say ../train/images, seen from a folder that is not there
         stated = str(given.get(split, "")).removeprefix("./")
         candidates = (
             [Path(str(content.get("path") or "")) / stated, Path(stated.removeprefix("../"))] if stated else []
         )
         folders = [root / folder for folder in (*candidates, *usual[split])]
-        images = next((folder for folder in folders if folder.is_dir()), None)
+        images = next((place for place in folders if place.is_dir() or place.is_file()), None)
         if images is None:
             if split in given:
                 raise UserError(f"{file}: the folder {given[split]} of {split} is not there. Correct the path.")
             continue
-        parts = list(images.parts)
-        if "images" in parts:
-            parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-        labels = Path(*parts)
-        pictures = files_by_stem(images)
-        texts = files_by_stem(labels, (".txt",)) if labels.is_dir() else {}
+        if images.is_file():
+            labels, pictures = images, _listed(images, root)
+            texts = {name: text for name, path in pictures.items() if (text := _labels_of(path)).is_file()}
+        else:
+            labels, pictures = _labels_of(images / "a.jpg").parent, files_by_stem(images)
+            texts = files_by_stem(labels, (".txt",)) if labels.is_dir() else {}
         if not pictures.keys() & texts.keys():
             if file is None and not texts:
                 continue  # pictures of something else
@@ -216,13 +253,32 @@ def open_yolo(root: Path) -> BoxSource | None:
             )
         if lonely := sorted(texts.keys() - pictures.keys() - {"classes"}):
             logger.warning("%s: %d files have no picture in %s, such as %s.", labels, len(lonely), images, lonely[0])
-        items = [(str(pictures[stem]), str(labels / f"{stem}.txt")) for stem in sorted(pictures)]
+        items = [(str(pictures[name]), str(_labels_of(pictures[name]))) for name in sorted(pictures)]
         splits[split] = ReadRows(items, _read_yolo)
     if not splits:
         return None
     names = content.get("names")
     names = dict(enumerate(names)) if isinstance(names, list) else names
     return BoxSource(splits, names, "cxcywh_normalised", "YOLO's text files")
+
+
+def _labels_of(picture: Path) -> Path:
+    """The text file of a picture: in `labels`, where the picture is in `images`, else beside it."""
+    parts = list(picture.parent.parts)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts, f"{picture.stem}.txt")
+
+
+def _listed(file: Path, root: Path) -> dict[str, Path]:
+    """The pictures that a text file lists, one a line, seen from its folder or from the root."""
+    pictures = {}
+    for line in filter(None, map(str.strip, read_text(file).splitlines())):
+        found = next((path for path in (file.parent / line, root / line) if path.is_file()), None)
+        if found is None:
+            raise UserError(f"{file}: the picture {line} is not there. Correct the path.")
+        pictures[line] = found
+    return pictures
 
 
 def _read_yolo(image: str, file: str) -> BoxRow:

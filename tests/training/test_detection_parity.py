@@ -1,0 +1,84 @@
+"""A saved detector finds, where this package is missing, what the trainer's `predict` found."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from adapters.adapter_tiny_detectors import tiny_detector
+from models.tiny_detectors import confident
+from transformers import AutoModelForObjectDetection
+
+from hf_bcd import BCDTrainer
+
+
+SIZES = [(48, 64), (37, 57), (133, 97), (40, 171), (64, 64)]
+THRESHOLD = 0.05
+DETECT = """
+import json, sys
+from transformers import pipeline
+
+detect = pipeline("object-detection", model=sys.argv[1], trust_remote_code=True, device="cpu")
+found = [detect(path, threshold=float(sys.argv[2])) for path in sys.argv[3:]]
+assert not any(name.startswith("hf_bcd") for name in sys.modules)
+print(json.dumps(found))
+"""
+MODELS = {
+    "gfl": ({"image_size": 96, "image_longest": 192}, "detr", "DetrImageProcessor", {"shortest_edge": 96}),
+    "d_fine": ({"square_size": 64}, "rt_detr", "RTDetrImageProcessor", {"height": 64, "width": 64}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_pipeline_finds_what_predict_found(name: str, tmp_path: Path) -> None:
+    sizes, teacher, processor, shown = MODELS[name]
+    data = tiny.boxes()
+    names = dict(data["train"].id2label)
+    tiny_detector(teacher, names).save_pretrained(tmp_path / "teacher")
+    getattr(transformers, processor)(size=shown).save_pretrained(tmp_path / "teacher")
+    if name == "gfl":
+        student: Any = confident(tiny_detector(name, names))
+    else:
+        tiny_detector(name, names).save_pretrained(tmp_path / "start")
+        student = AutoModelForObjectDetection.from_pretrained(tmp_path / "start")
+    options = {"crop_size": 512, "optim": "adamw_torch", "learning_rate": 1e-4, "max_steps": 2, **sizes}
+    run = BCDTrainer(
+        model=student,
+        teacher_model=AutoModelForObjectDetection.from_pretrained(tmp_path / "teacher"),
+        args=tiny.config(tmp_path / "student", **options),
+        train_dataset=data["train"],
+    )
+    run.train()
+    run.save_model()
+
+    expected, pictures = [], []
+    for size in SIZES:
+        split = tiny.boxes(size=size)["test"]
+        expected += run.predict(split).predictions
+        for index in range(len(split)):
+            pictures.append(tmp_path / f"{len(pictures)}.png")
+            split[index]["image"].save(pictures[-1])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-W", "ignore", "-c", DETECT, tmp_path / "student", THRESHOLD, *pictures]
+    done = subprocess.run(
+        list(map(str, command)), env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for rows, predicted in zip(json.loads(done.stdout), expected, strict=True):
+        rows = sorted(rows, key=lambda row: -row["score"])
+        kept = predicted["scores"] > THRESHOLD
+        assert len(rows) == kept.sum() > 5
+        assert [row["label"] for row in rows] == [names[index] for index in predicted["labels"][kept].tolist()]
+        assert [row["score"] for row in rows] == pytest.approx(predicted["scores"][kept].tolist(), abs=1e-4)
+        boxes = torch.tensor([[row["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")] for row in rows])
+        exact = torch.as_tensor(predicted["boxes"][kept])
+        # the pipeline cuts fractions off, towards 0
+        assert (boxes + 0.5 * exact.sign() - exact).abs().max() <= 0.5 + 1e-3
