@@ -36,6 +36,21 @@ def test_a_value_typed_again_as_the_default_still_wins(tmp_path: Path) -> None:
     assert config.crop_size == 512 and model.with_baseline is False
 
 
+@pytest.mark.parametrize("word", ["none", "null"])
+def test_the_command_line_undoes_what_a_recipe_says(word: str, tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path / "r.yaml", student="a/b", square_size=640, optim_args="momentum=0.5", lr_milestones=[1, 2]
+    )
+    argv = ["--config", recipe, "--square-size", word, "--optim", "adamw_torch", f"--optim_args={word}", *CPU]
+    _, _, config = parse_arguments([*argv, "--image_size", word, "--image_size=96", "--lr_milestones", "3", "4"])
+    assert (config.square_size, config.optim_args, config.image_size) == (None, None, 96)
+    assert config.lr_milestones == [3, 4] and config.report_to == []
+    _, _, config = parse_arguments([*argv, "--lr_milestones", word, "--square_size", "32"])
+    assert config.lr_milestones is None and config.square_size == 32
+    _, _, config = parse_arguments([*argv[:2], "--activation_checkpointing", "--square_size", word, *CPU])
+    assert config.activation_checkpointing is True and config.square_size is None
+
+
 def test_fields_of_mappings_can_be_set_one_by_one(tmp_path: Path) -> None:
     recipe = write(
         tmp_path / "r.yaml",
