@@ -118,6 +118,14 @@ def test_options_of_one_data_set_are_not_those_of_all(options: str) -> None:
         load_data(data)
 
 
+def test_a_run_that_can_give_no_scores_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    for numbers in ("{train: 2, validation: 1}", "{train: 2}"):
+        assert "no scores" not in caplog.text
+        options = ["--dataset_options.num_images", numbers, "--dataset_options.size", "[48, 64]"]
+        load_data(parse_arguments(["--dataset_name", "synthetic_detection", *options, *CPU])[1])
+    assert "synthetic_detection has neither a test nor a validation split with truth" in caplog.text
+
+
 def test_unknown_keys_of_a_recipe_are_errors_that_name_the_file(tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", student="a/b", crop_sise=96)
     with pytest.raises(ValueError, match=r"r\.yaml: unknown key 'crop_sise'\. Did you mean 'crop_size'"):
