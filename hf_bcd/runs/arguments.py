@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -103,6 +104,10 @@ MAPPINGS = ("student", "teacher", "teacher_training", "dataset_options", "losses
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, BCDConfig)
 RECIPE_KEYS = frozenset(f.name for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls) if f.init)
 TYPES = {key: hint for cls in ARGUMENT_CLASSES for key, hint in get_type_hints(cls).items() if key in RECIPE_KEYS}
+# arguments that may be None and that no text can be
+UNDOABLE = {key for key, hint in TYPES.items() if NoneType in get_args(hint) and str not in get_args(hint)} | {
+    "optim_args"
+}
 DEFAULTS = {f.name: f.default for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls)}
 TRAINING_KEYS = frozenset(f.name for f in dataclasses.fields(BCDConfig) if f.init)
 # inherited arguments that --help shows beside our own
@@ -206,6 +211,7 @@ def _typed(argv: list[str], description: str | None) -> tuple[dict[str, Any], li
     parser.add_argument("--help_all", action="help", help="Also list every inherited training argument.")
     untyped = object()
     given = argparse.Namespace(**dict.fromkeys((*RECIPE_KEYS, "config"), untyped))
+    argv, undone = _undone(argv)
     namespace, rest = parser.parse_known_args(argv, given)
     dotted: list[tuple[list[str], str]] = []
     while rest:
@@ -218,7 +224,25 @@ def _typed(argv: list[str], description: str | None) -> tuple[dict[str, Any], li
         if not equals and not rest:
             raise UserError(f"{name} has no value.")
         dotted.append((path, text if equals else rest.pop(0)))
-    return {key: value for key, value in vars(namespace).items() if value is not untyped}, dotted
+    typed = {key: value for key, value in vars(namespace).items() if value is not untyped}
+    return typed | undone, dotted
+
+
+def _undone(argv: list[str]) -> tuple[list[str], dict[str, None]]:
+    """Takes `--square_size none` and the like out of a command line: what a recipe says there holds no longer."""
+    words, rest, undone = list(argv), list[str](), dict[str, None]()
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if name.startswith("--") and key in UNDOABLE:
+            undone.pop(key, None)
+            if (text if equals else next(iter(words), "")) in ("none", "null"):
+                undone[key] = None
+                del words[: 0 if equals else 1]
+                continue
+        rest.append(word)
+    return rest, undone
 
 
 def _converted(key: str, value: Any) -> Any:

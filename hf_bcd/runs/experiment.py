@@ -79,6 +79,8 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
     data = load_dense_dataset(source, **options, **of_one)
     if for_training and "train" not in data:
         raise UserError(f"{source} has no training split, only {', '.join(data)}.")
+    if for_training and final_split(data) is None:
+        logger.warning("%s has neither a test nor a validation split with truth, so this run gives no scores.", source)
 
     def cut(split: Any, limit: int | None) -> Any:
         if isinstance(split, DenseStream):

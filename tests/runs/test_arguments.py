@@ -36,6 +36,21 @@ def test_a_value_typed_again_as_the_default_still_wins(tmp_path: Path) -> None:
     assert config.crop_size == 512 and model.with_baseline is False
 
 
+@pytest.mark.parametrize("word", ["none", "null"])
+def test_the_command_line_undoes_what_a_recipe_says(word: str, tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path / "r.yaml", student="a/b", square_size=640, optim_args="momentum=0.5", lr_milestones=[1, 2]
+    )
+    argv = ["--config", recipe, "--square-size", word, "--optim", "adamw_torch", f"--optim_args={word}", *CPU]
+    _, _, config = parse_arguments([*argv, "--image_size", word, "--image_size=96", "--lr_milestones", "3", "4"])
+    assert (config.square_size, config.optim_args, config.image_size) == (None, None, 96)
+    assert config.lr_milestones == [3, 4] and config.report_to == []
+    _, _, config = parse_arguments([*argv, "--lr_milestones", word, "--square_size", "32"])
+    assert config.lr_milestones is None and config.square_size == 32
+    _, _, config = parse_arguments([*argv[:2], "--activation_checkpointing", "--square_size", word, *CPU])
+    assert config.activation_checkpointing is True and config.square_size is None
+
+
 def test_fields_of_mappings_can_be_set_one_by_one(tmp_path: Path) -> None:
     recipe = write(
         tmp_path / "r.yaml",
@@ -101,6 +116,14 @@ def test_options_of_one_data_set_are_not_those_of_all(options: str) -> None:
         UserError, match=r"dataset_options sets .*own instead \(--(task|box_format, --dataset_config)\)"
     ):
         load_data(data)
+
+
+def test_a_run_that_can_give_no_scores_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    for numbers in ("{train: 2, validation: 1}", "{train: 2}"):
+        assert "no scores" not in caplog.text
+        options = ["--dataset_options.num_images", numbers, "--dataset_options.size", "[48, 64]"]
+        load_data(parse_arguments(["--dataset_name", "synthetic_detection", *options, *CPU])[1])
+    assert "synthetic_detection has neither a test nor a validation split with truth" in caplog.text
 
 
 def test_unknown_keys_of_a_recipe_are_errors_that_name_the_file(tmp_path: Path) -> None:
