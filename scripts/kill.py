@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     draw, unequal = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as temporary, HubServer(Path(temporary) / "hub") as hub:
-        os.environ |= hub.environment(Path(temporary) / "home")  # which the clients read when they are imported
+        environment = hub.environment(Path(temporary) / "home")  # which the clients read when they are imported
+        os.environ.clear()
+        os.environ |= environment
         from hf_bcd.commands import distill  # noqa: F401 - the runs are forked from here
 
         whole = Path(temporary) / "whole"

@@ -98,7 +98,7 @@ class DistillationCriterion(nn.Module):
         for name, loss in self.by_name().items():
             factor = self.decay if name in self.decays else 1.0
             needed = {"task_loss": task_loss} if "task_loss" in loss.needs else {}
-            pair = (self._seen_by(name, output) for output in (student, teacher))
+            pair = (self.seen_by(name, output) for output in (student, teacher))
             for term, value in loss(*pair, targets, **needed).items():
                 key = f"{name}/{term}"
                 terms[key], factors[key] = share * value, weights[key] * factor
@@ -109,7 +109,8 @@ class DistillationCriterion(nn.Module):
             terms |= {f"weight/{key}": weight for key, weight in self.balance.by_term().items()}
         return total, terms
 
-    def _seen_by(self, name: str, output: DenseOutput) -> DenseOutput:
+    def seen_by(self, name: str, output: DenseOutput) -> DenseOutput:
+        """An output as a loss gets it: with the levels of the neck as features if a recipe says so."""
         return replace(output, features=output.pyramid) if name in self.pyramids else output
 
     def _targets(self, targets: Targets | Tensor) -> Targets:
@@ -171,7 +172,7 @@ class DistillationCriterion(nn.Module):
         batches = [(teacher, self._targets(targets)) for teacher, targets in batches]
         for name, loss in self.by_name().items():
             if loss.needs_calibration:
-                loss.calibrate([(self._seen_by(name, teacher), targets) for teacher, targets in batches], progress)
+                loss.calibrate([(self.seen_by(name, teacher), targets) for teacher, targets in batches], progress)
 
 
 def _by_key(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

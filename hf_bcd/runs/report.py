@@ -151,7 +151,9 @@ def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) ->
     pixel_values = shown_to(student, data, trainer.args)[0]["pixel_values"][None].to(trainer.args.device)
     with torch.no_grad():
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
-        maps = loss.inspect(student(pixel_values), trainer.teacher(pixel_values), size)
+        criterion = trainer.distiller.criterion
+        seen = (criterion.seen_by("bcd", model(pixel_values)) for model in (student, trainer.teacher))
+        maps = loss.inspect(*seen, size)
     boundaries = {"teacher": maps["teacher_boundary"][0].cpu(), "student": maps["student_boundary"][0].cpu()}
     boundary_figure(image, boundaries, folder / "boundaries.png")
 

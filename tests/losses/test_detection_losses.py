@@ -216,7 +216,7 @@ def test_a_recipe_chooses_stages_or_pyramid() -> None:
     ("student", "teacher", "loss", "words"),
     [
         ("retinanet", "retinanet", {"ld": {}}, "distributions.*which GFL has"),
-        ("gfl", "retinanet", {"gid": {}}, "which RetinaNet and GFL have"),
+        ("gfl", "retinanet", {"gid": {}}, "which two RetinaNets or two GFLs have"),
         ("gfl", "rt_detr", {"crosskd": {"on": "tower"}}, "as many and as wide in both"),
         ("rt_detr", "detr", {"query_kd": {}}, "of the DETR kind"),
         ("rt_detr", "d_fine", {"ddf": {}}, "D-FINE's distributions on one scale"),
