@@ -152,8 +152,8 @@ def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) ->
     with torch.no_grad():
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         criterion = trainer.distiller.criterion
-        seen = (criterion.seen_by("bcd", model(pixel_values)) for model in (student, trainer.teacher))
-        maps = loss.inspect(*seen, size)
+        ours, theirs = (criterion.seen_by("bcd", model(pixel_values)) for model in (student, trainer.teacher))
+        maps = loss.inspect(ours, theirs, size)
     boundaries = {"teacher": maps["teacher_boundary"][0].cpu(), "student": maps["student_boundary"][0].cpu()}
     boundary_figure(image, boundaries, folder / "boundaries.png")
 
