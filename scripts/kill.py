@@ -119,7 +119,7 @@ def begin(folder: Path, more: list[str], *, dies_at: int | None = None, counts: 
         code = 0
     except SystemExit as end:
         print(end.code, flush=True)
-    except BaseException:
+    except BaseException:  # the process ends below, whatever it was, and its log must say why
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -35,6 +35,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path} is no file; give the .pth file of mmdetection's model zoo.")
     try:
+        # the only form in which these weights are published; `weights_only` runs no code from it
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
