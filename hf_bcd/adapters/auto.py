@@ -19,6 +19,7 @@ from .detr import ConditionalDetrAdapter, DeformableDetrAdapter, DetrAdapter, DF
 from .mask2former import Mask2FormerAdapter
 from .timm_detection import TimmDetectionAdapter
 from .upernet import UperNetAdapter
+from .vit_detectors import RfDetrAdapter, YolosAdapter
 
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,11 @@ DETECTORS: dict[str, type[DenseAdapter]] = {
     "deformable_detr": DeformableDetrAdapter,
     "deimv2": DFineAdapter,
     "detr": DetrAdapter,
+    "rf_detr": RfDetrAdapter,
     "rt_detr": RTDetrAdapter,
     "rt_detr_v2": RTDetrAdapter,
     "timm_detection": TimmDetectionAdapter,
+    "yolos": YolosAdapter,
 }
 
 

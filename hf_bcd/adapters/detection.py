@@ -20,7 +20,7 @@ class DetectionAdapter(DenseAdapter):
     """Turns one family of detectors into `DenseOutput`: levels of backbone and neck, raw outputs, the family's own loss.
 
     Attributes:
-        squares: whether pictures must be resized to squares, because the family heeds no padding.
+        squares: whether pictures must be resized to squares, because the family heeds no padding or not all of it.
         softmax: whether its classes exclude each other, with a last one for no object.
         within_queries: whether its processor gives no more detections than the model has queries.
     """
@@ -58,10 +58,11 @@ class DetectionAdapter(DenseAdapter):
 
     def check_shape(self, size: tuple[int, int] | None) -> None:
         if self.squares and (size is None or size[0] != size[1] or size[0] % self.size_multiple):
+            side = max(1, round(640 / self.size_multiple)) * self.size_multiple
             found = "padded" if size is None else f"{size[0]} x {size[1]} pixels, or padded to that"
             raise UserError(
-                f"{type(self.model).__name__} takes only squares with a side of a multiple of {self.size_multiple}, since it heeds "
-                f"no padding; these images are {found}. Resize them to such squares: square_size: 640 (`--square_size`)."
+                f"{type(self.model).__name__} takes only squares with a side of a multiple of {self.size_multiple}, without "
+                f"padding; these images are {found}. Resize them to such squares: square_size: {side} (`--square_size`)."
             )
 
     def shown(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:

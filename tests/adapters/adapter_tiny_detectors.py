@@ -72,6 +72,31 @@ def timm_resnet(out: list[int]) -> PreTrainedConfig:
     return hf.TimmBackboneConfig(backbone="test_resnet", out_indices=out)
 
 
+def rf_detr(**fields: Any) -> PreTrainedModel:
+    vit = hf.RfDetrDinov2Config(
+        hidden_size=32, num_hidden_layers=6, num_attention_heads=2, mlp_ratio=2, image_size=64, patch_size=16, num_windows=2,
+        out_features=["stage1", "stage2", "stage4", "stage5"],
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "decoder_self_attention_heads": 2,
+        "decoder_cross_attention_heads": 2,
+        "decoder_layers": 2,
+    }
+    options |= {"decoder_ffn_dim": 32, "d_model": 32, "num_queries": QUERIES, "group_detr": 3, "dropout": 0.0}
+    return hf.RfDetrForObjectDetection(hf.RfDetrConfig(backbone_config=vit, **options | fields))
+
+
+def yolos(**fields: Any) -> PreTrainedModel:
+    options: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    options |= {"image_size": [64, 96], "num_detection_tokens": QUERIES}
+    return hf.YolosForObjectDetection(hf.YolosConfig(**options | fields))
+
+
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "gfl": lambda **fields: tiny("gfl", **fields),
     "retinanet": lambda **fields: tiny("retinanet", **fields),
@@ -79,6 +104,8 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "rt_detr_v2": lambda **fields: rt_detr("RTDetrV2", **fields),
     "d_fine": lambda **fields: d_fine("DFine", **fields),
     "deimv2": lambda **fields: d_fine("Deimv2", **fields),
+    "rf_detr": rf_detr,
+    "yolos": yolos,
     "detr": lambda **fields: detr("Detr", ["stage4"], **fields),
     "detr-timm": lambda **fields: detr("Detr", [], backbone_config=timm_resnet([4]), **fields),
     "conditional_detr": lambda **fields: detr("ConditionalDetr", ["stage4"], **fields),
@@ -89,9 +116,11 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     ),
 }
 OURS = ["gfl", "retinanet"]
-SQUARES = ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"]
+REAL_TIME_ONES = ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"]
+TOKENS = ["rf_detr", "yolos"]
+SQUARES = [*REAL_TIME_ONES, *TOKENS]
 PADDED = ["detr", "detr-timm", "conditional_detr", "dab-detr", "deformable_detr", "deformable_detr-timm"]
-SOFTMAX = ["detr", "detr-timm"]
+SOFTMAX = ["yolos", "detr", "detr-timm"]
 
 
 def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> PreTrainedModel:

@@ -1,0 +1,117 @@
+"""Detectors on plain vision transformers: RF-DETR and YOLOS."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..outputs import DenseOutput, FeatureSpec, Objects, Queries
+from .detection import detr_labels, tapped
+from .detr import DetrAdapter, counted_by_rank
+
+
+class RfDetrAdapter(DetrAdapter):
+    """RF-DETR: levels are the token grids that its projector reads, all of a patch's stride, and `p4` is what it makes of them.
+
+    They are named by depth, as those of `TokenAdapter`. In training the model has several groups of queries; a loss sees
+    the first one, which is the only one that predicts.
+    """
+
+    processor_class = "RfDetrImageProcessor"
+    softmax = False
+    squares = True
+    within_queries = True
+
+    @property
+    def backbone(self) -> Any:
+        return self.model.model.backbone.backbone
+
+    @property
+    def size_multiple(self) -> int:  # type: ignore[override]
+        return self.backbone.config.patch_size * self.backbone.config.num_windows
+
+    @property
+    def unused_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
+        last, backbone = max(self.backbone.config.out_indices), "model.backbone.backbone"
+        behind = range(last, self.backbone.config.num_hidden_layers)
+        return (f"{backbone}.embeddings.mask_token", *(f"{backbone}.encoder.layer.{index}." for index in behind))
+
+    def find_feature_specs(self) -> dict[str, FeatureSpec]:
+        config = self.backbone.config
+        spec = FeatureSpec(config.hidden_size, config.patch_size)
+        return {f"stride_{4 * 2**index}": spec for index in range(len(config.out_indices))}
+
+    def stage_modules(self) -> Sequence[nn.Module]:
+        return list(self.backbone.encoder.layer)
+
+    @property
+    def pyramid_specs(self) -> dict[str, FeatureSpec]:
+        return {"p4": FeatureSpec(self.model.config.d_model, self.backbone.config.patch_size)}
+
+    def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
+        labels = None if targets is None else detr_labels(targets, self.label_sizes(targets))
+        with tapped({"backbone": self.backbone}) as found:
+            outputs = self.model(pixel_values=pixel_values, labels=labels)
+        maps: Any = found["backbone"]
+        output = DenseOutput(
+            dict(zip(self.feature_specs, maps.feature_maps, strict=True)),
+            None,
+            pyramid={"p4": outputs.backbone_features},
+            queries=self.queries(outputs),
+        )
+        if targets is not None:  # whose divisor is a mean over ranks already
+            output.task_losses["loss_task"] = outputs.loss
+        return output
+
+    def queries(self, outputs: Any) -> Queries:
+        found, own = super().queries(outputs), self.model.config.num_queries
+        return Queries(found.class_logits[:, :, :own], found.boxes[:, :, :own], False)
+
+
+class YolosAdapter(DetrAdapter):
+    """YOLOS: levels are four token grids at equal distances, named by depth; no neck, and one answer of each token."""
+
+    processor_class = "YolosImageProcessor"
+    squares = True
+
+    @property
+    def backbone(self) -> Any:
+        return self.model.vit
+
+    @property
+    def size_multiple(self) -> int:  # type: ignore[override]
+        return self.model.config.patch_size
+
+    def find_feature_specs(self) -> dict[str, FeatureSpec]:
+        spec = FeatureSpec(self.model.config.hidden_size, self.model.config.patch_size)
+        return {f"stride_{4 * 2**index}": spec for index in range(4)}
+
+    def stage_modules(self) -> Sequence[nn.Module]:
+        return list(self.backbone.encoder.layer)
+
+    @property
+    def pyramid_specs(self) -> dict[str, FeatureSpec]:
+        return {}
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return super().offers - {"pyramid"}
+
+    def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
+        labels = None if targets is None else detr_labels(targets, self.label_sizes(targets))
+        layers = self.stage_modules()
+        ends = [layers[len(layers) * part // 4 - 1] for part in (1, 2, 3, 4)]
+        with counted_by_rank(), tapped(dict(zip(self.feature_specs, ends, strict=True))) as tokens:
+            outputs = self.model(pixel_values=pixel_values, labels=labels)
+        height, width = (side // self.model.config.patch_size for side in pixel_values.shape[-2:])
+        output = DenseOutput(
+            {  # the class token comes first, detection tokens last
+                name: tokens[name][:, 1 : 1 + height * width].transpose(1, 2).unflatten(2, (height, width))
+                for name in self.feature_specs
+            },
+            None,
+            queries=self.queries(outputs),
+        )
+        if targets is not None:
+            output.task_losses["loss_task"] = self.task_loss(outputs, targets)
+        return output
