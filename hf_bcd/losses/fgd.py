@@ -1,6 +1,7 @@
 """Focal and global distillation (Yang et al., CVPR 2022, https://arxiv.org/abs/2111.11837)."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ class GlobalContext(nn.Module):
 
 
 class FGDLoss(DistillationLoss):
-    """`fgd_loss`, attention and global context of one feature level behind a 1x1 convolution.
+    """`fgd_loss`, attention and global context of feature levels, each behind a 1x1 convolution; terms are sums over levels.
 
     Of detectors, `on: boxes` weighs positions as the official code does, see `box_weights`; without it every class of an
     image is one object. Defined for class masks, because the official code takes the boxes of object detection: every class of an image
@@ -142,7 +143,7 @@ class FGDLoss(DistillationLoss):
     Args:
         background: class id of the background, 0 in Pascal VOC; None where every class counts as an object.
         temperature: T of the attention; 0.5 as in the official code.
-        level: level name; the coarsest that both models have by default. Officially all of a pyramid have one each.
+        levels: level names; the coarsest that both models have by default. Detectors take all five of their pyramid.
         on: `classes`, or `boxes` of detectors, whose background needs no class.
     """
 
@@ -164,7 +165,7 @@ class FGDLoss(DistillationLoss):
         *,
         background: int | None = None,
         temperature: float = 0.5,
-        level: str | None = None,
+        levels: Sequence[str] | None = None,
         on: Literal["classes", "boxes"] = "classes",
     ) -> None:
         super().__init__(pair)
@@ -181,12 +182,23 @@ class FGDLoss(DistillationLoss):
         elif background >= pair.num_labels:
             raise UserError(f"background is {background!r}, but the student has {pair.num_labels} classes.")
         self.background, self.temperature = background, temperature
-        self.pair = FeaturePair(pair, level)
-        self.student_context = GlobalContext(self.pair.channels)
-        self.teacher_context = GlobalContext(self.pair.channels)
+        self.pairs = nn.ModuleList(FeaturePair(pair, level) for level in levels or [None])
+        # of each level, one for the student and one for the teacher
+        self.contexts = nn.ModuleList(
+            nn.ModuleList(GlobalContext(cast(FeaturePair, one).channels) for _ in range(2)) for one in self.pairs
+        )
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
-        ours, theirs = self.pair(student.features, teacher.features)
+        levels = [
+            self.terms_of(*pair(student.features, teacher.features), *cast(nn.ModuleList, contexts), targets)
+            for pair, contexts in zip(self.pairs, self.contexts, strict=True)
+        ]
+        return {term: torch.stack([terms[term] for terms in levels]).sum() for term in levels[0]}
+
+    def terms_of(
+        self, ours: Tensor, theirs: Tensor, our_context: nn.Module, their_context: nn.Module, targets: Targets
+    ) -> dict[str, Tensor]:
+        """The terms of one level."""
         size = spatial_size(theirs)
         mask, k = targets.valid(size), self.background
         options = {"temperature": self.temperature, "mask": mask}
@@ -203,6 +215,5 @@ class FGDLoss(DistillationLoss):
         if classes is not None:
             terms["foreground"] = fgd_loss(ours, theirs, classes, **options)
         terms["spatial"], terms["channel"] = attention_losses(ours, theirs, **options)
-        context = self.student_context(ours, mask), self.teacher_context(theirs, mask)
-        terms["global"] = mean_squared_error(*context, mask)
+        terms["global"] = mean_squared_error(our_context(ours, mask), their_context(theirs, mask), mask)
         return terms

@@ -31,7 +31,7 @@ OUTCOME = (
     "learning_rate", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "optim", "optim_args",
     "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "bf16", "fp16", "load_best_model_at_end",
     "metric_for_best_model", "crop_size", "image_size", "image_longest", "train_shortest", "square_size", "decay_per", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
-    "dataloader_drop_last", "train_sampling_strategy", "layer_decay", "lr_milestones", "ema_decay",
+    "dataloader_drop_last", "train_sampling_strategy", "layer_decay", "lr_milestones", "ema_decay", "inherit",
 )  # fmt: skip
 FINITE = 1e30
 # lowest value, whether it is left out, and highest
@@ -175,6 +175,10 @@ class BCDConfig(TrainingArguments):
     ema_decay: float = field(
         default=0.0,
         metadata={"help": "Decay of an average of the student's weights, which is saved and scored; 0 for none."},
+    )
+    inherit: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that start with the teacher's weights, of the same shapes: [neck, bbox_head]."},
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "Precision of the teacher; auto is bfloat16 where the GPU has it."}

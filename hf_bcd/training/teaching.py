@@ -3,9 +3,10 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from ..adapters import DenseAdapter, FrozenTeacher, LabelMap, adapt, match_labels, read_synonyms
@@ -79,6 +80,8 @@ def prepare(
         teacher.check_shape(size)
     frozen = freeze(teacher, student.id2label, args, synonyms)
     check_losses(frozen.adapter, frozen.label_map, args)
+    if to_train:
+        inherit(student, frozen.adapter, args.inherit or ())
     criterion = build_losses(student, frozen.adapter, args)
     criterion.log_gradients = args.log_gradients
     return Prepared(student, frozen, criterion)
@@ -96,6 +99,36 @@ def build_losses(student: DenseAdapter, teacher: DenseAdapter, args: BCDConfig) 
         head_levels=teacher.head_levels,
         pyramids=(student.pyramid_specs, teacher.pyramid_specs),
     )
+
+
+def inherit(student: DenseAdapter, teacher: DenseAdapter, modules: Sequence[str]) -> None:
+    """Starts modules of the student with the weights that the teacher's modules of the same name have.
+
+    Raises:
+        UserError: one of the models lacks such a module, shapes differ, or the teacher has other classes.
+    """
+    for name in modules:
+        parts = [dict(model.model.named_modules()).get(name) for model in (student, teacher)]
+        ours, theirs = (None if part is None else part.state_dict() for part in parts)
+        if not ours or not theirs:
+            lacking = student if not ours else teacher
+            raise UserError(
+                f"inherit: {type(lacking.model).__name__} has no weights {name!r}; name modules of both models."
+            )
+        shapes = {key: (list(ours[key].shape) if key in ours else None) for key in {**ours, **theirs}}
+        for key, shape in shapes.items():
+            other = list(theirs[key].shape) if key in theirs else None
+            if shape != other:
+                raise UserError(
+                    f"inherit: {name}.{key} is {shape} in the student and {other} in the teacher. Name smaller modules, whose "
+                    "shapes agree, such as neck.fpn_convs."
+                )
+        if teacher.label_map is not None and not teacher.label_map.is_identity:
+            raise UserError(
+                f"inherit: the teacher's {name} may score its own classes, which are not the student's in their order; leave "
+                "inherit out."
+            )
+        cast(nn.Module, parts[0]).load_state_dict(theirs)
 
 
 def check_task(model: DenseAdapter, task: Task) -> None:

@@ -128,6 +128,9 @@ def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> 
     torch.manual_seed(0)
     model = MODELS[name](**names(labels), **fields)
     with torch.no_grad():  # as they are initialised, all answers are much the same
+        for module in model.modules():
+            if name in SQUARES and isinstance(module, torch.nn.BatchNorm2d):  # RT-DETR's multiply by hundredths
+                module.weight.fill_(1.0)
         for key, parameter in model.named_parameters():
             if name in PADDED[:4] and parameter.ndim > 1 and ("decoder" in key or "query" in key):
                 parameter.copy_(2.0 * torch.randn(parameter.shape) / parameter.shape[1] ** 0.5)

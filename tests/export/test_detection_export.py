@@ -25,7 +25,7 @@ for name in ("onnx", "onnxscript"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gfl", "d_fine", "detr-timm", "deformable_detr-timm"])
+@pytest.mark.parametrize("name", ["gfl", "d_fine", "rt_detr_v2", "rf_detr", "detr-timm", "deformable_detr-timm"])
 def test_the_file_finds_what_the_model_finds(name: str, tmp_path: Path) -> None:
     adapter, size = build_adapter(tiny_detector(name)), (96, 96) if name in SQUARES else (64, 96)
     path = tmp_path / "model.onnx"

@@ -23,7 +23,7 @@ from hf_bcd.utils.messages import UserError
 
 HEADS = {
     "pkd": {"features": "pyramid", "levels": ["p3", "p4", "p5", "p6"]},
-    "fgd": {"features": "pyramid", "level": "p3", "on": "boxes"},
+    "fgd": {"features": "pyramid", "levels": ["p3", "p4"], "on": "boxes"},
     "gid": {},
     "crosskd": {"on": "tower"},
     "skd": {"features": "pyramid", "level": "p4", "on": "boxes"},

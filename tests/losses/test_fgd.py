@@ -119,7 +119,7 @@ def test_the_global_term_compares_both_models_behind_blocks_of_their_own():
     labels = torch.zeros(2, 4, 4).long()
     plain = (student - teacher).square().mean().item()
     assert forward(loss, student, teacher, labels)["global"].item() == pytest.approx(plain)
-    dict(loss.named_parameters())["teacher_context.add.3.bias"].data.fill_(1)
+    dict(loss.named_parameters())["contexts.0.1.add.3.bias"].data.fill_(1)
     shifted = (student - teacher - 1).square().mean().item()
     assert forward(loss, student, teacher, labels)["global"].item() == pytest.approx(shifted)
 
@@ -128,7 +128,7 @@ def test_the_blocks_cannot_collapse_the_global_term():
     # whatever they learn, they shift a channel of an image; the rest of the difference stays
     loss, student, teacher = module(8), randn(2, 8, 4, 4), randn(2, 8, 4, 4, seed=1)
     floor = (student - teacher).var(dim=(2, 3), correction=0).mean().item()
-    blocks = [*loss.student_context.parameters(), *loss.teacher_context.parameters()]
+    blocks = list(loss.contexts.parameters())
     optimizer = torch.optim.Adam(blocks, 0.05)
     for _ in range(30):
         value = forward(loss, student, teacher, torch.zeros(2, 4, 4).long())["global"]
@@ -144,7 +144,23 @@ def test_the_student_is_projected_and_resized():
     student, teacher = (dense_output(specs, 2, 32, 3, seed=0) for specs in (ours, theirs))
     value = loss(student, teacher, LabelMaps(torch.zeros(2, 32, 32), 3))["global"]
     grown = torch.nn.functional.interpolate(
-        loss.pair.projection(student.features["stride_8"]), scale_factor=2.0, mode="bilinear"
+        loss.pairs[0].projection(student.features["stride_8"]), scale_factor=2.0, mode="bilinear"
     )
     expected = (grown - teacher.features["stride_8"]).square().mean()
     torch.testing.assert_close(value, expected)
+
+
+def test_terms_of_levels_add_up():
+    specs = {"p3": FeatureSpec(3, 8), "p4": FeatureSpec(5, 16)}
+    student = DenseOutput({"p3": randn(2, 3, 8, 12), "p4": randn(2, 5, 4, 6)}, None)
+    teacher = DenseOutput({"p3": randn(2, 3, 8, 12, seed=1), "p4": randn(2, 5, 4, 6, seed=1)}, None)
+    targets = LabelMaps(random_labels(2, 32, 48, num_labels=4), 4)
+
+    def terms(*levels: str) -> dict[str, Tensor]:
+        return FGDLoss(pair_of(specs, num_labels=4), background=0, levels=levels).double()(student, teacher, targets)
+
+    both, fine, coarse = terms("p3", "p4"), terms("p3"), terms("p4")
+    assert both.keys() == fine.keys() == coarse.keys()
+    for term, value in both.items():
+        torch.testing.assert_close(value, fine[term] + coarse[term])
+        assert value > fine[term] > 0, term

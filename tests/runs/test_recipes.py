@@ -17,7 +17,7 @@ from hf_bcd.losses import LOSSES, build_criterion
 from hf_bcd.losses.recipe import ALWAYS_OFFERED
 from hf_bcd.models import TimmDetectionConfig, TimmDetectionModel, TimmSegmentationConfig, TimmSegmentationModel
 from hf_bcd.runs.arguments import parse_arguments
-from hf_bcd.training.teaching import build_losses
+from hf_bcd.training.teaching import build_losses, inherit
 
 
 ROOT = Path(__file__).parents[2]
@@ -180,9 +180,10 @@ def test_a_detectors_recipe_differs_from_its_base_in_its_losses_which_can_be_bui
         found |= set(config.loss_options)
         assert data == base_data and (models.teacher, models.student) == (base_models.teacher, base_models.student)
         changed = {key for key, value in config.to_dict().items() if value != base_config.to_dict()[key]}
-        assert changed <= {"output_dir", "logging_dir", "losses"} and config.output_dir == f"runs/coco/{recipe.stem}"
+        assert changed <= {"output_dir", "logging_dir", "losses", "inherit"} and config.output_dir == f"runs/coco/{recipe.stem}"
         if isinstance(models.student, dict):
             student, teacher = (adapter_of(json.dumps(given), 80) for given in (models.student, models.teacher))
             with torch.device("meta"):
                 build_losses(student, teacher, config)
+                inherit(student, teacher, config.inherit or ())  # which refuses what the two have not in common
     assert found == DETECTORS[base]

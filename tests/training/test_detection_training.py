@@ -34,7 +34,7 @@ def scenes(train: int = 8) -> Any:
 def trainer(folder: Path, student: str = "gfl", teacher: str | None = None, **changes: Any) -> BCDTrainer:
     data = changes.pop("data", None) or scenes()
     model = changes.pop("model", None) or tiny_detector(student, THINGS)
-    taught = None if teacher is None else tiny_detector(teacher, THINGS)
+    taught = changes.pop("taught", None) or (None if teacher is None else tiny_detector(teacher, THINGS))
     squares = {} if student in ("gfl", "retinanet") else {"square_size": 64, "image_size": None}
     return tiny.trainer(folder, model=model, teacher=taught, data=data, **(OPTIONS | squares | changes))
 
@@ -43,6 +43,37 @@ def assert_same_student(first: BCDTrainer, second: BCDTrainer) -> None:
     expected = first.distiller.state_dict()
     for name, tensor in second.distiller.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+# ---- What a student starts with ----------------------------------------------------------------------------------------
+
+
+def test_a_student_starts_with_modules_of_its_teacher(tmp_path: Path) -> None:
+    student, teacher = tiny_detector("gfl", THINGS), tiny_detector("gfl", THINGS)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(1)
+    run = trainer(tmp_path, model=student, losses={"pkd": {}}, inherit=["neck.fpn_convs", "bbox_head"], taught=teacher)
+    inherited = ("neck.fpn_convs.", "bbox_head.")
+    for name, parameter in run.distiller.student.model.named_parameters():
+        assert torch.equal(parameter, teacher.get_parameter(name)) == name.startswith(inherited), name
+        assert parameter.requires_grad or name.startswith("backbone")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "labels", "message"),
+    [
+        ("bbox_hed", {}, THINGS, r"TimmDetectionModel has no weights 'bbox_hed'; name modules of both"),
+        ("bbox_head", {"head_channels": 32}, THINGS, r"bbox_head\.\S+ is \[.*\] in the student and \[.*Name smaller"),
+        ("bbox_head", {}, {0: "vehicle", 1: "person"}, r"bbox_head may score its own classes"),
+    ],
+)
+def test_modules_that_cannot_be_inherited(
+    name: str, fields: dict, labels: dict[int, str], message: str, tmp_path: Path
+) -> None:
+    teacher = tiny_detector("gfl", labels, **fields)
+    with pytest.raises(UserError, match=f"inherit: .*{message}"):
+        trainer(tmp_path, losses={"pkd": {}}, inherit=[name], taught=teacher)
 
 
 # ---- The learning rate -------------------------------------------------------------------------------------------------
