@@ -1,7 +1,7 @@
 """Focal and global distillation (Yang et al., CVPR 2022, https://arxiv.org/abs/2111.11837)."""
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +190,7 @@ class FGDLoss(DistillationLoss):
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         levels = [
-            self.terms_of(*pair(student.features, teacher.features), *cast(nn.ModuleList, contexts), targets)
+            self.terms_of(*pair(student.features, teacher.features), *cast(Any, contexts), targets)
             for pair, contexts in zip(self.pairs, self.contexts, strict=True)
         ]
         return {term: torch.stack([terms[term] for terms in levels]).sum() for term in levels[0]}

@@ -3,10 +3,11 @@
 from typing import Any
 
 from .detection import DetectionMetrics
+from .instances import InstanceMetrics
 from .semantic import SemanticMetrics
 
 
-__all__ = ["DetectionMetrics", "SemanticMetrics", "load_evaluate_metric"]
+__all__ = ["DetectionMetrics", "InstanceMetrics", "SemanticMetrics", "load_evaluate_metric"]
 
 
 def load_evaluate_metric(num_labels: int, ignore_index: int = 255) -> Any:

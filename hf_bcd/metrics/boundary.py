@@ -16,6 +16,11 @@ DISTANCES = (1, 3, 5)
 BAND_WIDTH = 0.02
 
 
+def band_radius(height: int, width: int) -> int:
+    """Width in pixels of the bands of Boundary IoU: 2 % of the picture's diagonal, at least 1."""
+    return max(1, round(BAND_WIDTH * math.hypot(height, width)))
+
+
 def boundary_counts(truth: Tensor, prediction: Tensor, num_labels: int) -> dict[str, Tensor]:
     """Counts contour and band pixels per image and class of two maps `[B, H, W]` of one signed integer type.
 
@@ -26,7 +31,7 @@ def boundary_counts(truth: Tensor, prediction: Tensor, num_labels: int) -> dict[
     """
     true_edges, predicted_edges = contour(truth), contour(prediction)
     reaches = contour_reach(truth.where(true_edges, -1), prediction.where(predicted_edges, -1), num_labels)
-    radius = max(1, round(BAND_WIDTH * math.hypot(*truth.shape[1:])))
+    radius = band_radius(*truth.shape[1:])
     true_band, predicted_band = band(truth, radius), band(prediction, radius)
     shared_band = true_band & predicted_band & (truth == prediction)
     counts = {}

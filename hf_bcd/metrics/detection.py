@@ -1,7 +1,7 @@
 """Metrics of object detection over a data set: COCO's average precision, and boxes that are there twice or show nothing."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,18 +15,28 @@ CONFIDENT = 0.5  # score from which a wrong box counts as a duplicate or a hallu
 DUPLICATE_IOU = 0.5
 HALLUCINATION_IOU = 0.1
 # of the twelve numbers that COCO's evaluator gives
-STATS = {
-    "box_ap": 0, "box_ap50": 1, "box_ap75": 2, "box_ap_small": 3, "box_ap_medium": 4, "box_ap_large": 5, "box_ar": 8,
-}  # fmt: skip
+STATS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5, "ar": 8}
+
+Overlaps = Callable[[np.ndarray, list[Any], list[Any], np.ndarray], np.ndarray]
 
 
 class Boxes(NamedTuple):
-    """Predicted or true boxes of a picture: corners `[N, 4]`, class ids, and scores or areas; true ones may be crowds."""
+    """Predicted or true boxes of a picture: corners `[N, 4]`, class ids, and scores or areas; true ones may be crowds.
+
+    Instances also have the run lengths of their masks, all of one size (height, width).
+    """
 
     corners: np.ndarray
     labels: np.ndarray
     numbers: np.ndarray
     crowd: np.ndarray
+    size: tuple[int, int] = (0, 0)
+    runs: tuple[bytes, ...] = ()
+
+    def masks(self, places: Iterable[int]) -> list[dict[str, Any]]:
+        """Masks as COCO's run-length encodings."""
+        size = list(self.size)
+        return [{"size": size, "counts": self.runs[place]} for place in places]
 
 
 class DetectionMetrics:
@@ -62,13 +72,18 @@ class DetectionMetrics:
         if len(predictions) != len(truth):
             raise ValueError(f"{len(predictions)} predictions of {len(truth)} pictures.")
         for predicted, true in zip(predictions, truth, strict=True):
-            boxes, labels, scores = (_array(predicted[name]) for name in ("boxes", "labels", "scores"))
-            found = Boxes(boxes, labels, scores, np.zeros(len(boxes), bool))
-            boxes, labels, areas, crowd = (_array(true[name]) for name in ("boxes", "labels", "area", "iscrowd"))
-            real = Boxes(boxes, labels, areas, crowd.astype(bool))
-            for kind, record in (("predicted", found), ("true", real)):
-                self._check(record, f"{kind} boxes of picture {len(self._records)}")
-            self._records.append((found, real))
+            of = f"boxes of picture {len(self._records)}"
+            found = self.record(predicted, "scores", None, f"predicted {of}")
+            self._records.append((found, self.record(true, "area", true["iscrowd"], f"true {of}")))
+
+    def record(self, given: Mapping[str, Any], numbers: str, crowd: Tensor | None, name: str) -> Boxes:
+        """What is kept of a picture's predictions or truth; `name` says which, for error messages."""
+        boxes, labels, values = (_array(given[key]) for key in ("boxes", "labels", numbers))
+        record = Boxes(
+            boxes, labels, values, np.zeros(len(boxes), bool) if crowd is None else _array(crowd).astype(bool)
+        )
+        self._check(record, name)
+        return record
 
     def gather(self) -> None:
         """Collects the pictures of all processes, which must all call this, and then `compute`, in the first one.
@@ -101,11 +116,11 @@ class DetectionMetrics:
         return result[0]  # type: ignore[return-value]
 
     def _compute(self) -> dict[str, Any]:
-        stats, per_class = coco_evaluation(self._records, self.num_labels)
+        stats, per_class = coco_evaluation(self._records, self.num_labels, "bbox")
         wrong = np.array([wrong_boxes(*record) for record in self._records]).reshape(-1, 2)
         duplicates, hallucinations = wrong.mean(axis=0).tolist() if len(wrong) else (np.nan, np.nan)
         return {
-            **{name: float(stats[place]) for name, place in STATS.items()},
+            **named_scores(stats, "box"),
             "per_class_ap": per_class.tolist(),
             "classes_averaged": int((~np.isnan(per_class)).sum()),
             "duplicates": duplicates,
@@ -129,19 +144,51 @@ class DetectionMetrics:
             )
 
 
-def coco_evaluation(records: Sequence[tuple[Boxes, Boxes]], num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The twelve numbers of COCO's evaluator and the AP of each class `[C]`; nan where there is no truth."""
+def named_scores(stats: np.ndarray, kind: str) -> dict[str, float]:
+    """The numbers of `STATS` by name, which begins with what was compared."""
+    return {f"{kind}_{name}": float(stats[place]) for name, place in STATS.items()}
+
+
+def coco_evaluation(
+    records: Sequence[tuple[Boxes, Boxes]], num_labels: int, kind: str, overlaps: Overlaps | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The twelve numbers of COCO's evaluator and the AP of each class `[C]`; nan where there is no truth.
+
+    Args:
+        records: predictions and truth of each picture.
+        num_labels: number of classes C.
+        kind: what is compared, `bbox` or `segm`.
+        overlaps: gives another overlap of predictions and true objects of one class in a picture: of their own overlaps
+            `[K, N]`, the masks of both, and which true ones are crowds.
+    """
     from faster_coco_eval import COCO, COCOeval_faster  # takes a while to import
 
+    class Evaluator(COCOeval_faster):
+        def computeIoU(self, imgId: int, catId: int) -> Any:
+            found = super().computeIoU(imgId, catId)
+            if overlaps is None or len(found) == 0:
+                return found
+            theirs, true = (
+                table.get_instances([imgId], [catId], True)[0][0] for table in (self.dt_dataset, self.gt_dataset)
+            )
+            best = np.argsort([-one["score"] for one in theirs], kind="mergesort")[: self.params.maxDets[-1]]
+            crowd = np.array([bool(one["iscrowd"]) for one in true])
+            return overlaps(
+                np.asarray(found), [theirs[place]["rle"] for place in best], [one["rle"] for one in true], crowd
+            )
+
     truth, found = (
-        _annotations([one for _, one in records], "area"),
-        _annotations([one for one, _ in records], "score"),
+        _annotations([one for _, one in records], "area", kind),
+        _annotations([one for one, _ in records], "score", kind),
     )
     tables = []
     for annotations in (truth, found):
         table = COCO()
         table.dataset = {
-            "images": [{"id": image} for image in range(1, len(records) + 1)],
+            "images": [
+                {"id": image, "height": true.size[0], "width": true.size[1]}
+                for image, (_, true) in enumerate(records, 1)
+            ],
             "categories": [{"id": index, "name": str(index)} for index in range(num_labels)],
             "annotations": annotations,
         }
@@ -149,7 +196,8 @@ def coco_evaluation(records: Sequence[tuple[Boxes, Boxes]], num_labels: int) -> 
         tables.append(table)
     if not truth:
         return np.full(12, np.nan), np.full(num_labels, np.nan)
-    evaluator = COCOeval_faster(*tables, iouType="bbox", print_function=lambda *_: None)
+    options = {} if overlaps is None else {"rle_iou_max_workers": 1}  # threads of Python would wait for each other
+    evaluator = Evaluator(*tables, iouType=kind, print_function=lambda *_: None, **options)
     evaluator.run()
     stats = np.asarray(evaluator.stats[:12], float)
     precision = np.asarray(evaluator.eval["precision"])[:, :, :, 0, 2]  # of all areas, with 100 predictions
@@ -183,18 +231,29 @@ def box_ious(boxes: np.ndarray, others: np.ndarray, crowd: np.ndarray | None = N
     return shared / np.maximum(union, np.finfo(np.float32).tiny)
 
 
-def _annotations(pictures: Sequence[Boxes], number: str) -> list[dict[str, Any]]:
-    """COCO's annotations of all boxes; `number` says what their numbers are."""
+def _annotations(pictures: Sequence[Boxes], number: str, kind: str) -> list[dict[str, Any]]:
+    """COCO's annotations of all boxes or masks; `number` says what their numbers are."""
     if not pictures:
         return []
-    corners, labels, numbers, crowd = (np.concatenate(parts) for parts in zip(*pictures, strict=True))
+    corners, labels, numbers, crowd = (np.concatenate([one[field] for one in pictures]) for field in range(4))
     boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
     images = np.repeat(np.arange(1, len(pictures) + 1), [len(one.labels) for one in pictures])
-    areas = numbers if number == "area" else boxes[:, 2:].prod(axis=1)
+    masks = [mask for one in pictures for mask in one.masks(range(len(one.runs)))]
+    areas = numbers if number == "area" else mask_areas(masks) if kind == "segm" else boxes[:, 2:].prod(axis=1)
     columns = (images, labels, boxes, areas, numbers, crowd.astype(int))
     names = ("image_id", "category_id", "bbox", "area", number, "iscrowd")
     values = zip(*(column.tolist() for column in columns), strict=True)
-    return [{"id": index, **dict(zip(names, row, strict=True))} for index, row in enumerate(values, 1)]
+    annotations = [{"id": index, **dict(zip(names, row, strict=True))} for index, row in enumerate(values, 1)]
+    for annotation, mask in zip(annotations, masks, strict=kind == "segm"):
+        annotation["segmentation"] = mask
+    return annotations
+
+
+def mask_areas(masks: list[dict[str, Any]]) -> np.ndarray:
+    """Numbers of pixels of run-length encodings `[N]`."""
+    from faster_coco_eval.core import mask as codec
+
+    return np.asarray(codec.area(masks) if masks else [], float)
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -180,7 +180,10 @@ def test_a_detectors_recipe_differs_from_its_base_in_its_losses_which_can_be_bui
         found |= set(config.loss_options)
         assert data == base_data and (models.teacher, models.student) == (base_models.teacher, base_models.student)
         changed = {key for key, value in config.to_dict().items() if value != base_config.to_dict()[key]}
-        assert changed <= {"output_dir", "logging_dir", "losses", "inherit"} and config.output_dir == f"runs/coco/{recipe.stem}"
+        assert (
+            changed <= {"output_dir", "logging_dir", "losses", "inherit"}
+            and config.output_dir == f"runs/coco/{recipe.stem}"
+        )
         if isinstance(models.student, dict):
             student, teacher = (adapter_of(json.dumps(given), 80) for given in (models.student, models.teacher))
             with torch.device("meta"):
