@@ -190,15 +190,16 @@ class FGDLoss(DistillationLoss):
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         levels = [
-            self.terms_of(*pair(student.features, teacher.features), *cast(Any, contexts), targets)
+            self.terms_of(pair(student.features, teacher.features), cast(Any, contexts), targets)
             for pair, contexts in zip(self.pairs, self.contexts, strict=True)
         ]
         return {term: torch.stack([terms[term] for terms in levels]).sum() for term in levels[0]}
 
     def terms_of(
-        self, ours: Tensor, theirs: Tensor, our_context: nn.Module, their_context: nn.Module, targets: Targets
+        self, maps: tuple[Tensor, Tensor], contexts: Sequence[nn.Module], targets: Targets
     ) -> dict[str, Tensor]:
-        """The terms of one level."""
+        """The terms of one level, of the student's map and the teacher's."""
+        ours, theirs = maps
         size = spatial_size(theirs)
         mask, k = targets.valid(size), self.background
         options = {"temperature": self.temperature, "mask": mask}
@@ -215,5 +216,5 @@ class FGDLoss(DistillationLoss):
         if classes is not None:
             terms["foreground"] = fgd_loss(ours, theirs, classes, **options)
         terms["spatial"], terms["channel"] = attention_losses(ours, theirs, **options)
-        terms["global"] = mean_squared_error(our_context(ours, mask), their_context(theirs, mask), mask)
+        terms["global"] = mean_squared_error(contexts[0](ours, mask), contexts[1](theirs, mask), mask)
         return terms

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
 from ..utils.distributed import is_distributed
+from ..utils.masks import RLE, mask_areas
 
 
 CONFIDENT = 0.5  # score from which a wrong box counts as a duplicate or a hallucination
@@ -33,7 +34,7 @@ class Boxes(NamedTuple):
     size: tuple[int, int] = (0, 0)
     runs: tuple[bytes, ...] = ()
 
-    def masks(self, places: Iterable[int]) -> list[dict[str, Any]]:
+    def masks(self, places: Iterable[int]) -> list[RLE]:
         """Masks as COCO's run-length encodings."""
         size = list(self.size)
         return [{"size": size, "counts": self.runs[place]} for place in places]
@@ -150,7 +151,10 @@ def named_scores(stats: np.ndarray, kind: str) -> dict[str, float]:
 
 
 def coco_evaluation(
-    records: Sequence[tuple[Boxes, Boxes]], num_labels: int, kind: str, overlaps: Overlaps | None = None
+    records: Sequence[tuple[Boxes, Boxes]],
+    num_labels: int,
+    kind: Literal["bbox", "segm"],
+    overlaps: Overlaps | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The twelve numbers of COCO's evaluator and the AP of each class `[C]`; nan where there is no truth.
 
@@ -247,13 +251,6 @@ def _annotations(pictures: Sequence[Boxes], number: str, kind: str) -> list[dict
     for annotation, mask in zip(annotations, masks, strict=kind == "segm"):
         annotation["segmentation"] = mask
     return annotations
-
-
-def mask_areas(masks: list[dict[str, Any]]) -> np.ndarray:
-    """Numbers of pixels of run-length encodings `[N]`."""
-    from faster_coco_eval.core import mask as codec
-
-    return np.asarray(codec.area(masks) if masks else [], float)
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -1,13 +1,14 @@
 """Metrics of instance segmentation: those of detection, AP of masks and of their boundaries, and whether masks are whole."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
+from ..utils.masks import RLE, decode, decode_box
 from .boundary import band_radius
 from .connectivity import FIXED_POINT_BITS, MIN_REGION_PIXELS, connectivity_scores
 from .detection import Boxes, DetectionMetrics, coco_evaluation, named_scores
@@ -77,24 +78,21 @@ def instance_counts(found: Boxes, truth: Boxes) -> list[tuple[int, tuple[int, ..
     by at least a half. The regions of an instance are its 8-connected pieces of at least 64 pixels; what its match does not
     cover is lost, and all of it where it has none.
     """
-    from faster_coco_eval.core import mask as codec
-
     counts = []
     plain = np.flatnonzero(~truth.crowd)
     order = np.argsort(-found.numbers, kind="stable")
     for label in np.unique(truth.labels[plain]):
         real, guesses = plain[truth.labels[plain] == label], order[found.labels[order] == label]
-        matched = matches(found.masks(guesses), truth.masks(real))
-        for place, number in enumerate(real):
-            (rle,) = truth.masks([number])
-            window, mask = cropped(rle)
-            taken = (
-                np.zeros_like(mask)
-                if matched[place] < 0
-                else codec.decode(*found.masks([guesses[matched[place]]]))[window]
+        matched = matches(found.masks(guesses.tolist()), truth.masks(real.tolist()))
+        for place, rle in enumerate(truth.masks(real.tolist())):
+            left, top, mask = decode_box(rle)
+            taken = np.zeros_like(mask)
+            if matched[place] >= 0:
+                (guess,) = found.masks([int(guesses[matched[place]])])
+                taken = decode(guess)[top : top + len(mask), left : left + mask.shape[1]]
+            regions, pieces = (
+                np.asarray(cast(Any, ndimage.label(part, EIGHT_CONNECTED))[0]) for part in (mask, mask & taken)
             )
-            regions, _ = ndimage.label(mask, EIGHT_CONNECTED)
-            pieces, _ = ndimage.label(mask & taken, EIGHT_CONNECTED)
             sizes, piece_sizes = (np.bincount(ids.ravel())[1:] for ids in (regions, pieces))
             owner = np.zeros(len(piece_sizes), int)
             owner[pieces[pieces > 0] - 1] = regions[pieces > 0] - 1
@@ -106,7 +104,7 @@ def instance_counts(found: Boxes, truth: Boxes) -> list[tuple[int, tuple[int, ..
     return counts
 
 
-def matches(found: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def matches(found: Sequence[RLE], truth: Sequence[RLE]) -> np.ndarray:
     """Which of the masks found, best first, each true mask gets, as COCO matches: int `[N]`, -1 for none."""
     from faster_coco_eval.core import mask as codec
 
@@ -139,29 +137,20 @@ class Border(NamedTuple):
         return int((parts[0][:h, :w] & parts[1][:h, :w]).sum())
 
 
-def mask_boundary(rle: Mapping[str, Any]) -> Border:
+def mask_boundary(rle: RLE) -> Border:
     """The mask without what is left of it after d erosions by 3x3 squares.
 
     d is 2 % of the picture's diagonal, at least 1; outside of the picture is background, so that its border counts.
     """
-    window, mask = cropped(rle)
-    inner, length = mask, 2 * band_radius(*rle["size"]) + 1
+    left, top, mask = decode_box(rle)
+    inner, length = mask.view(np.uint8), 2 * band_radius(*rle["size"]) + 1
     for axis in (0, 1):  # d squares are one of 2 d + 1
         inner = ndimage.minimum_filter1d(inner, length, axis, mode="constant", cval=0)
-    return Border(window[0].start, window[1].start, (mask > inner))
-
-
-def cropped(rle: Mapping[str, Any]) -> tuple[tuple[slice, slice], np.ndarray]:
-    """The box of a mask, and the mask inside of it, uint8."""
-    from faster_coco_eval.core import mask as codec
-
-    x, y, w, h = (int(side) for side in codec.toBbox([rle])[0])
-    window = slice(y, y + h), slice(x, x + w)
-    return window, codec.decode(rle)[window]
+    return Border(top, left, mask & (inner == 0))
 
 
 def lowered_to_boundaries(
-    overlaps: np.ndarray, found: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]], crowd: np.ndarray
+    overlaps: np.ndarray, found: Sequence[RLE], truth: Sequence[RLE], crowd: np.ndarray
 ) -> np.ndarray:
     """IoU of masks `[K, N]`, or of their boundaries where that is less; crowds have no boundary of their own.
 
