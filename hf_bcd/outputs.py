@@ -40,6 +40,7 @@ class DenseOutput:
         pyramid: levels of a detector's neck, `p3` (stride 8) to `p7`, likewise.
         dense: raw output of a detector that scores a box at every prior.
         queries: raw output of a detector of the DETR kind.
+        answers: what a teacher with masks finds in the images, where it was asked to.
     """
 
     features: dict[str, Tensor]
@@ -49,6 +50,7 @@ class DenseOutput:
     pyramid: dict[str, Tensor] = field(default_factory=dict)
     dense: "DenseHead | None" = None
     queries: "Queries | None" = None
+    answers: "Objects | None" = None
 
 
 @dataclass
@@ -84,17 +86,19 @@ class Queries:
 
     Attributes:
         class_logits: `[L, B, Q, C]`, or with a last class for no object where `softmax`.
-        boxes: centre, width and height relative to the picture, `[L, B, Q, 4]`.
+        boxes: centre, width and height relative to the picture, `[L, B, Q, 4]`; None of models that find masks instead.
         softmax: whether classes exclude each other.
         corners: D-FINE's distributions over the distances to each side, `[L, B, Q, 4 * bins]`.
         corner_scale: what makes corners of two models comparable: number of bins, reg_scale and up.
+        masks: logits of the masks of such models, `[L, B, Q, h, w]`.
     """
 
     class_logits: Tensor
-    boxes: Tensor
+    boxes: Tensor | None
     softmax: bool
     corners: Tensor | None = None
     corner_scale: tuple[float, ...] = ()
+    masks: Tensor | None = None
 
 
 class Targets(Protocol):
@@ -169,7 +173,7 @@ class LabelMaps:
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """Targets of object detection.
+    """Targets of object detection and of instance segmentation.
 
     Attributes:
         boxes: of each of B pictures, xyxy pixels of the batch's images, `[N, 4]`.
@@ -178,6 +182,8 @@ class Objects:
         num_labels: number of classes K.
         pixel_mask: as in `Targets`.
         crowds: of each picture, boxes of groups that nobody has told apart, `[M, 4]`; void where no object is.
+        masks: of each picture, the masks of its boxes, bits packed along the width, uint8 `[N, H, ceil(W / 8)]`.
+        crowd_masks: those of its crowds, likewise.
     """
 
     boxes: Sequence[Tensor]
@@ -186,6 +192,8 @@ class Objects:
     num_labels: int
     pixel_mask: Tensor | None = None
     crowds: Sequence[Tensor] = ()
+    masks: Sequence[Tensor] | None = None
+    crowd_masks: Sequence[Tensor] = ()
 
     def valid(self, size: tuple[int, int]) -> Tensor:
         """Positions inside a picture and outside of crowds: boolean `[B, *size]`."""
@@ -193,28 +201,38 @@ class Objects:
         valid = ones if self.pixel_mask is None else resize_nearest(self.pixel_mask, size)
         if not self.crowds:
             return valid
-        crowds, objects = (
-            torch.stack([b.any(0) for b in self.inside(boxes, size)]) for boxes in (self.crowds, self.boxes)
-        )
-        return valid & (objects | ~crowds)
+        crowds = self.inside(self.crowds, size) if self.masks is None else self.covered(self.crowd_masks, size)
+        void, seen = (torch.stack([one.any(0) for one in some]) for some in (crowds, self.objects(size)))
+        return valid & (seen | ~void)
 
     def class_masks(self, size: tuple[int, int]) -> Tensor:
-        """Filled boxes of each class: boolean `[B, K, *size]`; none where void."""
+        """Masks, or filled boxes, of each class: boolean `[B, K, *size]`; none where void."""
         masks = [
             torch.einsum("nhw,nk->khw", inside.float(), one_hot(classes, self.num_labels)) > 0
-            for inside, classes in zip(self.inside(self.boxes, size), self.classes, strict=True)
+            for inside, classes in zip(self.objects(size), self.classes, strict=True)
         ]
         return torch.stack(masks) & self.valid(size)[:, None]
 
     def regions(self, size: tuple[int, int]) -> Tensor:
         """Which object is where: int64 `[B, *size]`, 1 + its index, the smallest on top; 0 where none is."""
         regions = []
-        for boxes, inside in zip(self.boxes, self.inside(self.boxes, size), strict=True):
-            order = box_areas(boxes).argsort(descending=True, stable=True)
+        for boxes, inside in zip(self.boxes, self.objects(size), strict=True):
+            areas = box_areas(boxes) if self.masks is None else inside.sum((1, 2))
+            order = areas.argsort(descending=True, stable=True)
             rank = torch.arange(1, len(boxes) + 1, device=boxes.device)[:, None, None] * inside[order]
             top = rank.amax(0) if len(boxes) else rank.new_zeros(size)
             regions.append(torch.cat([order.new_zeros(1), order + 1])[top])
         return torch.stack(regions)
+
+    def objects(self, size: tuple[int, int]) -> list[Tensor]:
+        """Positions of a grid over the images that lie in each object's mask, or box: of each picture boolean `[N, *size]`."""
+        return self.inside(self.boxes, size) if self.masks is None else self.covered(self.masks, size)
+
+    def covered(self, masks: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Packed masks at a grid, nearest neighbours: of each picture boolean `[N, *size]`; no mask is unpacked whole."""
+        (height, width), device = self.size, self.boxes[0].device
+        rows, columns = nearest(height, size[0], device), nearest(width, size[1], device)
+        return [((one[:, rows[:, None], columns // 8] >> (columns % 8).to(torch.uint8)) & 1).bool() for one in masks]
 
     def inside(self, boxes: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Positions of a grid over the images whose centres lie in a box: of each picture boolean `[N, *size]`."""
@@ -272,9 +290,11 @@ def resize_nearest(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Nearest-neighbour resize of an integer or boolean map `[B, H, W]` to `size`, its dtype kept."""
     if x.shape[-2:] == size:
         return x
-    # integer arithmetic: exact for every id and mask, without a float copy
-    rows, columns = (
-        (2 * torch.arange(new, device=x.device) + 1) * old // (2 * new)
-        for old, new in zip(x.shape[-2:], size, strict=True)
-    )
+    rows, columns = (nearest(old, new, x.device) for old, new in zip(x.shape[-2:], size, strict=True))
     return x[:, rows[:, None], columns]
+
+
+def nearest(old: int, new: int, device: torch.device) -> Tensor:
+    """Which of `old` positions along an axis is nearest to each of `new` ones: int64 `[new]`."""
+    # integer arithmetic: exact for every id and mask, without a float copy
+    return (2 * torch.arange(new, device=device) + 1) * old // (2 * new)

@@ -8,7 +8,8 @@ from adapters.adapter_tiny_detectors import objects
 from host_sync import no_host_synchronisation
 from torch import Tensor
 
-from hf_bcd.outputs import Objects, box_areas, one_hot
+from hf_bcd.outputs import Objects, box_areas, one_hot, resize_nearest
+from hf_bcd.utils.masks import pack
 
 
 EMPTY = torch.zeros(0, 4)
@@ -95,3 +96,39 @@ def test_any_grid_and_nothing_waits(size: tuple[int, int]) -> None:
 def test_rows_of_one_one() -> None:
     assert torch.equal(one_hot(torch.tensor([2, 0]), 3), torch.tensor([[0.0, 0, 1], [1, 0, 0]]))
     assert one_hot(torch.zeros(0, dtype=torch.long), 3).shape == (0, 3)
+
+
+# ---- Masks -------------------------------------------------------------------------------------------------------------
+
+
+def masks_of(*shapes: tuple[int, int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(count, 16, width, generator=generator) < 0.4 for count, width in shapes]
+
+
+@pytest.mark.parametrize("width", [32, 29])
+@pytest.mark.parametrize("size", [(16, None), (4, 8), (5, 7), (32, 64)])
+def test_masks_take_the_place_of_boxes(width: int, size: tuple[int, int | None]) -> None:
+    size = size[0], size[1] or width
+    whole = masks_of((3, width), (0, width))
+    boxes = [torch.tensor([[0.0, 0, 9, 9], [3, 3, 20, 12], [5, 5, 28, 16]]), EMPTY]
+    classes = [torch.tensor([1, 0, 1]), torch.zeros(0, dtype=torch.long)]
+    one = Objects(boxes, classes, (16, width), 3, masks=[pack(mask) for mask in whole])
+    expected = resize_nearest(whole[0], size)
+    assert torch.equal(one.objects(size)[0], expected) and one.objects(size)[1].shape == (0, *size)
+    by_class = torch.stack([expected[1], expected[0] | expected[2], torch.zeros(size, dtype=torch.bool)])
+    assert torch.equal(one.class_masks(size)[0], by_class) and not one.class_masks(size)[1].any()
+    order = expected.sum((1, 2)).argsort(descending=True, stable=True)
+    top = torch.zeros(size, dtype=torch.long)
+    for index in order:
+        top[expected[index]] = index + 1
+    assert torch.equal(one.regions(size)[0], top)
+
+
+def test_a_crowds_mask_is_void_where_no_object_is() -> None:
+    thing, crowd = masks_of((1, 32), (1, 32))
+    one = Objects(
+        [torch.tensor([[0.0, 0, 32, 16]])], [torch.tensor([0])], (16, 32), 1, crowds=[torch.tensor([[0.0, 0, 32, 16]])],
+        masks=[pack(thing)], crowd_masks=[pack(crowd)],
+    )  # fmt: skip
+    assert torch.equal(one.valid((16, 32)), thing | ~crowd) and torch.equal(one.class_masks((16, 32))[0], thing)

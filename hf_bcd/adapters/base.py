@@ -23,8 +23,10 @@ REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # of what a loss may need, what both models must have
 OF_BOTH = frozenset(
-    {"logits", "scores", "pyramid", "dense", "distributions", "tower", "queries", "corners", "classes", "boxes"}
-)
+    {
+        "logits", "scores", "pyramid", "dense", "distributions", "tower", "queries", "mask_queries", "corners", "classes", "boxes",
+    }
+)  # fmt: skip
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 

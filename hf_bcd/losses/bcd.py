@@ -18,6 +18,7 @@ from .ops.path import line_ends, line_offsets
 
 
 TeacherHeadKind = Literal["calibrated", "orthogonal", "logits"]
+Regions = Literal["instances", "classes"]
 
 
 def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor:
@@ -33,12 +34,23 @@ def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor
     return boundary
 
 
-def regions_of(teacher: DenseOutput, targets: Targets, size: tuple[int, int]) -> Tensor:
-    """A map `[B, *size]` whose ids differ across boundaries: the teacher's arg-max classes, or objects of the truth."""
+def regions_of(
+    teacher: DenseOutput, targets: Targets, size: tuple[int, int], kind: Regions = "instances"
+) -> tuple[Tensor, bool]:
+    """A map `[B, *size]` whose ids differ across boundaries, and whether these are boundaries of things.
+
+    The teacher's arg-max classes; of a model of objects, the masks that the teacher finds, else those of the truth, else its
+    boxes, whose outlines are no boundaries of things.
+    """
     if teacher.logits is not None:
-        return resize(at_least_float32(teacher.logits), size).argmax(dim=1)
-    assert isinstance(targets, Objects)  # all else has scores of each pixel
-    return targets.regions(size)
+        return resize(at_least_float32(teacher.logits), size).argmax(dim=1), True
+    known = targets if teacher.answers is None else teacher.answers
+    assert isinstance(known, Objects)  # all else has scores of each pixel
+    regions = known.regions(size)
+    if kind == "classes":
+        ids = [torch.cat([classes.new_zeros(1), classes + 1]) for classes in known.classes]
+        regions = torch.stack([one[region] for one, region in zip(ids, regions, strict=True)])
+    return regions, known.masks is not None
 
 
 class BCDLoss(DistillationLoss):
@@ -59,6 +71,7 @@ class BCDLoss(DistillationLoss):
         channels: channels of the aggregated features.
         reduced_channels: channels of each level before they are fused.
         stride: stride of the common grid.
+        boundary_regions: of models of objects, whether boundaries lie between `instances` or between `classes`.
     """
 
     weights = {"boundary": 3.0, "context": 1.0}
@@ -84,6 +97,7 @@ class BCDLoss(DistillationLoss):
         channels: int = 256,
         reduced_channels: int = 64,
         stride: int = 8,
+        boundary_regions: Regions = "instances",
     ) -> None:
         super().__init__(pair)
         check_mode(mode)
@@ -91,6 +105,9 @@ class BCDLoss(DistillationLoss):
             raise UserError(f"teacher_head is {teacher_head!r}; choose one of {', '.join(get_args(TeacherHeadKind))}.")
         if mode == "paper" and teacher_head == "logits":
             raise UserError("teacher_head='logits' has no literal form; use mode='stable' or another teacher_head.")
+        if boundary_regions not in get_args(Regions):
+            raise UserError(f"boundary_regions is {boundary_regions!r}; choose {' or '.join(get_args(Regions))}.")
+        self.boundary_regions: Regions = boundary_regions
         widths = {"channels": channels, "reduced_channels": reduced_channels}
         check_positive(kappa=kappa, temperature=temperature, stride=stride, **widths)
         line_offsets(radius)  # fails here, not at the first step
@@ -172,17 +189,17 @@ class BCDLoss(DistillationLoss):
 
     @torch.no_grad()
     def calibrate(self, batches: CalibrationBatches, progress: Progress = iter, num_steps: int = 250) -> None:
-        """Fits the teacher's boundary readout and threshold to its own classes, see `TeacherHead.calibrate`.
+        """Fits the teacher's boundary readout and threshold to its own classes or masks, see `TeacherHead.calibrate`.
 
-        A detector has no class of each pixel. Rectangles are no boundaries, so its readout stays the first principal
-        component of its features, and only the share of boundary positions is that of the boxes' outlines.
+        Where there are boxes only, the readout is not fitted to them, for rectangles are no boundaries: it is the first
+        principal component of the features, and only the share of boundary positions is that of the boxes' outlines.
         """
-        prepared = []
+        prepared, real = [], True
         for teacher, targets in batches:
             size = grid_size(targets.size, self.stride)
-            classes = regions_of(teacher, targets, size)
-            prepared.append((self.teacher_head(teacher.features, size), classes, targets.valid(size)))
-        fitted: Readout = "fitted" if all(teacher.logits is not None for teacher, _ in batches) else "principal"
+            regions, real = regions_of(teacher, targets, size, self.boundary_regions)
+            prepared.append((self.teacher_head(teacher.features, size), regions, targets.valid(size)))
+        fitted: Readout = "fitted" if real else "principal"
         readout: Readout = fitted if self.teacher_head_kind == "calibrated" else "kept"
         self.teacher_head.calibrate(
             prepared, radius=self.radius, readout=readout, num_steps=num_steps, progress=progress

@@ -7,7 +7,7 @@ from ..outputs import DenseOutput, Queries, Targets
 from .base import DistillationLoss, Pair, check_positive
 from .ops.boxes import mean_over_ranks, overlaps, xyxy
 from .ops.functional import at_least_float32, divergence
-from .query_kd import match_queries, taken, teacher_answers
+from .query_kd import box_costs, match_queries, taken, teacher_answers
 
 
 def ddf_loss(student: Queries, teacher: Queries, *, tau: float = 5.0, least_score: float = 0.05) -> Tensor:
@@ -26,15 +26,18 @@ def ddf_loss(student: Queries, teacher: Queries, *, tau: float = 5.0, least_scor
         Scalar >= 0, float32.
     """
     assert student.corners is not None and teacher.corners is not None
+    assert student.boxes is not None and teacher.boxes is not None
     answers = teacher_answers(teacher, least_score, student.class_logits.shape[2])
-    bins = taken(at_least_float32(teacher.corners[-1]).detach(), answers.index).unflatten(-1, (4, -1))
+    bins, boxes = answers.of(teacher.corners).unflatten(-1, (4, -1)), answers.of(teacher.boxes)
     real, losses = (answers.weights > 0).float(), []
     count = mean_over_ranks(real.sum())
     for layer in range(len(student.corners)):
-        match = match_queries(student, layer, answers)
+        match = match_queries(
+            student, layer, answers, box_costs(at_least_float32(student.boxes[layer]).detach(), boxes)
+        )
         own, corners = (taken(at_least_float32(x[layer]), match) for x in (student.boxes, student.corners))
         kl = tau**2 * divergence(corners.unflatten(-1, (4, -1)), bins, dim=-1, tau=tau).mean(-1)
-        near = overlaps(xyxy(own.detach()), xyxy(answers.boxes))[0] * real
+        near = overlaps(xyxy(own.detach()), xyxy(boxes))[0] * real
         losses.append((near * kl).sum() / count)
     return torch.stack(losses).sum()
 

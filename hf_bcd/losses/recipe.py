@@ -63,6 +63,7 @@ NEEDS = {
     "distributions": "of distances to a box's sides, which GFL has",
     "tower": "the convolutions before a detector's scores, which RetinaNet and GFL have, as many and as wide in both",
     "queries": "of two models of the DETR kind, whose classes exclude each other in both (DETR) or in neither",
+    "mask_queries": "of two models that answer by masks and classes, such as Mask2Former",
     "corners": "D-FINE's distributions on one scale",
     "pyramid": "levels of a detector's neck",
 }

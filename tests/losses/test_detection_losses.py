@@ -1,6 +1,7 @@
 """What every loss promises for detectors, and BCD's calibration on boxes. Values: test_detection_values.py."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from hf_bcd.adapters import FrozenTeacher, build_adapter
 from hf_bcd.losses import build_criterion
+from hf_bcd.losses.bcd import regions_of
 from hf_bcd.losses.boundary import boundary_strength
 from hf_bcd.losses.query_kd import match_queries
 from hf_bcd.losses.recipe import OFFERED_BY_ALL
 from hf_bcd.outputs import DenseOutput, FeatureSpec, Objects
+from hf_bcd.utils.masks import pack
 from hf_bcd.utils.messages import UserError
 
 
@@ -49,7 +52,7 @@ EMPTY = {"ld": {"main", "vlr", "classes"}, "fgd": {"foreground"}}
 class Case:
     """A student in training mode, another model of the same kind as its frozen teacher, and one loss between them."""
 
-    def __init__(self, pair: str, name: str, same: bool = False) -> None:
+    def __init__(self, pair: str, name: str, same: bool = False, options: dict | None = None) -> None:
         ours, theirs, losses = PAIRS[pair]
         self.student = build_adapter(tiny_detector(ours)).train()
         teacher = tiny_detector(theirs)
@@ -62,7 +65,7 @@ class Case:
         offers = OFFERED_BY_ALL | self.student.offers_with(self.teacher.adapter)
         pyramids = self.student.pyramid_specs, self.teacher.adapter.pyramid_specs
         self.criterion = build_criterion(
-            {name: losses[name]}, self.student.feature_specs, self.teacher.feature_specs, num_labels=3, seed=0,
+            {name: losses[name] | (options or {})}, self.student.feature_specs, self.teacher.feature_specs, num_labels=3, seed=0,
             offers=offers, pyramids=pyramids,
         )  # fmt: skip
         self.name, self.pixel_values = name, images(64, 96)
@@ -275,6 +278,51 @@ def test_bcd_is_calibrated_by_outlines_of_boxes() -> None:
     assert maps.sum() == (strengths > theta).sum()
     # neighbours of one strong position are equally strong
     assert (strengths > theta).sum() <= 2 * near <= (strengths >= theta).sum()
+
+
+def masked(targets: Objects, grow: int = 0) -> Objects:
+    """The same objects with masks: discs in their boxes, or `grow` pixels beyond."""
+    (height, width), packed = targets.size, []
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    for boxes in targets.boxes:
+        centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 + grow
+        away = ((x - centre[:, 0, None, None]) / half[:, 0, None, None]) ** 2 + (
+            (y - centre[:, 1, None, None]) / half[:, 1, None, None]
+        ) ** 2
+        packed.append(pack(away < 1))
+    return replace(targets, masks=packed)
+
+
+@pytest.mark.parametrize("kind", ["instances", "classes"])
+def test_bcd_takes_the_boundaries_of_masks(kind: str) -> None:
+    """Of the teacher where it finds any, so that no truth is needed; its readout is fitted to them."""
+    truth_of_it, found = objects(3, 2, size=(64, 96)), masked(objects(2, 4, size=(64, 96)))
+    outputs = {}
+    for name, (targets, answers) in {
+        "boxes": (truth_of_it, None), "masks": (masked(truth_of_it), None), "teacher": (truth_of_it, found),
+        "teacher, other truth": (objects(5, 1, size=(64, 96)), found), "teacher's as truth": (found, None),
+    }.items():  # fmt: skip
+        case = Case("gfl", "bcd", options={"boundary_regions": kind})
+        loss = case.criterion.losses["bcd"]
+        case.criterion.calibrate([(replace(case.teacher(case.pixel_values), answers=answers), targets)])
+        outputs[name] = torch.cat([loss.teacher_head.readout.weight.flatten(), loss.teacher_head.theta.view(1)])
+    assert torch.equal(outputs["teacher"], outputs["teacher, other truth"])
+    assert torch.equal(outputs["teacher"], outputs["teacher's as truth"])
+    names = ("boxes", "masks", "teacher")
+    assert not any(torch.equal(outputs[a], outputs[b]) for a, b in itertools.combinations(names, 2))
+
+
+def test_regions_are_instances_or_classes() -> None:
+    targets = masked(objects(6, 0, size=(64, 96)))
+    output = DenseOutput({}, None)
+    instances, real = regions_of(output, targets, (16, 24))
+    classes, _ = regions_of(output, targets, (16, 24), "classes")
+    assert (
+        real and torch.equal(instances, targets.regions((16, 24))) and instances[0].max() > 3 and not classes[1].any()
+    )
+    ids = torch.cat([torch.zeros(1, dtype=torch.long), targets.classes[0] + 1])
+    assert torch.equal(classes[0], ids[instances[0]])
+    assert not regions_of(output, objects(2, 2), (16, 24))[1]
 
 
 def test_r_of_t_counts_epochs() -> None:

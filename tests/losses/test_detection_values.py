@@ -17,7 +17,7 @@ from hf_bcd.losses.fgd import box_weights
 from hf_bcd.losses.gid import GIDLoss, normalised_distances, pooled
 from hf_bcd.losses.ld import LDLoss, heads_of
 from hf_bcd.losses.ops.boxes import atss_thresholds, overlaps, valuable_region
-from hf_bcd.losses.query_kd import match_queries, query_kd_losses, teacher_answers
+from hf_bcd.losses.query_kd import box_costs, mask_query_kd_losses, match_queries, query_kd_losses, teacher_answers
 from hf_bcd.models.detection_boxes import square_priors
 from hf_bcd.outputs import DenseHead, DenseOutput, FeatureSpec, Objects, Queries
 
@@ -345,7 +345,9 @@ def corners_of(box: list[float]) -> list[float]:
     return [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
 
 
-def best_matches(ours: Queries, theirs: Queries, least: float, layer: int, b: int) -> list[tuple[float, int, int]]:
+def best_matches(
+    ours: Queries, theirs: Queries, least: float, layer: int, b: int, valid: np.ndarray | None = None
+) -> list[tuple[float, int, int]]:
     """(score, teacher's query, student's query) of the cheapest of all assignments, tried one by one."""
     t = theirs.class_logits[-1, b].numpy()
     scores = [softmax(row)[:-1].max() if ours.softmax else sigmoid(row.max()) for row in t]
@@ -358,6 +360,9 @@ def best_matches(ours: Queries, theirs: Queries, least: float, layer: int, b: in
             scored = -float((softmax(t[k]) * np.log(softmax(z[q]))).sum())
         else:
             scored = sum(bce(x, sigmoid(y)) for x, y in zip(z[q], t[k], strict=True))
+        if valid is not None:
+            crossed, dice = mask_distances(ours.masks[layer, b, q], theirs.masks[-1, b, k], valid[b])
+            return 2 * scored + 5 * crossed - 5 * dice
         mine, its = ours.boxes[layer, b, q].tolist(), theirs.boxes[-1, b, k].tolist()
         distance = sum(abs(x - y) for x, y in zip(mine, its, strict=True))
         return scored + 5 * distance - 2 * iou_giou_diou(corners_of(mine), corners_of(its))[1]
@@ -387,6 +392,51 @@ def test_query_kd_in_loops(softmax_head: bool) -> None:
     assert weights > 1 and {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-5)
 
 
+def mask_distances(z: Tensor, t: Tensor, valid: np.ndarray) -> tuple[float, float]:
+    """Mean cross-entropy and dice coefficient of two masks `[h, w]` over the valid positions."""
+    pairs = [(float(z[place]), sigmoid(float(t[place]))) for place in map(tuple, np.argwhere(valid).tolist())]
+    crossed = sum(bce(x, y) for x, y in pairs) / len(pairs)
+    shared, both = sum(sigmoid(x) * y for x, y in pairs), sum(sigmoid(x) + y for x, y in pairs)
+    return crossed, (2 * shared + 1) / (both + 1)
+
+
+@pytest.mark.parametrize("softmax_head", [False, True])
+def test_query_kd_of_masks_in_loops(softmax_head: bool) -> None:
+    ours, theirs = (
+        Queries(
+            2 * randn(layers, 2, count, 3, seed=seed),
+            None,
+            softmax_head,
+            masks=2 * randn(layers, 2, count, 3, 4, seed=seed + 1),
+        )
+        for layers, count, seed in ((2, 5, 0), (3, 4, 50))
+    )
+    valid = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)) < 0.8
+    found = mask_query_kd_losses(ours, theirs, valid, least_score=0.6)
+    sums, weights = {"classes": 0.0, "masks": 0.0, "dice": 0.0}, 0.0
+    for layer, b in itertools.product(range(2), range(2)):
+        for score, k, q in best_matches(ours, theirs, 0.6, layer, b, valid.numpy()):
+            weights += score / 2
+            z, t = ours.class_logits[layer, b, q].numpy(), theirs.class_logits[-1, b, k].numpy()
+            distance = kl(t, z) if softmax_head else sum(bce(x, sigmoid(y)) for x, y in zip(z, t, strict=True))
+            crossed, dice = mask_distances(ours.masks[layer, b, q], theirs.masks[-1, b, k], valid[b].numpy())
+            sums["classes"] += score * distance
+            sums["masks"] += score * crossed
+            sums["dice"] += score * (1 - dice)
+    expected = {name: value / max(1, weights) for name, value in sums.items()}
+    assert weights > 1 and {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_masks_of_another_resolution_are_compared_on_the_students_grid() -> None:
+    theirs = Queries(3 * randn(1, 1, 2, 3, seed=3), None, True, masks=4 * randn(1, 1, 2, 2, 3, seed=4))
+    fine = theirs.masks[0].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    ours = Queries(theirs.class_logits, None, True, masks=fine[None])
+    terms = mask_query_kd_losses(ours, theirs, torch.ones(1, 4, 6, dtype=torch.bool), least_score=1e-6)
+    exact = mask_query_kd_losses(ours, ours, torch.ones(1, 4, 6, dtype=torch.bool), least_score=1e-6)
+    assert terms["classes"].item() == pytest.approx(0, abs=1e-6) and terms["dice"] < 0.2
+    assert exact["masks"] <= terms["masks"]
+
+
 def test_ddf_in_loops() -> None:
     ours, theirs = queries(2, 5, 3, 0, bins=6), queries(1, 4, 3, 50, bins=6)
     found = ddf_loss(ours, theirs, tau=4.0, least_score=0.6)
@@ -406,7 +456,8 @@ def test_a_teacher_has_no_more_answers_than_the_student_has_queries() -> None:
     ours, theirs = queries(1, 3, 2, 0), queries(1, 9, 2, 50)
     answers = teacher_answers(theirs, 1e-6, 3)
     assert answers.weights.shape == (2, 3)
-    for row in match_queries(ours, 0, answers).tolist():
+    places = box_costs(ours.boxes[0], answers.of(theirs.boxes))
+    for row in match_queries(ours, 0, answers, places).tolist():
         assert sorted(row) == [0, 1, 2]
     nothing = query_kd_losses(ours, theirs, least_score=1.0)
     assert {name: value.item() for name, value in nothing.items()} == {"classes": 0, "boxes": 0, "giou": 0}
