@@ -97,6 +97,13 @@ def mask_boxes(masks: Sequence[RLE]) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
 
+def union(masks: Sequence[RLE]) -> RLE:
+    """The pixels of at least one of several masks of a size; empty, of 0 x 0 pixels, without any."""
+    from faster_coco_eval.core import mask as library
+
+    return library.merge(list(masks))  # type: ignore[return-value, arg-type]
+
+
 def pack(mask: Tensor) -> Tensor:
     """Eight pixels of a row in each byte, the leftmost in its lowest bit: bool `[..., H, W]` to uint8 `[..., H, ceil(W / 8)]`."""
     bits = F.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
