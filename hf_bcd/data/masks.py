@@ -13,6 +13,9 @@ from ..utils.messages import UserError
 from .boxes import RawBoxes
 
 
+MIN_POINTS = 3
+
+
 def to_rle(segmentation: Any, height: int, width: int, name: str) -> RLE:
     """Run lengths of a stored mask, at the size of its picture.
 
@@ -38,17 +41,20 @@ def to_rle(segmentation: Any, height: int, width: int, name: str) -> RLE:
             segmentation, scale = segmentation["fractions"], (width, height)
         if len(segmentation) and isinstance(segmentation[0], int | float):
             segmentation = [segmentation]
-        # four numbers would be read as a box
-        polygons = [np.reshape(polygon, (-1, 2)) * scale for polygon in segmentation if len(polygon) >= 6]
+        polygons = [np.asarray(polygon, np.float64).reshape(-1, 2) * scale for polygon in segmentation]
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(
             f"{name}: neither polygons nor run lengths ({error!r}). A mask is a list of polygons [x, y, x, y, ...] in "
             "pixels, or {'counts', 'size': [height, width]}. Correct or remove it."
         ) from error
+    if len(polygons) >= MIN_POINTS and all(len(polygon) == 1 for polygon in polygons):
+        polygons = [np.concatenate(polygons)]  # a list of points
+    polygons = [polygon for polygon in polygons if len(polygon) >= MIN_POINTS]  # the library reads two points as a box
     for polygon in polygons:
         # the library's time and memory grow with the way that an outline goes outside
-        if not (np.abs(polygon) <= 2 * np.array([width, height]) + 1).all():
-            far = polygon[~(np.abs(polygon) <= 2 * np.array([width, height]) + 1).all(axis=1)][0].tolist()
+        near = (np.abs(polygon) <= 2 * np.array([width, height]) + 1).all(axis=1)
+        if not near.all():
+            far = polygon[~near][0].tolist()
             raise UserError(
                 f"{name}: a polygon with the point {far} of a picture of {width}x{height} (width x height). Polygons are in "
                 "pixels of the picture. Correct or remove it."

@@ -222,8 +222,8 @@ class BoxTrainTransform:
             for name, chosen in (("masks", teaches), ("crowd_masks", sample["crowd"])):
                 mine = [sample["masks"][place] for place in chosen.nonzero()[0]]
                 masks[name] = transform_masks(mine, scaled[0], scaled[1], flipped)
-            visible &= masks["masks"].flatten(1).any(dim=1)  # thin ones may vanish in a small picture
-            masks["masks"] = masks["masks"][visible]
+            visible &= masks["masks"].flatten(1).any(dim=1).bool()  # thin ones may vanish in a small picture
+            masks["masks"] = masks["masks"] if visible.all() else masks["masks"][visible]
         classes = torch.from_numpy(sample["classes"][teaches])
         return found | masks | {"boxes": found["boxes"][visible], "classes": classes[visible]}
 
