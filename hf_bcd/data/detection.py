@@ -55,8 +55,9 @@ def read_boxes(row: BoxRow, rule: BoxRule, num_labels: int, masks: bool = False)
     """
     image = oriented(read_image(row.image, row.image_name), row.label.size, row.image_name)
     truth: dict[str, Any] = rule.apply(row.label, image.size, num_labels, row.label_name)
-    truth["masks"] = canonical_masks(row.label, image.size, row.label_name) if masks else None
+    truth["masks"] = None
     if masks:
+        truth["masks"] = canonical_masks(row.label, image.size, row.label_name)
         pixels = mask_areas(truth["masks"])
         truth["areas"] = np.where(np.isnan(row.label.areas) | (pixels == 0), pixels, row.label.areas)
     return cast(BoxSample, {"image": to_rgb(image, row.image_name), **truth})
@@ -225,9 +226,8 @@ def check_box_sample(sample: Any, num_labels: int, name: str, evaluated: bool = 
 def _check_masks(sample: Any, name: str, height: int, width: int, evaluated: bool, advice: str) -> None:
     if evaluated:
         sizes = [list(mask["size"]) for mask in sample["masks"]]
-        wrong = sizes != [[height, width]] * len(sample["boxes"])
-        found = f"{len(sizes)} masks of {sizes[0] if sizes else 'no size'} for {len(sample['boxes'])} boxes"
-        if wrong:
+        if sizes != [[height, width]] * len(sample["boxes"]):
+            found = f"{len(sizes)} masks of {sizes[0] if sizes else 'no size'} for {len(sample['boxes'])} boxes"
             raise UserError(f"{name}[0] has {found} of a picture {[height, width]} (height, width): {advice}.")
         return
     for key, boxes in (("masks", "boxes"), ("crowd_masks", "crowd_boxes")):

@@ -141,7 +141,7 @@ def load_dense_dataset(
             others = [
                 name for name, spec in CATALOG.items() if task == spec.task or (task == INSTANCES and spec.instances)
             ]
-            hint = f" such as {', '.join(others)}" if task not in (None, known_task) else ""
+            hint = f" such as {', '.join(others[:4])}" if task not in (None, known_task) else ""
             raise UserError(
                 f"{name_or_path} is a data set for {known_task}: leave task and box_format out, or take another{hint}."
             )

@@ -31,12 +31,11 @@ def to_rle(segmentation: Any, height: int, width: int, name: str) -> RLE:
     """
     from faster_coco_eval.core import mask as library
 
+    segmentation = json.loads(segmentation) if isinstance(segmentation, bytes) else segmentation
+    if isinstance(segmentation, Mapping) and "counts" in segmentation:
+        return _checked_runs(segmentation["counts"], segmentation.get("size"), height, width, name)
+    scale = (1, 1)
     try:
-        if isinstance(segmentation, bytes):
-            segmentation = json.loads(segmentation)
-        if isinstance(segmentation, Mapping) and "fractions" not in segmentation:
-            return _checked_runs(segmentation["counts"], segmentation["size"], height, width, name)
-        scale = (1, 1)
         if isinstance(segmentation, Mapping):
             segmentation, scale = segmentation["fractions"], (width, height)
         if len(segmentation) and isinstance(segmentation[0], int | float):
@@ -67,10 +66,10 @@ def to_rle(segmentation: Any, height: int, width: int, name: str) -> RLE:
 def _checked_runs(counts: Any, size: Any, height: int, width: int, name: str) -> RLE:
     from faster_coco_eval.core import mask as library
 
-    if list(size) != [height, width]:
+    if size is None or list(size) != [height, width]:
         raise UserError(
-            f"{name}: run lengths of size {list(size)} (height, width), but the image is {[height, width]}. A mask has the "
-            "size of its picture: check that they belong together."
+            f"{name}: run lengths of size {size if size is None else list(size)} (height, width), but the image is "
+            f"{[height, width]}. A mask has the size of its picture: check that they belong together."
         )
     try:
         if isinstance(counts, str | bytes):
@@ -80,7 +79,7 @@ def _checked_runs(counts: Any, size: Any, height: int, width: int, name: str) ->
         if (total := sum(counts)) != height * width:
             raise ValueError(f"they add up to {total} pixels, not to {height * width}")
         return library.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)  # type: ignore[return-value]
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{name}: run lengths that no mask has ({error}). Correct or remove it.") from error
 
 
@@ -116,17 +115,20 @@ def transform_masks(masks: Sequence[RLE], height: int, width: int, flip: bool = 
     A pixel is that of the source under its centre, as torchvision's `NEAREST_EXACT` takes it.
     """
     packed = np.zeros((len(masks), height, -(-width // 8)), np.uint8)
+    old = masks[0]["size"] if masks else (1, 1)
+    rows, columns = (
+        (2 * np.arange(new) + 1) * size // (2 * new) for new, size in zip((height, width), old, strict=True)
+    )
     for place, rle in enumerate(masks):
-        rows, columns = (
-            (2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(rle["size"], (height, width), strict=True)
-        )
-        columns = columns[::-1] if flip else columns
         left, top, inside = decode_box(rle)
-        down = np.flatnonzero((rows >= top) & (rows < top + inside.shape[0]))
-        across = np.flatnonzero((columns >= left) & (columns < left + inside.shape[1]))
-        if len(down) and len(across):
-            first, end = across[0] // 8, -(-(across[-1] + 1) // 8)
-            block = np.zeros((len(down), 8 * (end - first)), bool)
-            block[:, across - 8 * first] = inside[rows[down] - top][:, columns[across] - left]
-            packed[place, down[0] : down[-1] + 1, first:end] = np.packbits(block, axis=1, bitorder="little")
+        above, below = np.searchsorted(rows, [top, top + inside.shape[0]])
+        before, behind = np.searchsorted(columns, [left, left + inside.shape[1]])
+        shown = inside[rows[above:below] - top][:, columns[before:behind] - left]
+        if shown.size:
+            if flip:
+                shown, before, behind = shown[:, ::-1], width - behind, width - before
+            first, end = before // 8, -(-behind // 8)
+            block = np.zeros((below - above, 8 * (end - first)), bool)
+            block[:, before - 8 * first : behind - 8 * first] = shown
+            packed[place, above:below, first:end] = np.packbits(block, axis=1, bitorder="little")
     return torch.from_numpy(packed)

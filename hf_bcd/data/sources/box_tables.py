@@ -93,8 +93,9 @@ def raw_boxes(value: Any, name: str, size: tuple[int, int] | None = None, masks:
         )
     if isinstance(value, Sequence):
         value = {key: [one[key] for one in value] for key in (value[0] if value else ())}
-    fields = FIELDS if masks else FIELDS.keys() - {"mask"}
-    found: dict[str, Any] = {field: value.get(_found(value, field) or "") for field in fields}
+    found: dict[str, Any] = {
+        field: value.get(_found(value, field) or "") for field in FIELDS if masks or field != "mask"
+    }
     boxes, categories = found["bbox"], found["category"]
     if not value or boxes is None:
         boxes = categories = []

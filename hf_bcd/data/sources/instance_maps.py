@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from ..boxes import BoxRow, BoxSource, RawBoxes
 from ..dataset import SPLIT_NAMES, ReadRows
 from ..images import read_image
 from ..labels import NameSource, decode_label, read_id2label
-from .layouts import Layout, files_by_key, pair_files, pair_folders
+from .layouts import Layout, files_by_key, files_by_stem, pair_files, pair_folders
 
 
 KIND = "maps of instance ids"
+FORMS = (("{split}/images", "{split}/{kind}"), ("images/{split}", "{kind}/{split}"), ("images", "{kind}"))
 ONE_CLASS = {0: "object"}
 PER_CLASS = 1000  # ids of a class, as in Cityscapes
 # cityscapesScripts, helpers/labels.py: what has instances and is evaluated
@@ -40,16 +42,15 @@ def open_instance_maps(root: Path, masks: bool = False, id2label: NameSource | N
         masks: whether masks are asked for, so that a folder `masks` may stand for `instances`.
         id2label: class names, if they are given.
     """
-    for kind in ("instances", "masks") if masks else ("instances",):
-        forms = [{split: form(split) for split in SPLIT_NAMES} for form in _forms(kind)]
-        forms.append({"train": ("images", kind)})
-        for folders in forms:
-            maps = [root / folder for image, folder in folders.values() if (root / image).is_dir()]
-            if any(_pictures(folder) for folder in maps):
-                break
-        else:
+    for kind, (images, maps) in product(("instances", "masks") if masks else ("instances",), FORMS):
+        names = SPLIT_NAMES if "{split}" in images else ["train"]
+        folders = {name: (images.format(split=name), maps.format(split=name, kind=kind)) for name in names}
+        there = [
+            root / maps for images, maps in folders.values() if (root / images).is_dir() and (root / maps).is_dir()
+        ]
+        if not any(map(files_by_stem, there)):
             continue
-        listed = any(next(folder.glob("*.json"), None) for folder in maps if folder.is_dir())
+        listed = any(next(folder.glob("*.json"), None) for folder in there)
         several = id2label is not None and len(read_id2label(id2label, of_pixels=False)) > 1
         classes = "listed" if listed else "in ids" if several else "one"
         found: dict[str, Any] = pair_folders(root, folders)
@@ -57,14 +58,6 @@ def open_instance_maps(root: Path, masks: bool = False, id2label: NameSource | N
         notes = _notes(splits) if classes == "one" else ()
         return BoxSource(splits, ONE_CLASS if classes == "one" else None, "xyxy", KIND, True, notes)
     return None
-
-
-def _forms(kind: str) -> list[Any]:
-    return [lambda split: (f"{split}/images", f"{split}/{kind}"), lambda split: (f"images/{split}", f"{kind}/{split}")]
-
-
-def _pictures(folder: Path) -> bool:
-    return folder.is_dir() and any(path.is_file() for path in folder.iterdir())
 
 
 def read_instance_ids(file: str) -> np.ndarray:
