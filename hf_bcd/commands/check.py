@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data import CATALOG, BoxDataset, DenseDataset, DenseDatasets, load_dense_dataset
-from ..data.box_probing import PROBED_PICTURES, survey_boxes
+from ..data.box_probing import PROBED_PICTURES, BoxSurvey, survey_boxes
 from ..data.boxes import FORMATS
 from ..data.probing import PROBED_ROWS, judge, survey
 from ..utils.messages import UserError
@@ -30,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--id2label", help="JSON file with the class names")
     parser.add_argument("--reduce_labels", action="store_true", help="0 is void and classes start at 1")
     parser.add_argument("--ignore_labels", type=int, nargs="+", default=[], help="further ids that are void")
-    parser.add_argument("--task", help="object-detection where a source has both masks and boxes")
+    parser.add_argument(
+        "--task", help="object-detection or instance-segmentation, where a source serves several tasks"
+    )
     parser.add_argument("--box_format", help=f"how boxes are stored, if it is not recognised: {', '.join(FORMATS)}")
     parser.add_argument(
         "--every_row", action="store_true", help="read all images and their truth, not only the first ones"
@@ -67,7 +71,7 @@ def _lines(data: DenseDatasets, name: str, every_row: bool) -> Iterator[str]:
         yield f"source    {spec.source}\nlicence   {spec.licence}"
     yield f"classes   {first.num_labels}"
     for split, dataset in data.items():
-        expected = spec.images.get(split) if spec else None
+        expected = spec.images.get(split) if spec and dataset.task == spec.task else None
         agrees = "" if expected is None else ", as expected" if expected == len(dataset) else f", expected {expected}"
         yield f"\n{split}: {len(dataset)} images{agrees}"
         probed = PROBED_PICTURES // len(data) if isinstance(dataset, BoxDataset) else PROBED_ROWS
@@ -83,12 +87,15 @@ def _split_lines(dataset: Any, rows: int) -> Iterator[str]:
 
 
 def _box_lines(dataset: BoxDataset, rows: int) -> Iterator[str]:
-    found = survey_boxes(map(dataset.rows.__getitem__, range(rows)), dataset.rule, dataset.num_labels)
+    read = map(dataset.rows.__getitem__, range(rows))
+    found = survey_boxes(read, dataset.rule, dataset.num_labels, dataset.masks)
     sizes = sorted(found.sizes, key=lambda size: size[0] * size[1])
     yield f"  image sizes (width x height): {_sizes(sizes) if len(sizes) < 9 else f'{len(sizes)} from {_sizes(sizes[:1])} to {_sizes(sizes[-1:])}'}"
     yield f"  {dataset.rule.in_words()}"
     yield f"  boxes: {found.boxes.sum()}, at most {found.most} in a picture; {found.empty} pictures without"
     yield f"  crowds: {found.crowds}; degenerate: {found.degenerate}; repeated: {found.repeated}; clipped: {found.clipped}"
+    if dataset.masks:
+        yield from _instance_lines(found)
     for index in found.boxes.nonzero()[0].tolist():
         yield f"  class {index:3d}: {found.boxes[index]:6d}  {dataset.id2label[index]}"
     absent = [name for index, name in dataset.id2label.items() if not found.boxes[index]]
@@ -96,6 +103,15 @@ def _box_lines(dataset: BoxDataset, rows: int) -> Iterator[str]:
         yield f"  no box of {len(absent)} classes: {', '.join(absent[:8])}{', ...' if absent[8:] else ''}"
     for note in dict.fromkeys([*dataset.notes, *(found.notes() if rows == len(dataset) else ())]):
         yield f"  please check: {note}"
+
+
+def _instance_lines(found: BoxSurvey) -> Iterator[str]:
+    yield f"  masks stored as: {', '.join(f'{form} ({count})' for form, count in found.forms.items())}"
+    if found.areas:
+        smallest, median, largest = np.quantile(found.areas, [0, 0.5, 1])
+        yield f"  areas: {smallest:.0f} to {largest:.0f} pixels, half of them below {median:.0f}"
+        yield f"  overlaps: {found.shared / sum(found.areas):.2%} of the masks' pixels lie in another mask, too"
+    yield f"  empty masks: {found.hollow}; outside of their box: {found.apart}"
 
 
 def _sizes(sizes: Iterable[tuple[int, int]]) -> str:

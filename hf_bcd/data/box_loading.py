@@ -8,12 +8,11 @@ from torch.utils.data import Subset
 
 from ..utils.messages import UserError
 from .box_probing import PROBED_PICTURES, Scan, scan, survey_boxes
-from .boxes import BoxRow, BoxRule, Looked, recognise
+from .boxes import BoxRow, BoxRule, BoxSource, Looked, recognise
 from .dataset import DenseDatasets, named_splits
 from .detection import BoxDataset, oriented
 from .images import read_image
 from .labels import NameSource, read_id2label
-from .sources.box_layouts import BoxSource
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ def assemble_boxes(
     """
     splits, scans = named_splits(found.splits, source), dict[str, Scan]()
     for split, rows in list(splits.items()):
-        scans[split] = scan(rows)
+        scans[split] = scan(rows, found.masks)
         if split == "train" and scans[split].lacking:
             raise scans[split].lacking[0]
         if not scans[split].categories:
@@ -85,9 +84,10 @@ def assemble_boxes(
         raise UserError(f"{source}: {error}") from error
     built: dict[str, Any] = {}
     for split, rows in splits.items():
-        survey = survey_boxes(probed[split], rule, len(names))
+        survey = survey_boxes(probed[split], rule, len(names), found.masks)
         notes = survey.notes()
         if split == "train":
+            notes += found.notes
             if survey.degenerate == survey.boxes.sum() > 0:
                 raise UserError(f"{source}: {notes[0]} (they are read as {rule.box_format}).")
             known = enumerate(range(len(names)) if categories is None else categories)
@@ -106,7 +106,7 @@ def assemble_boxes(
         for note in notes:
             logger.warning("%s: %s: %s.", source, split, note)
         commit = getattr(splits[split], "commit", None) or revision
-        built[split] = BoxDataset(rows, name, split, source, names, rule, commit, tuple(notes))
+        built[split] = BoxDataset(rows, name, split, source, names, rule, commit, tuple(notes), masks=found.masks)
     return DenseDatasets(built)
 
 

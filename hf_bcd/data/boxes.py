@@ -1,6 +1,6 @@
 """From stored boxes to canonical ones: formats, how they are recognised, and what is wrong with a box."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ class RawBoxes(NamedTuple):
         areas: float64 `[N]` in pixels; NaN where the source states none.
         crowd: bool `[N]`: marks a group of things that are not separated.
         size: (width, height) of the picture that the annotations state, if they do.
+        masks: `[N]` of what `masks.to_rle` takes; None if they are not read, or there are none.
     """
 
     boxes: np.ndarray
@@ -60,6 +61,7 @@ class RawBoxes(NamedTuple):
     areas: np.ndarray
     crowd: np.ndarray
     size: tuple[int, int] | None = None
+    masks: Sequence[Any] | None = None
 
 
 class BoxRow(NamedTuple):
@@ -69,6 +71,26 @@ class BoxRow(NamedTuple):
     label: RawBoxes
     image_name: str
     label_name: str
+
+
+class BoxSource(NamedTuple):
+    """Raw splits of pictures with boxes, and what their files say of all of them.
+
+    Attributes:
+        splits: rows of each split.
+        names: class name of each stored category, in the order of the classes; None if the files do not say.
+        box_format: key of `FORMATS` that the kind of file stands for; None if boxes must tell.
+        kind: the kind of file, in words.
+        masks: whether its rows have masks.
+        notes: what looks wrong with `train`.
+    """
+
+    splits: Mapping[str, Any]
+    names: Mapping[Any, str] | None
+    box_format: str | None
+    kind: str
+    masks: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,9 +183,13 @@ def is_degenerate(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
     return ((boxes[:, 2:] - boxes[:, :2]) < MIN_SIDE).any(axis=1) | ~(areas > 0)
 
 
-def is_repeated(boxes: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Which boxes `[N, 4]` repeat an earlier one of the same class exactly: bool `[N]`."""
-    _, first = np.unique(np.column_stack([boxes, classes]), axis=0, return_index=True)
+def is_repeated(boxes: np.ndarray, classes: np.ndarray, masks: Sequence[Any] | None = None) -> np.ndarray:
+    """Which boxes `[N, 4]` repeat an earlier one of the same class, and mask, exactly: bool `[N]`."""
+    columns = [boxes, classes]
+    if masks is not None:
+        known: dict[bytes, int] = {}
+        columns.append(np.array([known.setdefault(mask["counts"], len(known)) for mask in masks]))
+    _, first = np.unique(np.column_stack(columns), axis=0, return_index=True)
     repeated = np.ones(len(boxes), bool)
     repeated[first] = False
     return repeated
@@ -173,7 +199,8 @@ def to_train_on(sample: Any) -> np.ndarray:
     """Which boxes of a canonical sample teach: no crowds, nothing degenerate, no repetition; bool `[N]`."""
     boxes, classes = sample["boxes"], sample["classes"]
     plain = ~sample["crowd"] & ~is_degenerate(boxes, sample["areas"])
-    plain[plain] = ~is_repeated(boxes[plain], classes[plain])
+    masks = None if sample.get("masks") is None else [sample["masks"][place] for place in plain.nonzero()[0]]
+    plain[plain] = ~is_repeated(boxes[plain], classes[plain], masks)
     return plain
 
 

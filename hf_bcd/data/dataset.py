@@ -215,10 +215,11 @@ def joined(dataset: Any) -> Any:
         return dataset
     first = parts[0]
     for part in parts:
-        if (part.id2label, part.rule) != (first.id2label, first.rule):
+        if (part.id2label, part.rule, part.task) != (first.id2label, first.rule, first.task):
             raise UserError(
                 f"{first.name} and {part.name} cannot be joined: their classes are {list(first.id2label.values())[:5]} and "
-                f"{list(part.id2label.values())[:5]}, their label rules {first.rule.in_words()} and {part.rule.in_words()}."
+                f"{list(part.id2label.values())[:5]}, their label rules {first.rule.in_words()} and {part.rule.in_words()}, their "
+                f"tasks {first.task} and {part.task}."
             )
     names = "+".join(dict.fromkeys(part.name for part in parts))
     return replace(first, rows=ConcatDataset([part.rows for part in parts]), name=names, cache=None)

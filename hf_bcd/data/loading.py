@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.messages import UserError
 from .box_loading import assemble_boxes
-from .boxes import BoxRow, BoxRule
+from .boxes import BoxRow, BoxRule, BoxSource
 from .dataset import (
     SPLIT_NAMES,
     TASK,
@@ -23,10 +23,10 @@ from .dataset import (
     UnlabelledError,
     named_splits,
 )
-from .detection import DETECTION, BoxDataset
+from .detection import DETECTION, INSTANCES, BoxDataset
 from .labels import MAX_LABELS, LabelRule, NameSource, read_id2label
 from .probing import PROBED_ROWS, Survey, infer_id2label, is_labelled, judge, probed_rows, survey
-from .sources.box_layouts import BoxSource, misplaced_boxes, open_boxes
+from .sources.box_layouts import misplaced_boxes, open_boxes
 from .sources.box_tables import BoxTableRows, read_either
 from .sources.catalog import CATALOG, open_copy, open_known
 from .sources.layouts import has_file_pairs, pair_folders
@@ -44,7 +44,9 @@ NAME_FILES = ("id2label.json", "classes.json")
 METADATA_FILES = [f"{folder}metadata.{kind}" for folder in ("", "*/") for kind in ("csv", "jsonl", "parquet")]
 FOLDERS = {split: (f"{split}/images", f"{split}/masks") for split in SPLIT_NAMES}
 SCENE_COUNTS = {"train": 1000, "validation": 200, "test": 200}
-SCENES = {"synthetic": ("size", "seed", "num_classes"), "synthetic_detection": ("size", "seed")}  # and num_images
+SCENES = {  # and num_images
+    "synthetic": ("size", "seed", "num_classes"), "synthetic_detection": ("size", "seed"), "synthetic_instances": ("size", "seed"),
+}  # fmt: skip
 
 
 def load_dense_dataset(
@@ -65,14 +67,15 @@ def load_dense_dataset(
     box_format: str | None = None,
     **scene_options: Any,
 ) -> DenseDatasets:
-    """Loads a data set of pictures with label maps or with boxes in canonical form, whatever its source.
+    """Loads a data set of pictures with label maps, boxes or masks of objects in canonical form, whatever its source.
 
     Args:
         name_or_path: one of
             - a name in `CATALOG`, whose label rule and class names are known;
             - a folder with `{train,val,test}/{images,masks}`, where image and mask have the same stem, and
               optionally `id2label.json` or `classes.json`; a `Path` is always a folder;
-            - a folder with boxes in COCO's JSON, YOLO's text files or Pascal VOC's XML, see `sources.box_layouts`;
+            - a folder with boxes in COCO's JSON, YOLO's text files or Pascal VOC's XML, see `sources.box_layouts`, or with
+              maps of instance ids, see `sources.instance_maps`;
             - a folder that `datasets.load_dataset` reads, such as an `imagefolder` whose `metadata.jsonl` has `file_name`
               and `mask_file_name`, or `objects` with `bbox` and `category`;
             - a Hub id `user/name`;
@@ -91,28 +94,30 @@ def load_dense_dataset(
             stored. For Hub ids and folders that `datasets` reads, with known class names.
         shuffle_buffer: number of encoded samples of a stream from which the next one is drawn.
         max_eval_samples: number of samples of each other split that streaming stores; None for all.
-        task: `semantic-segmentation` or `object-detection` where a source has both masks and boxes; None takes the masks.
+        task: `semantic-segmentation`, `object-detection` or `instance-segmentation`, which a source may all serve; None takes
+            label maps, then boxes, and the masks of objects only where there is nothing else.
         box_format: how boxes are stored, a key of `boxes.FORMATS` such as `xywh`; recognised if None.
         scene_options: for `synthetic`: `num_images` (split -> number), `size`, `seed`, `num_classes`; for
-            `synthetic_detection` all but the last.
+            `synthetic_detection` and `synthetic_instances` all but the last.
 
     Returns:
-        The splits that exist, usually `train`, `validation` and `test`: `DenseDataset` of label maps, `BoxDataset` of boxes.
+        The splits that exist, usually `train`, `validation` and `test`: `DenseDataset` of label maps, `BoxDataset` of boxes
+        and of masks of objects.
 
     Raises:
         UserError: the source does not exist or is incomplete, columns or class names cannot be found, one of the rows
             that are looked at cannot be read, or the masks do not agree with names and rule; and see `assemble_boxes`.
     """
-    if task not in (None, TASK, DETECTION):
-        raise UserError(f"task is {task!r}; data sets have {TASK!r} or {DETECTION!r}.")
-    if streaming and task == DETECTION:
+    if task not in (None, TASK, DETECTION, INSTANCES):
+        raise UserError(f"task is {task!r}; data sets have {TASK!r}, {DETECTION!r} or {INSTANCES!r}.")
+    if streaming and task in (DETECTION, INSTANCES):
         raise UserError("Pictures with boxes are not streamed: leave streaming out (`--streaming`).")
     if scene_options and name_or_path not in tuple(SCENES):
-        raise UserError(f"Arguments {', '.join(scene_options)} are for the data sets {' and '.join(SCENES)} only.")
+        raise UserError(f"Arguments {', '.join(scene_options)} are for the data sets {', '.join(SCENES)} only.")
     if shuffle_buffer < 1:
         raise UserError(f"shuffle_buffer is {shuffle_buffer}; a stream draws from at least one sample.")
     limits = {"shuffle_buffer": shuffle_buffer, "max_eval_samples": max_eval_samples}
-    read: Any = partial(read_either, boxes=None if task is None else task == DETECTION)
+    read: Any = partial(read_either, boxes=None if task is None else task != TASK, masks=task == INSTANCES)
     open_tables: Any = partial(open_streams, **limits) if streaming else partial(load_tables, read=read)
     columns = {"image_column": image_column, "label_column": label_column}
     if isinstance(name_or_path, str) and name_or_path in CATALOG:
@@ -131,14 +136,19 @@ def load_dense_dataset(
                 "%r is the known data set of that name; the folder %s here would be ./%s.", *[name_or_path] * 3
             )
         known_task = CATALOG[name_or_path].task
-        if task not in (None, known_task) or (box_format and known_task != DETECTION):
+        instances = task == INSTANCES and CATALOG[name_or_path].instances is not None
+        if (task not in (None, known_task) and not instances) or (box_format and known_task != DETECTION):
+            others = [
+                name for name, spec in CATALOG.items() if task == spec.task or (task == INSTANCES and spec.instances)
+            ]
+            hint = f" such as {', '.join(others[:4])}" if task not in (None, known_task) else ""
             raise UserError(
-                f"{name_or_path} is a data set for {known_task}: leave task and box_format out, or take another."
+                f"{name_or_path} is a data set for {known_task}: leave task and box_format out, or take another{hint}."
             )
         if name_or_path in SCENES:
             return _load_scenes(name_or_path, **scene_options)
-        if known_task == DETECTION:
-            root, found = open_copy(name_or_path, data_dir)
+        if known_task == DETECTION or instances:
+            root, found = open_copy(name_or_path, data_dir, instances)
             return assemble_boxes(name_or_path, found, str(root), box_format=box_format)
         known_tables = open_tables if streaming else load_tables
         opened = open_known(name_or_path, data_dir, known_tables, max_eval_samples if streaming else None)
@@ -157,7 +167,15 @@ def load_dense_dataset(
             # Metadata may pair files of different names, so it goes before the pairing by stem.
             described = any(has_file_pairs(file) for pattern in METADATA_FILES for file in root.glob(pattern))
             masks = described or any((root / folder).is_dir() for _, folder in FOLDERS.values())
-            if (boxes := open_boxes(root) if task == DETECTION or (task is None and not masks) else None) is not None:
+            wanted = task in (DETECTION, INSTANCES) or (task is None and not masks)
+            if (boxes := open_boxes(root, task == INSTANCES, id2label) if wanted else None) is not None:
+                if task == INSTANCES and not boxes.masks:
+                    raise UserError(
+                        f"{root}: {boxes.kind}, which has boxes and no masks. Instance segmentation needs COCO's JSON or YOLO's "
+                        "text files with outlines, or maps of instance ids in {images,instances}; or train on boxes (`--task "
+                        "object-detection`)."
+                    )
+                boxes = boxes._replace(masks=boxes.masks and task != DETECTION)
                 fixed = {"config": config, "revision": revision, **columns, "reduce_labels": reduce_labels}
                 _refuse_useless(
                     fixed | {"ignore_labels": ignore_labels, "streaming": streaming}, f"{root}: {boxes.kind}"
@@ -165,7 +183,9 @@ def load_dense_dataset(
                 return assemble_boxes(name, boxes, source, id2label, box_format)
             if task == TASK and not masks and (boxes := open_boxes(root)) is not None:
                 raise UserError(f"{root}: {boxes.kind}, which has boxes and no masks. Leave task out (`--task`).")
-            rows: Mapping[str, Any] = {} if described or task == DETECTION else pair_folders(root, FOLDERS)
+            rows: Mapping[str, Any] = (
+                {} if described or task in (DETECTION, INSTANCES) else pair_folders(root, FOLDERS)
+            )
             if rows and streaming:
                 raise _nothing_to_stream(root)
             of_tables = {"config": config, **columns} if rows else {}
@@ -194,7 +214,8 @@ def load_dense_dataset(
         names = None if first.class_names is None else dict(enumerate(first.class_names))
         if names is None and id2label is None and hub_id is not None:
             id2label = hub_names(hub_id, revision)
-        return assemble_boxes(name, BoxSource(rows, names, None, "a table"), source, id2label, box_format, revision)
+        found = BoxSource(rows, names, None, "a table", task == INSTANCES)
+        return assemble_boxes(name, found, source, id2label, box_format, revision)
     _refuse_useless({"box_format": box_format}, source, "data")
     id2label = id2label or first.class_names
     if id2label is None and hub_id is not None:
@@ -303,23 +324,27 @@ def _load_scenes(name: str, num_images: Mapping[str, int] | None = None, **optio
         )
     kind, read = (SyntheticScenes, _read_scene) if name == "synthetic" else (SyntheticBoxes, _read_boxed_scene)
     counts = SCENE_COUNTS if num_images is None else num_images
+    masks = name == "synthetic_instances"
+    options |= {"masks": True} if masks else {}
     scenes = {split: kind(num_images=count, split=split, **options) for split, count in counts.items()}
     rows = {
-        split: ReadRows([(index,) for index in range(len(some))], partial(read, some))
+        split: ReadRows([(index,) for index in range(len(some))], partial(read, some, name))
         for split, some in scenes.items()
     }
     names, source = next(iter(scenes.values())).id2label, CATALOG[name].source
     if kind is SyntheticScenes:
         return _assemble(name, rows, source, names, LabelRule())
     rule = BoxRule("xyxy", "as the scenes are drawn")
-    return DenseDatasets({split: BoxDataset(some, name, split, source, names, rule) for split, some in rows.items()})
+    return DenseDatasets(
+        {split: BoxDataset(some, name, split, source, names, rule, masks=masks) for split, some in rows.items()}
+    )
 
 
-def _read_scene(scenes: Any, index: int) -> Row:
-    scene, name = scenes[index], f"synthetic/{scenes.split}[{index}]"
+def _read_scene(scenes: Any, name: str, index: int) -> Row:
+    scene, name = scenes[index], f"{name}/{scenes.split}[{index}]"
     return Row(scene["image"], scene["label"], name, name)
 
 
-def _read_boxed_scene(scenes: Any, index: int) -> BoxRow:
-    scene, name = scenes[index], f"synthetic_detection/{scenes.split}[{index}]"
+def _read_boxed_scene(scenes: Any, name: str, index: int) -> BoxRow:
+    scene, name = scenes[index], f"{name}/{scenes.split}[{index}]"
     return BoxRow(scene["image"], scene["boxes"], name, name)

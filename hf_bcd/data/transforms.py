@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor
 from ..utils.messages import UserError
 from .boxes import MIN_SIDE, to_train_on
 from .labels import IGNORE_INDEX
+from .masks import transform_masks
 
 
 # ImageNet's mean colour: padding is close to zero once a model has normalised it
@@ -195,7 +196,8 @@ class BoxTrainTransform:
 
         Returns:
             `pixel_values` uint8 `[3, h, w]`; `boxes` float32 `[N, 4]` (corners in its pixels) and `classes` int64 `[N]` of
-            the boxes to train on (see `to_train_on`); `crowd_boxes` float32 `[M, 4]`.
+            the boxes to train on (see `to_train_on`); `crowd_boxes` float32 `[M, 4]`. Of a sample with masks also
+            `masks` and `crowd_masks` of these boxes, packed bits uint8 `[N, h, ceil(w/8)]`, see `transform_masks`.
         """
         pixels = F.to_image(sample["image"])
         size = F.get_size(pixels)
@@ -211,12 +213,19 @@ class BoxTrainTransform:
         if self.jitter:
             factors = (1 + self.jitter * (2 * torch.rand(3) - 1)).tolist()
             shown = {name: _coloured(item, factors) for name, item in shown.items()}
-        if _uniform(0, 1) < self.flip:
+        if flipped := _uniform(0, 1) < self.flip:
             shown = {name: F.horizontal_flip(item) for name, item in shown.items()}
         found = {name: item.as_subclass(Tensor) for name, item in shown.items()}
         visible = (found["boxes"][:, 2:] - found["boxes"][:, :2] >= MIN_SIDE).all(dim=1)
+        masks = {}
+        if sample.get("masks") is not None:
+            for name, chosen in (("masks", teaches), ("crowd_masks", sample["crowd"])):
+                mine = [sample["masks"][place] for place in chosen.nonzero()[0]]
+                masks[name] = transform_masks(mine, scaled[0], scaled[1], flipped)
+            visible &= masks["masks"].flatten(1).any(dim=1).bool()  # thin ones may vanish in a small picture
+            masks["masks"] = masks["masks"] if visible.all() else masks["masks"][visible]
         classes = torch.from_numpy(sample["classes"][teaches])
-        return found | {"boxes": found["boxes"][visible], "classes": classes[visible]}
+        return found | masks | {"boxes": found["boxes"][visible], "classes": classes[visible]}
 
     def _draw_size(self, height: int, width: int) -> list[int]:
         factor = _uniform(*self.scale)
@@ -230,11 +239,12 @@ class BoxTrainTransform:
 class BoxEvalTransform(EvalTransform):
     """Shows a model a picture as its image processor does, see `EvalTransform`; boxes stay in the picture's own pixels."""
 
-    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Tensor]:  # type: ignore[override]
+    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         """Transforms the picture of a canonical sample; its truth is passed on, with `orig_size` (height, width)."""
         pixels = F.to_image(sample["image"]).as_subclass(Tensor)
         truth = {name: torch.from_numpy(sample[name]) for name in ("boxes", "classes", "areas", "crowd")}
-        return {"pixel_values": self.show(pixels), **truth, "orig_size": torch.tensor(pixels.shape[1:])}
+        masks = {} if sample.get("masks") is None else {"masks": sample["masks"]}
+        return {"pixel_values": self.show(pixels), **truth, **masks, "orig_size": torch.tensor(pixels.shape[1:])}
 
 
 def _check_factors(scale: tuple[float, float], jitter: float) -> None:

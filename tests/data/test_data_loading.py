@@ -251,7 +251,7 @@ def test_names_and_options_of_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused("'camvit' is neither a known data set .* did you mean 'camvid'", "camvit")
     refused("nor a Hub id 'user/name'", "data/streets/small")
-    refused("seed are for the data sets synthetic and synthetic_detection only", tmp_path, seed=1)
+    refused("seed are for the data sets synthetic, synthetic_detection, synthetic_instances only", tmp_path, seed=1)
     refused("data_dir cannot be set for 'synthetic'", "synthetic", data_dir=tmp_path)
     refused("synthetic has no option sise .*it has num_images, size, seed", "synthetic", sise=(64, 64))
     refused("id2label, reduce_labels cannot be set for 'ade20k'", "ade20k", reduce_labels=True, id2label=NAMES)

@@ -1,12 +1,14 @@
 """Boxes in files: COCO's JSON, YOLO's text files and Pascal VOC's XML, found by how their folders look."""
 
+import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,9 +16,11 @@ import yaml
 
 from ...utils.files import read_text
 from ...utils.messages import UserError
-from ..boxes import BoxRow, RawBoxes
+from ..boxes import BoxRow, BoxSource, RawBoxes
 from ..dataset import SPLIT_NAMES, ReadRows, usual_name
+from ..labels import NameSource
 from .coco import COCO_NAMES, COCO_THINGS, check_categories, read_annotations
+from .instance_maps import open_instance_maps
 from .layouts import EXTENSIONS, Layout, files_by_stem
 
 
@@ -42,25 +46,14 @@ MISPLACED = (
 )
 
 
-class BoxSource(NamedTuple):
-    """Raw splits of pictures with boxes, and what their files say of all of them.
-
-    Attributes:
-        splits: rows of each split.
-        names: class name of each stored category, in the order of the classes; None if the files do not say.
-        box_format: key of `FORMATS` that the kind of file stands for; None if boxes must tell.
-        kind: the kind of file, in words.
-    """
-
-    splits: Mapping[str, Any]
-    names: Mapping[Any, str] | None
-    box_format: str | None
-    kind: str
-
-
-def open_boxes(root: Path) -> BoxSource | None:
-    """The pictures with boxes below a folder; None if it holds no annotations of a known kind."""
-    found = [source for read in (open_coco, open_yolo, open_voc) if (source := read(root)) is not None]
+def open_boxes(root: Path, masks: bool = False, id2label: NameSource | None = None) -> BoxSource | None:
+    """The pictures with boxes below a folder, with their masks if these are wanted; None without annotations of a known kind."""
+    readers: list[Callable[[Path], BoxSource | None]] = [
+        partial(open_coco, masks=masks), partial(open_yolo, masks=masks), open_voc,
+    ]  # fmt: skip
+    # a folder of instances is meant for masks, and is read for boxes if there is nothing else
+    readers.insert(0 if masks else 3, partial(open_instance_maps, masks=masks, id2label=id2label))
+    found = [source for read in readers if (source := read(root)) is not None]
     if len(found) > 1:
         logger.warning("%s: boxes are read from %s, not from %s.", root, *(source.kind for source in found[:2]))
     return found[0] if found else None
@@ -85,12 +78,14 @@ class CocoRows:
         images: path and, if stated, (width, height) of each image.
         first: the annotations of image i are those from `first[i]` to `first[i + 1]`.
         annotations: `[M]` or `[M, 4]` arrays in the order of `RawBoxes`.
+        masks: the segmentations of all of them as JSON one after another, and where each begins, `[M + 1]`.
     """
 
     file: str
     images: list[tuple[str, tuple[int, int] | None]]
     first: np.ndarray
     annotations: Sequence[np.ndarray]
+    masks: tuple[bytes, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -99,16 +94,21 @@ class CocoRows:
         path, size = self.images[index]
         mine = slice(self.first[index], self.first[index + 1])
         boxes, categories, areas, crowd = (column[mine] for column in self.annotations)
-        raw = RawBoxes(boxes, categories, areas, crowd, size)
+        masks = None
+        if self.masks is not None:
+            text, places = self.masks
+            masks = [text[start:end] for start, end in pairwise(places[mine.start : mine.stop + 1].tolist())]
+        raw = RawBoxes(boxes, categories, areas, crowd, size, masks)
         return BoxRow(Path(path), raw, path, f"{self.file}, image {Path(path).name}")
 
 
-def open_coco(root: Path, official: bool = False) -> BoxSource | None:
+def open_coco(root: Path, official: bool = False, masks: bool = False) -> BoxSource | None:
     """Splits with `annotations/instances_{split}*.json`, or `{split}/_annotations.coco.json` beside the images.
 
     Args:
         root: folder of the data set.
         official: whether the categories must be COCO's 80 things, which are the classes then.
+        masks: whether masks are wanted.
     """
     files: dict[str, Path] = {}
     for split in SPLIT_NAMES:
@@ -140,11 +140,11 @@ def open_coco(root: Path, official: bool = False) -> BoxSource | None:
                 raise UserError(
                     f"{file}: its categories {_some(here)} are not those of the other split, {_some(names)}."
                 )
-            return _coco_rows(file, content, paths)
+            return _coco_rows(file, content, paths, masks)
 
         rows = read_annotations(file, folders, "instances", read)
         splits |= {} if rows is None else {split: rows}
-    return BoxSource(splits, names, "xywh", "COCO's JSON")
+    return BoxSource(splits, names, "xywh", "COCO's JSON", masks)
 
 
 def _category_names(content: Any) -> dict[int, str]:
@@ -165,7 +165,7 @@ def _some(names: Mapping[Any, str]) -> str:
     return ", ".join(shown) + (", ..." if len(names) > 6 else "")
 
 
-def _coco_rows(file: Path, content: Any, paths: dict[int, str]) -> CocoRows:
+def _coco_rows(file: Path, content: Any, paths: dict[int, str], masks: bool) -> CocoRows:
     places = {image: place for place, image in enumerate(paths)}
     annotations = content["annotations"]
     for annotation in annotations:
@@ -174,6 +174,12 @@ def _coco_rows(file: Path, content: Any, paths: dict[int, str]) -> CocoRows:
             raise UserError(
                 f"{file}: annotation {annotation.get('id')} of image {annotation['image_id']} has the box {box}. A box is "
                 "[left, top, width, height], and its image is one of the file's. Correct or remove the annotation."
+            )
+        if masks and not annotation.get("segmentation"):
+            raise UserError(
+                f"{file}: annotation {annotation.get('id')} of image {annotation['image_id']} has the box {box}, and the "
+                f"segmentation {annotation.get('segmentation')!r}. Instance segmentation needs polygons or run lengths of "
+                "every object: add or remove it, or train on boxes (`--task object-detection`)."
             )
     of_image = np.array([places[annotation["image_id"]] for annotation in annotations], np.int64)
     order = np.argsort(of_image, kind="stable")
@@ -186,21 +192,30 @@ def _coco_rows(file: Path, content: Any, paths: dict[int, str]) -> CocoRows:
     )
     sizes = [(image["width"], image["height"]) if image.get("width") else None for image in content["images"]]
     images = list(zip(paths.values(), sizes, strict=True))
-    return CocoRows(str(file), images, first, tuple(column[order] for column in columns))
+    stored = None
+    if masks:
+        texts = [json.dumps(annotations[place]["segmentation"], separators=(",", ":")).encode() for place in order]
+        stored = b"".join(texts), np.cumsum([0, *map(len, texts)])
+    return CocoRows(str(file), images, first, tuple(column[order] for column in columns), stored)
 
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def plain_boxes(boxes: Sequence[Any], categories: Sequence[Any], size: tuple[int, int] | None = None) -> RawBoxes:
+def plain_boxes(
+    boxes: Sequence[Any],
+    categories: Sequence[Any],
+    size: tuple[int, int] | None = None,
+    masks: Sequence[Any] | None = None,
+) -> RawBoxes:
     """Boxes that state neither areas nor crowds."""
     count = len(categories)
     array = np.array(boxes, np.float64).reshape(-1, 4)
-    return RawBoxes(array, np.array(categories, None), np.full(count, np.nan), np.zeros(count, bool), size)
+    return RawBoxes(array, np.array(categories, None), np.full(count, np.nan), np.zeros(count, bool), size, masks)
 
 
-def open_yolo(root: Path) -> BoxSource | None:
+def open_yolo(root: Path, masks: bool = False) -> BoxSource | None:
     """Splits of pictures in a folder `images` with text files of the same stem in `labels`, and `data.yaml`.
 
     The file may have another name if it is the only one, and may name lists of pictures instead of folders.
@@ -254,12 +269,12 @@ def open_yolo(root: Path) -> BoxSource | None:
         if lonely := sorted(texts.keys() - pictures.keys() - {"classes"}):
             logger.warning("%s: %d files have no picture in %s, such as %s.", labels, len(lonely), images, lonely[0])
         items = [(str(pictures[name]), str(_labels_of(pictures[name]))) for name in sorted(pictures)]
-        splits[split] = ReadRows(items, _read_yolo)
+        splits[split] = ReadRows(items, partial(_read_yolo, masks=masks))
     if not splits:
         return None
     names = content.get("names")
     names = dict(enumerate(names)) if isinstance(names, list) else names
-    return BoxSource(splits, names, "cxcywh_normalised", "YOLO's text files")
+    return BoxSource(splits, names, "cxcywh_normalised", "YOLO's text files", masks)
 
 
 def _labels_of(picture: Path) -> Path:
@@ -281,10 +296,10 @@ def _listed(file: Path, root: Path) -> dict[str, Path]:
     return pictures
 
 
-def _read_yolo(image: str, file: str) -> BoxRow:
+def _read_yolo(image: str, file: str, masks: bool = False) -> BoxRow:
     """A line is a class and a box, or a class and the points of an outline; without a file, nothing is there."""
     lines = read_text(Path(file)).splitlines() if Path(file).is_file() else []
-    boxes, classes = [], []
+    boxes, classes, outlines = [], [], list[Any]()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -296,12 +311,18 @@ def _read_yolo(image: str, file: str) -> BoxRow:
             raise UserError(
                 f"{file}, line {number}: {line[:60]!r} is neither `class cx cy w h` nor `class x y x y x y ...` ({error})."
             ) from error
+        if masks and len(values) == 4:
+            raise UserError(
+                f"{file}, line {number}: {line[:60]!r} is a box without an outline, but instance segmentation needs one of "
+                "every object, `class x y x y x y ...`. Add it, or train on boxes (`--task object-detection`)."
+            )
+        outlines.append({"fractions": [values]})
         if len(values) > 4:
             low, high = np.reshape(values, (-1, 2)).min(axis=0), np.reshape(values, (-1, 2)).max(axis=0)
             values = [*(low + high) / 2, *(high - low)]
         boxes.append(values)
         classes.append(int(index))
-    return BoxRow(Path(image), plain_boxes(boxes, classes), image, file)
+    return BoxRow(Path(image), plain_boxes(boxes, classes, masks=outlines if masks else None), image, file)
 
 
 def open_voc(root: Path) -> BoxSource | None:
@@ -363,6 +384,6 @@ def _text(element: Any, path: str) -> str:
     return text.strip()
 
 
-COCO_DETECTION = Layout(
-    "{train,val}2017/*.jpg and annotations/instances_{train,val}2017.json", partial(open_coco, official=True)
-)
+COCO_FILES = "{train,val}2017/*.jpg and annotations/instances_{train,val}2017.json"
+COCO_DETECTION = Layout(COCO_FILES, partial(open_coco, official=True))
+COCO_MASKS = Layout(COCO_FILES, partial(open_coco, official=True, masks=True))

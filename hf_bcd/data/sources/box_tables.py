@@ -27,6 +27,7 @@ FIELDS = {
     "category": ("category", "categories", "category_id", "label", "labels", "class", "classes"),
     "area": ("area", "areas"),
     "iscrowd": ("iscrowd", "iscrowds", "is_crowd"),
+    "mask": ("segmentation", "segmentations", "masks"),
 }
 SIZE_COLUMNS = ("width", "height")
 
@@ -34,10 +35,16 @@ SIZE_COLUMNS = ("width", "height")
 class BoxTableRows(TableRows):
     """Rows of a `datasets.Dataset` with a column of boxes, see `TableRows`."""
 
-    def __init__(self, dataset: datasets.Dataset, image_column: str, box_column: str, name: str):
+    def __init__(self, dataset: datasets.Dataset, image_column: str, box_column: str, name: str, masks: bool = False):
         sizes = [column for column in SIZE_COLUMNS if column in dataset.features]
         super().__init__(dataset, image_column, box_column, name, others=sizes if len(sizes) == 2 else ())
         fields = fields_of(dataset.features[box_column]) or {}
+        self.masks = masks
+        if masks and _found(fields, "mask") is None:
+            raise UserError(
+                f"{name}, column {box_column!r}: its things have {', '.join(fields)}, but no {' or '.join(FIELDS['mask'])}. "
+                "Instance segmentation needs masks: add them, or train on boxes (`--task object-detection`)."
+            )
         category = fields.get(_found(fields, "category") or "")
         self.class_names = getattr(getattr(category, "feature", category), "names", None)
         self.truths = self.dataset.remove_columns([image_column])
@@ -55,7 +62,7 @@ class BoxTableRows(TableRows):
         name = f"{self.name}, row {index}, column {self.label_column!r}"
         width, height = (record.get(column) for column in SIZE_COLUMNS)
         size = (int(width), int(height)) if width and height else None
-        return BoxRow(None, raw_boxes(record[self.label_column], name, size), name, name)
+        return BoxRow(None, raw_boxes(record[self.label_column], name, size, self.masks), name, name)
 
 
 def fields_of(feature: Any) -> Mapping[str, Any] | None:
@@ -68,7 +75,7 @@ def _found(fields: Mapping[str, Any], field: str) -> str | None:
     return next((name for name in FIELDS[field] if name in fields), None)
 
 
-def raw_boxes(value: Any, name: str, size: tuple[int, int] | None = None) -> RawBoxes:
+def raw_boxes(value: Any, name: str, size: tuple[int, int] | None = None, masks: bool = False) -> RawBoxes:
     """The boxes of one row.
 
     Args:
@@ -86,7 +93,9 @@ def raw_boxes(value: Any, name: str, size: tuple[int, int] | None = None) -> Raw
         )
     if isinstance(value, Sequence):
         value = {key: [one[key] for one in value] for key in (value[0] if value else ())}
-    found = {field: value.get(_found(value, field) or "") for field in FIELDS}
+    found: dict[str, Any] = {
+        field: value.get(_found(value, field) or "") for field in FIELDS if masks or field != "mask"
+    }
     boxes, categories = found["bbox"], found["category"]
     if not value or boxes is None:
         boxes = categories = []
@@ -103,7 +112,8 @@ def raw_boxes(value: Any, name: str, size: tuple[int, int] | None = None) -> Raw
     areas = [np.nan if area is None else float(area) for area in found["area"] or [None] * len(boxes)]
     crowd = [bool(one) for one in found["iscrowd"] or [False] * len(boxes)]
     array = np.array(boxes, np.float64).reshape(-1, 4)
-    return RawBoxes(array, np.array(categories, None), np.array(areas, np.float64), np.array(crowd, bool), size)
+    numbers = array, np.array(categories, None), np.array(areas, np.float64), np.array(crowd, bool)
+    return RawBoxes(*numbers, size, (found["mask"] or ()) if masks else None)
 
 
 def holds_boxes(features: Mapping[str, Any], label_column: str | None) -> bool:
@@ -116,7 +126,11 @@ def holds_boxes(features: Mapping[str, Any], label_column: str | None) -> bool:
 
 
 def read_box_tables(
-    loaded: Any, name: str, image_column: str | None = None, label_column: str | None = None
+    loaded: Any,
+    name: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    masks: bool = False,
 ) -> dict[str, BoxTableRows]:
     """Finds the columns of images and boxes of every split; raises as `read_tables` does."""
     import datasets
@@ -131,7 +145,7 @@ def read_box_tables(
             continue
         image = find_column("image", images, image_column, IMAGE_COLUMNS, name)
         label = find_column("label", boxes, label_column, BOX_COLUMNS, name)
-        rows[str(split)] = BoxTableRows(table, image, label, f"{name}/{split}")
+        rows[str(split)] = BoxTableRows(table, image, label, f"{name}/{split}", masks)
     return rows
 
 
@@ -141,9 +155,15 @@ def read_either(
     image_column: str | None = None,
     label_column: str | None = None,
     boxes: bool | None = None,
+    masks: bool = False,
 ) -> dict[str, Any]:
-    """The rows of a table with label maps or with boxes; `boxes` asks for one of them, None takes what is there."""
+    """The rows of a table with label maps or with boxes (and their masks).
+
+    `boxes` asks for one of them, None takes what is there.
+    """
     if boxes is None:
         first = next(iter(splits_of(loaded, name).values()), None)
         boxes = first is not None and holds_boxes(first.features, label_column)
-    return (read_box_tables if boxes else read_tables)(loaded, name, image_column, label_column)
+    if boxes:
+        return read_box_tables(loaded, name, image_column, label_column, masks)
+    return read_tables(loaded, name, image_column, label_column)

@@ -4,7 +4,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ import numpy as np
 from PIL import Image
 
 from ...utils.files import read_text
+from ...utils.masks import decode
 from ...utils.messages import UserError
 from ..dataset import ReadRows, Row, Rows
 from ..images import read_image
 from ..labels import IGNORE_INDEX, pack_rgb, read_id2label
+from ..masks import to_rle
 
 
 # The official names, and short ones of subsets in the same layout.
@@ -89,15 +90,12 @@ def draw_instances(annotations: list[dict[str, Any]], height: int, width: int, n
         name: the image, for error messages.
 
     Raises:
-        UserError: pycocotools is not installed, or a segmentation cannot be read.
+        UserError: a segmentation cannot be read.
     """
     label = np.zeros((height, width), dtype=np.uint8)
     covered = np.zeros((height, width), dtype=bool)
     for annotation in sorted(annotations, key=lambda annotation: -annotation["iscrowd"]):
-        try:
-            mask = _decode_segmentation(annotation["segmentation"], height, width, name)
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{name}: neither polygons nor run lengths ({error!r}).") from error
+        mask = decode(to_rle(annotation["segmentation"], height, width, name))
         if annotation["iscrowd"]:
             label[mask] = IGNORE_INDEX
             continue
@@ -107,33 +105,6 @@ def draw_instances(annotations: list[dict[str, Any]], height: int, width: int, n
         label[clash] = IGNORE_INDEX
         covered |= mask
     return label
-
-
-def _decode_segmentation(segmentation: Any, height: int, width: int, name: str) -> np.ndarray:
-    masks = import_extra("pycocotools.mask")
-    if isinstance(segmentation, list):
-        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]  # pycocotools takes 4 for a box
-        if not segmentation:
-            return np.zeros((height, width), dtype=bool)
-        runs = masks.merge(masks.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        runs = masks.frPyObjects(segmentation, height, width)
-    else:
-        runs = segmentation
-    if list(runs["size"]) != [height, width]:
-        raise UserError(
-            f"{name}: run lengths of size {runs['size']} (height, width), but the image is {[height, width]}."
-        )
-    return masks.decode(runs).astype(bool)
-
-
-def import_extra(module: str) -> Any:
-    """Imports a module that only some data sets need; a `UserError` says what to install."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        raise UserError(f"this data set needs {package}: pip install 'hf_bcd[coco]'") from error
 
 
 def open_panoptic(root: Path) -> dict[str, Rows]:

@@ -41,7 +41,9 @@ def pair_folders(root: Path, folders: Mapping[str, tuple[str, str]]) -> dict[str
             if not labelled and usual_name(split) != "train" and any(images.iterdir()):
                 logger.warning("%s: split %r is left out, since %s holds no masks.", root, split, masks)
                 continue
-            splits[split] = ReadRows(_pair(files_by_stem(images), files_by_stem(masks), images, masks), read_files)
+            splits[split] = ReadRows(
+                pair_files(files_by_stem(images), files_by_stem(masks), images, masks), read_files
+            )
     return splits
 
 
@@ -66,7 +68,7 @@ def has_file_pairs(metadata: Path) -> bool:
     )
 
 
-def _pair(images: Mapping[str, Path], masks: Mapping[str, Path], image_folder: Path, mask_folder: Path) -> Pairs:
+def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path], image_folder: Path, mask_folder: Path) -> Pairs:
     """Pairs images and masks of the same key, in the order of the keys."""
     if not images and not masks:
         raise UserError(f"{image_folder} and {mask_folder} hold no images ({', '.join(EXTENSIONS)}).")
@@ -148,9 +150,9 @@ def _open_cityscapes(root: Path) -> LocalCopy:
         splits = {}
         for split, folder in present.items():
             masks = root / "gtFine" / folder.name
-            if found := _files_by_key(masks, f"_gtFine_{suffix}.png"):
-                images = _files_by_key(folder, "_leftImg8bit.png")
-                splits[split] = ReadRows(_pair(images, found, folder, masks), read_files)
+            if found := files_by_key(masks, f"_gtFine_{suffix}.png"):
+                images = files_by_key(folder, "_leftImg8bit.png")
+                splits[split] = ReadRows(pair_files(images, found, folder, masks), read_files)
         if splits.keys() == present.keys():
             return LocalCopy(splits, encoding)
     raise UserError(
@@ -159,7 +161,7 @@ def _open_cityscapes(root: Path) -> LocalCopy:
     )
 
 
-def _files_by_key(folder: Path, ending: str) -> dict[str, Path]:
+def files_by_key(folder: Path, ending: str) -> dict[str, Path]:
     return {path.name.removesuffix(ending): path for path in folder.glob(f"*/*{ending}")}
 
 
@@ -211,7 +213,7 @@ def _open_coco_stuff_10k(root: Path) -> LocalCopy:
         images, masks = root / "images" / f"{split}2014", root / "annotations" / f"{split}2014"
         if images.is_dir():
             found = {stem.removesuffix("_labelTrainIds"): path for stem, path in files_by_stem(masks).items()}
-            splits[split] = ReadRows(_pair(files_by_stem(images), found, images, masks), read_files)
+            splits[split] = ReadRows(pair_files(files_by_stem(images), found, images, masks), read_files)
     return LocalCopy(splits, "labelTrainIds")
 
 

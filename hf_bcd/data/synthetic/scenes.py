@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ...utils.masks import encode_ids
 from ...utils.messages import UserError
 from ..boxes import RawBoxes
 from ..dataset import Sample
@@ -99,13 +100,20 @@ class SyntheticBoxes(SyntheticScenes):
     """The same pictures with a box around the visible part of every person and vehicle.
 
     Sample `i` is `{"image": RGB image, "boxes": RawBoxes}`: corners in pixels, class ids, and the number of visible pixels
-    as area. What shows fewer than `MIN_PIXELS` pixels has no box. The arguments are those of `SyntheticScenes`.
+    as area; with `masks`, these pixels, too. What shows fewer than `MIN_PIXELS` pixels has no box. The other arguments are
+    those of `SyntheticScenes`.
     """
 
     def __init__(
-        self, size: tuple[int, int] = (128, 128), num_images: int = 1000, seed: int = 0, split: str = "train"
+        self,
+        size: tuple[int, int] = (128, 128),
+        num_images: int = 1000,
+        seed: int = 0,
+        split: str = "train",
+        masks: bool = False,
     ):
         super().__init__(size, num_images, seed, split)
+        self.masks = masks
         self.id2label = {place: self.id2label[thing] for place, thing in enumerate(THINGS)}
 
     def __getitem__(self, index: int) -> Any:
@@ -118,7 +126,9 @@ class SyntheticBoxes(SyntheticScenes):
             rows, columns = np.nonzero(numbers == number)
             boxes[place] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
         ids = np.array([THINGS.index(classes[number]) for number in found], np.int64)
+        masks = encode_ids(numbers) if self.masks else {}
         raw = RawBoxes(
-            boxes, ids, pixels[found].astype(float), np.zeros(len(found), bool), (self.size[1], self.size[0])
-        )
+            boxes, ids, pixels[found].astype(float), np.zeros(len(found), bool), (self.size[1], self.size[0]),
+            [masks[number] for number in found] if self.masks else None,
+        )  # fmt: skip
         return {"image": scene.render()[0], "boxes": raw}
