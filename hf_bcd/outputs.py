@@ -178,6 +178,7 @@ class Objects:
         num_labels: number of classes K.
         pixel_mask: as in `Targets`.
         crowds: of each picture, boxes of groups that nobody has told apart, `[M, 4]`; void where no object is.
+        masks: of each picture, the masks of its boxes, bits packed along the width, uint8 `[N, H, ceil(W / 8)]`.
     """
 
     boxes: Sequence[Tensor]
@@ -186,6 +187,7 @@ class Objects:
     num_labels: int
     pixel_mask: Tensor | None = None
     crowds: Sequence[Tensor] = ()
+    masks: Sequence[Tensor] | None = None
 
     def valid(self, size: tuple[int, int]) -> Tensor:
         """Positions inside a picture and outside of crowds: boolean `[B, *size]`."""
