@@ -12,6 +12,8 @@ DENSE_HEADS = ("retinanet", "gfl")
 ROI_HEADS = ("mask_rcnn", "cascade_mask_rcnn")
 HEAD_NAMES = (*DENSE_HEADS, *ROI_HEADS)
 EXTRA_LEVELS = ("on_input", "on_output", "pooled")
+# of `ROI_HEADS` only, all of them numbers from 1 on
+MASK_FIELDS = ("fc_channels", "anchor_scale", "proposals", "rois_per_image", "mask_stride")
 
 
 class TimmDetectionConfig(PreTrainedConfig):
@@ -93,8 +95,7 @@ class TimmDetectionConfig(PreTrainedConfig):
             raise ValueError(f"strides are {self.strides}; give at least two, each twice the one before")
         if self.head_convs < (least := 1 if self.has_masks else 2):
             raise ValueError(f"head_convs is {self.head_convs}; it must be at least {least}")
-        counts = ("fc_channels", "anchor_scale", "proposals", "rois_per_image", "mask_stride", "max_detections")
-        for name in counts if self.has_masks else ():
+        for name in MASK_FIELDS if self.has_masks else ():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.head == "gfl" and self.head_channels % self.norm_groups:
@@ -108,3 +109,7 @@ class TimmDetectionConfig(PreTrainedConfig):
     def has_masks(self) -> bool:
         """Whether the head finds masks: one of `ROI_HEADS`."""
         return self.head in ROI_HEADS
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, without those that the head does not read."""
+        return {key: value for key, value in super().to_dict().items() if self.has_masks or key not in MASK_FIELDS}
