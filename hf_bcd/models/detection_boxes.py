@@ -174,7 +174,7 @@ def keep_best(boxes: Tensor, scores: Tensor, groups: Tensor, overlap: float) -> 
     Boxes of different groups are moved apart, as mmdetection does. Every shape but that of the suppression is fixed, for
     export; on an accelerator the suppression waits, once for each image.
     """
-    apart = boxes + groups[..., None] * (boxes.amax() + 1)
+    apart = boxes + groups[..., None] * (boxes.max() + 1)
     kept = []
     for of_image, image_scores in zip(apart, scores, strict=True):
         index = torchvision.ops.nms(of_image, image_scores, overlap)

@@ -39,7 +39,7 @@ CANDIDATES = 1000
 NOTHING = -1e4
 # of the logits of masks: pipeline("image-segmentation") compares them with 0.5, its image processor with 0. A factor of 20
 # would let one pixel in a hundred on an outline lie between the two, which small masks cannot afford
-MASK_SCALE = 10_000
+MASK_SCALE = 1_000_000
 # keeps what lies between two positions near the mean of their probabilities
 LEAST_PROBABILITY = 0.02
 OWN_LAYERS = (PyramidConv2d, HeadConv2d, Scale, RegionLinear, MaskConv2d, MaskUpsample2d)
@@ -64,7 +64,7 @@ class TimmDetectionOutput(ModelOutput):
             the box, -1e4 elsewhere and in rows without detection; best first.
         pred_boxes: `[B, max_detections, 4]` cxcywh relative to each image's own size, without padding.
         pred_masks: `[B, max_detections, ceil(H / mask_stride), ceil(W / mask_stride)]` over each image's own size, without
-            padding: 10,000 times the logits, so that thresholds of 0 and 0.5 are the same.
+            padding: a million times the logits, so that thresholds of 0 and 0.5 are the same.
         hidden_states: maps of the backbone, fine to coarse, if asked for.
         pyramid: levels of the feature pyramid, likewise.
         dense: outputs of a head without masks per prior, if asked for.

@@ -1,15 +1,17 @@
 """Tiny, randomly initialised models of every family of detectors that has an adapter."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers as hf
-from models.tiny_detectors import tiny
+from models.tiny_detectors import confident, tiny
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.hgnet_v2 import HGNetV2Config
 
 from hf_bcd.outputs import Objects
+from hf_bcd.utils.masks import pack
 
 
 LABELS = {0: "person", 1: "car", 2: "dog"}
@@ -75,6 +77,8 @@ def timm_resnet(out: list[int]) -> PreTrainedConfig:
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "gfl": lambda **fields: tiny("gfl", **fields),
     "retinanet": lambda **fields: tiny("retinanet", **fields),
+    "mask_rcnn": lambda **fields: tiny("mask_rcnn", **fields),
+    "cascade_mask_rcnn": lambda **fields: tiny("cascade_mask_rcnn", **fields),
     "rt_detr": lambda **fields: rt_detr("RTDetr", **fields),
     "rt_detr_v2": lambda **fields: rt_detr("RTDetrV2", **fields),
     "d_fine": lambda **fields: d_fine("DFine", **fields),
@@ -89,6 +93,7 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     ),
 }
 OURS = ["gfl", "retinanet"]
+MASKED = ["mask_rcnn", "cascade_mask_rcnn"]
 SQUARES = ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"]
 PADDED = ["detr", "detr-timm", "conditional_detr", "dab-detr", "deformable_detr", "deformable_detr-timm"]
 SOFTMAX = ["detr", "detr-timm"]
@@ -98,6 +103,8 @@ def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> 
     """A model of `MODELS` whose weights do not depend on what ran before, and whose queries differ, in evaluation mode."""
     torch.manual_seed(0)
     model = MODELS[name](**names(labels), **fields)
+    if name in MASKED:
+        return confident(model)
     with torch.no_grad():  # as they are initialised, all answers are much the same
         for key, parameter in model.named_parameters():
             if name in PADDED[:4] and parameter.ndim > 1 and ("decoder" in key or "query" in key):
@@ -110,7 +117,7 @@ def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> 
 
 
 def objects(*counts: int, size: tuple[int, int] = (96, 128), num_labels: int = 3, mask: Any = None) -> Objects:
-    """Random boxes, so many in each picture, inside of `size`, or of what a mask leaves of it."""
+    """Random boxes filled by their masks, so many in each picture, inside of `size`, or of what a mask leaves of it."""
     generator = torch.Generator().manual_seed(sum(counts))
     boxes, classes = [], []
     for index, count in enumerate(counts):
@@ -119,4 +126,5 @@ def objects(*counts: int, size: tuple[int, int] = (96, 128), num_labels: int = 3
         extent = 0.15 + torch.rand(count, 2, generator=generator) * 0.24
         boxes.append(torch.cat([corner, corner + extent], 1) * torch.tensor([width, height] * 2))
         classes.append(torch.randint(num_labels, (count,), generator=generator))
-    return Objects(boxes, classes, size, num_labels, mask)
+    targets = Objects(boxes, classes, size, num_labels, mask)
+    return replace(targets, masks=[pack(inside) for inside in targets.inside(boxes, size)])

@@ -33,6 +33,8 @@ def confident(model):
         for name, module in (pair for head in heads for pair in head.named_modules()):
             if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight)
+                if name.endswith("fc_cls"):  # or what all regions have in common decides
+                    module.weight.sub_(module.weight.mean(dim=1, keepdim=True)).mul_(3)
                 if name.endswith("conv_logits"):
                     module.weight.mul_(10)
                 if name.endswith(("_cls", "_reg")):
