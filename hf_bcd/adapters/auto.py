@@ -17,7 +17,7 @@ from . import generic
 from .base import DenseAdapter
 from .detr import ConditionalDetrAdapter, DeformableDetrAdapter, DetrAdapter, DFineAdapter, RTDetrAdapter
 from .mask2former import Mask2FormerAdapter
-from .timm_detection import TimmDetectionAdapter
+from .timm_detection import TimmDetectionAdapter, TimmMaskAdapter
 from .upernet import UperNetAdapter
 from .vit_detectors import RfDetrAdapter, YolosAdapter
 
@@ -70,7 +70,8 @@ def adapter_class(model: PreTrainedModel) -> type[DenseAdapter]:
         loader = "AutoModelForSemanticSegmentation" if model_type in ADAPTERS else "AutoModelForObjectDetection"
         wanted = "segmentation" if model_type in ADAPTERS else "boxes"
         raise UserError(f"{kind} predicts no {wanted}; load the weights with {loader}")
-    return known[model_type]
+    adapter = known[model_type]
+    return TimmMaskAdapter if adapter is TimmDetectionAdapter and model.config.has_masks else adapter
 
 
 def build_adapter(

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..outputs import DenseOutput, Objects
+from ..utils.masks import RLE, encode
 from ..utils.messages import UserError
 from .base import DenseAdapter
 
@@ -73,7 +75,7 @@ class DetectionAdapter(DenseAdapter):
     @torch.no_grad()
     def predict(  # type: ignore[override] # of another task
         self, pixel_values: Tensor, sizes: Sequence[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[dict[str, Any]]:
         """Detections as `pipeline("object-detection")` computes them, without a threshold.
 
         Args:
@@ -81,7 +83,8 @@ class DetectionAdapter(DenseAdapter):
             sizes: height and width of each picture, in whose pixels the boxes are.
 
         Returns:
-            Of each picture at most 100 `boxes` xyxy float32 `[K, 4]`, `scores` `[K]` and `labels` int64 `[K]`, best first.
+            Of each picture at most 100 `boxes` xyxy float32 `[K, 4]`, `scores` `[K]` and `labels` int64 `[K]`, best
+            first; of a model with masks also `masks`, a list of encodings at the picture's size.
 
         Raises:
             UserError: if the pictures are no squares, and the family takes no others.
@@ -91,8 +94,8 @@ class DetectionAdapter(DenseAdapter):
             outputs = self.model(pixel_values=self.shown(pixel_values))
         return self.detections(outputs, sizes)
 
-    def detections(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """What `predict` gives, from the model's `logits` `[B, Q, C]` and `pred_boxes` `[B, Q, 4]`."""
+    def detections(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+        """What `predict` gives, from the model's `logits` `[B, Q, C]`, `pred_boxes` `[B, Q, 4]` and `pred_masks`, if any."""
         logits, boxes = self.map_classes(outputs.logits.float()), corners(outputs.pred_boxes.float())
         if self.softmax:
             probabilities, classes = logits.softmax(-1)[..., :-1].max(-1, keepdim=True)
@@ -101,18 +104,20 @@ class DetectionAdapter(DenseAdapter):
             classes = classes.expand_as(logits)
         most = len(probabilities[0]) if self.within_queries else probabilities[0].numel()
         scores, index = probabilities.flatten(1).topk(min(MAX_DETECTIONS, most))
+        masks = getattr(outputs, "pred_masks", None)
         found = []
-        for one, where, ids, relative, (height, width) in zip(scores, index, classes, boxes, sizes, strict=True):
+        for picture, (one, where, ids, relative, (height, width)) in enumerate(
+            zip(scores, index, classes, boxes, sizes, strict=True)
+        ):
             kept = one > 0  # no empty rows
             where = where[kept]
+            row = where // probabilities.shape[-1]
             scale = relative.new_tensor([width, height, width, height])
-            found.append(
-                {
-                    "boxes": relative[where // probabilities.shape[-1]] * scale,
-                    "scores": one[kept],
-                    "labels": ids.flatten()[where],
-                }
-            )
+            detections: dict[str, Any] = {"boxes": relative[row] * scale, "scores": one[kept]}
+            detections["labels"] = ids.flatten()[where]
+            if masks is not None:
+                detections["masks"] = [encoded(masks[picture, query], (height, width)) for query in row.tolist()]
+            found.append(detections)
         return found
 
     def map_classes(self, class_logits: Tensor) -> Tensor:
@@ -145,6 +150,12 @@ class DetectionAdapter(DenseAdapter):
         return {**sized, "resample": 2, **normal, "do_convert_annotations": True}
 
 
+def encoded(logits: Tensor, size: tuple[int, int]) -> RLE:
+    """The mask of logits `[h, w]` at a picture's size, as `RfDetrImageProcessor` computes it."""
+    resized = F.interpolate(logits[None, None].float(), size=size, mode="bilinear", align_corners=False)
+    return encode((resized[0, 0] > 0).cpu())
+
+
 def corners(boxes: Tensor) -> Tensor:
     """Boxes `[..., 4]` given by centre, width and height, as xyxy."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
@@ -161,7 +172,7 @@ def picture_sizes(targets: Objects) -> Tensor:
 
 
 def detr_labels(targets: Objects, sizes: Tensor) -> list[dict[str, Tensor]]:
-    """Targets in the form of transformers: `class_labels`, and `boxes` as centre, width and height over `sizes` `[B, 2]`."""
+    """Targets in the form of transformers: `class_labels`, `boxes` as centre, width and height over `sizes` `[B, 2]`, `masks`."""
     labels = []
     for boxes, classes, size in zip(targets.boxes, targets.classes, sizes, strict=True):
         relative = boxes / size.repeat(2)
@@ -169,6 +180,8 @@ def detr_labels(targets: Objects, sizes: Tensor) -> list[dict[str, Tensor]]:
         labels.append(
             {"class_labels": classes, "boxes": torch.cat([centre, relative[:, 2:] - relative[:, :2]], dim=1)}
         )
+    for label, masks in zip(labels, targets.masks or (), strict=targets.masks is not None):
+        label["masks"] = masks
     return labels
 
 

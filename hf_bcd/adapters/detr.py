@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -211,7 +211,7 @@ class DFineAdapter(RTDetrAdapter):
         layers = outputs.intermediate_predicted_corners.shape[
             1
         ]  # in training, one more comes before the decoder's own
-        found.class_logits, found.boxes = found.class_logits[-layers:], found.boxes[-layers:]
+        found.class_logits, found.boxes = found.class_logits[-layers:], cast(Tensor, found.boxes)[-layers:]
         found.corner_scale = self.corner_scale
         return found
 

@@ -46,7 +46,8 @@ class ModelSpec:
             `nvidia/mit-b0`, whose head then starts at random).
         revision: branch, tag or commit of `name_or_path`.
         backbone: timm name, instead of `name_or_path`; or `espnet`, a whole network, for which only `options` counts.
-        head: `psp`, `deeplabv3plus` or `fpn` for label maps, `retinanet` or `gfl` for boxes.
+        head: `psp`, `deeplabv3plus` or `fpn` for label maps, `retinanet` or `gfl` for boxes,
+            `mask_rcnn` or `cascade_mask_rcnn` for boxes with masks.
         output_stride: 8, 16 or 32; of label maps only.
         pretrained: load the backbone's ImageNet weights from the Hub.
         weights: local safetensors file with the backbone's weights.

@@ -1,4 +1,4 @@
-"""RetinaNet and GFL with the weights of a checkpoint of mmdetection, whose names our detectors have."""
+"""Our detectors with the weights of a checkpoint of mmdetection, whose names they have."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models import TimmDetectionConfig, TimmDetectionModel
+from ..models.configuration_timm_detection import ROI_HEADS
 from ..utils.messages import UserError
 
 
@@ -19,6 +20,13 @@ RESNETS = {
     (True, 6): "resnet50",
     (True, 23): "resnet101",
     (True, 36): "resnet152",
+}
+# the weight that tells a head from the others, with an output for each class
+HEADS = {
+    "retinanet": "bbox_head.retina_cls.weight",
+    "gfl": "bbox_head.gfl_cls.weight",
+    "mask_rcnn": "roi_head.mask_head.conv_logits.weight",
+    "cascade_mask_rcnn": "roi_head.mask_head.0.conv_logits.weight",
 }
 # of mmdetection's ResNets, RGB in 0 ... 255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -57,7 +65,7 @@ def convert_mmdetection(weights: Mapping[str, Tensor], meta: Mapping[str, Any]) 
         meta: its description, whose class names are taken over.
 
     Raises:
-        UserError: the weights are not those of a RetinaNet or GFL on a plain ResNet of mmdetection.
+        UserError: the weights are not those of one of our heads on a plain ResNet of mmdetection.
     """
     # as DistributedDataParallel writes them
     state = {name.removeprefix("module."): value for name, value in weights.items()}
@@ -91,30 +99,44 @@ def config_of_weights(state: Mapping[str, Tensor], names: list[str]) -> TimmDete
     def count(prefix: str) -> int:
         return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
-    head = next((head for head in ("retina", "gfl") if f"bbox_head.{head}_cls.weight" in state), None)
+    head = next((head for head, name in HEADS.items() if name in state), None)
+    has_masks = head in ROI_HEADS
     blocks = "backbone.layer1.0.conv3.weight" in state, count("backbone.layer3.")
     laterals, levels = count("neck.lateral_convs."), count("neck.fpn_convs.")
-    if head is None or blocks not in RESNETS or laterals != 3 or levels <= laterals:
+    extra = 0 if has_masks else 1
+    stage = ".0" if head == "cascade_mask_rcnn" else ""
+    first_layer = f"roi_head.bbox_head{stage}.shared_fcs.0.bias"
+    if has_masks and not {first_layer, "rpn_head.rpn_conv.bias"} <= state.keys():
+        head = None
+    if head is None or blocks not in RESNETS or laterals != 4 - extra or levels < laterals + extra:
         raise UserError(
-            f"the checkpoint is no RetinaNet or GFL on a ResNet of depth 18 to 152: it has {len(state)} weights such as "
-            f"{sorted(state)[:3]}, {blocks[1]} blocks in the third stage and {laterals} lateral convolutions."
+            "the checkpoint is no RetinaNet, GFL, Mask R-CNN or Cascade Mask R-CNN on a ResNet of depth 18 to 152: it has "
+            f"{len(state)} weights such as {sorted(state)[:3]}, {blocks[1]} blocks in the third stage and {laterals} lateral "
+            "convolutions."
         )
-    outputs = len(state[f"bbox_head.{head}_cls.bias"])
-    num_labels = outputs // 9 if head == "retina" else outputs
+    outputs = len(state[HEADS[head].removesuffix("weight") + "bias"])
+    num_labels = outputs // 9 if head == "retinanet" else outputs
     if names and len(names) != num_labels:
         raise UserError(f"the checkpoint names {len(names)} classes but has outputs for {num_labels}.")
     names = names or [f"LABEL_{index}" for index in range(num_labels)]
-    neck_channels, last_channels = state["neck.lateral_convs.2.conv.weight"].shape[:2]
-    extra_input = state["neck.fpn_convs.3.conv.weight"].shape[1]
-    options: dict[str, Any] = {} if head == "retina" else {"reg_max": len(state["bbox_head.gfl_reg.bias"]) // 4 - 1}
+    neck_channels, last_channels = state[f"neck.lateral_convs.{laterals - 1}.conv.weight"].shape[:2]
+    options: dict[str, Any] = {}
+    if has_masks:
+        options["head_convs"] = count(f"roi_head.mask_head{stage}.convs.")
+        options["head_channels"] = len(state["rpn_head.rpn_conv.bias"])
+        options["fc_channels"] = len(state[first_layer])
+    else:
+        extra_input = state["neck.fpn_convs.3.conv.weight"].shape[1]
+        options["extra_levels"] = "on_input" if extra_input == last_channels != neck_channels else "on_output"
+        options["head_channels"] = state[HEADS[head]].shape[1]
+        options["head_convs"] = count("bbox_head.cls_convs.")
+        options["strides"] = [8 * 2**level for level in range(levels)]
+    if head == "gfl":
+        options["reg_max"] = len(state["bbox_head.gfl_reg.bias"]) // 4 - 1
     return TimmDetectionConfig(
         backbone=RESNETS[blocks],
-        head="retinanet" if head == "retina" else "gfl",
+        head=head,
         neck_channels=neck_channels,
-        head_channels=state[f"bbox_head.{head}_cls.weight"].shape[1],
-        head_convs=count("bbox_head.cls_convs."),
-        strides=[8 * 2**level for level in range(levels)],
-        extra_levels="on_input" if extra_input == last_channels != neck_channels else "on_output",
         frozen_stages=1,
         norm_eval=True,
         image_mean=[value / 255 for value in MEAN],

@@ -1,4 +1,4 @@
-"""Our own detectors, RetinaNet and GFL on timm backbones."""
+"""Our own detectors on timm backbones: RetinaNet and GFL, Mask R-CNN and Cascade Mask R-CNN."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..outputs import DenseHead, DenseOutput, FeatureSpec, Objects
+from ..utils.messages import UserError
 from .base import DenseAdapter, stage_features, stage_specs, timm_stages
 from .detection import DetectionAdapter, detr_labels, picture_sizes
 
@@ -60,7 +61,7 @@ class TimmDetectionAdapter(DetectionAdapter):
             None,
             task_losses={} if targets is None else {"loss_task": outputs.loss},
             pyramid=dict(zip(self.pyramid_specs, outputs.pyramid, strict=True)),
-            dense=self._dense(outputs.dense),
+            dense=None if outputs.dense is None else self._dense(outputs.dense),
         )
 
     def _dense(self, dense: Any) -> DenseHead:
@@ -76,3 +77,26 @@ class TimmDetectionAdapter(DetectionAdapter):
             dense.tower,
         )
         return replace(found, cross=lambda tower: self._dense(dense.cross(tower)))
+
+
+class TimmMaskAdapter(TimmDetectionAdapter):
+    """Those with masks: levels of the backbone, and `p2` to `p6` of the pyramid; no outputs at priors.
+
+    Which regions the loss is computed for is drawn at random, see `TimmDetectionModel.seed_sampling`.
+    """
+
+    task = "instance-segmentation"
+    processor_class = "RfDetrImageProcessor"
+    exported = ("logits", "pred_boxes", "pred_masks")
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset({"features", "pyramid", "boxes", "classes"})
+
+    def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
+        if targets is not None and targets.masks is None:
+            raise UserError(
+                f"{self.model.config.head} learns masks, but the data set has boxes only; train on one with masks, or "
+                "choose the head retinanet or gfl."
+            )
+        return super().run(pixel_values, targets, pixel_mask)

@@ -1,7 +1,7 @@
 """Detectors on plain vision transformers: RF-DETR and YOLOS."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -65,7 +65,7 @@ class RfDetrAdapter(DetrAdapter):
 
     def queries(self, outputs: Any) -> Queries:
         found, own = super().queries(outputs), self.model.config.num_queries
-        return Queries(found.class_logits[:, :, :own], found.boxes[:, :, :own], False)
+        return Queries(found.class_logits[:, :, :own], cast(Tensor, found.boxes)[:, :, :own], False)
 
 
 class YolosAdapter(DetrAdapter):

@@ -1,4 +1,4 @@
-"""Converts a RetinaNet or GFL of mmdetection into a folder that transformers, and a recipe's teacher, can load.
+"""Converts a RetinaNet, GFL, Mask R-CNN or Cascade Mask R-CNN of mmdetection into a folder that transformers, and a recipe's teacher, can load.
 
     hf-bcd convert-mmdet gfl_r50_fpn_1x_coco.pth --output teachers/gfl_r50
 
@@ -8,8 +8,7 @@ The file is read without running code from it.
 import argparse
 from pathlib import Path
 
-from transformers import DeformableDetrImageProcessor
-
+from ..adapters import build_adapter, image_processor
 from ..adapters.mmdetection import convert_mmdetection, read_checkpoint
 from ..utils.messages import UserError
 
@@ -25,10 +24,6 @@ def main(argv: list[str] | None = None) -> None:
     model = convert_mmdetection(*read_checkpoint(args.checkpoint))
     model.save_pretrained(args.output)
     # the size at which mmdetection's models of COCO are tested
-    DeformableDetrImageProcessor(
-        size={"shortest_edge": 800, "longest_edge": 1333},
-        image_mean=model.config.image_mean,
-        image_std=model.config.image_std,
-    ).save_pretrained(args.output)
+    image_processor(build_adapter(model), shortest_edge=800, longest_edge=1333).save_pretrained(args.output)
     config = model.config
     print(f"{args.output}: {config.head} on {config.backbone}, {config.num_labels} classes")

@@ -3,6 +3,8 @@
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForImageSegmentation,
+    AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
     DeformableDetrImageProcessor,
@@ -47,3 +49,7 @@ for config_class, model_class, auto_class, processors in (
     config_class.register_for_auto_class()
     model_class.register_for_auto_class(auto_class.__name__)
     AutoImageProcessor.register(config_class, image_processor_classes=processors)
+
+# of its heads with masks; not for label maps, which it has none of
+for auto_class in (AutoModelForInstanceSegmentation, AutoModelForImageSegmentation):
+    auto_class.register(TimmDetectionConfig, TimmDetectionModel)

@@ -77,8 +77,10 @@ class PyramidConv2d(nn.Conv2d):
 class HeadConv2d(nn.Conv2d):
     """Convolution that keeps the size; starts with deviation 0.01 and with `start` as its bias."""
 
-    def __init__(self, in_channels: int, out_channels: int, start: float = 0.0, bias: bool = True):
-        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+    def __init__(
+        self, in_channels: int, out_channels: int, start: float = 0.0, bias: bool = True, kernel_size: int = 3
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
         self.start = start
 
     def init_weights(self) -> None:
@@ -121,17 +123,18 @@ class FPN(nn.Module):
         in_channels: channels of the backbone's maps, fine to coarse.
         channels: channels of each level.
         extra: number of added levels.
-        on_input: the first of them is computed from the backbone's last map, else from the last level.
+        kind: how, see `TimmDetectionConfig.extra_levels`.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int, extra: int, on_input: bool):
+    def __init__(self, in_channels: Sequence[int], channels: int, extra: int, kind: str | None):
         super().__init__()
-        self.on_input = on_input
+        self.on_input = on_input = kind == "on_input"
+        self.pooled = extra if kind == "pooled" else 0
         self.lateral_convs = nn.ModuleList(ConvModule(PyramidConv2d(width, channels, 1)) for width in in_channels)
         self.fpn_convs = nn.ModuleList(
             ConvModule(PyramidConv2d(channels, channels, 3, padding=1)) for _ in in_channels
         )
-        for index in range(extra):
+        for index in range(extra - self.pooled):
             width = in_channels[-1] if on_input and index == 0 else channels
             self.fpn_convs.append(ConvModule(PyramidConv2d(width, channels, 3, stride=2, padding=1)))
 
@@ -144,6 +147,8 @@ class FPN(nn.Module):
         levels = [conv(x) for conv, x in zip(self.fpn_convs, levels, strict=False)]
         for index, conv in enumerate(self.fpn_convs[len(maps) :]):
             levels.append(conv(maps[-1] if self.on_input and index == 0 else levels[-1]))
+        for _ in range(self.pooled):
+            levels.append(levels[-1][:, :, ::2, ::2])
         return levels
 
 

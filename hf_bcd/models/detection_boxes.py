@@ -1,13 +1,14 @@
-"""Arithmetic of dense detectors: anchors, box codes, assignment of truths to priors, and losses. Pure functions.
+"""Arithmetic of detectors: anchors, box codes, assignment of truths to priors, samples, and losses. Pure functions.
 
 Boxes are `[..., 4]` xyxy in pixels of the tensor unless said otherwise. Everything is computed in the device's queue:
-no function waits for a value. Sources: mmdetection 3.3, whose numbers these functions reproduce.
+no function but `keep_best` waits for a value. Sources: mmdetection 3.3, whose numbers these functions reproduce.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
+import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +17,8 @@ BACKGROUND, IGNORED = -1, -2
 # mmdetection's DeltaXYWHBBoxCoder: boxes grow by at most this factor
 MAX_LOG_SCALE = math.log(1000 / 16)
 EPS = 1e-6
+# bounds the memory of an assignment: 32 x 270,000 overlaps are 35 MB
+TRUTHS_AT_ONCE = 32
 
 
 def grid_centres(height: int, width: int, stride: int, device: torch.device) -> Tensor:
@@ -31,12 +34,15 @@ def square_priors(height: int, width: int, stride: int, device: torch.device, sc
     return torch.cat([centres - scale * stride / 2, centres + scale * stride / 2], dim=1)
 
 
-def anchor_boxes(height: int, width: int, stride: int, device: torch.device, scale: int = 4) -> Tensor:
-    """RetinaNet's nine anchors a cell (Lin et al., ICCV 2017, Sec. 4), `[height * width * 9, 4]`.
+def anchor_boxes(
+    height: int, width: int, stride: int, device: torch.device, scale: int = 4, octave: int = 3
+) -> Tensor:
+    """RetinaNet's nine anchors a cell (Lin et al., ICCV 2017, Sec. 4), `[height * width * 9, 4]`; three with `octave=1`.
 
-    Three ratios height / width (0.5, 1, 2), in each three sides of `scale * 2^(k / 3)` strides; neither rounded nor clipped.
+    Three ratios height / width (0.5, 1, 2), in each the sides of `scale * 2^(k / octave)` strides, k < octave; neither
+    rounded nor clipped.
     """
-    sides = scale * stride * 2 ** (torch.arange(3, device=device) / 3)
+    sides = scale * stride * 2 ** (torch.arange(octave, device=device) / octave)
     roots = 2 ** ((torch.arange(3, device=device) - 1) / 2)[:, None]
     half = torch.stack([(sides / roots).flatten(), (sides * roots).flatten()], dim=-1) / 2
     centres = grid_centres(height, width, stride, device)[:, None]
@@ -95,7 +101,14 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     return inside.div_(union)
 
 
-def assign_max_iou(anchors: Tensor, truths: Tensor, positive: float = 0.5, negative: float = 0.4) -> Tensor:
+def assign_max_iou(
+    anchors: Tensor,
+    truths: Tensor,
+    positive: float = 0.5,
+    negative: float = 0.4,
+    least: float | None = 0.0,
+    usable: Tensor | None = None,
+) -> Tensor:
     """RetinaNet's assignment: each anchor to the truth that it overlaps most, and each truth to its best anchors.
 
     Args:
@@ -103,21 +116,70 @@ def assign_max_iou(anchors: Tensor, truths: Tensor, positive: float = 0.5, negat
         truths: `[N, 4]`.
         positive: least overlap (IoU) with a truth that makes an anchor positive.
         negative: overlap below which an anchor is background; between the two it is ignored.
+        least: overlap that the best anchors of a truth must have to belong to it; None where being best counts nothing.
+        usable: anchors that take part at all, `[A]`; others are ignored.
 
     Returns:
         Index of the truth per anchor `[A]`, `BACKGROUND` or `IGNORED`. Anchors that overlap a truth most belong to it
-        whatever their overlap, all of them in a tie; of several such truths to the last.
+        if they overlap it at all and by `least`, all of them in a tie; of several such truths to the last.
     """
-    if not len(truths):
-        return anchors.new_full((len(anchors),), BACKGROUND, dtype=torch.long)
-    iou = pairwise_iou(truths, anchors)
-    best, assigned = iou.max(dim=0)
+    best, last = anchors.new_zeros(len(anchors)), anchors.new_full((len(anchors),), -1, dtype=torch.long)
+    assigned = torch.zeros_like(last)
+    for start in range(0, len(truths), TRUTHS_AT_ONCE):
+        iou = pairwise_iou(truths[start : start + TRUTHS_AT_ONCE], anchors)
+        if usable is not None:
+            iou *= usable
+        overlap, index = iou.max(dim=0)
+        assigned = torch.where(overlap > best, index + start, assigned)
+        best = torch.maximum(best, overlap)
+        if least is not None:
+            largest = iou.amax(dim=1, keepdim=True)
+            numbers = torch.arange(start, start + len(iou), device=iou.device, dtype=torch.int32)[:, None] + 1
+            # a truth that no anchor overlaps has no best anchor
+            owners = ((iou == largest) & (largest > 0) & (largest >= least)).mul(numbers).amax(dim=0) - 1
+            last = torch.maximum(last, owners.long())
     assigned = assigned.masked_fill(best < positive, IGNORED).masked_fill(best < negative, BACKGROUND)
-    largest = iou.amax(dim=1, keepdim=True)
-    numbers = torch.arange(1, len(truths) + 1, device=iou.device, dtype=torch.int32)[:, None]
-    # a truth that no anchor overlaps has no best anchor
-    last = ((iou == largest) & (largest > 0)).mul(numbers).amax(dim=0) - 1
-    return last.long().where(last >= 0, assigned)
+    assigned = last.where(last >= 0, assigned)
+    return assigned if usable is None else assigned.masked_fill(~usable, IGNORED)
+
+
+def draw(assigned: Tensor, keys: Tensor, number: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws a sample of priors: positives, `most` of them at most, and background in the rest of `number` places.
+
+    Args:
+        assigned: index of a truth per prior `[..., A]`, `BACKGROUND` or `IGNORED`.
+        keys: random numbers in [0, 1), `[..., A]`; of either kind those with the largest are drawn.
+        number: size of the sample; A at most.
+        most: largest number of positives.
+
+    Returns:
+        Index of the drawn priors `[..., number]`, positives first; whether they are positive; and whether they are drawn at
+        all, False in places that neither kind fills.
+    """
+    number = min(number, keys.shape[-1])
+    positives = keys.masked_fill(assigned < 0, -1).topk(min(most, number), dim=-1)
+    others = keys.masked_fill(assigned != BACKGROUND, -1).topk(number, dim=-1)
+    positive = positives.values >= 0
+    room = number - positive.sum(dim=-1, keepdim=True)
+    background = (others.values >= 0) & (torch.arange(number, device=keys.device) < room)
+    drawn, order = torch.cat([positive, background], dim=-1).byte().sort(dim=-1, descending=True, stable=True)
+    index = torch.cat([positives.indices, others.indices], dim=-1).gather(-1, order)[..., :number]
+    drawn = drawn[..., :number].bool()
+    return index, drawn & (assigned.gather(-1, index) >= 0), drawn
+
+
+def keep_best(boxes: Tensor, scores: Tensor, groups: Tensor, overlap: float) -> Tensor:
+    """Scores `[B, n]`, 0 for boxes `[B, n, 4]` that a better one of the same group `[B, n]` overlaps by more than `overlap`.
+
+    Boxes of different groups are moved apart, as mmdetection does. Every shape but that of the suppression is fixed, for
+    export; on an accelerator the suppression waits, once for each image.
+    """
+    apart = boxes + groups[..., None] * (boxes.max() + 1)
+    kept = []
+    for of_image, image_scores in zip(apart, scores, strict=True):
+        index = torchvision.ops.nms(of_image, image_scores, overlap)
+        kept.append(image_scores * torch.zeros_like(image_scores).index_fill(0, index, 1.0))
+    return torch.stack(kept)
 
 
 def atss_candidates(

@@ -1,18 +1,35 @@
-"""Object detection on a timm backbone, as a model of transformers."""
+"""Object detection and instance segmentation on a timm backbone, as a model of transformers."""
 
+import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+)
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_timm_detection import TimmDetectionConfig
 from .dense_heads import FPN, HEADS, DenseHeadOutput, HeadConv2d, PyramidConv2d, Scale
+from .detection_boxes import keep_best
+from .roi_heads import (
+    MaskConv2d,
+    MaskUpsample2d,
+    RegionLinear,
+    RegionScores,
+    RoIHead,
+    RPNHead,
+    clipped,
+    paste_masks,
+    solid,
+)
 from .timm_backbone import TimmBackboneModel
 
 
@@ -20,6 +37,19 @@ from .timm_backbone import TimmBackboneModel
 CANDIDATES = 1000
 # sigmoid is exactly 0 in float32
 NOTHING = -1e4
+# of the logits of masks: pipeline("image-segmentation") compares them with 0.5, its image processor with 0. A factor of 20
+# would let one pixel in a hundred on an outline lie between the two, which small masks cannot afford
+MASK_SCALE = 1_000_000
+# keeps what lies between two positions near the mean of their probabilities
+LEAST_PROBABILITY = 0.02
+OWN_LAYERS = (PyramidConv2d, HeadConv2d, Scale, RegionLinear, MaskConv2d, MaskUpsample2d)
+# whose `from_pretrained` finds a model with masks; pipeline("image-segmentation") tries the last two
+MASK_AUTO_CLASSES = (
+    "AutoModelForObjectDetection",
+    "AutoModelForInstanceSegmentation",
+    "AutoModelForImageSegmentation",
+    "AutoModelForSemanticSegmentation",
+)
 
 
 @dataclass
@@ -28,26 +58,31 @@ class TimmDetectionOutput(ModelOutput):
 
     Attributes:
         loss: sum of `loss_dict`, with labels.
-        loss_dict: weighted terms `loss_cls`, `loss_bbox` and, for GFL, `loss_dfl`.
+        loss_dict: weighted terms `loss_cls`, `loss_bbox` and, for GFL, `loss_dfl`; with masks `loss_mask`, `loss_rpn_cls` and
+            `loss_rpn_bbox`, and in a cascade `s0.loss_cls` and so on.
         logits: `[B, max_detections, num_labels]` after suppression: the score's logit at the class of
             the box, -1e4 elsewhere and in rows without detection; best first.
         pred_boxes: `[B, max_detections, 4]` cxcywh relative to each image's own size, without padding.
+        pred_masks: `[B, max_detections, ceil(H / mask_stride), ceil(W / mask_stride)]` over each image's own size, without
+            padding: a million times the logits, so that thresholds of 0 and 0.5 are the same.
         hidden_states: maps of the backbone, fine to coarse, if asked for.
         pyramid: levels of the feature pyramid, likewise.
-        dense: outputs of the head per prior, if asked for.
+        dense: outputs of a head without masks per prior, if asked for.
     """
 
     loss: Tensor | None = None
     loss_dict: dict[str, Tensor] | None = None
     logits: Tensor | None = None
     pred_boxes: Tensor | None = None
+    pred_masks: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     pyramid: tuple[Tensor, ...] | None = None
     dense: DenseHeadOutput | None = None
 
 
 class TimmDetectionModel(TimmBackboneModel):
-    """Any timm backbone that gives feature maps, a feature pyramid, and the head of RetinaNet or GFL.
+    """Any timm backbone that gives feature maps, a feature pyramid, and a head: that of RetinaNet or GFL, or those
+    of Mask R-CNN or Cascade Mask R-CNN.
 
     Building the model from a configuration, and `from_pretrained` on a folder, never touch the network;
     `from_backbone` starts from ImageNet weights. Several processes divide their losses by the mean of their counts.
@@ -80,9 +115,14 @@ class TimmDetectionModel(TimmBackboneModel):
             [channels[stride] for stride in self.backbone_levels],
             config.neck_channels,
             extra=len(config.strides) - len(self.backbone_levels),
-            on_input=config.extra_levels == "on_input",
+            kind=config.extra_levels,
         )
-        self.bbox_head = HEADS[config.head](config)
+        if config.has_masks:
+            self.rpn_head = RPNHead(config)
+            self.roi_head = RoIHead(config, self.backbone_levels)
+        else:
+            self.bbox_head = HEADS[config.head](config)
+        self.seed_sampling(0)
         self.frozen = self._frozen_modules()
         self.post_init()
         self.train(self.training)
@@ -119,6 +159,19 @@ class TimmDetectionModel(TimmBackboneModel):
                     module.training = False
         return self
 
+    def seed_sampling(self, seed: int, step: int = 0, rank: int = 0) -> None:
+        """Sets what the random regions of the losses from now on are drawn by, and by how many there were since.
+
+        Called before each step, equal arguments give equal regions in every forward pass of the step, so that a resumed
+        run draws what an uninterrupted one does.
+        """
+        self.sampling, self.draws = (seed, step, rank), 0
+
+    def _generator(self) -> torch.Generator:
+        key = hashlib.sha256(repr((*self.sampling, self.draws)).encode()).digest()
+        self.draws += 1
+        return torch.Generator().manual_seed(int.from_bytes(key[:7]))
+
     @can_return_tuple
     def forward(
         self,
@@ -135,15 +188,17 @@ class TimmDetectionModel(TimmBackboneModel):
         Args:
             pixel_values: normalised images `[B, 3, H, W]`, any size; multiples of 32 waste nothing.
             pixel_mask: nonzero on the pixels of the image, `[B, H, W]`, 0 on padding, which lies right and below.
-            labels: per image `class_labels` `[N]` and `boxes` `[N, 4]` cxcywh relative to its own size, without padding.
+            labels: per image `class_labels` `[N]` and `boxes` `[N, 4]` cxcywh relative to its own size, without padding;
+                for a head with masks also `masks`, boolean or uint8 `[N, H, W]`, or their bits packed along the width, uint8
+                `[N, H, ceil(W / 8)]`.
             output_hidden_states: return the backbone's maps and the pyramid.
-            output_dense: return the head's outputs per prior.
-            output_detections: return `logits` and `pred_boxes`; by default in evaluation mode. A teacher does without,
+            output_dense: return the head's outputs per prior, if it has no masks.
+            output_detections: return `logits`, `pred_boxes` and `pred_masks`; by default in evaluation mode. A teacher does without,
                 for suppression waits for the device.
             kwargs: `return_dict=False` for a tuple; others are ignored, as in the models of transformers.
 
         Raises:
-            ValueError: there are not as many labels as images.
+            ValueError: there are not as many labels as images, or masks as boxes.
         """
         if labels is not None and len(labels) != len(pixel_values):
             raise ValueError(f"{len(labels)} labels for {len(pixel_values)} images; give one dict of boxes per image")
@@ -154,15 +209,26 @@ class TimmDetectionModel(TimmBackboneModel):
         maps = self.feature_maps(pixel_values)
         chosen = [maps[self.nominal_strides.index(stride)] for stride in self.backbone_levels]
         pyramid = self.neck(chosen)
-        dense = self.bbox_head(pyramid)
+        has_masks = self.config.has_masks
+        if output_detections is None:
+            output_detections = not self.training
+        dense: Any = None if has_masks else self.bbox_head(pyramid)
+        regions: Any = self.rpn_head(pyramid) if has_masks and (output_detections or labels is not None) else None
 
-        loss_dict = loss = logits = pred_boxes = None
+        loss_dict = loss = logits = pred_boxes = pred_masks = None
         if labels is not None:
             truths = [corners(label["boxes"].float()) * size for label, size in zip(labels, sizes, strict=True)]
             classes = [label["class_labels"].long() for label in labels]
-            loss_dict, dense = self.bbox_head.loss(dense, truths, classes)
+            if has_masks:
+                masks = masks_of(labels)
+                loss_dict = self._region_loss(pyramid, regions, truths, classes, masks, sizes, pixel_values.shape[-1])
+            else:
+                loss_dict, dense = self.bbox_head.loss(dense, truths, classes)
             loss = torch.stack(list(loss_dict.values())).sum()
-        if output_detections or (output_detections is None and not self.training):
+        if output_detections and has_masks:
+            height, width = (-(-side // self.config.mask_stride) for side in pixel_values.shape[-2:])
+            logits, pred_boxes, pred_masks = self.detect_masks(pyramid, regions, sizes, (height, width))
+        elif output_detections:
             logits, pred_boxes = self.detect(dense, sizes)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -171,10 +237,26 @@ class TimmDetectionModel(TimmBackboneModel):
             loss_dict=loss_dict,
             logits=logits,
             pred_boxes=pred_boxes,
+            pred_masks=pred_masks,
             hidden_states=tuple(maps) if output_hidden_states else None,
             pyramid=tuple(pyramid) if output_hidden_states else None,
             dense=dense if output_dense else None,
         )
+
+    def _region_loss(
+        self,
+        pyramid: Sequence[Tensor],
+        regions: Any,
+        truths: Sequence[Tensor],
+        classes: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        sizes: Tensor,
+        width: int,
+    ) -> dict[str, Tensor]:
+        generator = self._generator()
+        terms = self.rpn_head.loss(regions, truths, sizes, generator)
+        boxes, usable = self.rpn_head.propose(regions, sizes, 2 * self.config.proposals)
+        return terms | self.roi_head.loss(pyramid, boxes, usable, truths, classes, masks, sizes, width, generator)
 
     @torch.no_grad()
     def detect(self, dense: DenseHeadOutput, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,25 +266,34 @@ class TimmDetectionModel(TimmBackboneModel):
             dense: outputs for `B` images.
             sizes: valid width, height, width, height of each image, `[B, 4]`.
         """
-        logits, boxes, classes = self._candidates(dense, sizes)
+        return self._best(*self._candidates(dense, sizes), sizes)
+
+    @torch.no_grad()
+    def detect_masks(
+        self, pyramid: Sequence[Tensor], regions: RegionScores, sizes: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`logits`, `pred_boxes` and `pred_masks` of the output, the masks in `size`; see `detect`."""
+        boxes, usable = self.rpn_head.propose(regions, sizes, self.config.proposals)
+        logits, pred_boxes = self._best(*self.roi_head.candidates(pyramid, boxes, usable, sizes), sizes)
+        relative = corners(pred_boxes)
+        masks = self.roi_head.masks(pyramid, relative * sizes[:, None], logits.argmax(dim=-1))
+        masks = paste_masks(masks, relative, size).clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+        return logits, pred_boxes, MASK_SCALE * masks.logit()
+
+    def _best(self, logits: Tensor, boxes: Tensor, classes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """`logits` and `pred_boxes` of the output, from candidates `[B, n]`, `[B, n, 4]` and `[B, n]`."""
         scores = logits.sigmoid()
-        usable = (scores > self.config.score_threshold) & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
-        scores = scores.masked_fill(~usable, 0)
+        scores = scores.masked_fill(~((scores > self.config.score_threshold) & solid(boxes)), 0)
         missing = self.config.max_detections - scores.shape[1]
         if missing > 0:
             scores, logits, classes = (F.pad(x, (0, missing)) for x in (scores, logits, classes))
             boxes = F.pad(boxes, (0, 0, 0, missing))
-        # boxes of different classes are moved apart, which suppresses per class, as mmdetection does
-        apart = boxes + classes[..., None] * (sizes.max() + 1)
-        kept = []
-        for of_image, image_scores in zip(apart, scores, strict=True):
-            index = torchvision.ops.nms(of_image, image_scores, cast(float, self.config.nms_threshold))
-            kept.append(image_scores * torch.zeros_like(image_scores).index_fill(0, index, 1.0))
-        scores, best = torch.stack(kept).topk(self.config.max_detections, dim=1)
+        scores = keep_best(boxes, scores, classes, cast(float, self.config.nms_threshold))
+        scores, best = scores.topk(self.config.max_detections, dim=1)
 
         found = scores > 0
         rows = logits.gather(1, best).masked_fill(~found, NOTHING)
-        out = rows.new_full((*rows.shape, dense.class_logits.shape[-1]), NOTHING)
+        out = rows.new_full((*rows.shape, cast(int, self.config.num_labels)), NOTHING)
         out = out.scatter(2, classes.gather(1, best)[..., None], rows[..., None])
         x0, y0, x1, y1 = (boxes.gather(1, best[..., None].expand(-1, -1, 4)) / sizes[:, None]).unbind(-1)
         centred = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
@@ -225,15 +316,39 @@ class TimmDetectionModel(TimmBackboneModel):
         width = dense.box_outputs.shape[-1]
         codes = dense.box_outputs.float().gather(1, prior[..., None].expand(-1, -1, width))
         boxes = self.bbox_head.decode(codes, dense.priors[prior], dense.strides[prior])
-        return torch.cat(logits, dim=1), boxes.clamp_min(0).minimum(sizes[:, None]), torch.cat(classes, dim=1)
+        return torch.cat(logits, dim=1), clipped(boxes, sizes), torch.cat(classes, dim=1)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers' initialisers do not touch what was loaded from a checkpoint
-        if isinstance(module, (PyramidConv2d, HeadConv2d, Scale)):
+        if isinstance(module, OWN_LAYERS):
             module.init_weights()
         elif not isinstance(module, nn.Conv2d):
             super()._init_weights(module)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+        """Saves as transformers does; a model with masks for the Auto classes of instance segmentation too."""
+        if self.config.has_masks:
+            own = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+            config: Any = self.config
+            config.auto_map = (getattr(config, "auto_map", None) or {}) | dict.fromkeys(MASK_AUTO_CLASSES, own)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def masks_of(labels: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """The masks of labels.
+
+    Raises:
+        ValueError: an image has none, or not as many as boxes.
+    """
+    for index, label in enumerate(labels):
+        masks = label.get("masks")
+        if masks is None or len(masks) != len(label["boxes"]):
+            found = "no masks" if masks is None else f"{len(masks)} masks"
+            raise ValueError(
+                f"labels of image {index} have {found} for {len(label['boxes'])} boxes; give one for each"
+            )
+    return [label["masks"] for label in labels]
 
 
 def valid_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
@@ -252,6 +367,7 @@ def corners(boxes: Tensor) -> Tensor:
     return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1)
 
 
-# lets pipeline("object-detection") know the class; here, not in the package, so that remote code does so too
-names: Any = MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
-names.setdefault(TimmDetectionConfig.model_type, TimmDetectionModel.__name__)
+# lets the pipelines know the class; here, not in the package, so that remote code does so too
+names: Any
+for names in (MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES):
+    names.setdefault(TimmDetectionConfig.model_type, TimmDetectionModel.__name__)

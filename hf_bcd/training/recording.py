@@ -30,7 +30,15 @@ from .distiller import Distiller
 from .hub import HubCallback
 
 
-HEADS = {"psp": "PSPNet", "deeplabv3plus": "DeepLabV3+", "fpn": "FPN", "retinanet": "RetinaNet", "gfl": "GFL"}
+HEADS = {
+    "psp": "PSPNet",
+    "deeplabv3plus": "DeepLabV3+",
+    "fpn": "FPN",
+    "retinanet": "RetinaNet",
+    "gfl": "GFL",
+    "mask_rcnn": "Mask R-CNN",
+    "cascade_mask_rcnn": "Cascade Mask R-CNN",
+}
 PACKAGES = ("transformers", "torch", "timm", "datasets", "accelerate", "huggingface_hub")
 
 

@@ -1,15 +1,17 @@
 """Tiny, randomly initialised models of every family of detectors that has an adapter."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers as hf
-from models.tiny_detectors import tiny
+from models.tiny_detectors import confident, tiny
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.hgnet_v2 import HGNetV2Config
 
 from hf_bcd.outputs import Objects
+from hf_bcd.utils.masks import pack
 
 
 LABELS = {0: "person", 1: "car", 2: "dog"}
@@ -100,6 +102,8 @@ def yolos(**fields: Any) -> PreTrainedModel:
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "gfl": lambda **fields: tiny("gfl", **fields),
     "retinanet": lambda **fields: tiny("retinanet", **fields),
+    "mask_rcnn": lambda **fields: tiny("mask_rcnn", **fields),
+    "cascade_mask_rcnn": lambda **fields: tiny("cascade_mask_rcnn", **fields),
     "rt_detr": lambda **fields: rt_detr("RTDetr", **fields),
     "rt_detr_v2": lambda **fields: rt_detr("RTDetrV2", **fields),
     "d_fine": lambda **fields: d_fine("DFine", **fields),
@@ -116,6 +120,7 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     ),
 }
 OURS = ["gfl", "retinanet"]
+MASKED = ["mask_rcnn", "cascade_mask_rcnn"]
 REAL_TIME_ONES = ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"]
 TOKENS = ["rf_detr", "yolos"]
 SQUARES = [*REAL_TIME_ONES, *TOKENS]
@@ -127,6 +132,8 @@ def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> 
     """A model of `MODELS` whose weights do not depend on what ran before, and whose queries differ, in evaluation mode."""
     torch.manual_seed(0)
     model = MODELS[name](**names(labels), **fields)
+    if name in MASKED:
+        return confident(model)
     with torch.no_grad():  # as they are initialised, all answers are much the same
         for module in model.modules():
             if name in SQUARES and isinstance(module, torch.nn.BatchNorm2d):  # RT-DETR's multiply by hundredths
@@ -141,8 +148,10 @@ def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> 
     return model.eval()
 
 
-def objects(*counts: int, size: tuple[int, int] = (96, 128), num_labels: int = 3, mask: Any = None) -> Objects:
-    """Random boxes, so many in each picture, inside of `size`, or of what a mask leaves of it."""
+def objects(
+    *counts: int, size: tuple[int, int] = (96, 128), num_labels: int = 3, mask: Any = None, masks: bool = False
+) -> Objects:
+    """Random boxes, so many in each picture, inside of `size`, or of what a mask leaves of it; perhaps filled by their masks."""
     generator = torch.Generator().manual_seed(sum(counts))
     boxes, classes = [], []
     for index, count in enumerate(counts):
@@ -151,4 +160,5 @@ def objects(*counts: int, size: tuple[int, int] = (96, 128), num_labels: int = 3
         extent = 0.15 + torch.rand(count, 2, generator=generator) * 0.24
         boxes.append(torch.cat([corner, corner + extent], 1) * torch.tensor([width, height] * 2))
         classes.append(torch.randint(num_labels, (count,), generator=generator))
-    return Objects(boxes, classes, size, num_labels, mask)
+    targets = Objects(boxes, classes, size, num_labels, mask)
+    return replace(targets, masks=[pack(inside) for inside in targets.inside(boxes, size)]) if masks else targets

@@ -1,5 +1,7 @@
 """One contract for the adapters of all detectors: levels, losses, padding, predictions, classes, processors."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 import transformers
 from adapters.adapter_tiny_detectors import (
     LABELS,
+    MASKED,
     MODELS,
     OURS,
     PADDED,
@@ -16,9 +19,9 @@ from adapters.adapter_tiny_detectors import (
     SOFTMAX,
     SQUARES,
     TOKENS,
-    objects,
     tiny_detector,
 )
+from adapters.adapter_tiny_detectors import objects as boxes_of
 from adapters.adapter_tiny_models import images
 from PIL import Image
 from torch import Tensor
@@ -28,11 +31,13 @@ from hf_bcd.adapters import FrozenTeacher, adapt, build_adapter, image_processor
 from hf_bcd.adapters.detection import DetectionAdapter, detr_labels, picture_sizes
 from hf_bcd.data import BoxEvalTransform
 from hf_bcd.outputs import DenseOutput, Objects
+from hf_bcd.utils.masks import decode, unpack
 from hf_bcd.utils.messages import UserError
 
 
 OTHER_LABELS = {0: "dog", 1: "tree", 2: "person", 3: "car"}
 family = pytest.mark.parametrize("name", MODELS)
+objects = partial(boxes_of, masks=True)
 
 
 def adapted(name: str, labels: dict[int, str] = LABELS, **fields) -> DetectionAdapter:
@@ -61,7 +66,7 @@ def test_levels_are_as_declared(name: str, training: bool) -> None:
     by_stride = {spec.stride: level for level, spec in adapter.pyramid_specs.items()}
     assert by_stride == {"rf_detr": {16: "p4"}, "yolos": {}}[name] if name in TOKENS else by_stride[32] == "p5"
     assert output.logits is None and output.task_losses == {}
-    assert (output.dense is not None) == (name in OURS) and (output.queries is not None) == (name not in OURS)
+    assert (output.dense is not None) == (name in OURS) and (output.queries is None) == (name in OURS + MASKED)
 
 
 @pytest.mark.parametrize("name", [*SQUARES, *PADDED])
@@ -125,8 +130,14 @@ def test_the_loss_is_the_models_own(name: str) -> None:
         }
         for boxes, classes in zip(targets.boxes, targets.classes, strict=True)
     ]
+    if name in MASKED:
+        labels = [
+            label | {"masks": unpack(masks, 128)} for label, masks in zip(labels, targets.masks or (), strict=True)
+        ]
     with torch.no_grad():
         expected = adapter.model(pixel_values=adapter.shown(pictures), labels=labels).loss
+        if name in MASKED:
+            adapter.model.seed_sampling(0)
         found = adapter(pictures, targets).task_losses["loss_task"]
     torch.testing.assert_close(found, expected)
 
@@ -232,6 +243,35 @@ def test_predictions_are_those_of_the_familys_processor(name: str) -> None:
         assert (ours["scores"].diff() <= 0).all()
 
 
+@pytest.mark.parametrize("name", MASKED)
+def test_predicted_masks_are_those_of_the_familys_processor(name: str) -> None:
+    adapter, sizes = adapted(name), [(50, 75), (96, 128)]
+    assert adapter.task == "instance-segmentation" and "pred_masks" in adapter.exported
+    pictures = shaped(adapter)
+    found = adapter.predict(pictures, sizes)
+    with torch.no_grad():
+        outputs = adapter.model(pixel_values=adapter.shown(pictures))
+    processor = getattr(transformers, adapter.processor_class)()
+    for mask_threshold in (0.0, 0.5):  # the processor's own, and that of the pipeline
+        expected = processor.post_process_instance_segmentation(
+            outputs, threshold=0.0, target_sizes=sizes, return_binary_maps=True, mask_threshold=mask_threshold
+        )
+        for ours, theirs, size in zip(found, expected, sizes, strict=True):
+            masks = [decode(rle) for rle in ours["masks"]]
+            assert len(masks) == len(ours["scores"]) and all(mask.shape == size for mask in masks)
+            masks = [mask for mask in masks if mask.any()]  # the processor leaves out the others
+            assert len(masks) == len(theirs["segmentation"]) > QUERIES
+            for mask, other in zip(masks, theirs["segmentation"].numpy(), strict=True):
+                assert (mask & other).sum() >= 0.999 * (mask | other).sum()
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_boxes_alone_train_no_masks(name: str) -> None:
+    targets = replace(objects(2, 1), masks=None)
+    with pytest.raises(UserError, match=rf"{name} learns masks, but the data set has boxes only; .*retinanet or gfl"):
+        adapted(name)(images(96, 128), targets)
+
+
 # ---- Classes -----------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +285,15 @@ def test_a_teacher_answers_in_the_datas_classes(name: str) -> None:
     (before, _), (after, _) = (adapter.predict(pictures, [(96, 128)] * 2) for adapter in (plain, matched))
     with torch.no_grad():
         raw = [adapter(pictures) for adapter in (plain, matched)]
+    known = [row for row, label in enumerate(before["labels"].tolist()) if label in new]
+    if name not in SOFTMAX:
+        assert 0 < len(known) < len(before["labels"])
+        for key in ("boxes", "scores"):
+            torch.testing.assert_close(after[key], before[key][known])
+        assert after["labels"].tolist() == [new[int(before["labels"][row])] for row in known]
+    if name in MASKED:
+        assert after["masks"] == [before["masks"][row] for row in known]
+        return
     ours, theirs = (x.dense.class_logits if name in OURS else x.queries.class_logits for x in raw)
     expected = ours[..., [2, 3, 0]]
     if name in SOFTMAX:  # a tree is no object here
@@ -255,15 +304,9 @@ def test_a_teacher_answers_in_the_datas_classes(name: str) -> None:
         best, order = best.sort(descending=True)
         torch.testing.assert_close(after["scores"], best)
         assert after["labels"].tolist() == classes[order].tolist()
-        return
-    known = [row for row, label in enumerate(before["labels"].tolist()) if label in new]
-    assert 0 < len(known) < len(before["labels"])
-    for key in ("boxes", "scores"):
-        torch.testing.assert_close(after[key], before[key][known])
-    assert after["labels"].tolist() == [new[int(before["labels"][row])] for row in known]
 
 
-@family
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in MASKED])
 def test_several_classes_of_a_teacher_stand_for_one(name: str) -> None:
     adapter = adapted(name, OTHER_LABELS)
     pictures = shaped(adapter)
@@ -305,7 +348,7 @@ def test_a_frozen_teacher_gives_constants_in_float32(name: str, dtype: torch.dty
 # ---- Pairs -------------------------------------------------------------------------------------------------------------
 
 OF_ALL = {"features", "pyramid", "boxes", "classes"}
-SIGMOID = [name for name in MODELS if name not in ("gfl", "retinanet", *SOFTMAX)]
+SIGMOID = [name for name in MODELS if name not in (*OURS, *MASKED, *SOFTMAX)]
 
 
 def offered(student: str, teacher: str) -> set[str]:
@@ -313,6 +356,8 @@ def offered(student: str, teacher: str) -> set[str]:
 
 
 def offered_with_pyramids(student: str, teacher: str) -> set[str]:
+    if student in MASKED or teacher in MASKED:
+        return set(OF_ALL)
     if student in OURS:
         same = {"dense", "tower"} | ({"distributions"} if student == "gfl" else set())
         return OF_ALL | (same if student == teacher else set())

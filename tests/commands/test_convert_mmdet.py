@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from hf_bcd.adapters.mmdetection import convert_mmdetection
 from hf_bcd.commands.convert_mmdet import main
 from hf_bcd.models import TimmDetectionConfig, TimmDetectionModel
 from hf_bcd.utils.messages import UserError
@@ -38,6 +40,8 @@ def checkpoint(folder: Path, head: str, meta=None, edit=lambda state: None, **fi
         ("retinanet", {"extra_levels": "on_output"}),
         ("gfl", {"reg_max": 8}),
         ("gfl", {"strides": [8, 16, 32, 64]}),
+        ("mask_rcnn", {"fc_channels": 24}),
+        ("cascade_mask_rcnn", {"head_convs": 2, "fc_channels": 24}),
     ],
 )
 def test_every_weight_arrives(tmp_path: Path, head: str, fields: dict) -> None:
@@ -55,6 +59,48 @@ def test_every_weight_arrives(tmp_path: Path, head: str, fields: dict) -> None:
     assert processor.image_std == pytest.approx([0.229, 0.224, 0.225], abs=1e-6)
     with pytest.raises(UserError, match="holds a model already"):
         main([str(path), "--output", str(tmp_path / "out")])
+
+
+def names_in_mmdetection(cascade: bool) -> dict[str, tuple[int, ...]]:
+    """Weights of Mask R-CNN or Cascade Mask R-CNN of 3 classes on a ResNet-18, under the names of mmdetection 3.3, but narrow."""
+    found = {}
+
+    def layer(name: str, *shape: int) -> None:
+        found.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+
+    for index, width in enumerate((64, 128, 256, 512)):
+        layer(f"neck.lateral_convs.{index}.conv", 16, width, 1, 1)
+        layer(f"neck.fpn_convs.{index}.conv", 16, 16, 3, 3)
+    layer("rpn_head.rpn_conv", 16, 16, 3, 3)
+    layer("rpn_head.rpn_cls", 3, 16, 1, 1)
+    layer("rpn_head.rpn_reg", 12, 16, 1, 1)
+    for stage in (".0", ".1", ".2") if cascade else ("",):
+        layer(f"roi_head.bbox_head{stage}.shared_fcs.0", 24, 16 * 49)
+        layer(f"roi_head.bbox_head{stage}.shared_fcs.1", 24, 24)
+        layer(f"roi_head.bbox_head{stage}.fc_cls", 4, 24)
+        layer(f"roi_head.bbox_head{stage}.fc_reg", 4 if cascade else 12, 24)
+        for index in range(4):
+            layer(f"roi_head.mask_head{stage}.convs.{index}.conv", 16, 16, 3, 3)
+        layer(f"roi_head.mask_head{stage}.upsample", 16, 16, 2, 2)
+        layer(f"roi_head.mask_head{stage}.conv_logits", 3, 16, 1, 1)
+    with torch.device("meta"):
+        backbone = torchvision.models.resnet18().state_dict()
+    own = {f"backbone.{name}": tuple(value.shape) for name, value in backbone.items() if not name.startswith("fc.")}
+    return own | found
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_every_key_of_mmdetections_mask_models_is_used(cascade: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.rand(shape, generator=generator) for name, shape in names_in_mmdetection(cascade).items()}
+    model = convert_mmdetection(state, {"CLASSES": NAMES})
+    assert model.config.head == ("cascade_mask_rcnn" if cascade else "mask_rcnn")
+    found = model.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(value.float(), state[name].to(value.dtype).float()) for name, value in found.items())
+    del state["roi_head.mask_head.2.conv_logits.bias" if cascade else "rpn_head.rpn_conv.bias"]
+    with pytest.raises(UserError, match=r"mask_head.2.conv_logits.bias|no RetinaNet, GFL, Mask R-CNN"):
+        convert_mmdetection(state, {})
 
 
 def test_other_ways_of_writing_it(tmp_path: Path) -> None:
@@ -88,7 +134,7 @@ def rename(state):
     [
         ({"edit": add}, r"1 of its weights differ, such as 'backbone.layer2.0.conv2_offset.weight' with shape \(2,\)"),
         ({"edit": drop}, r"'bbox_head.reg_convs.1.conv.weight' with shape none, expected \(32, 32, 3, 3\)"),
-        ({"edit": rename}, "no RetinaNet or GFL on a ResNet"),
+        ({"edit": rename}, "no RetinaNet, GFL, Mask R-CNN or Cascade Mask R-CNN on a ResNet"),
         ({"meta": {"CLASSES": ("cat",)}}, "names 1 classes but has outputs for 3"),
         ({"meta": {"config": "norm_eval=True,\n style='caffe'"}}, "Caffe's style"),
     ],

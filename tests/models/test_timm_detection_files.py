@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_detectors import HEADS, confident, tiny
-from transformers import AutoImageProcessor, DeformableDetrImageProcessor
+from tiny_detectors import HEADS, MASK_HEADS, confident, tiny
+from transformers import AutoImageProcessor, DeformableDetrImageProcessor, RfDetrImageProcessor, pipeline
+
+from hf_bcd.adapters import build_adapter
+from hf_bcd.utils.masks import decode
 
 
 CODE = {
@@ -18,6 +21,7 @@ CODE = {
     "dense_heads.py",
     "detection_boxes.py",
     "modeling_timm_detection.py",
+    "roi_heads.py",
     "timm_backbone.py",
 }
 SIZES = [(160, 120), (120, 200), (97, 301), (64, 64)]
@@ -82,6 +86,84 @@ def test_pipeline_runs_without_the_package(tmp_path, head):
         assert valid.tolist() == list(single["pixel_values"].shape[-2:])
 
 
+MASKS_BY_REMOTE_CODE = """
+import json, sys
+import numpy as np
+from PIL import Image
+from transformers import AutoModelForInstanceSegmentation, pipeline
+folder, picture, output = sys.argv[1:]
+options = {"model": folder, "trust_remote_code": True, "device": "cpu"}
+found = pipeline("image-segmentation", **options)(Image.open(picture), subtask="instance", threshold=0.1)
+boxes = pipeline("object-detection", **options)(Image.open(picture), threshold=0.1)
+AutoModelForInstanceSegmentation.from_pretrained(folder, trust_remote_code=True)
+assert not any(name.startswith("hf_bcd") for name in sys.modules)
+np.save(output, np.stack([np.array(one["mask"]) > 0 for one in found]))
+print(json.dumps([[one["label"] for one in found], [one["label"] for one in boxes]]))
+"""
+
+
+def painted(predicted, shape, threshold):
+    """Masks of detections above a threshold, the best on top, without those that others hide."""
+    taken, visible, labels = np.zeros(shape, bool), [], []
+    for score, label, rle in zip(
+        predicted["scores"].tolist(), predicted["labels"].tolist(), predicted["masks"], strict=True
+    ):
+        mask = decode(rle) & ~taken
+        if score > threshold and mask.any():
+            taken |= mask
+            visible.append(mask)
+            labels.append(label)
+    return visible, labels
+
+
+def saved_with_masks(folder, head):
+    """A folder with a model, its predictions for a picture of a size that its processor keeps, and the picture."""
+    model, image = detector(head), picture((160, 120))
+    model.save_pretrained(folder)
+    RfDetrImageProcessor(size={"shortest_edge": 120, "longest_edge": 213}).save_pretrained(folder)
+    pixel_values = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return model.config.id2label, build_adapter(model).predict(pixel_values, [(120, 160)])[0], image
+
+
+def assert_equal_masks(found, predicted, threshold):
+    masks, labels = painted(predicted, (120, 160), threshold)
+    assert len(found) == len(masks) > 5
+    for ours, theirs in zip(masks, found, strict=True):
+        assert (ours & theirs).sum() >= 0.999 * (ours | theirs).sum()
+    return labels
+
+
+@pytest.mark.parametrize("head", MASK_HEADS)
+def test_both_pipelines_find_what_predict_finds(tmp_path, head):
+    names, predicted, image = saved_with_masks(tmp_path, head)
+    found = pipeline("image-segmentation", model=str(tmp_path), device="cpu")(image, subtask="instance", threshold=0.1)
+    labels = assert_equal_masks([np.array(one["mask"]) > 0 for one in found], predicted, 0.1)
+    assert [one["label"] for one in found] == [names[label] for label in labels]
+    boxes = pipeline("object-detection", model=str(tmp_path), device="cpu")(image, threshold=0.1)
+    kept = predicted["scores"] > 0.1
+    assert [one["label"] for one in boxes] == [names[label] for label in predicted["labels"][kept].tolist()]
+    corners = torch.tensor([[one["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")] for one in boxes])
+    assert (corners + 0.5 - predicted["boxes"][kept]).abs().max() <= 0.5 + 1e-3  # the pipeline cuts the fractions off
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", MASK_HEADS)
+def test_both_pipelines_run_without_the_package(tmp_path, head):
+    names, predicted, image = saved_with_masks(tmp_path / "repository", head)
+    assert {path.name for path in (tmp_path / "repository").glob("*.py")} == CODE
+    image.save(tmp_path / "picture.png")
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    arguments = [str(tmp_path / "repository"), str(tmp_path / "picture.png"), str(tmp_path / "masks.npy")]
+    command = [sys.executable, "-W", "ignore", "-c", MASKS_BY_REMOTE_CODE, *arguments]
+    result = subprocess.run(command, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "not supported" not in result.stderr
+    labels = assert_equal_masks(np.load(tmp_path / "masks.npy"), predicted, 0.1)
+    of_masks, of_boxes = json.loads(result.stdout)
+    assert of_masks == [names[label] for label in labels] and len(of_boxes) == (predicted["scores"] > 0.1).sum()
+
+
 @pytest.mark.parametrize("backend, suffix", [("torchvision", ""), ("pil", "Pil")])
 def test_image_processor_follows_from_the_configuration(tmp_path, backend, suffix):
     detector("gfl").config.save_pretrained(tmp_path)
@@ -97,12 +179,12 @@ class Detections(torch.nn.Module):
 
     def forward(self, pixel_values):
         output = self.model(pixel_values)
-        return output.logits, output.pred_boxes
+        return output.logits, output.pred_boxes, *([] if output.pred_masks is None else [output.pred_masks > 0])
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [*HEADS, *MASK_HEADS])
 def test_onnx_runs_in_onnxruntime(tmp_path, head):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -113,9 +195,11 @@ def test_onnx_runs_in_onnxruntime(tmp_path, head):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for _ in range(3):
         pixel_values = torch.randn(1, 3, 128, 160)
-        logits, boxes = session.run(None, {session.get_inputs()[0].name: pixel_values.numpy()})
+        logits, boxes, *masks = session.run(None, {session.get_inputs()[0].name: pixel_values.numpy()})
         with torch.no_grad():
-            expected_logits, expected_boxes = model(pixel_values)
+            expected_logits, expected_boxes, *expected_masks = model(pixel_values)
         assert (expected_logits > -100).sum() > 20
         torch.testing.assert_close(torch.from_numpy(logits), expected_logits, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(torch.from_numpy(boxes), expected_boxes, rtol=1e-3, atol=1e-3)
+        assert len(masks) == len(expected_masks)
+        assert all((a == b.numpy()).mean() > 0.999 for a, b in zip(masks, expected_masks, strict=True))
