@@ -1,4 +1,4 @@
-"""Data sets in one canonical form: `image` RGB with `label`, class ids with 255 for void; or with boxes."""
+"""Data sets in one canonical form: `image` RGB with `label`, class ids with 255 for void; or with boxes and masks."""
 
 from .cache import keep_in_memory
 from .dataset import DenseDataset, DenseDatasets, check_one_size, check_sample, collate, joined

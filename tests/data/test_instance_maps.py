@@ -1,14 +1,15 @@
 """Folders with maps of instance ids."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 from boxed_folders import NAMES, SIZE, THINGS
+from masked_folders import TASK, drawn, id_maps
 from pictures import palette, refused, save
 from PIL import Image
-from test_instance_sources import TASK, drawn, id_maps
 
 from hf_bcd.commands.check import check
 from hf_bcd.data import BoxTrainTransform, load_dense_dataset
@@ -25,7 +26,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_folders_of_maps_are_recognised(form, dtype, tmp_path):
-    data = load_dense_dataset(id_maps(tmp_path, *FORMS[form], dtype=dtype))["train"]
+    data = pickle.loads(pickle.dumps(load_dense_dataset(id_maps(tmp_path, *FORMS[form], dtype=dtype))["train"]))
     assert data.task == TASK and list(data.id2label.values()) == list(NAMES)
     for sample, things in zip((data[index] for index in range(3)), THINGS.values(), strict=True):
         assert sample["classes"].tolist() == [kind for *_, kind in things] and not sample["crowd"].any()

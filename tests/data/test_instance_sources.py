@@ -1,99 +1,26 @@
 """The same masks from every layout and kind of table, and what is refused."""
 
 import json
+import pickle
 import shutil
 
 import datasets
 import numpy as np
 import pytest
-from boxed_folders import NAMES, SIZE, THINGS, coco, corners, imagefolder, picture, voc, yolo
+from boxed_folders import NAMES, THINGS, coco, corners, imagefolder, picture, voc, yolo
+from masked_folders import TASK, compressed, described, drawn, halves, outline, polygons, runs, yolo_outlines
 from pictures import orientation, refused, save
 from PIL import Image
 
 from hf_bcd.commands.check import check
 from hf_bcd.data import CATALOG, load_dense_dataset
 from hf_bcd.data.masks import to_rle
-from hf_bcd.utils.masks import decode, encode, mask_boxes
+from hf_bcd.utils.masks import decode, mask_boxes
 from hf_bcd.utils.messages import UserError
 
 
 # pycocotools 2.0.11 has not followed numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-TASK = "instance-segmentation"
-
-
-def drawn(left, top, width, height):
-    """The mask of a thing whose lower left quarter is missing."""
-    mask = np.zeros(SIZE[::-1], bool)
-    mask[top : top + height, left : left + width] = True
-    mask[top + height // 2 : top + height, left : left + width // 2] = False
-    return mask
-
-
-def outline(left, top, width, height):
-    """The same as a polygon."""
-    right, bottom, middle, half = left + width, top + height, left + width // 2, top + height // 2
-    return [left, top, right, top, right, bottom, middle, bottom, middle, half, left, half]
-
-
-def runs(one):
-    return uncompressed(drawn(*one["bbox"]))
-
-
-def uncompressed(mask):
-    flat = mask.T.ravel()
-    bounds = np.flatnonzero(np.diff(np.concatenate([[False], flat]))).tolist()
-    return {"size": list(mask.shape), "counts": np.diff([0, *bounds, flat.size]).tolist()}
-
-
-def compressed(one):
-    rle = encode(drawn(*one["bbox"]))
-    return {"size": rle["size"], "counts": rle["counts"].decode()}
-
-
-def halves(one):
-    """In two pieces, and with a polygon of two points."""
-    left, top, width, height = one["bbox"]
-    right, bottom, middle, half = left + width, top + height, left + width // 2, top + height // 2
-    upper = [left, top, right, top, right, half, left, half]
-    return [upper, [1, 1, 60, 60], [middle, half, right, half, right, bottom, middle, bottom]]
-
-
-def yolo_outlines(root):
-    yolo(root)
-    for stem, things in THINGS.items():
-        points = [(np.reshape(outline(*box), (-1, 2)) / SIZE).ravel() for *box, _ in things]
-        lines = [f"{kind} {' '.join(map(str, line))}" for line, (*_, kind) in zip(points, things, strict=True)]
-        (root / f"train/labels/{stem}.txt").write_text("\n".join(lines))
-    (root / "data.yaml").write_text("names: [cat, dog, owl]")
-    return root
-
-
-def described(root, field="segmentation", form=lambda box: [outline(*box)]):
-    imagefolder(root)
-    lines = [json.loads(line) for line in (root / "train/metadata.jsonl").read_text().splitlines()]
-    for line in lines:
-        line["objects"][field] = [form(box) for box in line["objects"]["bbox"]]
-    (root / "train/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return root
-
-
-def polygons(root, **options):
-    return coco(root, segmentation=lambda one: [outline(*one["bbox"])], **options)
-
-
-def id_maps(root, images="{}/images", maps="{}/instances", split="train", listed=True, things=THINGS, dtype=np.uint16):
-    """Maps of instance ids, of which a file of the same stem names the classes."""
-    for stem, some in things.items():
-        save(root / images.format(split) / f"{stem}.jpg", SIZE)
-        ids = np.zeros(SIZE[::-1], dtype)
-        for number, (*box, _) in enumerate(some, 1):
-            ids[drawn(*box)] = 40 * number
-        save(root / maps.format(split) / f"{stem}.png", Image.fromarray(ids))
-        if listed:
-            classes = {40 * number: NAMES[kind] for number, (*_, kind) in enumerate(some, 1)}
-            (root / maps.format(split) / f"{stem}.json").write_text(json.dumps(classes))
-    return root
 
 
 LAYOUTS = {
@@ -111,7 +38,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_masks(layout, tmp_path):
-    data = load_dense_dataset(LAYOUTS[layout](tmp_path / "data"), task=TASK)["train"]
+    data = pickle.loads(pickle.dumps(load_dense_dataset(LAYOUTS[layout](tmp_path / "data"), task=TASK)["train"]))
     assert data.task == TASK and list(data.id2label.values()) == list(NAMES) and len(data) == len(THINGS)
     for sample, things in zip((data[index] for index in range(3)), THINGS.values(), strict=True):
         assert sample["boxes"] == pytest.approx(np.array(corners(things)), abs=1e-3)
@@ -239,7 +166,10 @@ def test_boxes_without_masks(tmp_path):
 
 
 def test_masks_that_disagree_with_their_boxes_are_counted_once(tmp_path, caplog):
-    shift = lambda one: [outline(*(one["bbox"][:1] if one["id"] > 1 else [one["bbox"][0] + 5]), *one["bbox"][1:])]  # noqa: E731
+    def shift(one):
+        left, *others = one["bbox"]
+        return [outline(left + 5 * (one["id"] == 1), *others)]
+
     data = load_dense_dataset(coco(tmp_path, segmentation=shift), task=TASK)["train"]
     notes = [note for note in data.notes if "mask" in note]
     assert notes == ["1 of the 6 boxes in 3 pictures have a mask that ends outside of the box by more than 2 pixels: both stay as they are"]  # fmt: skip
@@ -253,7 +183,9 @@ def test_masks_that_disagree_with_their_boxes_are_counted_once(tmp_path, caplog)
 
 
 def test_empty_masks_are_counted_and_teach_nothing(tmp_path):
-    hollow = lambda one: [[1, 1, 2, 2]] if one["id"] == 1 else [outline(*one["bbox"])]  # noqa: E731
+    def hollow(one):
+        return [[1, 1, 2, 2]] if one["id"] == 1 else [outline(*one["bbox"])]
+
     data = load_dense_dataset(coco(tmp_path, segmentation=hollow), task=TASK)["train"]
     assert "1 of the 6 boxes in 3 pictures have a mask without a pixel: nothing is trained on them" in data.notes
     assert data[0]["areas"][0] == 0 and decode(data[0]["masks"][0]).sum() == 0
@@ -265,8 +197,7 @@ def test_empty_masks_are_counted_and_teach_nothing(tmp_path):
 @pytest.mark.parametrize(("stated", "upright"), [((80, 100), True), ((100, 80), False)])
 def test_masks_of_turned_photographs(stated, upright, tmp_path):
     """The stated size says on which way of the photograph the masks were drawn."""
-    polygon = lambda one: [[10, 20, 40, 20, 40, 60, 10, 60]]  # noqa: E731
-    coco(tmp_path, {"a": [(10, 20, 30, 40, 0)]}, segmentation=polygon)
+    polygons(tmp_path, things={"a": [(10, 20, 30, 40, 0)]})
     pixels = np.zeros((80, 100, 3), np.uint8)
     pixels[:, :50] = 255
     Image.fromarray(pixels).save(tmp_path / "train/a.jpg", exif=orientation(6))
@@ -280,8 +211,7 @@ def test_masks_of_turned_photographs(stated, upright, tmp_path):
 
 
 def test_what_is_printed(tmp_path):
-    crowd = lambda one: int(one["id"] == 2)  # noqa: E731
-    text = check(coco(tmp_path, segmentation=lambda one: [outline(*one["bbox"])], iscrowd=crowd), task=TASK)
+    text = check(polygons(tmp_path, iscrowd=lambda one: int(one["id"] == 2)), task=TASK)
     assert "boxes: 6, at most 3 in a picture" in text and "crowds: 1;" in text and "2  dog" in text
     assert "masks stored as: polygons (6)" in text and "empty masks: 0; outside of their box: 0" in text
     masks = [drawn(*box) for things in THINGS.values() for *box, _ in things]
