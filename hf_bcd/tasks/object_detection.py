@@ -154,10 +154,14 @@ class ObjectDetection(Task):
         return collate_boxes(samples)
 
     def targets(self, batch: Mapping[str, Any], num_labels: int) -> Objects:
+        return self.objects(batch, num_labels)
+
+    def objects(self, batch: Mapping[str, Any], num_labels: int, **masks: Any) -> Objects:
+        """The targets of a batch, with masks where the task has them."""
         pixel_values = batch["pixel_values"]
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         crowds = batch["crowd_boxes"] if any(map(len, batch["crowd_boxes"])) else ()
-        return Objects(batch["boxes"], batch["classes"], size, num_labels, batch.get("pixel_mask"), crowds)
+        return Objects(batch["boxes"], batch["classes"], size, num_labels, batch.get("pixel_mask"), crowds, **masks)
 
     def denominator(self, targets: Objects) -> Tensor:  # type: ignore[override]
         """Number of pictures: detectors count what they divide by themselves, in each batch."""
@@ -172,7 +176,7 @@ class ObjectDetection(Task):
     def sizes(self, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         return [(int(height), int(width)) for height, width in batch["orig_size"]]
 
-    def truths(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    def truths(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [
             {"boxes": boxes, "labels": classes, "iscrowd": crowd, "area": areas}
             for boxes, classes, crowd, areas in zip(
