@@ -118,7 +118,7 @@ class FrozenTeacher(nn.Module):
             return None
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         with self._precision(pixel_values.device):
-            found = self.adapter.predict(self.resize(pixel_values), [size] * len(pixel_values))
+            found: Any = self.adapter.predict(self.resize(pixel_values), [size] * len(pixel_values))
         boxes, classes, masks = [], [], []
         for one in found:
             sure = (one["scores"] >= SURE).nonzero()[:, 0]

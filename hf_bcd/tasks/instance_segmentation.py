@@ -61,7 +61,7 @@ class InstanceSegmentation(ObjectDetection):
     answer = "masks, boxes and classes of objects of {} classes"
     caption = (
         "the input, its true objects, as many of each model's best masks as all these pictures have objects, and the errors of "
-        "the student. Found is an object that a mask of its class overlaps by at least a half."
+        "the student: dashed is what it misses. Found is an object that a mask of its class overlaps by at least a half."
     )
     protocol = {
         **ObjectDetection.protocol,

@@ -67,7 +67,7 @@ class ObjectDetection(Task):
     answer = "boxes of {} classes"
     caption = (
         "the input, its true objects, as many of each model's best boxes as all these pictures have objects, and the errors of "
-        "the student. Found is an object that a box of its class overlaps by at least a half."
+        "the student: dashed is what it misses. Found is an object that a box of its class overlaps by at least a half."
     )
     protocol = {
         "inference": "The model sees the whole image at a single scale, without flips.",
