@@ -22,7 +22,7 @@ from hf_bcd.outputs import Objects
 HEADS = {
     "gid": {},
     "crosskd": {"on": "tower"},
-    "fgd": {"on": "boxes", "features": "pyramid", "level": "p3"},
+    "fgd": {"on": "boxes", "features": "pyramid", "levels": ["p3", "p4"]},
     "pkd": {"features": "pyramid", "levels": ["p3", "p4"]},
 }
 LOSSES = {

@@ -31,6 +31,7 @@ print(json.dumps(found))
 """
 MODELS = {
     "gfl": ({"image_size": 96, "image_longest": 192}, "detr", "DetrImageProcessor", {"shortest_edge": 96}),
+    "mask_rcnn": ({"image_size": 96, "image_longest": 192}, "detr", "DetrImageProcessor", {"shortest_edge": 96}),
     "d_fine": ({"square_size": 64}, "rt_detr", "RTDetrImageProcessor", {"height": 64, "width": 64}),
 }
 
