@@ -212,8 +212,8 @@ class TimmDetectionModel(TimmBackboneModel):
         has_masks = self.config.has_masks
         if output_detections is None:
             output_detections = not self.training
-        dense = None if has_masks else self.bbox_head(pyramid)
-        regions = self.rpn_head(pyramid) if has_masks and (output_detections or labels is not None) else None
+        dense: Any = None if has_masks else self.bbox_head(pyramid)
+        regions: Any = self.rpn_head(pyramid) if has_masks and (output_detections or labels is not None) else None
 
         loss_dict = loss = logits = pred_boxes = pred_masks = None
         if labels is not None:

@@ -137,7 +137,7 @@ class RPNHead(nn.Module):
         for boxes, size in zip(truths, sizes, strict=True):
             inside = ((anchors[:, :2] >= 0) & (anchors[:, 2:] < size[2:])).all(dim=1)
             assigned = assign_max_iou(anchors, boxes, 0.7, 0.3, least=0.3, usable=inside)
-            keys = torch.rand(len(anchors), generator=generator).to(anchors.device)
+            keys = random_keys(len(anchors), generator, anchors.device)
             sample = draw(assigned, keys, ANCHORS_PER_IMAGE, ANCHORS_PER_IMAGE // 2)
             samples.append(torch.stack([sample[0], *(x.long() for x in sample[1:])]))
             targets.append((boxes if len(boxes) else anchors[:1])[assigned[sample[0]].clamp_min(0)])
@@ -207,7 +207,11 @@ class BoxHead(nn.Module):
 
     def decode(self, boxes: Tensor, deltas: Tensor) -> Tensor:
         """Where the objects of the regions `[..., 4]` are, `[..., 4]`."""
-        return decode_deltas(boxes, deltas * deltas.new_tensor(self.stds))
+        return decode_deltas(boxes, deltas * self.deviations(boxes))
+
+    def deviations(self, boxes: Tensor) -> Tensor:
+        """Deviations of deltas, `[4]`; computed where the boxes are, since copying them there would wait."""
+        return torch.where(torch.arange(4, device=boxes.device) < 2, self.stds[0], self.stds[2])
 
 
 class MaskHead(nn.Module):
@@ -307,12 +311,12 @@ class RoIHead(nn.Module):
             wanted = target.masked_fill(~regions.positive, logits.shape[-1] - 1)
             error = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
             own_deltas = box_head.of_class(deltas, target)
-            stds = deltas.new_tensor(box_head.stds)
-            goal = torch.stack(own_box)
-            box_error = delta_errors(own_deltas, boxes, goal, regions.positive, self.beta, stds)
+            box_error = delta_errors(
+                own_deltas, boxes, torch.stack(own_box), regions.positive, self.beta, box_head.deviations(boxes)
+            )
 
             rows = (truth >= 0).nonzero().flatten()
-            chosen = rows.to(flat.device)
+            chosen = rows.to(flat.device, non_blocking=True)
             pooled, order = self.pool(levels, flat[chosen], image[chosen], level[rows], MASK_SIZE)
             own = target.flatten()[chosen]
             # in the order of the features, which is by level
@@ -360,9 +364,11 @@ class RoIHead(nn.Module):
             rows = (level == index).nonzero().flatten()
             places.append(rows)
             # in float32, since half of it does not tell pixels apart
-            one = roi_align(x.float(), rois[rows.to(rois.device)], size, 1 / stride, 0, aligned=True)
+            one = roi_align(
+                x.float(), rois[rows.to(rois.device, non_blocking=True)], size, 1 / stride, 0, aligned=True
+            )
             pooled.append(one.to(x.dtype))
-        return torch.cat(pooled), torch.cat(places).argsort().to(rois.device)
+        return torch.cat(pooled), torch.cat(places).argsort().to(rois.device, non_blocking=True)
 
     def candidates(
         self, levels: Sequence[Tensor], boxes: Tensor, usable: Tensor, sizes: Tensor
@@ -421,11 +427,17 @@ def sample_regions(
         candidates = torch.cat([objects, candidates])
         kept = torch.cat([kept.new_ones(len(objects)), kept])
         assigned = assign_max_iou(candidates, objects, overlap, overlap, least=None, usable=kept)
-        keys = torch.rand(len(candidates), generator=generator).to(boxes.device)
+        keys = random_keys(len(candidates), generator, boxes.device)
         size = min(number, boxes.shape[1])
         index, positive, drawn = draw(assigned, keys, size, max(size // 4, 1))
         found.append((candidates[index], assigned[index].clamp_min(0), positive, drawn, index < len(objects)))
     return Regions(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+
+def random_keys(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Random numbers in [0, 1), `[count]`: drawn on the CPU, so that they are the same on every device."""
+    pinned = device.type == "cuda"  # or copying them there would wait
+    return torch.rand(count, generator=generator, pin_memory=pinned).to(device, non_blocking=True)
 
 
 def region_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
@@ -438,7 +450,7 @@ def delta_errors(
     deltas: Tensor, boxes: Tensor, goals: Tensor, positive: Tensor, beta: float, stds: Tensor | None = None
 ) -> Tensor:
     """Sum of the smooth L1 error of deltas `[..., 4]` from boxes to goals `[..., 4]`, where `positive` `[...]`."""
-    unit = boxes.new_tensor([0.0, 0, 1, 1])  # finite where nothing is positive
+    unit = (torch.arange(4, device=boxes.device) >= 2).float()  # finite where nothing is positive
     wanted = encode_deltas(*(torch.where(positive[..., None], x, unit) for x in (boxes, goals)))
     wanted = wanted if stds is None else wanted / stds
     error = F.smooth_l1_loss(deltas, wanted, beta=beta, reduction="none")
@@ -458,17 +470,17 @@ def mask_targets(masks: Tensor, boxes: Tensor, truth: Tensor, width: int, size: 
         size: positions along each side.
     """
     rows = (truth >= 0).nonzero().flatten()
-    boxes, truth, targets, places = boxes[rows.to(boxes.device)], truth[rows], [], []
+    boxes, truth, targets, places = boxes[rows.to(boxes.device, non_blocking=True)], truth[rows], [], []
     for numbers in truth.unique().split(MASKS_AT_ONCE):
         rows = torch.isin(truth, numbers).nonzero().flatten()
-        own = torch.searchsorted(numbers, truth[rows]).to(boxes.device)
-        whole = unpacked(masks[numbers.to(masks.device)], width).to(boxes.dtype)
-        rois = torch.cat([own[:, None].to(boxes.dtype), boxes[rows.to(boxes.device)]], dim=1)
+        own = torch.searchsorted(numbers, truth[rows]).to(boxes.device, non_blocking=True)
+        whole = unpacked(masks[numbers.to(masks.device, non_blocking=True)], width).to(boxes.dtype)
+        rois = torch.cat([own[:, None].to(boxes.dtype), boxes[rows.to(boxes.device, non_blocking=True)]], dim=1)
         targets.append(roi_align(whole[:, None], rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5)
         places.append(rows)
     if not targets:
         return boxes.new_zeros(0, size, size)
-    return torch.cat(targets)[torch.cat(places).argsort().to(boxes.device)].to(boxes.dtype)
+    return torch.cat(targets)[torch.cat(places).argsort().to(boxes.device, non_blocking=True)].to(boxes.dtype)
 
 
 def unpacked(masks: Tensor, width: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Masks of objects: COCO's run-length encoding, and bits packed along the width."""
 
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -18,14 +18,14 @@ def encode(mask: Any) -> RLE:
     """The encoding of a mask `[h, w]`, boolean or 0 and 1; an array, or a tensor on the CPU."""
     from faster_coco_eval.core import mask as coco  # takes a while to import
 
-    return coco.encode(np.asfortranarray(np.asarray(mask), dtype=np.uint8))
+    return cast(RLE, coco.encode(np.asfortranarray(np.asarray(mask), dtype=np.uint8)))
 
 
 def decode(rle: RLE) -> np.ndarray:
     """The mask of an encoding, boolean `[h, w]`."""
     from faster_coco_eval.core import mask as coco
 
-    return coco.decode(rle).astype(bool)
+    return coco.decode(dict(rle)).astype(bool)
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -453,6 +453,22 @@ def test_a_teacher_in_a_training_step_never_waits_for_the_device(head):
     assert output.logits is None and output.dense is None and len(output.pyramid) == 5
 
 
+@pytest.mark.gpu
+@masked
+def test_training_step_on_a_gpu_is_close_to_the_cpus(head):
+    model, labels, pixel_values = tiny(head), labels_of(3, 0, packed=True), torch.randn(2, 3, 64, 96)
+    model.backbone.eval()
+    expected = model(pixel_values, labels=labels).loss
+    model.cuda().seed_sampling(0)
+    labels = [{key: value.cuda() for key, value in label.items()} for label in labels]
+    loss = model(pixel_values.cuda(), labels=labels).loss
+    loss.backward()
+    # rounding may change which of two proposals comes first, and so what is drawn
+    torch.testing.assert_close(loss.cpu(), expected, rtol=0.1, atol=0)
+    found = model.eval()(pixel_values.cuda())
+    assert found.pred_masks.is_cuda and found.pred_masks.isfinite().all()
+
+
 # ---- Detections --------------------------------------------------------------------------------------------------------
 
 
@@ -556,6 +572,16 @@ def test_nothing_found():
     with torch.no_grad():
         output = model(torch.randn(1, 3, 64, 64))
     assert (output.logits.sigmoid() == 0).all() and (output.pred_masks < 0).all()
+
+
+@masked
+def test_autocast_computes_boxes_and_losses_in_float32(head):
+    model = tiny(head)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(torch.randn(2, 3, 64, 96), labels=labels_of(2, 1))
+        assert output.loss.dtype == torch.float32
+        output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_bfloat16_keeps_boxes_and_losses_exact():
