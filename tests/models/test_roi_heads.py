@@ -23,7 +23,8 @@ from hf_bcd.models.detection_boxes import (
     draw,
     encode_deltas,
 )
-from hf_bcd.models.roi_heads import STAGES, delta_errors, mask_targets, paste_masks, region_levels
+from hf_bcd.models.regions import delta_errors, mask_targets, paste_masks, region_levels
+from hf_bcd.models.roi_heads import STAGES
 from hf_bcd.utils.masks import pack
 
 
@@ -250,7 +251,7 @@ def target_by_loops(mask, box, size):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_mask_targets_equal_a_loop(packed, monkeypatch):
-    monkeypatch.setattr(roi_heads, "MASKS_AT_ONCE", 2)
+    monkeypatch.setattr("hf_bcd.models.regions.MASKS_AT_ONCE", 2)
     generator = torch.Generator().manual_seed(0)
     masks = F.interpolate(torch.rand(5, 1, 5, 6, generator=generator), size=(30, 37), mode="bilinear")[:, 0] > 0.5
     masks[3] = False
@@ -299,7 +300,9 @@ def test_the_loss_equals_a_loop_over_regions(head, packed, monkeypatch):
         output = model(torch.randn(2, 3, 64, 96), labels=labels, output_hidden_states=True, output_detections=False)
     levels, size = output.pyramid, torch.tensor([96.0, 64, 96, 64])
     stages = list(model.roi_head.stages())
-    assert len(drawn) == len(stages) == (1 if head == "mask_rcnn" else 3)
+    expected = [("s0.", 0.5, 1), ("s1.", 0.6, 0.5), ("s2.", 0.7, 0.25)] if head != "mask_rcnn" else [("", 0.5, 1)]
+    assert [(prefix, overlap, weight) for prefix, _, _, overlap, weight in stages] == expected
+    assert len(drawn) == len(stages)
     refined = None
     for (prefix, boxes, masks, overlap, weight), regions in zip(stages, drawn, strict=True):
         classification = box_term = mask_term = 0.0
