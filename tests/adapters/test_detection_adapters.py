@@ -29,6 +29,7 @@ from transformers import AutoImageProcessor
 
 from hf_bcd.adapters import FrozenTeacher, adapt, build_adapter, image_processor
 from hf_bcd.adapters.detection import DetectionAdapter, detr_labels, picture_sizes
+from hf_bcd.adapters.loading import ModelSpec, build_model, load_adapter
 from hf_bcd.data import BoxEvalTransform
 from hf_bcd.outputs import DenseOutput, Objects
 from hf_bcd.utils.masks import decode, unpack
@@ -263,6 +264,17 @@ def test_predicted_masks_are_those_of_the_familys_processor(name: str) -> None:
             assert len(masks) == len(theirs["segmentation"]) > QUERIES
             for mask, other in zip(masks, theirs["segmentation"].numpy(), strict=True):
                 assert (mask & other).sum() >= 0.999 * (mask | other).sum()
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_recipe_builds_them_and_their_folder_is_loaded(name: str, tmp_path: Path) -> None:
+    small = {"neck_channels": 8, "head_channels": 8, "fc_channels": 16, "strides": [4, 8, 16, 32], "mask_stride": 1}
+    spec = ModelSpec.parse({"backbone": "test_resnet", "head": name, "options": small}, "student")
+    model = build_model(spec, LABELS)
+    model.save_pretrained(tmp_path)
+    adapter = load_adapter(str(tmp_path))
+    assert type(adapter).__name__ == "TimmMaskAdapter" and list(adapter.pyramid_specs) == ["p2", "p3", "p4", "p5"]
+    assert adapter.model.config.mask_stride == 1 and adapter.id2label == LABELS
 
 
 @pytest.mark.parametrize("name", MASKED)
