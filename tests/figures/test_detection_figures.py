@@ -73,15 +73,11 @@ def test_nothing_found_and_nothing_there() -> None:
 @pytest.mark.parametrize("masks", [False, True])
 def test_the_figure_shows_errors_in_their_colours(masks: bool, tmp_path: Path) -> None:
     image = Image.fromarray(np.full((*SIZE, 3), 128, np.uint8))
-    sample = {
-        "image": image,
-        **truth(masks),
-        "crowd": np.zeros(3, bool),
-        "predictions": {"student": prediction(masks)},
-    }
-    path = detection_figure(
-        [sample, {**sample, "predictions": {"student": prediction(masks)}}], NAMES, tmp_path / "a.png", ["student"]
-    )
+    boxes = [*TRUTH, [22, 35, 36, 55], [22, 56, 30, 59]]  # five, for so many of the best detections are drawn
+    true = {"boxes": np.array(boxes, np.float32), "classes": np.zeros(5, np.int64), "crowd": np.zeros(5, bool)}
+    true |= {"masks": masks_of(boxes)} if masks else {}
+    samples = [{"image": image, **true, "predictions": {"student": prediction(masks)}}] * 2
+    path = detection_figure(samples, NAMES, tmp_path / "a.png", ["student"])
     pixels = np.asarray(Image.open(path).convert("RGB"))
     panel = pixels[:, 3 * pixels.shape[1] // 4 :]  # the last of four
     for colour in [*WRONGS.values(), MISSED_COLOUR]:
