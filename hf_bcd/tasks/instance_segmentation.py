@@ -65,7 +65,8 @@ class InstanceSegmentation(ObjectDetection):
     )
     protocol = {
         **ObjectDetection.protocol,
-        "ap": "AP is COCO's mean over IoU 0.50 to 0.95 of at most 100 detections an image (faster-coco-eval), of masks and of "
+        "ap": "AP is COCO's mean over IoU 0.50 to 0.95 of at most 100 detections an image, or "
+        "max_detections of the model if that is more (faster-coco-eval), of masks and of "
         "boxes; crowds are ignored. Boundary AP takes the smaller one of the IoU of masks and of their boundaries (Cheng et al. "
         "2021), 2 % of the picture's diagonal wide.",
         "connectivity": "A true object is matched to the mask that overlaps it by at least a half. Of its 8-connected pieces of "

@@ -71,7 +71,8 @@ class ObjectDetection(Task):
     )
     protocol = {
         "inference": "The model sees the whole image at a single scale, without flips.",
-        "ap": "AP is COCO's mean over IoU 0.50 to 0.95 of at most 100 detections an image (faster-coco-eval); crowds are ignored.",
+        "ap": "AP is COCO's mean over IoU 0.50 to 0.95 of at most 100 detections an image, or "
+        "max_detections of the model if that is more (faster-coco-eval); crowds are ignored.",
         "duplicates": "Duplicates are detections of a score of at least 0.5 that overlap a better one of their class by more "
         "than a half, hallucinations such that overlap no object by a tenth; both are numbers per image.",
     }
