@@ -1,4 +1,4 @@
-"""Runs a grid of recipes, losses and seeds, and reports it: tables with intervals, and plots.
+"""Runs a grid of recipes, losses and seeds, and reports it: tables with intervals, plots, and all students side by side.
 
     accelerate launch scripts/study.py examples/studies/camvid_components.yaml --data_dir path/to/camvid
 
@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 from ..runs.study import read_study, run_study
+from ..runs.study_figure import write_methods_figure
 from ..runs.study_report import collect, write_study_report
 from ..training.hardware import limit_threads
+from ..utils.distributed import is_first_process
 from ..utils.messages import UserError
 
 
@@ -35,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{fixed} belongs into the study file, not on its command line.")
     study = read_study(args.study, args.output_dir, rest)
     failures = [] if args.report_only else run_study(study, _part(args.part))
+    if not args.report_only and is_first_process():
+        write_methods_figure(study)
     if not failures or collect(study):
         print(write_study_report(study))
     if failures:

@@ -13,6 +13,7 @@ from ..tasks.semantic_segmentation import SemanticSegmentation
 from ..utils.files import write_text
 from ..utils.messages import UserError
 from .study import Study
+from .study_figure import FIGURE
 
 
 logger = logging.getLogger(__name__)
@@ -157,12 +158,18 @@ def write_study_report(study: Study) -> str:
     tables = [score_table(results, task), difference_table(results, references, task)]
     text = "\n\n".join(filter(None, tables))
     finished = sum(map(len, results.values()))
+    figure = (
+        f"\n![Students side by side]({FIGURE})\n\n*The pictures of the first seed on which {task.scores[0].title} gains most over "
+        "the reference as a mean over the runs, and then those on which it loses most, with the errors of each student.*\n"
+        if (study.folder / FIGURE).is_file()
+        else ""
+    )
     write_text(
         study.folder / "results.md",
         f"# {study.name}\n\n{text}\n\n"
         f"{finished} of {len(study.runs)} runs. Scores on the {first['images']} images of the split `{first['split']}`, in "
         "percent where they are fractions; mean ± standard deviation over seeds. Differences are paired by seed, with their 95 % "
-        "intervals (Student's t). Minutes are of training only.\n",
+        "intervals (Student's t). Minutes are of training only.\n" + figure,
     )
     plot_scores(results, study.folder / "results.png", task)
     if any(one["curve"] for seeds in results.values() for one in seeds.values()):

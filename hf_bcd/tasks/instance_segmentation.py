@@ -55,7 +55,12 @@ class InstanceSegmentation(ObjectDetection):
         Score("completeness", "completeness", headline=False, paired=True),
         Score("fragments", "fragments", percent=False, higher_is_better=False, headline=False, paired=True),
         Score("missed", "missed", higher_is_better=False, headline=False, paired=True),
-        *ObjectDetection.scores,
+        *(
+            score._replace(title=f"box {score.title}", headline=score.key in ("box_ap", "box_ap50"))
+            if score.key.startswith("box_")
+            else score
+            for score in ObjectDetection.scores
+        ),
     )
     per_class = Score("per_class_mask_ap", "mask AP")
     answer = "masks, boxes and classes of objects of {} classes"

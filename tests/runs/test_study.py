@@ -230,9 +230,13 @@ def test_a_study_trains_each_run_once_and_reports(tmp_path: Path, monkeypatch: p
         assert [point["step"] for point in seeds[1]["curve"]] == [2, 4] and seeds[1]["train_seconds"] > 0
         assert (seeds[1]["teacher"] is None) == (name == "baseline")
     assert (study.folder / "curves.png").stat().st_size > 5000
+    drawn = study.folder / "methods.png"
+    assert drawn.stat().st_size > 5000 and "(methods.png)" in (study.folder / "results.md").read_text()
+    written = drawn.stat().st_mtime_ns
     assert (study.runs[1].folder / "README.md").read_text().count("distil") > 1
     monkeypatch.setattr("hf_bcd.runs.study.train_model", lambda *_, **__: pytest.fail("trained again"))
     command.main([str(path)])
+    assert drawn.stat().st_mtime_ns == written, "nothing is new"
 
 
 @pytest.mark.slow
