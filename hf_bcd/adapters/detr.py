@@ -30,9 +30,14 @@ class DetrAdapter(DetectionAdapter):
     softmax = True
 
     @property
+    def detector(self) -> Any:
+        """The model without its heads."""
+        return self.model.model
+
+    @property
     def backbone(self) -> Any:
         """The model of the backbone, which may be a feature extractor of timm."""
-        encoder = getattr(self.model.model, "backbone", None) or self.model.model.conv_encoder
+        encoder = getattr(self.detector, "backbone", None) or self.detector.conv_encoder
         backbone = getattr(encoder, "conv_encoder", encoder).model
         return getattr(backbone, "_backbone", backbone)
 
