@@ -15,7 +15,14 @@ from ..utils.messages import UserError
 from ..utils.text import shortened
 from . import generic
 from .base import DenseAdapter
-from .detr import ConditionalDetrAdapter, DeformableDetrAdapter, DetrAdapter, DFineAdapter, RTDetrAdapter
+from .detr import (
+    ConditionalDetrAdapter,
+    DeformableDetrAdapter,
+    DetrAdapter,
+    DetrMaskAdapter,
+    DFineAdapter,
+    RTDetrAdapter,
+)
 from .mask2former import Mask2FormerAdapter
 from .mask_queries import EomtAdapter, Mask2FormerInstanceAdapter, MaskFormerAdapter
 from .timm_detection import TimmDetectionAdapter, TimmMaskAdapter
@@ -56,6 +63,7 @@ DETECTORS: dict[str, type[DenseAdapter]] = {
 }
 # of models with masks
 INSTANCES: dict[str, type[DenseAdapter]] = {
+    "detr": DetrMaskAdapter,
     "eomt": EomtAdapter,
     "eomt_dinov3": EomtAdapter,
     "mask2former": Mask2FormerInstanceAdapter,

@@ -199,6 +199,12 @@ def unpacked_masks(targets: Objects, model: nn.Module) -> list[Tensor]:
     return [unpack(masks, targets.size[1]) for masks in targets.masks]
 
 
+def mask_labels(targets: Objects, sizes: Tensor, model: nn.Module) -> list[dict[str, Tensor]]:
+    """`detr_labels` with whole masks; a `UserError` where there are none."""
+    labels, masks = detr_labels(targets, sizes), unpacked_masks(targets, model)
+    return [{**label, "masks": whole} for label, whole in zip(labels, masks, strict=True)]
+
+
 @contextmanager
 def tapped(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Collects what modules give inside the block, by name."""

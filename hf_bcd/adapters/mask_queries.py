@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ class MaskQueryAdapter(DetectionAdapter):
     exported = ("class_queries_logits", "masks_queries_logits")
     softmax = True
     within_queries = True
+    blank_layers: ClassVar[int] = 0
+    """First layers whose queries all say the same: the loss has them, `queries` has not."""
 
     @abstractmethod
     def answers(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[DenseOutput, list[Layer]]:
@@ -58,7 +60,8 @@ class MaskQueryAdapter(DetectionAdapter):
         if targets is not None and labels is not None:
             output.task_losses["loss_task"] = self.task_loss(layers, labels, targets.classes)
         size = [-(-side // self.mask_stride) for side in pixel_values.shape[-2:]]
-        classes, masks = zip(*(layers if self.training else layers[-1:]), strict=True)
+        earlier = layers[self.blank_layers : -1] if self.training else []
+        classes, masks = zip(*earlier, layers[-1], strict=True)
         masks = torch.stack([one[..., : size[0], : size[1]] for one in masks])
         output.queries = Queries(self.map_classes(torch.stack(classes)), None, True, masks=masks)
         return output
@@ -99,10 +102,10 @@ class MaskQueryAdapter(DetectionAdapter):
         shown = pixel_values.shape[-2], pixel_values.shape[-1]
         self.check_shape(shown)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            queries = self.run(self.shown(pixel_values), None).queries
-        assert queries is not None and queries.masks is not None
-        answers = zip(queries.class_logits[-1].float(), queries.masks[-1], sizes, strict=True)
-        return [self.instances(classes, masks, shown, size) for classes, masks, size in answers]
+            _, layers = self.answers(self.shown(pixel_values), None)
+        classes, masks = layers[-1]
+        answers = zip(self.map_classes(classes.float()), masks, sizes, strict=True)
+        return [self.instances(logits, mask, shown, size) for logits, mask, size in answers]
 
     def instances(
         self, class_logits: Tensor, masks: Tensor, shown: tuple[int, int], size: tuple[int, int]
@@ -199,6 +202,7 @@ class MaskFormerAdapter(Mask2FormerInstanceAdapter):
 
     processor_class = "MaskFormerImageProcessor"
     unused_parameters = ("model.pixel_level_module.encoder.model.layernorm.",)
+    blank_layers = 1
 
     @property
     def pyramid_specs(self) -> dict[str, FeatureSpec]:
@@ -261,6 +265,13 @@ class EomtAdapter(MaskQueryAdapter):
 
     def stage_modules(self) -> Sequence[nn.Module]:
         return list(self.model.layers)
+
+    def depths(self) -> dict[nn.Parameter, int]:
+        inside = {
+            *self.model.embeddings.parameters(),
+            *self.model.layers.parameters(),
+        }  # queries come before the layers
+        return {parameter: depth for parameter, depth in super().depths().items() if parameter in inside}
 
     def on_canvas(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
         """Normalised images on a black square of the model's size, black also where they were padded."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec, Objects, Queries
-from .detection import detr_labels, tapped, unpacked_masks
+from .detection import mask_labels, tapped
 from .detr import DetrAdapter, counted_by_rank
 
 
@@ -51,7 +51,7 @@ class RfDetrAdapter(DetrAdapter):
         return {"p4": FeatureSpec(self.model.config.d_model, self.backbone.config.patch_size)}
 
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
-        labels = None if targets is None else detr_labels(targets, self.label_sizes(targets))
+        labels = None if targets is None else self.labels(targets)
         with tapped({"backbone": self.backbone}) as found:
             outputs = self.model(pixel_values=pixel_values, labels=labels)
         maps: Any = found["backbone"]
@@ -71,7 +71,10 @@ class RfDetrAdapter(DetrAdapter):
 
 
 class RfDetrMaskAdapter(RfDetrAdapter):
-    """RF-DETR with masks: as without; queries are compared by their boxes."""
+    """RF-DETR with masks: as without; queries are compared by their boxes.
+
+    Masks are those of its processor, while `pipeline` wants their logits above 0.5 instead of 0: there they are smaller.
+    """
 
     task = "instance-segmentation"
     exported = ("logits", "pred_boxes", "pred_masks")
@@ -84,14 +87,11 @@ class RfDetrMaskAdapter(RfDetrAdapter):
     def unused_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(f"model.{name}" for name in super().unused_parameters)
 
+    def labels(self, targets: Objects) -> list[dict[str, Tensor]]:
+        return mask_labels(targets, self.label_sizes(targets), self.model)
+
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
-        labels = None
-        if targets is not None:
-            masks = unpacked_masks(targets, self.model)
-            labels = [
-                {**label, "masks": mask}
-                for label, mask in zip(detr_labels(targets, self.label_sizes(targets)), masks, strict=True)
-            ]
+        labels = None if targets is None else self.labels(targets)
         modules = {"backbone": self.backbone, "neck": self.detector.backbone}
         with tapped(modules) as found, loss_in_float32(self.model):
             outputs = self.model(pixel_values=pixel_values, labels=labels)
@@ -127,7 +127,7 @@ class RfDetrMaskAdapter(RfDetrAdapter):
 
 @contextmanager
 def loss_in_float32(model: Any) -> Iterator[None]:
-    """Lets a model of transformers compute its loss outside of autocast: its matcher knows no bfloat16."""
+    """Lets a model of transformers compute its loss outside of autocast: dice sums over thousands of points."""
     loss = model.loss_function
 
     def computed(*outputs: Any) -> Any:
@@ -177,7 +177,7 @@ class YolosAdapter(DetrAdapter):
         return super().offers - {"pyramid"}
 
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
-        labels = None if targets is None else detr_labels(targets, self.label_sizes(targets))
+        labels = None if targets is None else self.labels(targets)
         layers = self.stage_modules()
         ends = [layers[len(layers) * part // 4 - 1] for part in (1, 2, 3, 4)]
         with counted_by_rank(), tapped(dict(zip(self.feature_specs, ends, strict=True))) as tokens:
