@@ -27,7 +27,7 @@ from benchmarks.losses import SIZES, boundary_row, relation_rows
 from benchmarks.measuring import machine_rates
 from benchmarks.methods import costs_of, method_row
 from benchmarks.plot import plot_relation
-from benchmarks.step import PAIRS, step_row
+from benchmarks.step import PAIRS, mask_rcnn_row, step_row
 
 from hf_bcd.cli import run
 from hf_bcd.commands.methods import tasks_of
@@ -93,7 +93,8 @@ def _methods(args: argparse.Namespace, device: torch.device, dtype: torch.dtype)
 def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     on_gpu = device.type == "cuda"
     side, batch = args.side or (512 if on_gpu else 128), args.batch or (8 if on_gpu else 2)
-    return [step_row(pair, device, args.repeats, batch, side) for pair in PAIRS]
+    rows = [step_row(pair, device, args.repeats, batch, side) for pair in PAIRS]
+    return [*rows, mask_rcnn_row(device, args.repeats, batch, side)]
 
 
 RUNS = {

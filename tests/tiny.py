@@ -58,9 +58,23 @@ def boxes(train: int = 8, validation: int = 3, size: tuple[int, int] = (48, 64))
     return load_dense_dataset("synthetic_detection", size=size, num_images=numbers)
 
 
+def instances(train: int = 8, validation: int = 3, size: tuple[int, int] = (48, 64)) -> DenseDatasets:
+    """The same with their masks."""
+    numbers = {"train": train, "validation": validation, "test": 2}
+    return load_dense_dataset("synthetic_instances", size=size, num_images=numbers)
+
+
 def tiny_detector(head: str = "gfl", seed: int = 0, **config: Any) -> TimmDetectionModel:
     torch.manual_seed(seed)
     small = {"neck_channels": 8, "head_channels": 8, "head_convs": 2, "norm_groups": 2, "strides": [8, 16, 32]}
+    if head in ("mask_rcnn", "cascade_mask_rcnn"):
+        small |= {
+            "strides": [4, 8, 16, 32],
+            "fc_channels": 16,
+            "proposals": 50,
+            "rois_per_image": 16,
+            "mask_stride": 2,
+        }
     names = {0: "person", 1: "vehicle"}
     return TimmDetectionModel.from_backbone(
         "resnet10t",

@@ -59,6 +59,8 @@ class DenseAdapter(nn.Module, ABC):
     """Number of classes below which a model gives one answer only."""
     exported: ClassVar[tuple[str, ...]] = ("logits",)
     """Outputs of the model that an export has."""
+    finds_masks: ClassVar[bool] = False
+    """Whether predictions have the mask of each object."""
     upsamples = False
     """Whether the model itself, unlike `run`, brings its logits to the size of the image."""
 
@@ -222,6 +224,9 @@ class DenseAdapter(nn.Module, ABC):
         if targets is not None and "loss_task" not in output.task_losses:
             output.task_losses = {"loss_task": cross_entropy(output.logits, targets), **output.task_losses}
         return output
+
+    def begin_step(self, seed: int, step: int) -> None:
+        """Tells a model that draws at random which optimizer step comes, so that a resumed run draws what this one does."""
 
     def check_shape(self, size: tuple[int, int] | None) -> None:
         """Refuses training images `size` (height, width; None for padded ones) that the family must not be shown."""

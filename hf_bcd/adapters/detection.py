@@ -15,7 +15,7 @@ from ..utils.messages import UserError
 from .base import DenseAdapter
 
 
-MAX_DETECTIONS = 100  # of a picture, as COCO's metric counts
+MAX_DETECTIONS = 100  # of a picture, as COCO's metric counts, where the model's configuration allows no more
 
 
 class DetectionAdapter(DenseAdapter):
@@ -83,7 +83,7 @@ class DetectionAdapter(DenseAdapter):
             sizes: height and width of each picture, in whose pixels the boxes are.
 
         Returns:
-            Of each picture at most 100 `boxes` xyxy float32 `[K, 4]`, `scores` `[K]` and `labels` int64 `[K]`, best
+            Of each picture at most 100 `boxes` (or `max_detections` of the model's configuration, if that is more) xyxy float32 `[K, 4]`, `scores` `[K]` and `labels` int64 `[K]`, best
             first; of a model with masks also `masks`, a list of encodings at the picture's size.
 
         Raises:
@@ -103,7 +103,8 @@ class DetectionAdapter(DenseAdapter):
             probabilities, classes = logits.sigmoid(), torch.arange(logits.shape[-1], device=logits.device)
             classes = classes.expand_as(logits)
         most = len(probabilities[0]) if self.within_queries else probabilities[0].numel()
-        scores, index = probabilities.flatten(1).topk(min(MAX_DETECTIONS, most))
+        limit = max(MAX_DETECTIONS, getattr(self.model.config, "max_detections", 0))
+        scores, index = probabilities.flatten(1).topk(min(limit, most))
         masks = getattr(outputs, "pred_masks", None)
         found = []
         for picture, (one, where, ids, relative, (height, width)) in enumerate(

@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..outputs import DenseHead, DenseOutput, FeatureSpec, resize_nearest
+from ..outputs import DenseHead, DenseOutput, FeatureSpec, Objects, resize_nearest
+from ..utils.masks import decode, pack
 from .base import DenseAdapter
 
 
 logger = logging.getLogger(__name__)
+
+SURE = 0.5  # score from which an object counts that a teacher finds
 
 
 class FrozenTeacher(nn.Module):
@@ -105,6 +108,26 @@ class FrozenTeacher(nn.Module):
             queries=None if output.queries is None else in_float32(output.queries),
             head=self.head if self.adapter.head_levels else None,
         )
+
+    def answers(self, pixel_values: Tensor) -> Objects | None:
+        """The objects with a score of at least a half that a teacher finds in images `[B, 3, H, W]`, as targets.
+
+        None if it finds no masks of objects.
+        """
+        if not self.adapter.finds_masks:
+            return None
+        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        with self._precision(pixel_values.device):
+            found: Any = self.adapter.predict(self.resize(pixel_values), [size] * len(pixel_values))
+        boxes, classes, masks = [], [], []
+        for one in found:
+            sure = (one["scores"] >= SURE).nonzero()[:, 0]
+            boxes.append(one["boxes"][sure])
+            classes.append(one["labels"][sure])
+            packed = [pack(torch.from_numpy(decode(one["masks"][place]))) for place in sure.tolist()]
+            none = torch.zeros(0, size[0], -(-size[1] // 8), dtype=torch.uint8)
+            masks.append((torch.stack(packed) if packed else none).to(pixel_values.device))
+        return Objects(boxes, classes, size, self.adapter.num_labels, masks=masks)
 
     def head(self, features: dict[str, Tensor]) -> Tensor:
         """Class scores of the head on maps `{level: [B, C, h, w]}`, as `logits` are; gradients reach only these maps."""

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..outputs import DenseHead, DenseOutput, FeatureSpec, Objects
+from ..utils.distributed import rank_index
 from ..utils.messages import UserError
 from .base import DenseAdapter, stage_features, stage_specs, timm_stages
 from .detection import DetectionAdapter, detr_labels, picture_sizes
@@ -86,12 +87,16 @@ class TimmMaskAdapter(TimmDetectionAdapter):
     """
 
     task = "instance-segmentation"
+    finds_masks = True
     processor_class = "RfDetrImageProcessor"
     exported = ("logits", "pred_boxes", "pred_masks")
 
     @property
     def offers(self) -> frozenset[str]:
         return frozenset({"features", "pyramid", "boxes", "classes"})
+
+    def begin_step(self, seed: int, step: int) -> None:
+        self.model.seed_sampling(seed, step, rank_index())
 
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
         if targets is not None and targets.masks is None:

@@ -145,6 +145,8 @@ class EvalTransform:
         self.processor: Any = processor
         steps = ("do_rescale", "do_normalize", "do_flip_channel_order", "do_pad")
         self.left_out = {step: False for step in steps if getattr(processor, step, None) is not None}
+        # which rescales before it resizes, so that nothing is rounded to whole grey levels
+        self.in_floats = type(processor).__name__.startswith("RfDetr")
 
     def __call__(self, sample: Mapping[str, Any]) -> Transformed:
         """Transforms an RGB picture (or its pixels, uint8 `[H, W, 3]`); its label map `[H, W]` is passed on."""
@@ -153,6 +155,7 @@ class EvalTransform:
 
     def show(self, pixels: Tensor) -> Tensor:
         """A picture `[3, H, W]` as the model takes it `[3, h, w]`."""
+        pixels = pixels.float() if self.in_floats else pixels
         shown = self.processor(pixels, return_tensors="pt", input_data_format="channels_first", **self.left_out)
         return shown["pixel_values"][0].contiguous()
 

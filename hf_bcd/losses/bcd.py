@@ -1,5 +1,7 @@
 """Boundary and context distillation (BCD), https://huggingface.co/papers/2401.13174."""
 
+import logging
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -16,6 +18,8 @@ from .modules.schedules import Temperature
 from .ops.functional import at_least_float32, grid_size, resize, spatial_size
 from .ops.path import line_ends, line_offsets
 
+
+logger = logging.getLogger(__name__)
 
 TeacherHeadKind = Literal["calibrated", "orthogonal", "logits"]
 Regions = Literal["instances", "classes"]
@@ -195,6 +199,12 @@ class BCDLoss(DistillationLoss):
         principal component of the features, and only the share of boundary positions is that of the boxes' outlines.
         """
         prepared, real = [], True
+        answers = [teacher.answers for teacher, _ in batches if teacher.answers is not None]
+        if answers and not any(len(boxes) for one in answers for boxes in one.boxes):
+            logger.warning(
+                "bcd: the teacher is sure of no object in the calibration images; boundaries are those of the truth."
+            )
+            batches = [(replace(teacher, answers=None), targets) for teacher, targets in batches]
         for teacher, targets in batches:
             size = grid_size(targets.size, self.stride)
             regions, real = regions_of(teacher, targets, size, self.boundary_regions)

@@ -1,6 +1,7 @@
 """Metrics of object detection over a data set: COCO's average precision, and boxes that are there twice or show nothing."""
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from ..utils.distributed import is_distributed
 from ..utils.masks import RLE, mask_areas
 
+
+logger = logging.getLogger(__name__)
 
 CONFIDENT = 0.5  # score from which a wrong box counts as a duplicate or a hallucination
 DUPLICATE_IOU = 0.5
@@ -63,7 +66,7 @@ class DetectionMetrics:
 
         Args:
             predictions: of each picture `boxes` `[K, 4]`, `scores` `[K]` and `labels` `[K]`; of each class the 100 best
-                count.
+                count, or all where K is more in some picture.
             truth: of each picture `boxes` `[N, 4]`, `labels` `[N]`, `iscrowd` `[N]` and `area` `[N]` in pixels, which
                 decides on small, medium and large.
 
@@ -117,6 +120,14 @@ class DetectionMetrics:
         return result[0]  # type: ignore[return-value]
 
     def _compute(self) -> dict[str, Any]:
+        limit, most = detection_limit(self._records), max([0, *(len(true.labels) for _, true in self._records)])
+        if most > limit:
+            logger.warning(
+                "A picture has %d true objects, but at most %d detections count: AP cannot be 1. Models of timm_detection give "
+                "more by max_detections in their options.",
+                most,
+                limit,
+            )
         stats, per_class = coco_evaluation(self._records, self.num_labels, "bbox")
         wrong = np.array([wrong_boxes(*record) for record in self._records]).reshape(-1, 2)
         duplicates, hallucinations = wrong.mean(axis=0).tolist() if len(wrong) else (np.nan, np.nan)
@@ -202,6 +213,7 @@ def coco_evaluation(
         return np.full(12, np.nan), np.full(num_labels, np.nan)
     options = {} if overlaps is None else {"rle_iou_max_workers": 1}  # threads of Python would wait for each other
     evaluator = Evaluator(*tables, iouType=kind, print_function=lambda *_: None, **options)
+    evaluator.params.maxDets = [1, 10, detection_limit(records)]
     evaluator.run()
     stats = np.asarray(evaluator.stats[:12], float)
     precision = np.asarray(evaluator.eval["precision"])[:, :, :, 0, 2]  # of all areas, with 100 predictions
@@ -209,6 +221,11 @@ def coco_evaluation(
     with np.errstate(invalid="ignore"):
         per_class = np.where(counted, precision, 0).sum(axis=(0, 1)) / counted.sum(axis=(0, 1))
     return np.where(stats == -1, np.nan, stats), per_class
+
+
+def detection_limit(records: Sequence[tuple[Boxes, Boxes]]) -> int:
+    """How many detections of a class count in a picture: 100, as COCO counts, or more if a model gives more."""
+    return max([100, *(len(found.labels) for found, _ in records)])
 
 
 def wrong_boxes(predicted: Boxes, truth: Boxes) -> tuple[int, int]:

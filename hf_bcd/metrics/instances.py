@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from ..utils.masks import RLE, decode, decode_box
+from ..utils.masks import RLE, decode, decode_box, mask_ious
 from .boundary import band_radius
 from .connectivity import FIXED_POINT_BITS, MIN_REGION_PIXELS, connectivity_scores
 from .detection import Boxes, DetectionMetrics, coco_evaluation, named_scores
@@ -106,15 +106,10 @@ def instance_counts(found: Boxes, truth: Boxes) -> list[tuple[int, tuple[int, ..
 
 def matches(found: Sequence[RLE], truth: Sequence[RLE]) -> np.ndarray:
     """Which of the masks found, best first, each true mask gets, as COCO matches: int `[N]`, -1 for none."""
-    from faster_coco_eval.core import mask as codec
-
     taken = np.full(len(truth), -1)
-    if not len(found):
-        return taken
-    overlaps = np.asarray(codec.iou(list(found), list(truth), [0] * len(truth)))
-    for guess, overlap in enumerate(overlaps):
+    for guess, overlap in enumerate(mask_ious(found, truth)):
         free = np.where(taken < 0, overlap, 0)
-        if free.max() >= MATCHING_IOU:
+        if free.max(initial=0) >= MATCHING_IOU:
             taken[len(free) - 1 - free[::-1].argmax()] = guess  # of equal ones the last, as COCO does
     return taken
 

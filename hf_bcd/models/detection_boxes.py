@@ -136,7 +136,8 @@ def assign_max_iou(
             largest = iou.amax(dim=1, keepdim=True)
             numbers = torch.arange(start, start + len(iou), device=iou.device, dtype=torch.int32)[:, None] + 1
             # a truth that no anchor overlaps has no best anchor
-            owners = ((iou == largest) & (largest > 0) & (largest >= least)).mul(numbers).amax(dim=0) - 1
+            largest = largest.masked_fill((largest <= 0) | (largest < least), torch.inf)
+            owners = (iou == largest).mul(numbers).amax(dim=0) - 1
             last = torch.maximum(last, owners.long())
     assigned = assigned.masked_fill(best < positive, IGNORED).masked_fill(best < negative, BACKGROUND)
     assigned = last.where(last >= 0, assigned)

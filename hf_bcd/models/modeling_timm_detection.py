@@ -19,17 +19,8 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from .configuration_timm_detection import TimmDetectionConfig
 from .dense_heads import FPN, HEADS, DenseHeadOutput, HeadConv2d, PyramidConv2d, Scale
 from .detection_boxes import keep_best
-from .roi_heads import (
-    MaskConv2d,
-    MaskUpsample2d,
-    RegionLinear,
-    RegionScores,
-    RoIHead,
-    RPNHead,
-    clipped,
-    paste_masks,
-    solid,
-)
+from .regions import clipped, paste_masks, solid
+from .roi_heads import MaskConv2d, MaskUpsample2d, RegionLinear, RegionScores, RoIHead, RPNHead
 from .timm_backbone import TimmBackboneModel
 
 

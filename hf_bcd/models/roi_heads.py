@@ -16,7 +16,17 @@ from transformers import initialization
 
 from .configuration_timm_detection import TimmDetectionConfig
 from .dense_heads import ConvModule, HeadConv2d, mean_over_ranks
-from .detection_boxes import anchor_boxes, assign_max_iou, decode_deltas, draw, encode_deltas, keep_best
+from .detection_boxes import anchor_boxes, assign_max_iou, decode_deltas, draw, keep_best
+from .regions import (
+    clipped,
+    delta_errors,
+    image_numbers,
+    mask_targets,
+    random_keys,
+    region_levels,
+    sample_regions,
+    solid,
+)
 
 
 # least overlap of an object, deviations of its box deltas, and weight in the loss (Cai and Vasconcelos, CVPR 2018)
@@ -29,8 +39,6 @@ BOX_SIZE, MASK_SIZE = 7, 14
 ANCHORS_PER_IMAGE, PROPOSAL_OVERLAP = 256, 0.7
 # (region, class) pairs before suppression
 PAIRS = 2000
-# whole masks that stand unpacked at a time
-MASKS_AT_ONCE = 8
 NOTHING = -1e4
 
 
@@ -49,25 +57,6 @@ class RegionScores:
     deltas: Tensor
     anchors: Tensor
     level_sizes: tuple[int, ...]
-
-
-@dataclass
-class Regions:
-    """A sample of `R` regions an image, objects first.
-
-    Attributes:
-        boxes: `[B, R, 4]`.
-        truth: index of the object that each is, `[B, R]`; any where it is none.
-        positive: is an object, `[B, R]`.
-        drawn: is part of the sample at all, `[B, R]`.
-        added: is the truth itself, `[B, R]`.
-    """
-
-    boxes: Tensor
-    truth: Tensor
-    positive: Tensor
-    drawn: Tensor
-    added: Tensor
 
 
 class RegionLinear(nn.Linear):
@@ -137,7 +126,7 @@ class RPNHead(nn.Module):
         for boxes, size in zip(truths, sizes, strict=True):
             inside = ((anchors[:, :2] >= 0) & (anchors[:, 2:] < size[2:])).all(dim=1)
             assigned = assign_max_iou(anchors, boxes, 0.7, 0.3, least=0.3, usable=inside)
-            keys = torch.rand(len(anchors), generator=generator).to(anchors.device)
+            keys = random_keys(len(anchors), generator, anchors.device)
             sample = draw(assigned, keys, ANCHORS_PER_IMAGE, ANCHORS_PER_IMAGE // 2)
             samples.append(torch.stack([sample[0], *(x.long() for x in sample[1:])]))
             targets.append((boxes if len(boxes) else anchors[:1])[assigned[sample[0]].clamp_min(0)])
@@ -207,7 +196,11 @@ class BoxHead(nn.Module):
 
     def decode(self, boxes: Tensor, deltas: Tensor) -> Tensor:
         """Where the objects of the regions `[..., 4]` are, `[..., 4]`."""
-        return decode_deltas(boxes, deltas * deltas.new_tensor(self.stds))
+        return decode_deltas(boxes, deltas * self.deviations(boxes))
+
+    def deviations(self, boxes: Tensor) -> Tensor:
+        """Deviations of deltas, `[4]`; computed where the boxes are, since copying them there would wait."""
+        return torch.where(torch.arange(4, device=boxes.device) < 2, self.stds[0], self.stds[2])
 
 
 class MaskHead(nn.Module):
@@ -307,12 +300,12 @@ class RoIHead(nn.Module):
             wanted = target.masked_fill(~regions.positive, logits.shape[-1] - 1)
             error = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
             own_deltas = box_head.of_class(deltas, target)
-            stds = deltas.new_tensor(box_head.stds)
-            goal = torch.stack(own_box)
-            box_error = delta_errors(own_deltas, boxes, goal, regions.positive, self.beta, stds)
+            box_error = delta_errors(
+                own_deltas, boxes, torch.stack(own_box), regions.positive, self.beta, box_head.deviations(boxes)
+            )
 
             rows = (truth >= 0).nonzero().flatten()
-            chosen = rows.to(flat.device)
+            chosen = rows.to(flat.device, non_blocking=True)
             pooled, order = self.pool(levels, flat[chosen], image[chosen], level[rows], MASK_SIZE)
             own = target.flatten()[chosen]
             # in the order of the features, which is by level
@@ -360,9 +353,11 @@ class RoIHead(nn.Module):
             rows = (level == index).nonzero().flatten()
             places.append(rows)
             # in float32, since half of it does not tell pixels apart
-            one = roi_align(x.float(), rois[rows.to(rois.device)], size, 1 / stride, 0, aligned=True)
+            one = roi_align(
+                x.float(), rois[rows.to(rois.device, non_blocking=True)], size, 1 / stride, 0, aligned=True
+            )
             pooled.append(one.to(x.dtype))
-        return torch.cat(pooled), torch.cat(places).argsort().to(rois.device)
+        return torch.cat(pooled), torch.cat(places).argsort().to(rois.device, non_blocking=True)
 
     def candidates(
         self, levels: Sequence[Tensor], boxes: Tensor, usable: Tensor, sizes: Tensor
@@ -396,123 +391,6 @@ class RoIHead(nn.Module):
         own = classes.flatten()[order.argsort()]
         probabilities = [head(pooled, own).sigmoid() for _, _, head, _, _ in self.stages()]
         return torch.stack(probabilities).mean(dim=0)[order].unflatten(0, boxes.shape[:2])
-
-
-def sample_regions(
-    boxes: Tensor,
-    usable: Tensor,
-    truths: Sequence[Tensor],
-    overlap: float,
-    number: int,
-    generator: torch.Generator,
-) -> Regions:
-    """Draws regions to train on: a quarter objects at most, the truths themselves among the candidates.
-
-    Args:
-        boxes: candidates `[B, P, 4]`.
-        usable: which of them are any, `[B, P]`.
-        truths: boxes of each image, `[N, 4]`.
-        overlap: least overlap (IoU) with a truth that makes a candidate an object; below it is background.
-        number: size of the sample, or P if that is less.
-        generator: what the sample is drawn by, on the CPU.
-    """
-    found: list[tuple[Tensor, ...]] = []
-    for candidates, kept, objects in zip(boxes, usable, truths, strict=True):
-        candidates = torch.cat([objects, candidates])
-        kept = torch.cat([kept.new_ones(len(objects)), kept])
-        assigned = assign_max_iou(candidates, objects, overlap, overlap, least=None, usable=kept)
-        keys = torch.rand(len(candidates), generator=generator).to(boxes.device)
-        size = min(number, boxes.shape[1])
-        index, positive, drawn = draw(assigned, keys, size, max(size // 4, 1))
-        found.append((candidates[index], assigned[index].clamp_min(0), positive, drawn, index < len(objects)))
-    return Regions(*(torch.stack(parts) for parts in zip(*found, strict=True)))
-
-
-def region_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
-    """Index of the level that a box `[R, 4]` is pooled from: a side of 56 pixels at stride 4, twice that at the next."""
-    area = (boxes[:, 2:] - boxes[:, :2]).clamp_min(0).prod(dim=1)
-    return (area.sqrt() / (14 * strides[0]) + 1e-6).log2().floor().clamp(0, len(strides) - 1).long()
-
-
-def delta_errors(
-    deltas: Tensor, boxes: Tensor, goals: Tensor, positive: Tensor, beta: float, stds: Tensor | None = None
-) -> Tensor:
-    """Sum of the smooth L1 error of deltas `[..., 4]` from boxes to goals `[..., 4]`, where `positive` `[...]`."""
-    unit = boxes.new_tensor([0.0, 0, 1, 1])  # finite where nothing is positive
-    wanted = encode_deltas(*(torch.where(positive[..., None], x, unit) for x in (boxes, goals)))
-    wanted = wanted if stds is None else wanted / stds
-    error = F.smooth_l1_loss(deltas, wanted, beta=beta, reduction="none")
-    return error.masked_fill(~positive[..., None], 0).sum()
-
-
-def mask_targets(masks: Tensor, boxes: Tensor, truth: Tensor, width: int, size: int) -> Tensor:
-    """Masks as regions see them: 1 where at least half of a position is covered, `[objects, size, size]`.
-
-    A few whole masks at a time are unpacked, each once, whatever their number.
-
-    Args:
-        masks: of the objects, boolean or uint8 `[N, h, w]`, or packed `[N, h, ceil(width / 8)]`.
-        boxes: regions `[R, 4]`.
-        truth: index of the object of each, `[R]`, on the CPU; regions with -1 have no target.
-        width: of the batch's images.
-        size: positions along each side.
-    """
-    rows = (truth >= 0).nonzero().flatten()
-    boxes, truth, targets, places = boxes[rows.to(boxes.device)], truth[rows], [], []
-    for numbers in truth.unique().split(MASKS_AT_ONCE):
-        rows = torch.isin(truth, numbers).nonzero().flatten()
-        own = torch.searchsorted(numbers, truth[rows]).to(boxes.device)
-        whole = unpacked(masks[numbers.to(masks.device)], width).to(boxes.dtype)
-        rois = torch.cat([own[:, None].to(boxes.dtype), boxes[rows.to(boxes.device)]], dim=1)
-        targets.append(roi_align(whole[:, None], rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5)
-        places.append(rows)
-    if not targets:
-        return boxes.new_zeros(0, size, size)
-    return torch.cat(targets)[torch.cat(places).argsort().to(boxes.device)].to(boxes.dtype)
-
-
-def unpacked(masks: Tensor, width: int) -> Tensor:
-    """Masks `[N, h, w]` of 0 and 1 from packed ones `[N, h, ceil(width / 8)]`; whole ones stay as they are."""
-    if masks.dtype != torch.uint8 or masks.shape[-1] != -(-width // 8):
-        return masks
-    bits = masks[..., None] >> torch.arange(8, dtype=torch.uint8, device=masks.device) & 1
-    return bits.flatten(-2)[..., :width]
-
-
-def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks inside their boxes as masks of the whole image, interpolated bilinearly, 0 outside.
-
-    Args:
-        masks: `[B, K, s, s]`.
-        boxes: xyxy relative to the image, `[B, K, 4]`.
-        size: height and width of the result.
-
-    Returns:
-        `[B, K, *size]`.
-    """
-    weights = []
-    for axis, count in ((1, size[0]), (0, size[1])):
-        low, high = boxes[..., axis, None], boxes[..., axis + 2, None]
-        centres = (torch.arange(count, device=boxes.device) + 0.5) / count
-        position = (centres - low) / (high - low).clamp_min(1e-6) * masks.shape[-1] - 0.5
-        cells = torch.arange(masks.shape[-1], device=boxes.device)
-        weights.append((1 - (position[..., None] - cells).abs()).clamp_min(0))
-    return weights[0] @ masks @ weights[1].transpose(-1, -2)
-
-
-def clipped(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes `[B, n, 4]` inside images of the sizes `[B, 4]`."""
-    return boxes.clamp_min(0).minimum(sizes[:, None])
-
-
-def solid(boxes: Tensor) -> Tensor:
-    """Which boxes `[..., 4]` cover anything, `[...]`."""
-    return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
-
-
-def image_numbers(boxes: Tensor) -> Tensor:
-    """Index of the image of each box `[B, n, 4]`, `[B * n]`."""
-    return torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
 
 
 def on_host(x: Tensor) -> Tensor:

@@ -3,11 +3,14 @@
 from typing import Any
 
 from .base import Metric, Score, Task
+from .instance_segmentation import InstanceSegmentation
 from .object_detection import ObjectDetection
 from .semantic_segmentation import SemanticSegmentation
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (SemanticSegmentation(), ObjectDetection())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (SemanticSegmentation(), ObjectDetection(), InstanceSegmentation())
+}
 
 
 def task_of(dataset: Any) -> Task:

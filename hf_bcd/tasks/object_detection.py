@@ -67,11 +67,12 @@ class ObjectDetection(Task):
     answer = "boxes of {} classes"
     caption = (
         "the input, its true objects, as many of each model's best boxes as all these pictures have objects, and the errors of "
-        "the student. Found is an object that a box of its class overlaps by at least a half."
+        "the student: dashed is what it misses. Found is an object that a box of its class overlaps by at least a half."
     )
     protocol = {
         "inference": "The model sees the whole image at a single scale, without flips.",
-        "ap": "AP is COCO's mean over IoU 0.50 to 0.95 of at most 100 detections an image (faster-coco-eval); crowds are ignored.",
+        "ap": "AP is COCO's mean over IoU 0.50 to 0.95 of at most 100 detections an image, or "
+        "max_detections of the model if that is more (faster-coco-eval); crowds are ignored.",
         "duplicates": "Duplicates are detections of a score of at least 0.5 that overlap a better one of their class by more "
         "than a half, hallucinations such that overlap no object by a tenth; both are numbers per image.",
     }
@@ -154,10 +155,14 @@ class ObjectDetection(Task):
         return collate_boxes(samples)
 
     def targets(self, batch: Mapping[str, Any], num_labels: int) -> Objects:
+        return self.objects(batch, num_labels)
+
+    def objects(self, batch: Mapping[str, Any], num_labels: int, **masks: Any) -> Objects:
+        """The targets of a batch, with masks where the task has them."""
         pixel_values = batch["pixel_values"]
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         crowds = batch["crowd_boxes"] if any(map(len, batch["crowd_boxes"])) else ()
-        return Objects(batch["boxes"], batch["classes"], size, num_labels, batch.get("pixel_mask"), crowds)
+        return Objects(batch["boxes"], batch["classes"], size, num_labels, batch.get("pixel_mask"), crowds, **masks)
 
     def denominator(self, targets: Objects) -> Tensor:  # type: ignore[override]
         """Number of pictures: detectors count what they divide by themselves, in each batch."""
@@ -172,7 +177,7 @@ class ObjectDetection(Task):
     def sizes(self, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         return [(int(height), int(width)) for height, width in batch["orig_size"]]
 
-    def truths(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    def truths(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [
             {"boxes": boxes, "labels": classes, "iscrowd": crowd, "area": areas}
             for boxes, classes, crowd, areas in zip(

@@ -53,6 +53,7 @@ class DistillationCallback(TrainerCallback):
         step, total = state.global_step + 1, state.max_steps
         criterion = self.distiller.criterion
         criterion.begin_step(step, total)
+        self.distiller.student.begin_step(args.seed, step)
         if self.by_epoch:
             # an epoch's end is a sum of fractions
             criterion.set_decay(int((state.epoch or 0) + 1e-6) + 1, math.ceil(args.num_train_epochs))

@@ -69,21 +69,25 @@ def predict_batch(model: DenseAdapter, task: Task, batch: Mapping[str, Any]) -> 
 
 
 def on_cpu(value: Any) -> Any:
-    """Tensors, and mappings of tensors, on the CPU."""
-    return {key: one.cpu() for key, one in value.items()} if isinstance(value, Mapping) else value.cpu()
+    """Tensors, and mappings of them, on the CPU; what is no tensor stays, as run lengths do."""
+    if isinstance(value, Mapping):
+        return {key: on_cpu(one) for key, one in value.items()}
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def stacked(items: Sequence[Any]) -> Any:
     """Maps of one size as one array, others as a list of arrays; mappings of arrays as a list."""
     if items and isinstance(items[0], Mapping):
-        return [{key: one.numpy() for key, one in item.items()} for item in items]
+        return [{key: one.numpy() if isinstance(one, Tensor) else one for key, one in item.items()} for item in items]
     arrays = [item.numpy() for item in items]
     return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
 
 
 def moved(value: Any, args: BCDConfig) -> Any:
-    """Tensors, and lists of tensors, on the device of the arguments."""
-    return [moved(one, args) for one in value] if isinstance(value, list) else value.to(args.device, non_blocking=True)
+    """Tensors, and lists of tensors, on the device of the arguments; what is no tensor stays, as run lengths do."""
+    if isinstance(value, list):
+        return [moved(one, args) for one in value]
+    return value.to(args.device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 @contextmanager

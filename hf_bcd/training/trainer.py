@@ -255,7 +255,9 @@ class BCDTrainer(Trainer):
         for start in tqdm(range(0, len(samples), size), desc="Teacher on calibration images", disable=quiet):
             batch = self._prepare_inputs(self.data_collator(samples[start : start + size]))
             targets = self.task.targets(batch, self.distiller.student.num_labels)
-            batches.append((self._teacher_output(batch["pixel_values"], targets), targets))
+            output: Any = self._teacher_output(batch["pixel_values"], targets)
+            output.answers = self.teacher.answers(batch["pixel_values"])
+            batches.append((output, targets))
         criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=quiet))
 
     def compute_loss(

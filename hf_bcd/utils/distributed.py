@@ -41,3 +41,8 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 def rank_count() -> int:
     """Number of ranks that take part in this run."""
     return dist.get_world_size() if is_distributed() else 1
+
+
+def rank_index() -> int:
+    """Which of these ranks this one is, from 0 on."""
+    return dist.get_rank() if is_distributed() else 0

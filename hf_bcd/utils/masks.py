@@ -89,6 +89,15 @@ def mask_areas(masks: Sequence[RLE]) -> np.ndarray:
     return np.array(library.area(list(masks)) if len(masks) else [], np.float64)
 
 
+def mask_ious(masks: Sequence[RLE], others: Sequence[RLE]) -> np.ndarray:
+    """Intersection over union of all pairs of masks: float64 `[N, M]`."""
+    from faster_coco_eval.core import mask as library
+
+    if not len(masks) or not len(others):
+        return np.zeros((len(masks), len(others)))
+    return np.asarray(library.iou(list(masks), list(others), [0] * len(others)))
+
+
 def mask_boxes(masks: Sequence[RLE]) -> np.ndarray:
     """The smallest box around each mask: left, top, right and bottom in pixels, float64 `[N, 4]`; 0 if it is empty."""
     from faster_coco_eval.core import mask as library

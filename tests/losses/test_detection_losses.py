@@ -306,7 +306,7 @@ def masked(targets: Objects, grow: int = 0) -> Objects:
 
 
 @pytest.mark.parametrize("kind", ["instances", "classes"])
-def test_bcd_takes_the_boundaries_of_masks(kind: str) -> None:
+def test_bcd_takes_the_boundaries_of_masks(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Of the teacher where it finds any, so that no truth is needed; its readout is fitted to them."""
     truth_of_it, found = objects(3, 2, size=(64, 96)), masked(objects(2, 4, size=(64, 96)))
     outputs = {}
@@ -321,6 +321,17 @@ def test_bcd_takes_the_boundaries_of_masks(kind: str) -> None:
     assert torch.equal(outputs["teacher"], outputs["teacher, other truth"])
     assert torch.equal(outputs["teacher"], outputs["teacher's as truth"])
     names = ("boxes", "masks", "teacher")
+    nothing = Objects(
+        [torch.zeros(0, 4)] * 2,
+        [torch.zeros(0, dtype=torch.long)] * 2,
+        (64, 96),
+        3,
+        masks=[torch.zeros(0, 64, 12, dtype=torch.uint8)] * 2,
+    )
+    case = Case("gfl", "bcd", options={"boundary_regions": kind})
+    case.criterion.calibrate([(replace(case.teacher(case.pixel_values), answers=nothing), masked(truth_of_it))])
+    assert torch.equal(case.criterion.losses["bcd"].teacher_head.readout.weight.flatten(), outputs["masks"][:-1])
+    assert "the teacher is sure of no object" in caplog.text
     assert not any(torch.equal(outputs[a], outputs[b]) for a, b in itertools.combinations(names, 2))
 
 

@@ -177,11 +177,19 @@ def test_nothing_to_score():
     assert metric.compute()["num_instances"] == 0
 
 
-def test_ten_thousand_boxes_in_one_picture():
+def test_ten_thousand_boxes_in_one_picture(caplog):
     grid = np.stack(np.meshgrid(np.arange(100), np.arange(100)), -1).reshape(-1, 2) * 8.0
     truth = truth_of(np.concatenate([grid, grid + 6], 1))
     result = scores_of([found_of(truth["boxes"][:100].numpy(), np.linspace(1, 0.5, 100))], [truth], 1)
     assert result["box_ar"] == pytest.approx(0.01) and result["num_instances"] == 10_000
+    assert "A picture has 10000 true objects, but at most 100 detections count" in caplog.text
+
+
+def test_a_model_that_finds_hundreds_is_not_cut_off(caplog):
+    grid = np.stack(np.meshgrid(np.arange(20), np.arange(15)), -1).reshape(-1, 2) * 8.0
+    truth = truth_of(np.concatenate([grid, grid + 6], 1))
+    result = scores_of([found_of(truth["boxes"].numpy(), np.linspace(1, 0.5, 300))], [truth], 1)
+    assert result["box_ap"] == result["box_ar"] == pytest.approx(1) and not caplog.text
 
 
 @pytest.mark.parametrize(

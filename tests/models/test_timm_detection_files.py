@@ -21,6 +21,7 @@ CODE = {
     "dense_heads.py",
     "detection_boxes.py",
     "modeling_timm_detection.py",
+    "regions.py",
     "roi_heads.py",
     "timm_backbone.py",
 }

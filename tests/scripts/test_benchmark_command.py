@@ -43,7 +43,9 @@ def test_all_benchmarks_write_what_they_measured(small, tmp_path, capsys):
             measured |= {(what, name): values for name, values in row.items() if isinstance(values, dict)}
     for name in ("autograd", "autograd + checkpoint", "streamed", "L_BD", "student's step", "kd", "bcd"):
         assert ("losses", name) in measured
-    assert {("step", name) for name in ("teacher forward", "student's step", "both", "step with BCD")} <= set(measured)
+    assert {
+        ("step", name) for name in ("teacher forward", "student's step", "both", "step with BCD", "torchvision's")
+    } <= set(measured)
     assert {("data", "crop, flip"), ("data", "crop, flip, cached"), ("eval", "all scores")} <= set(measured)
     for values in measured.values():
         assert 0 < values["low"] <= values["median"] <= values["high"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from adapters.adapter_tiny_detectors import tiny_detector
+from adapters.adapter_tiny_detectors import MASKED, tiny_detector
 from host_sync import no_host_synchronisation
 from transformers import TrainerCallback
 
@@ -26,16 +26,17 @@ OPTIONS = {
 BCD = {"losses": {"bcd": {"channels": 8, "reduced_channels": 4}}}
 
 
-def scenes(train: int = 8) -> Any:
+def scenes(train: int = 8, name: str = "synthetic_detection") -> Any:
     numbers = {"train": train, "validation": 3, "test": 2}
-    return load_dense_dataset("synthetic_detection", size=(64, 96), num_images=numbers)
+    return load_dense_dataset(name, size=(64, 96), num_images=numbers)
 
 
 def trainer(folder: Path, student: str = "gfl", teacher: str | None = None, **changes: Any) -> BCDTrainer:
-    data = changes.pop("data", None) or scenes()
+    masks = student in MASKED
+    data = changes.pop("data", None) or scenes(name="synthetic_instances" if masks else "synthetic_detection")
     model = changes.pop("model", None) or tiny_detector(student, THINGS)
     taught = changes.pop("taught", None) or (None if teacher is None else tiny_detector(teacher, THINGS))
-    squares = {} if student in ("gfl", "retinanet") else {"square_size": 64, "image_size": None}
+    squares = {} if student in ("gfl", "retinanet", *MASKED) else {"square_size": 64, "image_size": None}
     return tiny.trainer(folder, model=model, teacher=taught, data=data, **(OPTIONS | squares | changes))
 
 
@@ -188,6 +189,7 @@ RESUMED = {
     "gfl-average": ("gfl", "retinanet", {"ema_decay": 0.99, "losses": {"pkd": {"features": "pyramid"}}}),
     "retinanet-sizes": ("retinanet", "retinanet", {"train_shortest": [32, 48, 64], "losses": {"gid": {}}}),
     "d_fine-queries": ("d_fine", "d_fine", {"losses": {"query_kd": {"least_score": 1e-3}, "ddf": {}}}),
+    "mask_rcnn": ("mask_rcnn", "cascade_mask_rcnn", BCD | {"gradient_accumulation_steps": 2}),
     "detr-average": ("detr", "detr", {"ema_decay": 0.9, "losses": {"query_kd": {}}}),
 }
 
