@@ -15,11 +15,19 @@ from ..utils.messages import UserError
 from ..utils.text import shortened
 from . import generic
 from .base import DenseAdapter
-from .detr import ConditionalDetrAdapter, DeformableDetrAdapter, DetrAdapter, DFineAdapter, RTDetrAdapter
+from .detr import (
+    ConditionalDetrAdapter,
+    DeformableDetrAdapter,
+    DetrAdapter,
+    DetrMaskAdapter,
+    DFineAdapter,
+    RTDetrAdapter,
+)
 from .mask2former import Mask2FormerAdapter
+from .mask_queries import EomtAdapter, Mask2FormerInstanceAdapter, MaskFormerAdapter
 from .timm_detection import TimmDetectionAdapter, TimmMaskAdapter
 from .upernet import UperNetAdapter
-from .vit_detectors import RfDetrAdapter, YolosAdapter
+from .vit_detectors import RfDetrAdapter, RfDetrMaskAdapter, YolosAdapter
 
 
 logger = logging.getLogger(__name__)
@@ -53,46 +61,80 @@ DETECTORS: dict[str, type[DenseAdapter]] = {
     "timm_detection": TimmDetectionAdapter,
     "yolos": YolosAdapter,
 }
+# of models with masks
+INSTANCES: dict[str, type[DenseAdapter]] = {
+    "detr": DetrMaskAdapter,
+    "eomt": EomtAdapter,
+    "eomt_dinov3": EomtAdapter,
+    "mask2former": Mask2FormerInstanceAdapter,
+    "maskformer": MaskFormerAdapter,
+    "rf_detr": RfDetrMaskAdapter,
+}
 
 
-def adapter_class(model: PreTrainedModel) -> type[DenseAdapter]:
+def adapter_class(model: PreTrainedModel, task: str | None = None) -> type[DenseAdapter]:
     """The class for a model's type and kind of predictions.
 
+    Args:
+        model: of transformers, or one of ours.
+        task: name of the task, of which a model such as Mask2Former serves two; by default that of label maps.
+
     Raises:
-        UserError: if there is none, or the model predicts neither label maps nor boxes.
+        UserError: if there is none, or the model predicts neither label maps nor boxes nor masks.
     """
     model_type, kind = model.config.model_type, type(model).__name__
+    supported = {*ADAPTERS, *DETECTORS, *INSTANCES}
+    if model_type not in supported:
+        names = ", ".join(sorted(supported))
+        raise UserError(f"no adapter for models of type {model_type!r}; supported types: {names}")
     known = ADAPTERS if "Segmentation" in kind else DETECTORS
-    if model_type not in {*ADAPTERS, *DETECTORS}:
-        supported = ", ".join(sorted({*ADAPTERS, *DETECTORS}))
-        raise UserError(f"no adapter for models of type {model_type!r}; supported types: {supported}")
+    if (
+        known is ADAPTERS
+        and model_type in INSTANCES
+        and (task == RfDetrMaskAdapter.task or model_type not in ADAPTERS)
+    ):
+        known = INSTANCES
     if model_type not in known or not ("Segmentation" in kind or "Detection" in kind):
-        loader = "AutoModelForSemanticSegmentation" if model_type in ADAPTERS else "AutoModelForObjectDetection"
-        wanted = "segmentation" if model_type in ADAPTERS else "boxes"
+        wanted, loader = "segmentation", "AutoModelForSemanticSegmentation"
+        if model_type in DETECTORS:
+            wanted, loader = "boxes", "AutoModelForObjectDetection"
+        elif model_type in INSTANCES:
+            wanted, loader = (
+                "masks",
+                "AutoModelForUniversalSegmentation, for masks of objects with --task instance-segmentation",
+            )
         raise UserError(f"{kind} predicts no {wanted}; load the weights with {loader}")
     adapter = known[model_type]
     return TimmMaskAdapter if adapter is TimmDetectionAdapter and model.config.has_masks else adapter
 
 
 def build_adapter(
-    model: PreTrainedModel, image_mean: Sequence[float] | None = None, image_std: Sequence[float] | None = None
+    model: PreTrainedModel,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    task: str | None = None,
 ) -> DenseAdapter:
-    """Adapts a segmentation model.
+    """Adapts a segmentation model or a detector.
 
     Args:
         model: semantic segmentation model, or a universal one such as Mask2Former.
         image_mean: mean of each channel in RGB order, for images scaled to 0..1; the family's own if `None`.
             `image_statistics(model)` reads both from the model's image processor.
         image_std: standard deviation of each channel, likewise.
+        task: see `adapter_class`.
 
     Raises:
         UserError: if there is no adapter for the model; the message names the supported model types.
     """
-    return adapter_class(model)(model, image_mean, image_std)
+    return adapter_class(model, task)(model, image_mean, image_std)
 
 
-def adapt(model: PreTrainedModel | DenseAdapter) -> DenseAdapter:
+def adapt(model: PreTrainedModel | DenseAdapter, task: str | None = None) -> DenseAdapter:
     """Adapts a model with the statistics of its own image processor; an adapter stays as it is.
+
+    Args:
+        model: of transformers, or one of ours.
+        task: see `adapter_class`.
 
     Raises:
         UserError: if there is no adapter for the model, or it shows the model other values than the image processor.
@@ -102,7 +144,7 @@ def adapt(model: PreTrainedModel | DenseAdapter) -> DenseAdapter:
     processor = own_processor(model)
     try:
         mean, std = statistics_of(processor, model)
-        adapter = build_adapter(model, mean, std)
+        adapter = build_adapter(model, mean, std, task)
         if processor is not None:
             compare_inputs(adapter, processor)
     except (TypeError, ValueError, LookupError, RuntimeError) as error:

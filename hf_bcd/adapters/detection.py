@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..outputs import DenseOutput, Objects
-from ..utils.masks import RLE, encode
+from ..utils.masks import RLE, encode, unpack
 from ..utils.messages import UserError
 from .base import DenseAdapter
 
@@ -184,6 +184,26 @@ def detr_labels(targets: Objects, sizes: Tensor) -> list[dict[str, Tensor]]:
     for label, masks in zip(labels, targets.masks or (), strict=targets.masks is not None):
         label["masks"] = masks
     return labels
+
+
+def unpacked_masks(targets: Objects, model: nn.Module) -> list[Tensor]:
+    """The true masks of each picture, boolean `[N, H, W]`.
+
+    Raises:
+        UserError: there are none.
+    """
+    if targets.masks is None:
+        raise UserError(
+            f"{type(model).__name__} learns masks, but the data set has boxes only; train on one with masks "
+            "(`--task instance-segmentation`), or choose a detector without masks."
+        )
+    return [unpack(masks, targets.size[1]) for masks in targets.masks]
+
+
+def mask_labels(targets: Objects, sizes: Tensor, model: nn.Module) -> list[dict[str, Tensor]]:
+    """`detr_labels` with whole masks; a `UserError` where there are none."""
+    labels, masks = detr_labels(targets, sizes), unpacked_masks(targets, model)
+    return [{**label, "masks": whole} for label, whole in zip(labels, masks, strict=True)]
 
 
 @contextmanager

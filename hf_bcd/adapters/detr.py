@@ -14,7 +14,7 @@ from ..outputs import DenseOutput, FeatureSpec, Objects, Queries
 from ..utils.distributed import is_distributed
 from ..utils.messages import UserError
 from .base import DenseAdapter, stage_specs, timm_stages
-from .detection import DetectionAdapter, detr_labels, picture_sizes, tapped
+from .detection import DetectionAdapter, detr_labels, mask_labels, picture_sizes, tapped
 
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,14 @@ class DetrAdapter(DetectionAdapter):
     softmax = True
 
     @property
+    def detector(self) -> Any:
+        """The model without its heads."""
+        return self.model.model
+
+    @property
     def backbone(self) -> Any:
         """The model of the backbone, which may be a feature extractor of timm."""
-        encoder = getattr(self.model.model, "backbone", None) or self.model.model.conv_encoder
+        encoder = getattr(self.detector, "backbone", None) or self.detector.conv_encoder
         backbone = getattr(encoder, "conv_encoder", encoder).model
         return getattr(backbone, "_backbone", backbone)
 
@@ -54,8 +59,9 @@ class DetrAdapter(DetectionAdapter):
         if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             logger.warning(
                 "The backbone of this %s is frozen, as transformers leaves a ResNet of its own in models of the DETR kind: losses "
-                "of its features teach nothing. model.model.unfreeze_backbone() makes it learn.",
+                "of its features teach nothing. unfreeze_backbone() of its %s makes it learn.",
                 type(self.model).__name__,
+                type(self.detector).__name__,
             )
 
     def depths(self) -> dict[nn.Parameter, int]:
@@ -78,7 +84,7 @@ class DetrAdapter(DetectionAdapter):
         return offers if alike else offers - {"queries", "corners"}
 
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
-        labels = None if targets is None else detr_labels(targets, self.label_sizes(targets))
+        labels = None if targets is None else self.labels(targets)
         mask = None if pixel_mask is None else pixel_mask.long()
         with counted_by_rank(), tapped(dict(zip(self.feature_specs, self.stage_modules(), strict=True))) as maps:
             outputs = self.model(pixel_values=pixel_values, pixel_mask=mask, labels=labels, output_hidden_states=True)
@@ -91,6 +97,10 @@ class DetrAdapter(DetectionAdapter):
         if targets is not None:
             output.task_losses["loss_task"] = self.task_loss(outputs, targets)
         return output
+
+    def labels(self, targets: Objects) -> list[dict[str, Tensor]]:
+        """Targets in the form of the model."""
+        return detr_labels(targets, self.label_sizes(targets))
 
     def label_sizes(self, targets: Objects) -> Tensor:
         """What boxes in labels are relative to."""
@@ -121,6 +131,20 @@ class DetrAdapter(DetectionAdapter):
         layers = [*(outputs.auxiliary_outputs or []), {"logits": outputs.logits, "pred_boxes": outputs.pred_boxes}]
         logits = torch.stack([layer["logits"] for layer in layers])
         return Queries(self.map_classes(logits), torch.stack([layer["pred_boxes"] for layer in layers]), self.softmax)
+
+
+class DetrMaskAdapter(DetrAdapter):
+    """DETR with masks (`DetrForSegmentation`), which overlap here; queries are compared by their boxes."""
+
+    task = "instance-segmentation"
+    exported = ("logits", "pred_boxes", "pred_masks")
+
+    @property
+    def detector(self) -> Any:
+        return self.model.detr.model
+
+    def labels(self, targets: Objects) -> list[dict[str, Tensor]]:
+        return mask_labels(targets, self.label_sizes(targets), self.model)
 
 
 class ConditionalDetrAdapter(DetrAdapter):

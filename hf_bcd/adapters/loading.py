@@ -183,15 +183,24 @@ load_segmentation_model = load_model  # what it was called before it loaded dete
 
 def auto_classes(config: Any) -> list[Any]:
     """The Auto classes to try for a configuration: the one of the class that it was saved from first."""
-    segmenters = [transformers.AutoModelForSemanticSegmentation, transformers.AutoModelForUniversalSegmentation]
+    segmenters = [
+        transformers.AutoModelForSemanticSegmentation,
+        transformers.AutoModelForUniversalSegmentation,
+        transformers.AutoModelForInstanceSegmentation,
+    ]
     detectors = [transformers.AutoModelForObjectDetection]
     # a type may stand in both
     segments = any("Segmentation" in name for name in getattr(config, "architectures", None) or ())
     return [*segmenters, *detectors] if segments else [*detectors, *segmenters]
 
 
-def load_adapter(spec: ModelSpec | str, *, trust_remote_code: bool = False) -> DenseAdapter:
+def load_adapter(spec: ModelSpec | str, *, trust_remote_code: bool = False, task: str | None = None) -> DenseAdapter:
     """Loads a finished model and adapts it: weights, image statistics and names come from one revision.
+
+    Args:
+        spec: names the model.
+        trust_remote_code: run model code that lies in the repository.
+        task: what a model that serves two tasks is for, see `adapter_class`.
 
     Raises:
         UserError: as `load_model`, or if the model's type has no adapter.
@@ -199,7 +208,7 @@ def load_adapter(spec: ModelSpec | str, *, trust_remote_code: bool = False) -> D
     spec = ModelSpec.parse(spec, "model")
     assert spec.name_or_path is not None
     model = load_model(spec.name_or_path, revision=spec.revision, trust_remote_code=trust_remote_code)
-    return adapt(model)
+    return adapt(model, task)
 
 
 def commit_of(name_or_path: str, revision: str | None = None) -> str | None:

@@ -12,7 +12,7 @@ from .base import DenseAdapter, cross_entropy, stage_features, stage_specs
 
 
 # backbones of transformers whose stages halve the resolution one after the other
-PYRAMIDS = ("convnext", "convnextv2", "resnet", "swin", "swinv2")
+PYRAMIDS = ("convnext", "convnextv2", "maskformer-swin", "resnet", "swin", "swinv2")
 
 
 def backbone_feature_specs(backbone: Any) -> dict[str, FeatureSpec]:

@@ -1,12 +1,14 @@
-"""Detectors on plain vision transformers: RF-DETR and YOLOS."""
+"""Detectors on plain vision transformers: RF-DETR, also with masks, and YOLOS."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec, Objects, Queries
-from .detection import detr_labels, tapped
+from .detection import mask_labels, tapped
 from .detr import DetrAdapter, counted_by_rank
 
 
@@ -24,7 +26,7 @@ class RfDetrAdapter(DetrAdapter):
 
     @property
     def backbone(self) -> Any:
-        return self.model.model.backbone.backbone
+        return self.detector.backbone.backbone
 
     @property
     def size_multiple(self) -> int:  # type: ignore[override]
@@ -49,7 +51,7 @@ class RfDetrAdapter(DetrAdapter):
         return {"p4": FeatureSpec(self.model.config.d_model, self.backbone.config.patch_size)}
 
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
-        labels = None if targets is None else detr_labels(targets, self.label_sizes(targets))
+        labels = None if targets is None else self.labels(targets)
         with tapped({"backbone": self.backbone}) as found:
             outputs = self.model(pixel_values=pixel_values, labels=labels)
         maps: Any = found["backbone"]
@@ -66,6 +68,83 @@ class RfDetrAdapter(DetrAdapter):
     def queries(self, outputs: Any) -> Queries:
         found, own = super().queries(outputs), self.model.config.num_queries
         return Queries(found.class_logits[:, :, :own], cast(Tensor, found.boxes)[:, :, :own], False)
+
+
+class RfDetrMaskAdapter(RfDetrAdapter):
+    """RF-DETR with masks: as without; queries are compared by their boxes.
+
+    Masks are those of its processor, while `pipeline` wants their logits above 0.5 instead of 0: there they are smaller.
+    """
+
+    task = "instance-segmentation"
+    exported = ("logits", "pred_boxes", "pred_masks")
+
+    @property
+    def detector(self) -> Any:
+        return self.model.model.model
+
+    @property
+    def unused_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(f"model.{name}" for name in super().unused_parameters)
+
+    def labels(self, targets: Objects) -> list[dict[str, Tensor]]:
+        return mask_labels(targets, self.label_sizes(targets), self.model)
+
+    def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
+        labels = None if targets is None else self.labels(targets)
+        modules = {"backbone": self.backbone, "neck": self.detector.backbone}
+        with tapped(modules) as found, loss_in_float32(self.model):
+            outputs = self.model(pixel_values=pixel_values, labels=labels)
+        maps: Any = found["backbone"]
+        output = DenseOutput(
+            dict(zip(self.feature_specs, maps.feature_maps, strict=True)),
+            None,
+            pyramid={"p4": found["neck"][0]},
+            queries=self.queries(outputs),
+        )
+        if targets is not None:
+            output.task_losses["loss_task"] = self.weighted(outputs.loss_dict) + 0 * outputs.pred_masks.sum()
+        return output
+
+    def weighted(self, losses: dict[str, Tensor]) -> Tensor:
+        """The model's sum of its terms; without any object, terms of masks are no scalars there, and have no graph."""
+        config = self.model.config
+        weights = {
+            "loss_ce": config.class_loss_coefficient,
+            "loss_bbox": config.bbox_loss_coefficient,
+            "loss_giou": config.giou_loss_coefficient,
+            "loss_mask_ce": config.mask_class_loss_coefficient,
+            "loss_mask_dice": config.mask_dice_loss_coefficient,
+        }
+        terms = [
+            weight * loss.sum()
+            for term, weight in weights.items()
+            for name, loss in losses.items()
+            if name == term or (config.auxiliary_loss and name.startswith(f"{term}_"))
+        ]
+        return torch.stack(terms).sum()
+
+
+@contextmanager
+def loss_in_float32(model: Any) -> Iterator[None]:
+    """Lets a model of transformers compute its loss outside of autocast: dice sums over thousands of points."""
+    loss = model.loss_function
+
+    def computed(*outputs: Any) -> Any:
+        with torch.autocast(model.device.type, enabled=False):
+            return loss(*map(_in_float32, outputs))
+
+    model.loss_function = computed
+    try:
+        yield
+    finally:
+        model.loss_function = loss
+
+
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_in_float32(one) for one in value]
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class YolosAdapter(DetrAdapter):
@@ -98,7 +177,7 @@ class YolosAdapter(DetrAdapter):
         return super().offers - {"pyramid"}
 
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
-        labels = None if targets is None else detr_labels(targets, self.label_sizes(targets))
+        labels = None if targets is None else self.labels(targets)
         layers = self.stage_modules()
         ends = [layers[len(layers) * part // 4 - 1] for part in (1, 2, 3, 4)]
         with counted_by_rank(), tapped(dict(zip(self.feature_specs, ends, strict=True))) as tokens:

@@ -72,7 +72,7 @@ def distill(
         build_losses(student, models["teacher"], config)
     models["baseline"] = baseline or prepare_baseline(model_args, config, data)
     trainer = train_model(student, models["teacher"], config, data, label_synonyms=model_args.label_synonyms)
-    models["student"] = load_adapter(str(config.output_dir))  # the saved student is scored
+    models["student"] = load_adapter(str(config.output_dir), task=trainer.task.name)  # the saved student is scored
 
     split, found = final_split(data), {name: model for name, model in models.items() if model is not None}
     scores = {}

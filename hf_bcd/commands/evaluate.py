@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     split = final_split(data)
     if split is None:
         raise UserError(f"no labelled evaluation split; the data set has {', '.join(data)}.")
-    adapter = load_adapter(spec, trust_remote_code=model_args.trust_remote_code)
+    adapter = load_adapter(spec, trust_remote_code=model_args.trust_remote_code, task=task_of(data[split]).name)
     if config.image_size is None and config.square_size is None:
         trust = model_args.trust_remote_code
         saved = saved_size(spec.name_or_path, revision=adapter.revision, trust_remote_code=trust)

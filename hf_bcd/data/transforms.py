@@ -134,8 +134,8 @@ class TrainTransform(Augmentation):
 class EvalTransform:
     """Shows a model a picture as its image processor does, but for what the model's adapter does on the device.
 
-    An adapter takes raw RGB values and normalises them itself, so scaling, normalisation and the order of channels are
-    left out; size, aspect ratio and crop are the processor's own. The label map keeps its size.
+    An adapter takes raw RGB values, normalises them and pads them itself, so scaling, normalisation, the order of channels
+    and padding are left out; size, aspect ratio and crop are the processor's own. The label map keeps its size.
 
     Args:
         processor: image processor that is saved beside the model.
@@ -143,7 +143,7 @@ class EvalTransform:
 
     def __init__(self, processor: BaseImageProcessor) -> None:
         self.processor: Any = processor
-        steps = ("do_rescale", "do_normalize", "do_flip_channel_order")
+        steps = ("do_rescale", "do_normalize", "do_flip_channel_order", "do_pad")
         self.left_out = {step: False for step in steps if getattr(processor, step, None) is not None}
         # which rescales before it resizes, so that nothing is rounded to whole grey levels
         self.in_floats = type(processor).__name__.startswith("RfDetr")

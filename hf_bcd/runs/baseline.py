@@ -44,7 +44,9 @@ def check_untrained(args: ModelArguments, config: BCDConfig, data: DenseDatasets
     if spec is not None and spec.name_or_path is None:
         teacher_config(args, config)
         with torch.random.fork_rng(devices=[]):
-            build_losses(student, adapt(build_model(spec, data["train"].id2label)), config)
+            build_losses(
+                student, adapt(build_model(spec, data["train"].id2label), task_of(data["train"]).name), config
+            )
 
 
 def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> DenseAdapter | None:
@@ -53,10 +55,11 @@ def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets
         return None
     spec = ModelSpec.parse(args.teacher, "teacher")
     if spec.name_or_path is not None:
-        teacher = load_adapter(spec, trust_remote_code=args.trust_remote_code)
+        task = task_of(data["train"])
+        teacher = load_adapter(spec, trust_remote_code=args.trust_remote_code, task=task.name)
         label_map = teacher.match(data["train"].id2label, read_synonyms(args.label_synonyms))
-        check_task(teacher, task_of(data["train"]))
-        for size in task_of(data["train"]).train_sizes(config):
+        check_task(teacher, task)
+        for size in task.train_sizes(config):
             teacher.check_size(teacher.size_as_teacher(size))
         check_losses(teacher, label_map, config)  # fails here rather than after the baseline's training
         if args.teacher_training:
@@ -110,7 +113,8 @@ def load_baseline(args: ModelArguments, data: DenseDatasets) -> DenseAdapter | N
     source = str(folder) if folder.is_dir() else args.baseline
     if is_distilled(source):
         raise UserError(f"--baseline {args.baseline} was distilled itself; name a student trained without a teacher.")
-    model = load_adapter(ModelSpec(source), trust_remote_code=args.trust_remote_code)
+    task = task_of(data["train"]).name
+    model = load_adapter(ModelSpec(source), trust_remote_code=args.trust_remote_code, task=task)
     labels, expected = list(model.id2label.values()), list(data["train"].id2label.values())
     if labels != expected:
         raise UserError(
@@ -144,7 +148,7 @@ def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDat
     Raises:
         UserError: if the folder holds a finished model of another recipe.
     """
-    folder = Path(config.output_dir or ".")
+    folder, task = Path(config.output_dir or "."), task_of(data["train"]).name
     recipe = recipe_of(spec, config, data)
     if (folder / RECIPE_FILE).is_file():  # written last, so the model beside it is whole
         logger.warning("re-using the %s in %s", role, folder)
@@ -152,12 +156,12 @@ def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDat
     else:
         logger.warning("training the %s in %s", role, folder)
         set_seed(config.seed)
-        model = adapt(build_model(spec, data["train"].id2label))
+        model = adapt(build_model(spec, data["train"].id2label), task)
         check_sizes(model, config, data)
         train_model(model, None, config, data, role)
         if config.should_save:
             write_json(folder / RECIPE_FILE, recipe)
-    return load_adapter(ModelSpec(str(folder)))
+    return load_adapter(ModelSpec(str(folder)), task=task)
 
 
 def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:

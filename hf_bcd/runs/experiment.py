@@ -105,7 +105,8 @@ def build_student(args: ModelArguments, config: BCDConfig, data: DenseDatasets) 
         raise UserError("no student: give --student (Hub id, folder, or {backbone: ..., head: ...}).")
     set_seed(config.seed)
     spec = ModelSpec.parse(args.student, "student")
-    student = adapt(build_model(spec, data["train"].id2label, trust_remote_code=args.trust_remote_code))
+    model = build_model(spec, data["train"].id2label, trust_remote_code=args.trust_remote_code)
+    student = adapt(model, task_of(data["train"]).name)
     check_checkpointing(student.model, config)
     check_sizes(student, config, data)
     return student
@@ -239,7 +240,7 @@ def evaluate_model(
         UserError: if the model is for another task, or lacks some of these classes, and has not as many without names in
             common.
     """
-    adapter = adapt(model)
+    adapter = adapt(model, task_of(data).name)
     check_task(adapter, task_of(data))
     if (label_map := adapter.match(data.id2label, read_synonyms(label_synonyms))).missing:
         if len(label_map.teacher) != len(label_map.student):

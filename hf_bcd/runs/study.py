@@ -289,14 +289,14 @@ def _train_run(
     check_untrained(model_args, config, data, student)
     teacher, teacher_scores = shared.teacher(model_args, config, data, split)
     trainer = train_model(student, teacher, config, data, label_synonyms=model_args.label_synonyms)
-    models = {"student": load_adapter(str(run.folder))}
+    models = {"student": load_adapter(str(run.folder), task=trainer.task.name)}
     scores = {"student": evaluate_model(models["student"], config, data[split])}
     if teacher is not None:
         models = {"teacher": teacher, **models}
         scores = ({"teacher": teacher_scores} if teacher_scores else {}) | scores
     reference = run.folder.parent.parent / run.reference / run.folder.name
     if run.name != run.reference and (reference / RESULT_FILE).is_file() and teacher is not None:
-        models["baseline"] = load_adapter(str(reference))
+        models["baseline"] = load_adapter(str(reference), task=trainer.task.name)
         scores["baseline"] = read_json(reference / RESULT_FILE)["scores"]
     if config.should_save:
         recipe = run.folder / "recipe.yaml"

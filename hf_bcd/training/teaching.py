@@ -54,14 +54,14 @@ def prepare(
         UserError: if the model's classes are not the data set's, or a loss needs what the teacher lacks.
     """
     synonyms, id2label = read_synonyms(synonyms), getattr(dataset, "id2label", None)
-    student = adapt(model)
+    task = task_of(dataset)
+    student = adapt(model, task.name)
     if not to_train and teacher is None and id2label is not None:
         student.match(id2label, synonyms)
     if student.label_map is None:
         adopt_labels(student.model, id2label)
     if to_train:
         student.freeze_unused()
-    task = task_of(dataset)
     check_task(student, task)
     if to_train:
         check_checkpointing(student.model, args)
@@ -74,7 +74,7 @@ def prepare(
     set_seed(args.seed)  # connectors start the same whatever ran before in this process
     if teacher is None:
         return Prepared(student, None, DistillationCriterion({}, {}, []))
-    teacher = adapt(teacher)
+    teacher = adapt(teacher, task.name)
     check_task(teacher, task)
     for size in sizes:
         teacher.check_shape(size)
@@ -136,7 +136,7 @@ def check_task(model: DenseAdapter, task: Task) -> None:
     if model.task != task.name:
         raise UserError(
             f"{type(model.model).__name__} is for {TASKS[model.task].title}, but the data are for {task.title}; choose a model "
-            "or data of the other kind."
+            "or data of the other kind, or say how the data are meant (`--task`), such as instance-segmentation."
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from adapters.adapter_tiny_models import STAGES, mask2former, swin
 from models.tiny_detectors import confident, tiny
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.hgnet_v2 import HGNetV2Config
@@ -74,7 +75,7 @@ def timm_resnet(out: list[int]) -> PreTrainedConfig:
     return hf.TimmBackboneConfig(backbone="test_resnet", out_indices=out)
 
 
-def rf_detr(**fields: Any) -> PreTrainedModel:
+def rf_detr(kind: str = "ObjectDetection", **fields: Any) -> PreTrainedModel:
     vit = hf.RfDetrDinov2Config(
         hidden_size=32, num_hidden_layers=6, num_attention_heads=2, mlp_ratio=2, image_size=64, patch_size=16, num_windows=2,
         out_features=["stage1", "stage2", "stage4", "stage5"],
@@ -85,7 +86,36 @@ def rf_detr(**fields: Any) -> PreTrainedModel:
         "decoder_layers": 2,
     }
     options |= {"decoder_ffn_dim": 32, "d_model": 32, "num_queries": QUERIES, "group_detr": 3, "dropout": 0.0}
-    return hf.RfDetrForObjectDetection(hf.RfDetrConfig(backbone_config=vit, **options | fields))
+    return getattr(hf, f"RfDetrFor{kind}")(hf.RfDetrConfig(backbone_config=vit, **options | fields))
+
+
+def detr_with_masks(**fields: Any) -> PreTrainedModel:
+    heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}  # which its mask head adds to the width
+    model = hf.DetrForSegmentation(hf.DetrConfig(backbone_config=resnet(STAGES), **PLAIN | heads | fields))
+    model.detr.model.unfreeze_backbone()
+    return model
+
+
+def mask2former_resnet(**fields: Any) -> PreTrainedModel:
+    widths = ("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward")
+    counts = {"encoder_layers": 1, "decoder_layers": 3, "num_attention_heads": 2, "num_queries": QUERIES}
+    options = dict.fromkeys(widths, 32) | counts | {"train_num_points": 64}
+    config = hf.Mask2FormerConfig(backbone_config=resnet(STAGES), **options | fields)
+    return hf.Mask2FormerForUniversalSegmentation(config)
+
+
+def maskformer(backbone: PreTrainedConfig, **fields: Any) -> PreTrainedModel:
+    decoder = ATTENTION | {"model_type": "detr", "d_model": 32, "num_queries": QUERIES, "dropout": 0.0}
+    options = {"fpn_feature_size": 32, "mask_feature_size": 32, "use_auxiliary_loss": True}
+    config = hf.MaskFormerConfig(backbone_config=backbone, decoder_config=decoder, **options | fields)
+    return hf.MaskFormerForInstanceSegmentation(config)
+
+
+def eomt(version: str, **fields: Any) -> PreTrainedModel:
+    options: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2, "num_blocks": 2}
+    options |= {"image_size": 192, "num_queries": QUERIES, "num_register_tokens": 2, "train_num_points": 64}
+    options |= {"mlp_ratio": 2} if version == "Eomt" else {"intermediate_size": 64}
+    return getattr(hf, f"{version}ForUniversalSegmentation")(getattr(hf, f"{version}Config")(**options | fields))
 
 
 def yolos(**fields: Any) -> PreTrainedModel:
@@ -109,23 +139,35 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "d_fine": lambda **fields: d_fine("DFine", **fields),
     "deimv2": lambda **fields: d_fine("Deimv2", **fields),
     "rf_detr": rf_detr,
+    "rf_detr-masks": lambda **fields: rf_detr("InstanceSegmentation", **fields),
     "yolos": yolos,
     "detr": lambda **fields: detr("Detr", ["stage4"], **fields),
     "detr-timm": lambda **fields: detr("Detr", [], backbone_config=timm_resnet([4]), **fields),
+    "detr-masks": detr_with_masks,
     "conditional_detr": lambda **fields: detr("ConditionalDetr", ["stage4"], **fields),
     "dab-detr": lambda **fields: detr("DabDetr", ["stage4"], hidden_size=32, **fields),
     "deformable_detr": lambda **fields: detr("DeformableDetr", OUT, num_feature_levels=4, **fields),
     "deformable_detr-timm": lambda **fields: detr(
         "DeformableDetr", [], num_feature_levels=4, backbone_config=timm_resnet([2, 3, 4]), **fields
     ),
+    "mask2former": lambda **fields: mask2former(**{"num_queries": QUERIES, "decoder_layers": 3} | fields),
+    "mask2former-resnet": mask2former_resnet,
+    "maskformer": lambda **fields: maskformer(swin(), **fields),
+    "maskformer-resnet": lambda **fields: maskformer(resnet(STAGES), **fields),
+    "eomt": lambda **fields: eomt("Eomt", **fields),
+    "eomt_dinov3": lambda **fields: eomt("EomtDinov3", **fields),
 }
 OURS = ["gfl", "retinanet"]
 MASKED = ["mask_rcnn", "cascade_mask_rcnn"]
 REAL_TIME_ONES = ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"]
-TOKENS = ["rf_detr", "yolos"]
-SQUARES = [*REAL_TIME_ONES, *TOKENS]
+EOMTS = ["eomt", "eomt_dinov3"]
+MASK_QUERIES = ["mask2former", "mask2former-resnet", "maskformer", "maskformer-resnet", *EOMTS]
+BOXES_AND_MASKS = ["rf_detr-masks", "detr-masks"]
+WITH_MASKS = [*MASKED, *BOXES_AND_MASKS, *MASK_QUERIES]
+SQUARES = [*REAL_TIME_ONES, "rf_detr", "rf_detr-masks", "yolos"]
+TOKENS = ["rf_detr", "rf_detr-masks", "yolos", *EOMTS]
 PADDED = ["detr", "detr-timm", "conditional_detr", "dab-detr", "deformable_detr", "deformable_detr-timm"]
-SOFTMAX = ["yolos", "detr", "detr-timm"]
+SOFTMAX = ["yolos", "detr", "detr-timm", "detr-masks", *MASK_QUERIES]
 
 
 def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> PreTrainedModel:
@@ -139,7 +181,13 @@ def tiny_detector(name: str, labels: dict[int, str] = LABELS, **fields: Any) -> 
             if name in SQUARES and isinstance(module, torch.nn.BatchNorm2d):  # RT-DETR's multiply by hundredths
                 module.weight.fill_(1.0)
         for key, parameter in model.named_parameters():
-            if name in PADDED[:4] and parameter.ndim > 1 and ("decoder" in key or "query" in key):
+            if name in (*PADDED[:4], "detr-masks") and parameter.ndim > 1 and ("decoder" in key or "query" in key):
+                parameter.copy_(2.0 * torch.randn(parameter.shape) / parameter.shape[1] ** 0.5)
+            if (
+                name in MASK_QUERIES
+                and parameter.ndim > 1
+                and any(part in key for part in ("transformer_module", "query", "mask_"))
+            ):
                 parameter.copy_(2.0 * torch.randn(parameter.shape) / parameter.shape[1] ** 0.5)
             if name in SQUARES and parameter.ndim == 4:  # or no signal passes the backbone, and all queries tie
                 parameter.copy_(1.4 * torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)

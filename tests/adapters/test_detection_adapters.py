@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from adapters.adapter_tiny_detectors import (
+    BOXES_AND_MASKS,
+    EOMTS,
     LABELS,
+    MASK_QUERIES,
     MASKED,
     MODELS,
     OURS,
@@ -19,6 +23,7 @@ from adapters.adapter_tiny_detectors import (
     SOFTMAX,
     SQUARES,
     TOKENS,
+    WITH_MASKS,
     tiny_detector,
 )
 from adapters.adapter_tiny_detectors import objects as boxes_of
@@ -30,6 +35,8 @@ from transformers import AutoImageProcessor
 from hf_bcd.adapters import FrozenTeacher, adapt, build_adapter, image_processor
 from hf_bcd.adapters.detection import DetectionAdapter, detr_labels, picture_sizes
 from hf_bcd.adapters.loading import ModelSpec, build_model, load_adapter
+from hf_bcd.adapters.mask2former import Mask2FormerAdapter
+from hf_bcd.adapters.mask_queries import Mask2FormerInstanceAdapter
 from hf_bcd.data import BoxEvalTransform
 from hf_bcd.outputs import DenseOutput, Objects
 from hf_bcd.utils.masks import decode, unpack
@@ -42,7 +49,8 @@ objects = partial(boxes_of, masks=True)
 
 
 def adapted(name: str, labels: dict[int, str] = LABELS, **fields) -> DetectionAdapter:
-    return build_adapter(tiny_detector(name, labels, **fields))  # type: ignore[return-value]
+    task = "instance-segmentation" if name in WITH_MASKS else None
+    return build_adapter(tiny_detector(name, labels, **fields), task=task)  # type: ignore[return-value]
 
 
 def assert_levels(adapter: DetectionAdapter, output: DenseOutput, size: tuple[int, int]) -> None:
@@ -65,12 +73,13 @@ def test_levels_are_as_declared(name: str, training: bool) -> None:
     assert_levels(adapter, output, size)
     assert {"stride_4", "stride_8", "stride_16", "stride_32"} <= set(output.features)
     by_stride = {spec.stride: level for level, spec in adapter.pyramid_specs.items()}
-    assert by_stride == {"rf_detr": {16: "p4"}, "yolos": {}}[name] if name in TOKENS else by_stride[32] == "p5"
+    rf_detr = {16: "p4"} if name.startswith("rf_detr") else {}
+    assert by_stride == rf_detr if name in TOKENS else by_stride[32] == "p5"
     assert output.logits is None and output.task_losses == {}
     assert (output.dense is not None) == (name in OURS) and (output.queries is None) == (name in OURS + MASKED)
 
 
-@pytest.mark.parametrize("name", [*SQUARES, *PADDED])
+@pytest.mark.parametrize("name", [*SQUARES, *PADDED, "detr-masks"])
 @pytest.mark.parametrize("counts", [(3, 1), (0, 0)])
 def test_queries_are_the_ordinary_ones(name: str, counts: tuple[int, int]) -> None:
     """Those that denoise true boxes come first in training, as many as there are boxes: no teacher has them."""
@@ -85,7 +94,9 @@ def test_queries_are_the_ordinary_ones(name: str, counts: tuple[int, int]) -> No
         4,
     )
     assert queries.softmax == (name in SOFTMAX)
-    assert name == "rf_detr" or 0 <= queries.boxes.min() <= queries.boxes.max() <= 1  # RF-DETR's know no bounds
+    assert (
+        name.startswith("rf_detr") or 0 <= queries.boxes.min() <= queries.boxes.max() <= 1
+    )  # RF-DETR's know no bounds
     corners = name in ("d_fine", "deimv2")
     assert (queries.corners is not None) == corners
     assert not corners or queries.corners.shape == (2, 2, QUERIES, 4 * 33)
@@ -94,6 +105,34 @@ def test_queries_are_the_ordinary_ones(name: str, counts: tuple[int, int]) -> No
         found, outputs = adapter(images(96, 128)).queries, adapter.model(adapter.shown(images(96, 128)))
     torch.testing.assert_close(found.class_logits[-1], outputs.logits)
     torch.testing.assert_close(found.boxes[-1], outputs.pred_boxes)
+
+
+@pytest.mark.parametrize("name", MASK_QUERIES)
+def test_queries_answer_with_classes_and_masks(name: str) -> None:
+    """Of each layer in training, of the last one else."""
+    adapter, pictures = adapted(name).train(), images(96, 128)
+    queries = adapter(pictures, objects(3, 1)).queries
+    layers = 2 if name.startswith("maskformer") else 3  # with what the queries say before the first one
+    assert queries.class_logits.shape == (layers, 2, QUERIES, 4) and queries.masks.shape == (
+        layers,
+        2,
+        QUERIES,
+        24,
+        32,
+    )
+    assert queries.boxes is None and queries.softmax
+    assert (queries.class_logits.std(2) > 1e-3).any(-1).all(), "a layer whose queries all say the same"
+    with torch.no_grad():
+        queries = adapter.eval()(pictures).queries
+        outputs = adapter.model(seen(adapter, pictures), output_hidden_states=True)
+    torch.testing.assert_close(queries.class_logits, outputs.class_queries_logits[None])
+    torch.testing.assert_close(queries.masks, outputs.masks_queries_logits[None, ..., :24, :32])
+
+
+def seen(adapter: Any, pictures: Tensor) -> Tensor:
+    """Images as the model gets them."""
+    shown = adapter.shown(pictures)
+    return adapter.on_canvas(shown) if hasattr(adapter, "on_canvas") else shown
 
 
 # ---- Losses ------------------------------------------------------------------------------------------------------------
@@ -131,14 +170,21 @@ def test_the_loss_is_the_models_own(name: str) -> None:
         }
         for boxes, classes in zip(targets.boxes, targets.classes, strict=True)
     ]
-    if name in MASKED:
-        labels = [
-            label | {"masks": unpack(masks, 128)} for label, masks in zip(labels, targets.masks or (), strict=True)
-        ]
+    if targets.masks is not None and name in WITH_MASKS:
+        whole = [unpack(masks, 128) for masks in targets.masks]
+        labels = [label | {"masks": masks} for label, masks in zip(labels, whole, strict=True)]
+    options: dict[str, Any] = {"labels": labels}
+    if name in MASK_QUERIES:
+        options = {"mask_labels": [masks.float() for masks in whole], "class_labels": targets.classes}
+        options |= {"output_hidden_states": True}
+    if name in EOMTS:
+        options["mask_labels"] = [F.pad(masks, (0, 64, 0, 96)) for masks in options["mask_labels"]]
     with torch.no_grad():
-        expected = adapter.model(pixel_values=adapter.shown(pictures), labels=labels).loss
+        torch.manual_seed(0)
+        expected = adapter.model(pixel_values=seen(adapter, pictures), **options).loss
         if name in MASKED:
             adapter.model.seed_sampling(0)
+        torch.manual_seed(0)
         found = adapter(pictures, targets).task_losses["loss_task"]
     torch.testing.assert_close(found, expected)
 
@@ -223,7 +269,7 @@ def shaped(adapter: Any) -> torch.Tensor:
     return images(96, 96 if adapter.squares else 128)
 
 
-@family
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in MASK_QUERIES])
 def test_predictions_are_those_of_the_familys_processor(name: str) -> None:
     adapter, sizes = adapted(name), [(100, 333), (480, 640)]
     pictures = shaped(adapter)
@@ -244,7 +290,7 @@ def test_predictions_are_those_of_the_familys_processor(name: str) -> None:
         assert (ours["scores"].diff() <= 0).all()
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", [*MASKED, "rf_detr-masks"])
 def test_predicted_masks_are_those_of_the_familys_processor(name: str) -> None:
     adapter, sizes = adapted(name), [(50, 75), (96, 128)]
     assert adapter.task == "instance-segmentation" and "pred_masks" in adapter.exported
@@ -253,7 +299,7 @@ def test_predicted_masks_are_those_of_the_familys_processor(name: str) -> None:
     with torch.no_grad():
         outputs = adapter.model(pixel_values=adapter.shown(pictures))
     processor = getattr(transformers, adapter.processor_class)()
-    for mask_threshold in (0.0, 0.5):  # the processor's own, and that of the pipeline
+    for mask_threshold in (0.0, 0.5)[: 1 + (name in MASKED)]:  # the processor's own, and that of the pipeline
         expected = processor.post_process_instance_segmentation(
             outputs, threshold=0.0, target_sizes=sizes, return_binary_maps=True, mask_threshold=mask_threshold
         )
@@ -261,7 +307,9 @@ def test_predicted_masks_are_those_of_the_familys_processor(name: str) -> None:
             masks = [decode(rle) for rle in ours["masks"]]
             assert len(masks) == len(ours["scores"]) and all(mask.shape == size for mask in masks)
             masks = [mask for mask in masks if mask.any()]  # the processor leaves out the others
-            assert len(masks) == len(theirs["segmentation"]) > QUERIES
+            assert (
+                len(masks) == len(theirs["segmentation"]) >= (QUERIES // 2 if name in BOXES_AND_MASKS else QUERIES + 1)
+            )
             for mask, other in zip(masks, theirs["segmentation"].numpy(), strict=True):
                 assert (mask & other).sum() >= 0.999 * (mask | other).sum()
 
@@ -277,10 +325,12 @@ def test_a_recipe_builds_them_and_their_folder_is_loaded(name: str, tmp_path: Pa
     assert adapter.model.config.mask_stride == 1 and adapter.id2label == LABELS
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", WITH_MASKS)
 def test_boxes_alone_train_no_masks(name: str) -> None:
     targets = replace(objects(2, 1), masks=None)
-    with pytest.raises(UserError, match=rf"{name} learns masks, but the data set has boxes only; .*retinanet or gfl"):
+    ours = rf"{name} learns masks, but the data set has boxes only; .*retinanet or gfl"
+    other = r"Segmentation learns masks, but the data set has boxes only; .*--task instance-segmentation.*detector"
+    with pytest.raises(UserError, match=ours if name in MASKED else other):
         adapted(name)(images(96, 128), targets)
 
 
@@ -311,7 +361,7 @@ def test_a_teacher_answers_in_the_datas_classes(name: str) -> None:
     if name in SOFTMAX:  # a tree is no object here
         expected = torch.cat([expected, ours[..., [1, 4]].logsumexp(-1, keepdim=True)], -1)
     torch.testing.assert_close(theirs, expected)
-    if name in SOFTMAX:  # probabilities stay, also those of queries that see a tree
+    if name in SOFTMAX and name not in MASK_QUERIES:  # probabilities stay, also those of queries that see a tree
         best, classes = ours[-1, 0].softmax(-1)[:, [2, 3, 0]].max(-1)
         best, order = best.sort(descending=True)
         torch.testing.assert_close(after["scores"], best)
@@ -334,7 +384,10 @@ def test_several_classes_of_a_teacher_stand_for_one(name: str) -> None:
     found = adapter.predict(pictures, [(96, 128)] * 2)[0]
     pairs = torch.cat([found["boxes"], found["labels"][:, None]], 1)
     # our detectors suppress boxes in the model's own classes
-    assert name in OURS or len(pairs.unique(dim=0)) == len(pairs), "a box of two classes is there twice"
+    # masks of two queries may have one box
+    assert name in (*OURS, *MASK_QUERIES) or len(pairs.unique(dim=0)) == len(pairs), (
+        "a box of two classes is there twice"
+    )
     assert set(found["labels"].tolist()) <= {0, 1}
 
 
@@ -346,7 +399,7 @@ def test_several_classes_of_a_teacher_stand_for_one(name: str) -> None:
 def test_a_frozen_teacher_gives_constants_in_float32(name: str, dtype: torch.dtype | None) -> None:
     teacher = FrozenTeacher(adapted(name), LABELS, dtype=dtype)
     output = teacher(images(90, 128))  # which it sees at 96 x 128
-    assert_levels(teacher.adapter, output, (96, 128))  # type: ignore[arg-type]
+    assert_levels(teacher.adapter, output, (128, 192) if name in EOMTS else (96, 128))  # type: ignore[arg-type]
     tensors = [*output.features.values(), *output.pyramid.values()]
     for part in (output.dense, output.queries):
         tensors += [value for value in vars(part).values() if isinstance(value, Tensor)] if part else []
@@ -364,12 +417,14 @@ SIGMOID = [name for name in MODELS if name not in (*OURS, *MASKED, *SOFTMAX)]
 
 
 def offered(student: str, teacher: str) -> set[str]:
-    return offered_with_pyramids(student, teacher) - ({"pyramid"} if "yolos" in (student, teacher) else set())
+    return offered_with_pyramids(student, teacher) - ({"pyramid"} if {"yolos", *EOMTS} & {student, teacher} else set())
 
 
 def offered_with_pyramids(student: str, teacher: str) -> set[str]:
     if student in MASKED or teacher in MASKED:
         return set(OF_ALL)
+    if student in MASK_QUERIES or teacher in MASK_QUERIES:
+        return OF_ALL | ({"mask_queries"} if {student, teacher} <= {*MASK_QUERIES} else set())
     if student in OURS:
         same = {"dense", "tower"} | ({"distributions"} if student == "gfl" else set())
         return OF_ALL | (same if student == teacher else set())
@@ -411,12 +466,16 @@ def test_depths_count_the_stages_of_the_backbone(name: str) -> None:
     adapter = adapted(name)
     depths, seen = adapter.depths(), set()
     for key, parameter in adapter.model.named_parameters():
-        marks = [(f"stages.{i}.", f".layer{i + 1}.") for i in range(4)]
+        marks = [(f".stages.{i}.", f".layer{i + 1}.") for i in range(4)]
         if name in TOKENS:  # every block is a stage
-            marks = [(f"encoder.layer.{i}.",) for i in range(len(adapter.stage_modules()))]
+            blocks = ".layers" if name in EOMTS else "encoder.layer"
+            marks = [(f"{blocks}.{i}.",) for i in range(len(adapter.stage_modules()))]
+        elif name in MASK_QUERIES:
+            parts = ("encoder.swin.encoder.layers", "encoder.model.encoder.layers", "encoder.encoder.stages")
+            marks = [tuple(f"pixel_level_module.{part}.{i}." for part in parts) for i in range(4)]
         stage = next((i for i, those in enumerate(marks) if any(mark in f".{key}" for mark in those)), None)
         stem = (".embedder.", "backbone.conv1.", "backbone.bn1.", "model.conv1.", "model.bn1.", ".embeddings.")
-        within = stage is not None or any(part in key for part in stem)
+        within = stage is not None or any(part in f".{key}" for part in stem)
         assert depths.get(parameter) == (None if not within else 0 if stage is None else stage + 1), key
         seen.add(depths.get(parameter))
     assert seen == {None, *range(len(adapter.stage_modules()) + 1)}
@@ -430,7 +489,7 @@ def picture(width: int = 150, height: int = 100) -> Image.Image:
     return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-@family
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in EOMTS])
 @pytest.mark.parametrize(
     ("size", "shape"),
     [
@@ -461,12 +520,13 @@ def test_a_loaded_model_is_shown_what_its_own_processor_shows(name: str, tmp_pat
     model.save_pretrained(tmp_path)
     processor = getattr(transformers, build_adapter(model).processor_class)()
     processor.save_pretrained(tmp_path)
-    adapter = adapt(type(model).from_pretrained(tmp_path))
+    adapter = adapt(type(model).from_pretrained(tmp_path), "instance-segmentation" if name in WITH_MASKS else None)
     plain = (not processor.do_normalize, name in SQUARES and name not in TOKENS)
     assert plain in ((False, False), (True, True))
     assert adapter.image_mean.flatten().tolist() == pytest.approx([0.0] * 3 if plain[0] else processor.image_mean)
     assert adapter.image_std.flatten().tolist() == pytest.approx([1.0] * 3 if plain[0] else processor.image_std)
-    assert image_processor(adapter, shortest_edge=64).do_normalize == processor.do_normalize
+    edge = None if name in EOMTS else 64
+    assert image_processor(adapter, shortest_edge=edge).do_normalize == processor.do_normalize
 
 
 def test_a_frozen_backbone_is_no_secret(caplog: pytest.LogCaptureFixture) -> None:
@@ -476,6 +536,157 @@ def test_a_frozen_backbone_is_no_secret(caplog: pytest.LogCaptureFixture) -> Non
     model.model.freeze_backbone()
     build_adapter(model).freeze_unused()
     assert "DetrForObjectDetection is frozen" in caplog.text and "unfreeze_backbone()" in caplog.text
+
+
+# ---- Models of two tasks -----------------------------------------------------------------------------------------------
+
+
+def test_the_task_says_which_of_its_two_a_model_serves(tmp_path: Path) -> None:
+    model = tiny_detector("mask2former")
+    model.save_pretrained(tmp_path)
+    for task, kind in ((None, Mask2FormerAdapter), ("semantic-segmentation", Mask2FormerAdapter)):
+        assert type(adapt(model, task)) is kind and type(load_adapter(str(tmp_path), task=task)) is kind
+    adapter = load_adapter(str(tmp_path), task="instance-segmentation")
+    assert type(adapter) is Mask2FormerInstanceAdapter and adapter.task == "instance-segmentation"
+    assert adapt(adapter, None) is adapter
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_MASKS if name not in (*MASKED, "mask2former")])
+def test_other_models_with_masks_need_no_task(name: str, tmp_path: Path) -> None:
+    """Their weights are loaded into the class that they came from."""
+    model = tiny_detector(name)
+    model.save_pretrained(tmp_path)
+    adapter = load_adapter(str(tmp_path), task=None if "mask2former" not in name else "instance-segmentation")
+    assert type(adapter.model) is type(model) and adapter.task == "instance-segmentation"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (
+            "MaskFormerModel",
+            "masks; load the weights with AutoModelForUniversalSegmentation.*--task instance-segmentation",
+        ),
+        (
+            "Mask2FormerModel",
+            "masks; load the weights with AutoModelForUniversalSegmentation.*--task instance-segmentation",
+        ),
+    ],
+)
+def test_a_model_without_a_head_names_what_to_load(kind: str, words: str) -> None:
+    model = tiny_detector(kind.removesuffix("Model").lower())
+    with pytest.raises(UserError, match=f"{kind} predicts no {words}"):
+        build_adapter(model.model)
+
+
+# ---- Instances of queries ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MASK_QUERIES)
+def test_instances_of_queries_are_scored_by_class_and_mask(name: str) -> None:
+    """By a plain loop; masks are brought from logits to the picture, whatever its size."""
+    adapter, (height, width) = adapted(name), (90, 128)
+    pictures, sizes = images(height, width), [(50, 75), (200, 301)]
+    found = adapter.predict(pictures, sizes)
+    with torch.no_grad():
+        outputs = adapter.model(seen(adapter, pictures), output_hidden_states=True)
+    for picture, (ours, size) in enumerate(zip(found, sizes, strict=True)):
+        expected = []
+        for logits, classes in zip(
+            outputs.masks_queries_logits[picture], outputs.class_queries_logits[picture], strict=True
+        ):
+            whole = F.interpolate(logits[None, None], scale_factor=4, mode="bilinear")[..., :height, :width]
+            whole = F.interpolate(whole, size, mode="bilinear")[0, 0]
+            if (whole > 0).any():
+                certainty = whole.sigmoid()[whole > 0].mean()
+                scores = classes.softmax(-1)[:-1] * certainty
+                expected += [(score.item(), label, whole.numpy() > 0) for label, score in enumerate(scores)]
+        expected.sort(key=lambda row: -row[0])
+        assert QUERIES < len(expected) == len(ours["masks"])
+        torch.testing.assert_close(ours["scores"], torch.tensor([row[0] for row in expected]))
+        assert ours["labels"].tolist() == [row[1] for row in expected]
+        for rle, box, (*_, mask) in zip(ours["masks"], ours["boxes"].tolist(), expected, strict=True):
+            assert np.array_equal(decode(rle), mask)
+            rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+            assert box == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+
+
+@pytest.mark.parametrize("name", ["mask2former", "maskformer", "eomt"])
+def test_the_processors_find_much_the_same_instances(name: str) -> None:
+    """They bring masks to another size first, see `MaskQueryAdapter`."""
+    adapter, size = adapted(name), (128, 192)
+    picture = images(128, 192)[:1]
+    (found,) = adapter.predict(picture, [size])
+    with torch.no_grad():
+        outputs = adapter.model(seen(adapter, picture), output_hidden_states=True)
+    processor = getattr(transformers, adapter.processor_class)(**adapter.processor_options(None))
+    maps = {} if name == "eomt" else {"return_binary_maps": True}
+    (theirs,) = processor.post_process_instance_segmentation(outputs, target_sizes=[size], threshold=0.0, **maps)
+    ours = {
+        (round(score, 2), label)
+        for score, label in zip(found["scores"].tolist(), found["labels"].tolist(), strict=True)
+    }
+    for place, segment in enumerate(theirs["segments_info"]):
+        near = [
+            score for score, label in ours if label == segment["label_id"] and abs(score - segment["score"]) < 0.03
+        ]
+        assert near, segment
+        if maps:
+            mask = theirs["segmentation"][place].numpy() > 0
+            overlaps = [(decode(rle) & mask).sum() / (decode(rle) | mask).sum() for rle in found["masks"]]
+            assert max(overlaps) > 0.85
+    assert len(theirs["segments_info"]) > QUERIES / 2
+
+
+def test_a_query_without_a_mask_finds_nothing() -> None:
+    adapter = adapted("mask2former")
+    classes, masks = torch.zeros(2, 4), torch.full((2, 8, 8), -5.0)
+    masks[1, 2:4, 3:7] = 5.0
+    found = adapter.instances(classes, masks, (32, 32), (32, 32))
+    assert found["scores"].shape == (3,) and sorted(found["labels"].tolist()) == [0, 1, 2]
+    assert (found["boxes"] - torch.tensor([12.0, 8, 28, 16])).abs().max() <= 2
+    nothing = adapter.instances(classes, masks - 10, (32, 32), (32, 32))
+    assert nothing["boxes"].shape == (0, 4) and len(nothing["scores"]) == len(nothing["labels"]) == 0
+    assert nothing["masks"] == []
+
+
+@pytest.mark.parametrize("name", EOMTS)
+def test_eomt_sets_pictures_in_a_corner_of_its_square(name: str, tmp_path: Path) -> None:
+    adapter = adapted(name)
+    image_processor(adapter, shortest_edge=192, longest_edge=192).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    sample = {"image": picture(), "boxes": np.zeros((0, 4), np.float32), "classes": np.zeros(0, np.int64)}
+    sample |= {"areas": np.zeros(0), "crowd": np.zeros(0, bool)}
+    shown = BoxEvalTransform(processor)(sample)["pixel_values"][None]
+    assert shown.shape == (1, 3, 128, 192)
+    expected = processor(picture(), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(seen(adapter, shown), expected, rtol=0, atol=0.02)
+    mask = torch.ones(1, 128, 192, dtype=torch.bool)
+    mask[:, :, 160:] = False
+    black = adapter.on_canvas(adapter.shown(shown, mask), mask)
+    assert (
+        torch.equal(black[..., :160], seen(adapter, shown)[..., :160])
+        and (black[..., 160:] == black[..., -1:, -1:]).all()
+    )
+
+
+def test_eomt_refuses_other_sizes() -> None:
+    adapter = adapted("eomt")
+    remedy = r"image_size: 192 and image_longest: 192 .*--image_size 192 --image_longest 192"
+    for size in ((192, 224), (224, 96)):
+        with pytest.raises(UserError, match=rf"at most 192 x 192 pixels, not {size[0]} x {size[1]}.*{remedy}"):
+            adapter.check_size(size)
+        with pytest.raises(UserError, match=remedy):
+            adapter(images(*size))
+    for options in (
+        {"shortest_edge": 192},
+        {"shortest_edge": 64, "longest_edge": 192},
+        {"shortest_edge": 192, "square_size": 192},
+    ):
+        with pytest.raises(UserError, match=remedy):
+            image_processor(adapter, **options)
+    adapter.check_size((96, 192))
+    assert adapter.size_as_teacher((800, 1333)) == (112, 192) and adapter.size_as_teacher((64, 96)) == (128, 192)
 
 
 def test_semantic_classes_of_shared_families_stay_segmenters() -> None:

@@ -32,6 +32,8 @@ LOSSES = {
     "d_fine": {"query_kd": {"least_score": 1e-3}, "ddf": {"least_score": 1e-3}},
     "detr": {"query_kd": {"least_score": 1e-3}},
     "deformable_detr": {"query_kd": {"least_score": 1e-3}},
+    # Mask2Former's loss is computed for random points, that of MaskFormer for all
+    "maskformer-resnet": {"query_kd": {"least_score": 1e-3, "on": "masks"}},
 }
 INEXACT = {"d_fine"}  # its own distillation of its last layer divides by roots of counts
 # of four images; two a rank, for torch 2.14 gets BatchNorm's gradient of a single one wrong on a CPU
@@ -51,6 +53,8 @@ def lively(model: nn.Module) -> nn.Module:
 def step(name: str, counts: tuple[int, ...], rows: slice) -> dict[str, Tensor]:
     """Terms and gradients of some of four images."""
     fields = {} if name not in ("rt_detr", "d_fine") else {"num_denoising": 0}
+    if name == "maskformer-resnet":  # without its forward of transformers fails, unless it gives hidden states
+        fields = {"use_auxiliary_loss": False}
     prepared = freeze_batchnorm if name in OURS else lively
     student = build_adapter(prepared(tiny_detector(name, **fields)).train())
     model = prepared(tiny_detector(name, **fields))
@@ -64,8 +68,9 @@ def step(name: str, counts: tuple[int, ...], rows: slice) -> dict[str, Tensor]:
         offers=OFFERED_BY_ALL | student.offers_with(teacher.adapter),
         pyramids=(student.pyramid_specs, teacher.adapter.pyramid_specs),
     )  # fmt: skip
-    whole, pixel_values = objects(*counts), images(96, 128, 4)[rows]
-    targets = Objects(whole.boxes[rows], whole.classes[rows], whole.size, 3)
+    whole, pixel_values = objects(*counts, masks=True), images(96, 128, 4)[rows]
+    masks = [] if whole.masks is None else whole.masks[rows]
+    targets = Objects(whole.boxes[rows], whole.classes[rows], whole.size, 3, masks=masks)
     output = student(pixel_values, targets)
     total, terms = criterion(output.task_losses, output, teacher(pixel_values), targets)
     total.backward()
@@ -88,6 +93,8 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         assert expected.keys() == first.keys() == second.keys()
         assert sum(not torch.equal(first[key], second[key]) for key in expected) > 3, "the ranks have seen the same"
         for key, value in expected.items():
+            if "k_proj.bias" in key:  # softmax does not see it: its gradient is rounding only
+                continue
             if name in INEXACT and not key.startswith(("term query_kd", "term ddf")):
                 continue
             mean, scale = (first[key] + second[key]) / 2, max(1e-2, float(value.abs().max()))

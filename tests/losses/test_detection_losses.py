@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters.adapter_tiny_detectors import MODELS, objects, tiny_detector
+from adapters.adapter_tiny_detectors import MODELS, WITH_MASKS, objects, tiny_detector
 from adapters.adapter_tiny_models import images
 from host_sync import no_host_synchronisation
 from torch import Tensor
@@ -40,11 +40,21 @@ PAIRS = {
     "d_fine": ("d_fine", "d_fine", DECODER | {"ddf": {"least_score": 1e-3}}),
     "rt_detr": ("rt_detr", "rt_detr_v2", DECODER),
     "detr": ("detr", "detr", DECODER),
+    "mask2former": (
+        "mask2former",
+        "mask2former",
+        {
+            "query_kd": {"least_score": 1e-3, "on": "masks"},
+            "pkd": HEADS["pkd"] | {"levels": ["p2", "p5"]},
+            "bcd": HEADS["bcd"],
+        },
+    ),
+    "masks across": ("mask_rcnn", "mask2former", {"bcd": HEADS["bcd"], "pkd": {}, "fgd": {"on": "boxes"}}),
     "across": ("gfl", "d_fine", {"bcd": HEADS["bcd"], "pkd": DECODER["pkd"], "fgd": HEADS["fgd"]}),
 }
 CASES = [(pair, name) for pair, (_, _, losses) in PAIRS.items() for name in losses]
 # the teacher's boundary map is hard and connectors of both are their own; or the teacher is of another family
-NOT_ZERO = {case for case in CASES if case[1] == "bcd" or case[0] in ("across", "rt_detr")}
+NOT_ZERO = {case for case in CASES if case[1] == "bcd" or case[0] in ("across", "masks across", "rt_detr")}
 # terms that are 0 without objects
 EMPTY = {"ld": {"main", "vlr", "classes"}, "fgd": {"foreground"}}
 
@@ -54,14 +64,15 @@ class Case:
 
     def __init__(self, pair: str, name: str, same: bool = False, options: dict | None = None) -> None:
         ours, theirs, losses = PAIRS[pair]
-        self.student = build_adapter(tiny_detector(ours)).train()
+        task = "instance-segmentation" if ours in WITH_MASKS else None
+        self.student = build_adapter(tiny_detector(ours), task=task).train()
         teacher = tiny_detector(theirs)
         if not same:
             with torch.no_grad():
                 for parameter in teacher.parameters():
                     # D-FINE's boxes are small, and must overlap the student's
                     parameter.add_((1e-3 if pair == "d_fine" else 0.05) * torch.randn_like(parameter))
-        self.teacher = FrozenTeacher(build_adapter(teacher), self.student.id2label)
+        self.teacher = FrozenTeacher(build_adapter(teacher, task=task), self.student.id2label)
         offers = OFFERED_BY_ALL | self.student.offers_with(self.teacher.adapter)
         pyramids = self.student.pyramid_specs, self.teacher.adapter.pyramid_specs
         self.criterion = build_criterion(
@@ -82,7 +93,7 @@ each_case = pytest.mark.parametrize(("pair", "name"), CASES)
 
 
 def truth(*counts: int) -> Objects:
-    return objects(*counts, size=(64, 96))
+    return objects(*counts, size=(64, 96), masks=True)
 
 
 @each_case
@@ -107,12 +118,13 @@ def test_nothing_is_left_where_the_student_is_the_teacher(pair: str, name: str) 
     case.student.eval()
     ours = case.student(case.pixel_values, targets)
     if ours.queries is not None:  # every layer is compared with the teacher's last one
-        for key in ("class_logits", "boxes", "corners"):
+        for key in ("class_logits", "boxes", "corners", "masks"):
             value = getattr(ours.queries, key)
             setattr(ours.queries, key, None if value is None else value[-1:])
     terms = case.terms(ours, case.teacher(case.pixel_values), targets)
     if name == "query_kd" and pair != "detr":  # cross-entropy of sigmoids with themselves, as officially
-        terms.pop("classes")
+        for term in ("masks", "dice") if pair == "mask2former" else ("classes",):
+            terms.pop(term)
     # a deviation's epsilon moves each of a thousand boxes a little
     tolerance = 1e-2 if (pair, name) == ("retinanet", "crosskd") else 2e-5
     for term, value in terms.items():
