@@ -1,5 +1,6 @@
 """The local Hub as a fixture, and processes in which the real clients talk to it."""
 
+import site
 import subprocess
 import sys
 import textwrap
@@ -93,3 +94,14 @@ def run_python(hub: HubServer, tmp_path: Path) -> Callable[..., subprocess.Compl
         return process
 
     return run
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with the same packages, except hf_bcd."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    # a folder named in a .pth file is searched, but its own .pth files, editable installs among them, are not read
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    return folder / "bin" / "python"

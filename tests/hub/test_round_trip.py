@@ -2,7 +2,6 @@
 
 import json
 import re
-import site
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,17 +164,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             "--hub_strategy", "all_checkpoints", *every_push, token=None, launcher=two_processes,
         )  # fmt: skip
         yield world
-
-
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment with the same packages, except hf_bcd."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    # a folder named in a .pth file is searched, but its own .pth files, editable installs among them, are not read
-    (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    return folder / "bin" / "python"
 
 
 def test_round_trip(world: World, elsewhere: Path) -> None:
