@@ -35,6 +35,11 @@ class DetectionAdapter(DenseAdapter):
     softmax: ClassVar[bool] = False
     within_queries: ClassVar[bool] = False
 
+    @property
+    def limit(self) -> int:
+        """Number of detections of a picture that count."""
+        return max(MAX_DETECTIONS, getattr(self.model.config, "max_detections", 0))
+
     @abstractmethod
     def run(  # type: ignore[override] # the targets of another task
         self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None
@@ -103,8 +108,7 @@ class DetectionAdapter(DenseAdapter):
             probabilities, classes = logits.sigmoid(), torch.arange(logits.shape[-1], device=logits.device)
             classes = classes.expand_as(logits)
         most = len(probabilities[0]) if self.within_queries else probabilities[0].numel()
-        limit = max(MAX_DETECTIONS, getattr(self.model.config, "max_detections", 0))
-        scores, index = probabilities.flatten(1).topk(min(limit, most))
+        scores, index = probabilities.flatten(1).topk(min(self.limit, most))
         masks = getattr(outputs, "pred_masks", None)
         found = []
         for picture, (one, where, ids, relative, (height, width)) in enumerate(
@@ -220,3 +224,13 @@ def tapped(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives an object another method inside the block."""
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        del vars(owner)[name]

@@ -137,6 +137,7 @@ class DetrMaskAdapter(DetrAdapter):
     """DETR with masks (`DetrForSegmentation`), which overlap here; queries are compared by their boxes."""
 
     task = "instance-segmentation"
+    finds_masks = True
     exported = ("logits", "pred_boxes", "pred_masks")
 
     @property

@@ -1,8 +1,7 @@
 """Models whose object queries answer with a class and a mask: Mask2Former, MaskFormer and EoMT as instance models."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from ..outputs import DenseOutput, FeatureSpec, Objects, Queries
 from ..utils.masks import encode, mask_boxes
 from ..utils.messages import UserError
 from .base import stage_features, timm_stages
-from .detection import MAX_DETECTIONS, DetectionAdapter, tapped, unpacked_masks
+from .detection import DetectionAdapter, replaced, tapped, unpacked_masks
 from .detr import share_of_mean
 from .upernet import backbone_feature_specs
 
@@ -33,6 +32,7 @@ class MaskQueryAdapter(DetectionAdapter):
     """
 
     task = "instance-segmentation"
+    finds_masks = True
     exported = ("class_queries_logits", "masks_queries_logits")
     softmax = True
     within_queries = True
@@ -119,7 +119,7 @@ class MaskQueryAdapter(DetectionAdapter):
             size: those of the picture.
         """
         scores = class_logits.softmax(-1)[:, :-1]
-        best, index = scores.flatten().topk(min(MAX_DETECTIONS, scores.numel()))
+        best, index = scores.flatten().topk(min(self.limit, scores.numel()))
         rows, found = (index // scores.shape[1]).tolist(), {}
         for row in set(rows):  # one by one: all of them at full size may not fit
             logits = self.at_size(masks[row], shown, size)
@@ -288,16 +288,21 @@ class EomtAdapter(MaskQueryAdapter):
         height, width = (-(-side // self.size_multiple) for side in pixel_values.shape[-2:])
         blocks, grid = self.stage_modules(), self.side // self.size_multiple
         ends = [blocks[len(blocks) * part // 4 - 1] for part in (1, 2, 3, 4)]
-        with (
-            recorded(self.model, "predict") as answers,
-            tapped(dict(zip(self.feature_specs, ends, strict=True))) as tokens,
-        ):
+        predict, layers = self.model.predict, []
+
+        def kept(tokens: Tensor) -> tuple[Tensor, Tensor]:
+            masks, classes = predict(tokens)
+            layers.append((classes, masks))
+            return masks, classes
+
+        # the model returns the last layer's answers only
+        with replaced(self.model, "predict", kept), tapped(dict(zip(self.feature_specs, ends, strict=True))) as tokens:
             self.model(self.on_canvas(pixel_values, pixel_mask))
         levels = {  # patches come last, behind queries, class token and registers
             name: tokens[name][:, -(grid**2) :].transpose(1, 2).unflatten(2, (grid, grid))[..., :height, :width]
             for name in self.feature_specs
         }
-        return DenseOutput(levels, None), [(classes, masks) for masks, classes in answers]
+        return DenseOutput(levels, None), layers
 
     def task_loss(self, layers: Sequence[Layer], masks: Sequence[Tensor], classes: Sequence[Tensor]) -> Tensor:
         whole = [F.pad(one, (0, self.side - one.shape[-1], 0, self.side - one.shape[-2])) for one in masks]
@@ -326,27 +331,3 @@ def layers_of(outputs: Any) -> list[Layer]:
     """What each layer of a MaskFormer answers, the last one last."""
     earlier = [(one["class_queries_logits"], one["masks_queries_logits"]) for one in outputs.auxiliary_logits or ()]
     return [*earlier, (outputs.class_queries_logits, outputs.masks_queries_logits)]
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives an object another method inside the block."""
-    vars(owner)[name] = value
-    try:
-        yield
-    finally:
-        del vars(owner)[name]
-
-
-@contextmanager
-def recorded(owner: Any, name: str) -> Iterator[list[Any]]:
-    """Collects what a method of an object returns inside the block."""
-    found: list[Any] = []
-    method = getattr(owner, name)
-
-    def kept(*arguments: Any, **options: Any) -> Any:
-        found.append(method(*arguments, **options))
-        return found[-1]
-
-    with replaced(owner, name, kept):
-        yield found

@@ -1,14 +1,13 @@
 """Detectors on plain vision transformers: RF-DETR, also with masks, and YOLOS."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..outputs import DenseOutput, FeatureSpec, Objects, Queries
-from .detection import mask_labels, tapped
+from .detection import mask_labels, replaced, tapped
 from .detr import DetrAdapter, counted_by_rank
 
 
@@ -77,6 +76,7 @@ class RfDetrMaskAdapter(RfDetrAdapter):
     """
 
     task = "instance-segmentation"
+    finds_masks = True
     exported = ("logits", "pred_boxes", "pred_masks")
 
     @property
@@ -93,7 +93,13 @@ class RfDetrMaskAdapter(RfDetrAdapter):
     def run(self, pixel_values: Tensor, targets: Objects | None, pixel_mask: Tensor | None = None) -> DenseOutput:  # type: ignore[override]
         labels = None if targets is None else self.labels(targets)
         modules = {"backbone": self.backbone, "neck": self.detector.backbone}
-        with tapped(modules) as found, loss_in_float32(self.model):
+        plain = self.model.loss_function
+
+        def loss(*given: Any) -> Any:  # outside of autocast: dice sums over thousands of points
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                return plain(*map(_in_float32, given))
+
+        with tapped(modules) as found, replaced(self.model, "_loss_function", loss):
             outputs = self.model(pixel_values=pixel_values, labels=labels)
         maps: Any = found["backbone"]
         output = DenseOutput(
@@ -123,22 +129,6 @@ class RfDetrMaskAdapter(RfDetrAdapter):
             if name == term or (config.auxiliary_loss and name.startswith(f"{term}_"))
         ]
         return torch.stack(terms).sum()
-
-
-@contextmanager
-def loss_in_float32(model: Any) -> Iterator[None]:
-    """Lets a model of transformers compute its loss outside of autocast: dice sums over thousands of points."""
-    loss = model.loss_function
-
-    def computed(*outputs: Any) -> Any:
-        with torch.autocast(model.device.type, enabled=False):
-            return loss(*map(_in_float32, outputs))
-
-    model.loss_function = computed
-    try:
-        yield
-    finally:
-        model.loss_function = loss
 
 
 def _in_float32(value: Any) -> Any:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from adapters.adapter_tiny_detectors import MASKED, tiny_detector
+from adapters.adapter_tiny_detectors import SQUARES, WITH_MASKS, tiny_detector
 from host_sync import no_host_synchronisation
 from transformers import TrainerCallback
 
 from hf_bcd import BCDTrainer
 from hf_bcd.adapters import build_adapter
+from hf_bcd.adapters.loading import load_adapter
 from hf_bcd.data import load_dense_dataset
 from hf_bcd.data.detection import collate_boxes
 from hf_bcd.utils.messages import UserError
@@ -32,11 +33,15 @@ def scenes(train: int = 8, name: str = "synthetic_detection") -> Any:
 
 
 def trainer(folder: Path, student: str = "gfl", teacher: str | None = None, **changes: Any) -> BCDTrainer:
-    masks = student in MASKED
+    masks = student in WITH_MASKS
     data = changes.pop("data", None) or scenes(name="synthetic_instances" if masks else "synthetic_detection")
     model = changes.pop("model", None) or tiny_detector(student, THINGS)
     taught = changes.pop("taught", None) or (None if teacher is None else tiny_detector(teacher, THINGS))
-    squares = {} if student in ("gfl", "retinanet", *MASKED) else {"square_size": 64, "image_size": None}
+    squares = (
+        {}
+        if student in ("gfl", "retinanet") or student in WITH_MASKS and student not in SQUARES
+        else {"square_size": 64, "image_size": None}
+    )
     return tiny.trainer(folder, model=model, teacher=taught, data=data, **(OPTIONS | squares | changes))
 
 
@@ -75,6 +80,37 @@ def test_modules_that_cannot_be_inherited(
     teacher = tiny_detector("gfl", labels, **fields)
     with pytest.raises(UserError, match=f"inherit: .*{message}"):
         trainer(tmp_path, losses={"pkd": {}}, inherit=[name], taught=teacher)
+
+
+# ---- Models of several tasks -------------------------------------------------------------------------------------------
+
+QUERY_KD = {"losses": BCD["losses"] | {"query_kd": {"on": "masks", "least_score": 1e-3}}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("student", "teacher", "options"),
+    [
+        ("mask2former", "mask2former-resnet", QUERY_KD),
+        ("maskformer", "mask2former", QUERY_KD),
+        ("eomt", "mask2former", QUERY_KD | {"image_size": 192, "image_longest": 192}),
+        ("rf_detr-masks", "eomt", BCD | {"square_size": 96}),
+        ("detr-masks", "rf_detr-masks", BCD | {"square_size": 96, "image_size": None}),
+        ("mask_rcnn", "detr-masks", BCD),
+    ],
+)
+def test_families_with_masks_learn_from_each_other(student: str, teacher: str, options: dict, tmp_path: Path) -> None:
+    """As the data ask of them; the saved student finds what the trained one does."""
+    run = trainer(tmp_path, student, teacher, max_steps=2, save_strategy="no", **options)
+    assert run.distiller.student.task == "instance-segmentation"
+    run.train()
+    scores = run.evaluate()
+    assert 0 <= scores["eval_mask_ap"] <= 1
+    run.save_model()
+    saved, pictures = load_adapter(str(tmp_path), task="instance-segmentation"), torch.randint(256, (1, 3, 96, 96))
+    found, expected = (model.predict(pictures, [(50, 60)])[0] for model in (saved, run.distiller.student.eval()))
+    torch.testing.assert_close(found["scores"], expected["scores"])
+    assert found["masks"] == expected["masks"]
 
 
 # ---- The learning rate -------------------------------------------------------------------------------------------------
