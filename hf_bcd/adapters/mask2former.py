@@ -1,14 +1,21 @@
 """Mask2Former (`Mask2FormerForUniversalSegmentation`) as a model of semantic segmentation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..losses.ops.boxes import mean_over_ranks
 from ..outputs import IGNORE_INDEX, DenseOutput, FeatureSpec, LabelMaps
 from ..utils.messages import UserError
 from .base import DenseAdapter, stage_features
+from .detection import replaced
+from .detr import share_of_mean
 from .upernet import backbone_feature_specs
+
+
+Layer = tuple[Tensor, Tensor]  # class logits `[B, Q, C + 1]` and mask logits `[B, Q, h, w]`
 
 
 class Mask2FormerAdapter(DenseAdapter):
@@ -33,23 +40,47 @@ class Mask2FormerAdapter(DenseAdapter):
 
     def set_prediction_loss(self, outputs: Any, labels: Tensor) -> Tensor:
         """The model's matched class, mask and dice losses against label maps `[B, H, W]`, weighted and summed."""
-        mask_labels, class_labels = query_labels(labels, self.num_labels)
-        # float32: the matcher hands its costs to NumPy, which knows no bfloat16, and dice sums over thousands of points
-        with torch.autocast(labels.device.type, enabled=False):
-            layers = outputs.auxiliary_logits
-            losses = self.model.get_loss_dict(
-                masks_queries_logits=outputs.masks_queries_logits.float(),
-                class_queries_logits=outputs.class_queries_logits.float(),
-                mask_labels=mask_labels,
-                class_labels=class_labels,
-                auxiliary_predictions=[{name: scores.float() for name, scores in one.items()} for one in layers],
-            )
-            return self.model.get_loss(losses)
+        *earlier, last = layers_of(outputs)
+        return matched_loss(self.model, [last, *earlier], *query_labels(labels, self.num_labels))
 
     def processor_options(self, shortest_edge: int | None) -> dict[str, Any]:
         # size_divisor would stretch the image to a multiple of 32, which the model does not need
         own = {"size_divisor": 1, "ignore_index": IGNORE_INDEX, "num_labels": self.num_labels}
         return super().processor_options(shortest_edge) | own
+
+
+def layers_of(outputs: Any) -> list[Layer]:
+    """What each layer of a MaskFormer answers, the last one last."""
+    earlier = [(one["class_queries_logits"], one["masks_queries_logits"]) for one in outputs.auxiliary_logits or ()]
+    return [*earlier, (outputs.class_queries_logits, outputs.masks_queries_logits)]
+
+
+def matched_loss(model: Any, layers: Sequence[Layer], masks: list[Tensor], classes: list[Tensor]) -> Tensor:
+    """The matched class, mask and dice losses of a Mask2Former, or a model of its kind, weighted and summed over layers.
+
+    Their divisors become means over ranks: the number of masks, by which the families' code divides once too often, and the
+    weights of all queries.
+
+    Args:
+        model: has the criterion and its weights.
+        layers: what each answers, in the order in which the family's loss visits them, which decides about its random points.
+        masks: true ones of each picture, float `[N, H, W]`.
+        classes: their classes, `[N]`.
+    """
+    logits, nothing = layers[0][0], model.config.no_object_weight
+    found = sum(min(len(one), logits.shape[1]) for one in classes)
+    share = share_of_mean(nothing * logits[..., 0].numel() + (1 - nothing) * found, 0, logits)
+    number = mean_over_ranks(torch.tensor(float(sum(map(len, classes))), device=logits.device))
+    terms = []
+    # float32: the matcher hands its costs to NumPy, which knows no bfloat16, and dice sums over thousands of points
+    with (
+        torch.autocast(logits.device.type, enabled=False),
+        replaced(model.criterion, "get_num_masks", lambda *_, **__: number),
+    ):
+        for class_logits, mask_logits in layers:
+            losses = model.get_loss_dict(mask_logits.float(), class_logits.float(), masks, classes, None)
+            terms += [(share if "cross_entropy" in name else 1) * loss for name, loss in losses.items()]
+    return torch.stack(terms).sum()
 
 
 def semantic_logits(class_queries_logits: Tensor, masks_queries_logits: Tensor, epsilon: float = 1e-6) -> Tensor:

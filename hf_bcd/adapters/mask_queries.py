@@ -8,17 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses.ops.boxes import mean_over_ranks
 from ..outputs import DenseOutput, FeatureSpec, Objects, Queries
 from ..utils.masks import encode, mask_boxes
 from ..utils.messages import UserError
 from .base import stage_features, timm_stages
 from .detection import DetectionAdapter, replaced, tapped, unpacked_masks
-from .detr import share_of_mean
+from .mask2former import Layer, layers_of, matched_loss
 from .upernet import backbone_feature_specs
-
-
-Layer = tuple[Tensor, Tensor]  # class logits `[B, Q, C + 1]` and mask logits `[B, Q, h, w]`
 
 
 class MaskQueryAdapter(DetectionAdapter):
@@ -67,31 +63,9 @@ class MaskQueryAdapter(DetectionAdapter):
         return output
 
     def task_loss(self, layers: Sequence[Layer], masks: Sequence[Tensor], classes: Sequence[Tensor]) -> Tensor:
-        """The model's matched class, mask and dice losses, weighted and summed over layers.
-
-        Their divisors become means over ranks: the number of masks, by which the families' code divides once too often, and the
-        weights of all queries.
-
-        Args:
-            layers: what each answers.
-            masks: true masks of each picture, boolean `[N, H, W]`.
-            classes: their classes, `[N]`.
-        """
-        logits, nothing = layers[-1][0], self.model.config.no_object_weight
-        found = sum(min(len(one), logits.shape[1]) for one in classes)
-        share = share_of_mean(nothing * logits[..., 0].numel() + (1 - nothing) * found, 0, logits)
-        number = mean_over_ranks(torch.tensor(float(sum(map(len, classes))), device=logits.device))
-        terms = []
-        # float32: the matcher hands its costs to NumPy, which knows no bfloat16, and dice sums over thousands of points
-        with (
-            torch.autocast(logits.device.type, enabled=False),
-            replaced(self.model.criterion, "get_num_masks", lambda *_, **__: number),
-        ):
-            truth = [one.float() for one in masks], list(classes)
-            for class_logits, mask_logits in self.in_order_of_loss(layers):
-                losses = self.model.get_loss_dict(mask_logits.float(), class_logits.float(), *truth, None)
-                terms += [(share if "cross_entropy" in name else 1) * loss for name, loss in losses.items()]
-        return torch.stack(terms).sum()
+        """The model's loss: what each layer answers, against true masks of each picture, boolean `[N, H, W]`, and their classes."""
+        truth = [one.float() for one in masks], list(classes)
+        return matched_loss(self.model, self.in_order_of_loss(layers), *truth)
 
     def in_order_of_loss(self, layers: Sequence[Layer]) -> Sequence[Layer]:
         """Layers as the family's loss visits them, which decides about its random points."""
@@ -325,9 +299,3 @@ class EomtAdapter(MaskQueryAdapter):
             )
         size = {"size": {"shortest_edge": self.side, "longest_edge": self.side}}
         return super().processor_options(self.side, self.side) | size | {"do_pad": True, "do_split_image": False}
-
-
-def layers_of(outputs: Any) -> list[Layer]:
-    """What each layer of a MaskFormer answers, the last one last."""
-    earlier = [(one["class_queries_logits"], one["masks_queries_logits"]) for one in outputs.auxiliary_logits or ()]
-    return [*earlier, (outputs.class_queries_logits, outputs.masks_queries_logits)]

@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{parity['matched']} of {parity['detections']} detections are those of PyTorch, boxes within "
             f"{parity['max_pixels']:.1e} pixels, scores within {parity['max_score']:.1e}"
+            + (f", masks with an IoU of at least {parity['min_mask_iou']:.4f}" if "min_mask_iou" in parity else "")
         )
     else:
         print(f"height and width: {free}; batch: free")

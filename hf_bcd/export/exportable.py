@@ -25,7 +25,7 @@ class LogitsModel(nn.Module):
     shapes of a deep network terms so large that exporting does not come to an end. The model itself stays as it is.
     """
 
-    outputs: ClassVar[tuple[str, ...]] = ("logits",)
+    outputs: tuple[str, ...] = ("logits",)
     free_batch: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel):
@@ -55,15 +55,23 @@ class LogitsModel(nn.Module):
 
 
 class DetectionsModel(LogitsModel):
-    """From `pixel_values` of one picture to `logits` and `pred_boxes` in DETR's form, suppression of boxes included."""
+    """From `pixel_values` of one picture to what finds its objects: for most families DETR's, suppression of boxes included.
 
-    outputs = ("logits", "pred_boxes")
+    Args:
+        model: the model.
+        outputs: names of its outputs, see `DenseAdapter.exported`.
+    """
+
     free_batch = False
 
+    def __init__(self, model: PreTrainedModel, outputs: tuple[str, ...]):
+        super().__init__(model)
+        self.outputs = outputs
+
     def forward(self, pixel_values: Tensor) -> Any:
-        """`[1, 3, H, W]` -> `[1, Q, C]` and `[1, Q, 4]`."""
-        outputs = self.model(pixel_values=pixel_values)
-        return outputs.logits, outputs.pred_boxes
+        """`[1, 3, H, W]` -> the outputs in their order."""
+        found = self.model(pixel_values=pixel_values)
+        return tuple(found[name] for name in self.outputs)
 
 
 def why_fixed(model: PreTrainedModel) -> str | None:

@@ -1,6 +1,7 @@
 """Export of a finished student to ONNX, compared with PyTorch and timed before anybody relies on it."""
 
 import json
+import operator
 import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from ..adapters.loading import ModelSpec, load_adapter, saved_size
 from ..hub.pushing import ONNX_MODEL, ONNX_REPORT, weights_digest
 from ..utils.costs import device_name, time_forward
 from ..utils.files import write_json
+from ..utils.masks import mask_ious
 from ..utils.messages import UserError
 from ..utils.text import shortened
 from .exportable import OPSET, DetectionsModel, LogitsModel, to_onnx, why_fixed
@@ -30,7 +32,8 @@ REQUIREMENTS = ("onnx", "onnxscript", "onnxruntime")
 # of the logits, where the largest is below 1, else relative to it; part of the pixels with the same class
 MAX_DIFFERENCE, MIN_AGREEMENT = 1e-4, 0.999
 # of a detection that both have
-MAX_PIXELS, MAX_SCORE = 0.5, 1e-3
+MAX_PIXELS, MAX_SCORE, MIN_MASK_IOU = 0.5, 1e-3, 0.99
+MAX_GAPS = (MAX_PIXELS, MAX_SCORE, 1 - MIN_MASK_IOU)
 PICTURES = 3
 DEFAULT_SIZE = 512
 SECONDS = 2.0  # for the timed passes of each runtime
@@ -95,8 +98,8 @@ def export_student(
     path, image = folder / ONNX_MODEL, images(adapter, 1, height, width)
     path.parent.mkdir(parents=True, exist_ok=True)
     (folder / ONNX_REPORT).unlink(missing_ok=True)  # a report stands for a file that was checked
-    check_runs(adapter.model, image)
-    write = write_detector if "pred_boxes" in adapter.exported else write_model
+    check_runs(adapter, image)
+    write = write_model if adapter.exported == ("logits",) else write_detector
     fixed_because, parity = write(path, adapter, (height, width))
     timed = {"onnxruntime": (OnnxModel(path), image), "pytorch": (adapter.model, image)}
     seconds = time_forward(timed, 2 * SECONDS)
@@ -105,6 +108,7 @@ def export_student(
         "fixed_because": fixed_because,
         "opset": OPSET,
         "bytes": sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")),
+        "outputs": list(adapter.exported),
         "parity": parity,
         "latency_ms": {name: 1000 * statistics.median(values) for name, values in seconds.items()},
         "repeats": len(seconds["onnxruntime"]),
@@ -138,15 +142,15 @@ def images(adapter: DenseAdapter, number: int, height: int, width: int) -> Tenso
 
 
 @torch.no_grad()
-def check_runs(model: PreTrainedModel, pixel_values: Tensor) -> None:
-    """Refuses a model that has no logits per pixel, or not at this size."""
-    size = " x ".join(map(str, pixel_values.shape[2:]))
+def check_runs(adapter: DenseAdapter, pixel_values: Tensor) -> None:
+    """Refuses a model that lacks what is exported, or does not run at this size."""
+    size, model = " x ".join(map(str, pixel_values.shape[2:])), adapter.model
     try:
         outputs = model(pixel_values=pixel_values)
     except (RuntimeError, ValueError) as error:
         cause = shortened(error)
         raise UserError(f"the model takes no images of {size} pixels; choose another --size: {cause}") from error
-    if getattr(outputs, "logits", None) is None:
+    if any(outputs.get(name) is None for name in adapter.exported):
         raise UserError(
             f"{type(model).__name__} gives no logits for each pixel but {', '.join(outputs)}, which cannot be exported; "
             "distil it into a student that does, such as SegFormer."
@@ -201,7 +205,7 @@ def write_detector(path: Path, adapter: Any, size: tuple[int, int]) -> tuple[str
     model, (height, width) = adapter.model, size
     fixed_because = "detectors are exported for one picture of one size"
     try:
-        save(path, DetectionsModel(model), adapter, size, fixed_because)
+        save(path, DetectionsModel(model, adapter.exported), adapter, size, fixed_because)
     except OnnxExporterError as error:
         cause = shortened(error.__cause__ or error)
         raise UserError(f"{type(model).__name__} cannot be exported at {height} x {width} pixels: {cause}") from error
@@ -210,7 +214,7 @@ def write_detector(path: Path, adapter: Any, size: tuple[int, int]) -> tuple[str
     if not parity["matched"] == parity["detections"] == parity["onnx_detections"]:
         raise UserError(
             f"{path} does not find what the model finds: {parity}; every detection must be there in both, within "
-            f"{MAX_PIXELS} pixels and {MAX_SCORE:g} of its score. The file is kept for you to look at; do not use it."
+            f"{MAX_PIXELS} pixels and {MAX_SCORE:g} of its score, masks with an IoU of {MIN_MASK_IOU:g}. The file is kept for you to look at; do not use it."
         )
     return fixed_because, parity
 
@@ -223,9 +227,10 @@ def compare_detections(onnx_model: OnnxModel, adapter: Any, pictures: Sequence[T
 
     Returns:
         `sizes`; numbers of `detections` of the model and `onnx_detections` of the file; how many are `matched`: same class,
-        box and score close; of these, the largest differences `max_pixels` and `max_score`.
+        box, score and mask close; of these, the largest differences `max_pixels` and `max_score`, and where there are masks
+        the smallest IoU `min_mask_iou`.
     """
-    counts, differences = {"detections": 0, "onnx_detections": 0, "matched": 0}, [(0.0, 0.0)]
+    counts, differences = {"detections": 0, "onnx_detections": 0, "matched": 0}, [(0.0, 0.0, 0.0)]
     for pixel_values in pictures:
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         (expected,) = adapter.detections(adapter.model(pixel_values=pixel_values), [size])
@@ -233,16 +238,18 @@ def compare_detections(onnx_model: OnnxModel, adapter: Any, pictures: Sequence[T
         best = expected["scores"][: min(10, len(expected["scores"]))].tolist()
         sure = min([0.3, *best[-1:]]) if sum(score >= 0.3 for score in best) == 0 else 0.3
         left = list(range(len(found["scores"])))
+        same = mask_ious(expected["masks"], found["masks"]) if "masks" in expected else None
         for row in range(int((expected["scores"] >= sure).sum())):
             gaps = {
                 place: (
                     float((found["boxes"][place] - expected["boxes"][row]).abs().max()),
                     float((found["scores"][place] - expected["scores"][row]).abs()),
+                    0.0 if same is None else 1 - float(same[row, place]),
                 )
                 for place in left
                 if found["labels"][place] == expected["labels"][row]
             }
-            near = {place: gap for place, gap in gaps.items() if gap[0] <= MAX_PIXELS and gap[1] <= MAX_SCORE}
+            near = {place: gap for place, gap in gaps.items() if all(map(operator.le, gap, MAX_GAPS))}
             counts["detections"] += 1
             if near:
                 place = min(near, key=lambda place: near[place])
@@ -252,9 +259,10 @@ def compare_detections(onnx_model: OnnxModel, adapter: Any, pictures: Sequence[T
                 differences.append(near[place])
         # what only the file is sure of, scores at the threshold apart
         counts["onnx_detections"] += sum(float(found["scores"][place]) >= sure + MAX_SCORE for place in left)
-    pixels, scores = (max(values) for values in zip(*differences, strict=True))
+    pixels, scores, apart = (max(values) for values in zip(*differences, strict=True))
     sizes = sorted({tuple(picture.shape[2:]) for picture in pictures})
-    return {"sizes": sizes, **counts, "max_pixels": pixels, "max_score": scores}
+    masks = {"min_mask_iou": 1 - apart} if adapter.finds_masks else {}
+    return {"sizes": sizes, **counts, "max_pixels": pixels, "max_score": scores, **masks}
 
 
 def save(

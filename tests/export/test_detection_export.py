@@ -16,6 +16,7 @@ from hf_bcd.adapters import build_adapter, image_processor
 from hf_bcd.card.usage import mention_export
 from hf_bcd.commands.export import main
 from hf_bcd.export import onnx as export
+from hf_bcd.utils.masks import encode
 from hf_bcd.utils.messages import UserError
 
 
@@ -25,7 +26,9 @@ for name in ("onnx", "onnxscript"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gfl", "d_fine", "rt_detr_v2", "rf_detr", "detr-timm", "deformable_detr-timm"])
+@pytest.mark.parametrize(
+    "name", ["gfl", "d_fine", "mask_rcnn", "rt_detr_v2", "rf_detr", "detr-timm", "deformable_detr-timm"]
+)
 def test_the_file_finds_what_the_model_finds(name: str, tmp_path: Path) -> None:
     adapter, size = build_adapter(tiny_detector(name)), (96, 96) if name in SQUARES else (64, 96)
     path = tmp_path / "model.onnx"
@@ -37,11 +40,14 @@ def test_the_file_finds_what_the_model_finds(name: str, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (put,), outputs = session.get_inputs(), session.get_outputs()
     assert (put.name, put.shape) == ("pixel_values", [1, 3, *size])
-    assert [output.name for output in outputs] == ["logits", "pred_boxes"] and outputs[1].shape[2] == 4
+    masks = ["pred_masks"] if name == "mask_rcnn" else []
+    assert [output.name for output in outputs] == ["logits", "pred_boxes", *masks] and outputs[1].shape[2] == 4
+    assert ("min_mask_iou" in parity) == bool(masks) and parity.get("min_mask_iou", 1) >= 0.99
     pixel_values = adapter.shown(images(*size)[1:])  # a picture that nobody has tried
     (expected,) = adapter.predict(images(*size)[1:], [(300, 400)])
     found = [torch.from_numpy(x) for x in session.run(None, {"pixel_values": pixel_values.numpy()})]
-    (again,) = adapter.detections(SimpleNamespace(logits=found[0], pred_boxes=found[1]), [(300, 400)])
+    named = SimpleNamespace(**dict(zip(adapter.exported, found, strict=True)))
+    (again,) = adapter.detections(named, [(300, 400)])
     torch.testing.assert_close(again["scores"], expected["scores"], rtol=0, atol=1e-3)
 
 
@@ -68,15 +74,32 @@ PAIRS = {
 def test_what_counts_as_the_same_detection(case: str) -> None:
     found, counts = PAIRS[case]
     given = iter([answers([ONE, TWO], [0.9, 0.4], [0, 1]), found])
-    adapter = SimpleNamespace(model=lambda **_: None, detections=lambda outputs, sizes: [next(given)])
+    adapter = SimpleNamespace(
+        model=lambda **_: None, detections=lambda outputs, sizes: [next(given)], finds_masks=False
+    )
     parity = export.compare_detections(SimpleNamespace(outputs=lambda _: {}), adapter, [torch.zeros(1, 3, 64, 64)])
     assert (parity["detections"], parity["onnx_detections"], parity["matched"]) == counts
+
+
+def test_masks_must_be_the_same_too() -> None:
+    masks = np.zeros((2, 64, 64), bool)
+    masks[0, 10:30, 10:30], masks[1, 10:30, 12:30] = True, True
+    ones = [answers([ONE], [0.9], [0]) | {"masks": [encode(mask)]} for mask in masks]
+    for found, matched in ((ones[0], 1), (ones[1], 0)):
+        given = iter([ones[0], found])
+        adapter = SimpleNamespace(
+            model=lambda **_: None, detections=lambda outputs, sizes, given=given: [next(given)], finds_masks=True
+        )
+        parity = export.compare_detections(SimpleNamespace(outputs=lambda _: {}), adapter, [torch.zeros(1, 3, 64, 64)])
+        assert parity["matched"] == matched and parity["min_mask_iou"] == 1  # of those that are matched
 
 
 def test_a_model_that_is_sure_of_nothing_is_compared_by_its_best() -> None:
     unsure = answers([ONE, TWO], [0.02, 0.01], [0, 1])
     given = iter([unsure, answers([ONE, ONE], [0.02, 0.01], [0, 1])])
-    adapter = SimpleNamespace(model=lambda **_: None, detections=lambda outputs, sizes: [next(given)])
+    adapter = SimpleNamespace(
+        model=lambda **_: None, detections=lambda outputs, sizes: [next(given)], finds_masks=False
+    )
     parity = export.compare_detections(SimpleNamespace(outputs=lambda _: {}), adapter, [torch.zeros(1, 3, 64, 64)])
     assert (parity["detections"], parity["matched"]) == (2, 1)
 
