@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 from hf_bcd.adapters import DenseAdapter, build_adapter
 from hf_bcd.adapters.loading import ModelSpec
@@ -60,6 +61,20 @@ def adapter_of(model: str, num_labels: int) -> DenseAdapter:
             fields["output_stride"] = spec.output_stride
             built = TimmSegmentationModel(TimmSegmentationConfig(**fields, **spec.options, num_labels=num_labels))
     return build_adapter(built)
+
+
+def published_mask2former(name: str) -> DenseAdapter:
+    """A Mask2Former of the Hub in its widths, without its weights."""
+    width, depth = {"tiny": (96, 6), "large": (192, 18)}[name.split("-")[2]]
+    backbone = SwinConfig(
+        embed_dim=width,
+        depths=[2, 2, depth, 2],
+        num_heads=[width // 32 * 2**stage for stage in range(4)],
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    with torch.device("meta"):
+        model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, num_labels=80))
+    return build_adapter(model, task="instance-segmentation")
 
 
 def parse(recipe: Path):
@@ -205,8 +220,12 @@ def test_a_detectors_recipe_differs_from_its_base_in_its_losses_which_can_be_bui
             changed <= {"output_dir", "logging_dir", "losses", "inherit"}
             and config.output_dir == f"runs/coco/{recipe.stem}"
         )
-        if isinstance(models.student, dict):
-            student, teacher = (adapter_of(json.dumps(given), 80) for given in (models.student, models.teacher))
+        pair = (models.student, models.teacher)
+        if isinstance(models.student, dict) or base.startswith("mask2former"):
+            student, teacher = (
+                published_mask2former(given) if isinstance(given, str) else adapter_of(json.dumps(given), 80)
+                for given in pair
+            )
             with torch.device("meta"):
                 build_losses(student, teacher, config)
                 inherit(student, teacher, config.inherit or ())  # which refuses what the two have not in common
