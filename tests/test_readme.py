@@ -1,4 +1,4 @@
-"""The README's Python runs, with local folders in place of the Hub's."""
+"""The Python of the README and of docs/instances.md runs, with local folders in place of the Hub's."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapters.adapter_tiny_detectors import mask2former_resnet, names
 from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
 
@@ -66,3 +67,26 @@ def test_the_ten_lines_train_a_student(hub: dict[str, str], tmp_path: Path) -> N
     exec(code, scope)
     student = SegformerForSemanticSegmentation.from_pretrained(output)
     assert student.config.id2label[12] == scope["data"]["train"].id2label[12]
+
+
+@pytest.mark.slow
+def test_the_lines_of_instances_train_a_mask2former(tmp_path: Path) -> None:
+    text = (README.parent / "docs" / "instances.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "BCDTrainer" in block)
+    for size in ("tiny", "large"):
+        mask2former_resnet(**names({0: "person", 1: "vehicle"})).save_pretrained(tmp_path / size)
+    quick = (
+        "max_steps=1, image_size=48, per_device_train_batch_size=2, calibration_images=2, dataloader_num_workers=0, "
+        'use_cpu=True, report_to="none", eval_strategy="no", save_strategy="no"'
+    )
+    for given, local in {
+        '"coco_detection", data_dir="path/to/coco"': '"synthetic_instances", size=(48, 64), num_images={"train": 4, "validation": 2}',
+        '"facebook/mask2former-swin-{}-coco-instance"': repr(str(tmp_path / "{}")),
+        'output_dir="mask2former-t-bcd"': f"output_dir={str(tmp_path / 'student')!r}, {quick}",
+    }.items():
+        assert given in code
+        code = code.replace(given, local)
+    scope: dict = {}
+    exec(code, scope)
+    assert 0 <= scope["trainer"].evaluate()["eval_mask_ap"] <= 1
+    assert set(scope["trainer"].distiller.criterion.losses) == {"bcd", "query_kd"}
