@@ -41,6 +41,7 @@ class DenseOutput:
         dense: raw output of a detector that scores a box at every prior.
         queries: raw output of a detector of the DETR kind.
         answers: what a teacher with masks finds in the images, where it was asked to.
+        final_boxes: gives what a model in two stages finds, class logits `[B, K, C]` and xyxy pixels `[B, K, 4]`, without a graph.
     """
 
     features: dict[str, Tensor]
@@ -51,6 +52,7 @@ class DenseOutput:
     dense: "DenseHead | None" = None
     queries: "Queries | None" = None
     answers: "Objects | None" = None
+    final_boxes: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass

@@ -25,6 +25,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OF_BOTH = frozenset(
     {
         "logits", "scores", "pyramid", "dense", "distributions", "tower", "queries", "mask_queries", "corners", "classes", "boxes",
+        "final_boxes",
     }
 )  # fmt: skip
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..outputs import DenseHead, DenseOutput, FeatureSpec, Objects
 from ..utils.distributed import rank_index
 from ..utils.messages import UserError
 from .base import DenseAdapter, stage_features, stage_specs, timm_stages
-from .detection import DetectionAdapter, detr_labels, picture_sizes
+from .detection import DetectionAdapter, corners, detr_labels, picture_sizes
 
 
 class TimmDetectionAdapter(DetectionAdapter):
@@ -93,7 +94,7 @@ class TimmMaskAdapter(TimmDetectionAdapter):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"features", "pyramid", "boxes", "classes"})
+        return frozenset({"features", "pyramid", "boxes", "classes", "final_boxes"})
 
     def begin_step(self, seed: int, step: int) -> None:
         self.model.seed_sampling(seed, step, rank_index())
@@ -104,4 +105,14 @@ class TimmMaskAdapter(TimmDetectionAdapter):
                 f"{self.model.config.head} learns masks, but the data set has boxes only; train on one with masks, or "
                 "choose the head retinanet or gfl."
             )
-        return super().run(pixel_values, targets, pixel_mask)
+        output = super().run(pixel_values, targets, pixel_mask)
+        size, pyramid = (pixel_values.shape[-2], pixel_values.shape[-1]), list(output.pyramid.values())
+        empty = pixel_values.new_zeros(len(pixel_values), 0, 4, dtype=torch.float32)
+        sizes = picture_sizes(Objects(list(empty), [], size, self.num_labels, pixel_mask)).repeat(1, 2)
+
+        def final_boxes() -> tuple[Tensor, Tensor]:
+            logits, boxes = self.model.detect_boxes(pyramid, None, sizes)
+            return self.map_classes(logits), corners(boxes) * sizes[:, None]
+
+        output.final_boxes = final_boxes
+        return output

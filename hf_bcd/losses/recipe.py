@@ -60,6 +60,7 @@ NEEDS = {
     "boxes": "true boxes",
     "classes": "scores of boxes, which are compared class by class",
     "dense": "scores and boxes at the same priors, which two RetinaNets or two GFLs have",
+    "final_boxes": "what a model in two stages finds, such as Mask R-CNN",
     "distributions": "of distances to a box's sides, which GFL has",
     "tower": "the convolutions before a detector's scores, which RetinaNet and GFL have, as many and as wide in both",
     "queries": "of two models of the DETR kind, whose classes exclude each other in both (DETR) or in neither",

@@ -58,7 +58,8 @@ class SKDLoss(AdversarialLoss):
         level: level of the pair-wise term; the coarsest that both models have by default.
         nodes: its pooling windows along each axis; the official pool_scale of 0.5 makes 2.
         discriminator_channels: width of the discriminator; 64 in the official code, 0 leaves the holistic term out.
-        on: `pixels`, or `boxes`: the pixel term of a dense detector's priors, see `box_response_loss`, and no holistic term.
+        on: `pixels`, or `boxes`: the pixel term of a dense detector's priors, see `box_response_loss`, and no holistic term; or `features` of
+            models with neither, which leaves the pair-wise term.
     """
 
     weights = {"pixel": 10.0, "pair": 0.5, "holistic": 0.001}
@@ -69,6 +70,7 @@ class SKDLoss(AdversarialLoss):
         "official code: same pair term, its windows included (but lengths below 1e-4 count as 1e-4), and discriminator layers; pixel term as in the paper; Adam and, with it, the "
         "holistic weight as in IFVD's code; void pixels left out"
     )
+    response = "pixel"
     reference = "liu2023structured"
 
     def __init__(
@@ -78,7 +80,7 @@ class SKDLoss(AdversarialLoss):
         level: str | None = None,
         nodes: int = 2,
         discriminator_channels: int = 64,
-        on: Literal["pixels", "boxes"] = "pixels",
+        on: Literal["pixels", "boxes", "features"] = "pixels",
     ) -> None:
         super().__init__(pair, discriminator_channels, on)
         check_positive(nodes=nodes)
@@ -87,4 +89,4 @@ class SKDLoss(AdversarialLoss):
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         ours, theirs = student.features[self.level], teacher.features[self.level]
         pair = skd_loss(ours, theirs, nodes=self.nodes, mask=targets.valid(spatial_size(theirs)))
-        return {"pair": pair} | self.responses(student, teacher, targets, "pixel")
+        return {"pair": pair} | self.responses(student, teacher, targets)

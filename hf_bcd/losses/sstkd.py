@@ -118,7 +118,8 @@ class SSTKDLoss(AdversarialLoss):
         directions: directional bands of a level; our choice.
         intensity_levels: levels of intensity.
         discriminator_channels: width of the discriminator; 64 as in SKD, 0 leaves the adversarial term out.
-        on: `pixels`, or `boxes`: the response of a dense detector's priors, see `box_response_loss`, and no adversary.
+        on: `pixels`, or `boxes`: the response of a dense detector's priors, see `box_response_loss`, and no adversary; or `features`
+            of models with neither, which leaves the texture.
     """
 
     weights = {"structure": 0.9, "statistics": 1.15, "response": 10.0, "adversarial": 0.001}
@@ -131,6 +132,7 @@ class SSTKDLoss(AdversarialLoss):
         "no official code: our reading of contourlet decomposition and, after STLNet's code, of intensity equalisation "
         "(without learned layers); weights unverified"
     )
+    response = "response"
     reference = "ji2022structural"
 
     def __init__(
@@ -142,7 +144,7 @@ class SSTKDLoss(AdversarialLoss):
         directions: int = 4,
         intensity_levels: int = 128,
         discriminator_channels: int = 64,
-        on: Literal["pixels", "boxes"] = "pixels",
+        on: Literal["pixels", "boxes", "features"] = "pixels",
     ) -> None:
         super().__init__(pair, discriminator_channels, on)
         check_positive(pyramid_levels=pyramid_levels, directions=directions)
@@ -158,4 +160,4 @@ class SSTKDLoss(AdversarialLoss):
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
         ours, theirs = self.pair(student.features, teacher.features)
         texture = sstkd_loss(ours, theirs, mask=targets.valid(spatial_size(theirs)), **self.options)
-        return texture | self.responses(student, teacher, targets, "response")
+        return texture | self.responses(student, teacher, targets)

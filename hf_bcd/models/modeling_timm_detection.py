@@ -260,12 +260,20 @@ class TimmDetectionModel(TimmBackboneModel):
         return self._best(*self._candidates(dense, sizes), sizes)
 
     @torch.no_grad()
+    def detect_boxes(
+        self, pyramid: Sequence[Tensor], regions: RegionScores | None, sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`logits` and `pred_boxes` of a model with masks, which are not computed; by default from its own `regions`."""
+        scored: Any = self.rpn_head(pyramid) if regions is None else regions
+        boxes, usable = self.rpn_head.propose(scored, sizes, self.config.proposals)
+        return self._best(*self.roi_head.candidates(pyramid, boxes, usable, sizes), sizes)
+
+    @torch.no_grad()
     def detect_masks(
         self, pyramid: Sequence[Tensor], regions: RegionScores, sizes: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`logits`, `pred_boxes` and `pred_masks` of the output, the masks in `size`; see `detect`."""
-        boxes, usable = self.rpn_head.propose(regions, sizes, self.config.proposals)
-        logits, pred_boxes = self._best(*self.roi_head.candidates(pyramid, boxes, usable, sizes), sizes)
+        logits, pred_boxes = self.detect_boxes(pyramid, regions, sizes)
         relative = corners(pred_boxes)
         masks = self.roi_head.masks(pyramid, relative * sizes[:, None], logits.argmax(dim=-1))
         masks = paste_masks(masks, relative, size).clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)

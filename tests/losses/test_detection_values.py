@@ -14,7 +14,7 @@ from hf_bcd.losses.base import Pair
 from hf_bcd.losses.crosskd import cross_head_losses
 from hf_bcd.losses.ddf import ddf_loss
 from hf_bcd.losses.fgd import box_weights
-from hf_bcd.losses.gid import GIDLoss, normalised_distances, pooled
+from hf_bcd.losses.gid import GIDLoss, disputed_answers, normalised_distances, pooled
 from hf_bcd.losses.ld import LDLoss, heads_of
 from hf_bcd.losses.ops.boxes import atss_thresholds, overlaps, valuable_region
 from hf_bcd.losses.query_kd import box_costs, mask_query_kd_losses, match_queries, query_kd_losses, teacher_answers
@@ -328,6 +328,33 @@ def test_distances_of_boxes_that_are_not_there_do_not_count() -> None:
     found = normalised_distances(vectors, real)[0]
     assert found[0, 1].item() == pytest.approx(1) and found[0, 0].item() < 1e-5
     assert normalised_distances(vectors, 0 * real).isfinite().all()
+
+
+def test_gid_of_final_boxes_in_loops() -> None:
+    """Ten boxes of each model; a box's score is the largest difference of what the two say of it."""
+    ours, theirs = ((randn(2, 10, 3, seed=s), random_boxes(2, 10, seed=s + 5)) for s in (0, 20))
+    boxes, scores = disputed_answers(ours, theirs, 4)
+    for b in range(2):
+        everything = [box for _, own in (ours, theirs) for box in own[b].tolist()]
+
+        def said(side: tuple[Tensor, Tensor], box: list[float], c: int, b: int = b) -> float:
+            near = [k for k, own in enumerate(side[1][b].tolist()) if iou_giou_diou(own, box)[0] >= 0.5]
+            return max([sigmoid(float(side[0][b, k, c])) for k in near], default=0.0)
+
+        candidates = [
+            (max(abs(said(ours, box, c) - said(theirs, box, c)) for c in range(3)), box) for box in everything
+        ]
+        left, expected = sorted(candidates, reverse=True), []
+        while left and len(expected) < 4:
+            expected.append(left.pop(0))
+            left = [one for one in left if iou_giou_diou(one[1], expected[-1][1])[0] <= 0.3]
+        assert len(expected) >= 3
+        for place, (score, box) in enumerate(expected):
+            assert scores[b, place].item() == pytest.approx(score, rel=1e-5)
+            assert boxes[b, place].tolist() == pytest.approx(box, rel=1e-5)
+        assert scores[b, len(expected) :].eq(0).all()
+    same, none = disputed_answers(ours, ours, 4)[1], disputed_answers(ours, (ours[0] - 1e4, ours[1]), 4)[1]
+    assert same.eq(0).all() and none[:, 0].gt(0).all()
 
 
 def cxcywh(boxes: Tensor) -> Tensor:

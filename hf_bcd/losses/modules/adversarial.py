@@ -196,14 +196,18 @@ class AdversarialLoss(DistillationLoss):
     """A method that has an `Adversary` on the class scores as one of its terms."""
 
     adversarial: ClassVar[str] = "adversarial"  # name of this term
+    response: ClassVar[str]  # name of the term of the class scores themselves
     keeps = "discriminator"
 
     def __init__(self, pair: Pair, discriminator_channels: int, on: str = "pixels") -> None:
         super().__init__(pair)
-        if on not in ("pixels", "boxes"):
-            raise UserError(f"on is {on!r}; choose pixels or boxes.")
-        if on == "boxes":  # whose scores are no picture
-            self.needs, discriminator_channels = frozenset({"features", "dense", "classes"}), 0
+        if on not in ("pixels", "boxes", "features"):
+            raise UserError(f"on is {on!r}; choose pixels, boxes or features.")
+        if on != "pixels":  # whose scores are no picture, or none at all
+            scores = {"dense", "classes"} if on == "boxes" else set()
+            self.needs, discriminator_channels = frozenset({"features", *scores}), 0
+        if on == "features":
+            self.weights = {term: weight for term, weight in self.weights.items() if term != self.response}
         self.on = on
         if discriminator_channels < 0:
             raise UserError(f"discriminator_channels is {discriminator_channels!r}; it must be >= 0.")
@@ -217,13 +221,15 @@ class AdversarialLoss(DistillationLoss):
         """The term of the scores of both models, or none without a discriminator."""
         return {} if self.adversary is None else {self.adversarial: self.adversary(student, teacher, mask)}
 
-    def responses(self, student: DenseOutput, teacher: DenseOutput, targets: Targets, name: str) -> dict[str, Tensor]:
-        """The terms of the class scores: `name`, of pixels or of a detector's priors, and the adversarial one of pixels."""
+    def responses(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+        """The terms of the class scores: `response`, of pixels or of a detector's priors, and the adversarial one of pixels."""
+        if self.on == "features":
+            return {}
         if self.on == "boxes":
             ours, theirs = heads_of(student, teacher)
-            return {name: box_response_loss(ours.class_logits, theirs.class_logits)}
+            return {self.response: box_response_loss(ours.class_logits, theirs.class_logits)}
         mask = targets.valid(spatial_size(teacher.logits))
-        response = {name: kd_loss(student.logits, teacher.logits, mask=mask)}
+        response = {self.response: kd_loss(student.logits, teacher.logits, mask=mask)}
         return response | self.adversarial_term(student.logits, teacher.logits, mask)
 
     def after_step(self) -> None:
