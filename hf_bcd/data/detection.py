@@ -10,6 +10,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Subset
 from torchvision import tv_tensors
 
 from ..utils.masks import RLE, mask_areas
@@ -92,6 +93,15 @@ class BoxDataset(DenseDataset):
     @property
     def task(self) -> str:  # type: ignore[override]
         return INSTANCES if self.masks else DETECTION
+
+    def stated_sizes(self) -> list[tuple[int, int] | None]:
+        """Width and height of each picture as its annotations state them, if they do; no picture is read."""
+        rows: Any = self.rows
+        places = list(range(len(self)))
+        while isinstance(rows, Subset):
+            rows, places = rows.dataset, [rows.indices[place] for place in places]
+        truth = getattr(rows, "truth", None) or rows.__getitem__
+        return [truth(place).label.size for place in places]
 
     def decode(self, row: Any) -> Any:
         """Decodes a row; see `read_boxes`."""

@@ -31,7 +31,7 @@ OUTCOME = (
     "learning_rate", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "optim", "optim_args",
     "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "bf16", "fp16", "load_best_model_at_end",
     "metric_for_best_model", "crop_size", "image_size", "image_longest", "train_shortest", "square_size", "decay_per", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
-    "dataloader_drop_last", "train_sampling_strategy", "layer_decay", "lr_milestones", "ema_decay", "inherit",
+    "dataloader_drop_last", "train_sampling_strategy", "layer_decay", "lr_milestones", "ema_decay", "inherit", "group_by_shape",
 )  # fmt: skip
 FINITE = 1e30
 # lowest value, whether it is left out, and highest
@@ -151,6 +151,10 @@ class BCDConfig(TrainingArguments):
     square_size: int | None = field(
         default=None,
         metadata={"help": "Side of squares that images for a detector are resized to, whatever their aspect ratio."},
+    )
+    group_by_shape: bool = field(
+        default=False,
+        metadata={"help": "Batches of wide pictures, and of others, for detectors: less of them is padding."},
     )
     scale_min: float = field(default=0.5, metadata={"help": "Smallest random scale."})
     scale_max: float = field(default=2.0, metadata={"help": "Largest random scale."})

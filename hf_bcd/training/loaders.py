@@ -1,13 +1,15 @@
 """Loaders and samples that the base class would divide, pad or draw otherwise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Sampler, Subset
 
 from ..data import TransformedStream
 from ..tasks import Task
+from ..utils.messages import UserError
 from .config import BCDConfig
 
 
@@ -28,6 +30,56 @@ def stream_loader(
     return prepare_data_loader(
         loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
     )
+
+
+class ShapeSampler(Sampler[int]):
+    """A random order in which pictures that are wider than high, and others, fill batches of their own.
+
+    So less of a batch is padding, as with mmdetection's batches by aspect ratio. A batch stands where its last picture
+    would; what fills none comes at the end. The order depends on the seed and the epoch only, so that a resumed run has it.
+
+    Args:
+        wide: of each picture, whether it is wider than high.
+        batch_size: pictures a batch.
+        seed: of all epochs.
+    """
+
+    def __init__(self, wide: Sequence[bool], batch_size: int, seed: int) -> None:
+        self.wide, self.batch_size, self.seed, self.epoch = list(wide), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.wide)
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.wide)).tolist()
+        waiting: dict[bool, list[int]] = {True: [], False: []}
+        for index in order:
+            group = waiting[self.wide[index]]
+            group.append(index)
+            if len(group) == self.batch_size:
+                yield from group
+                group.clear()
+        yield from waiting[True] + waiting[False]
+
+
+def by_shape(dataset: Any, args: BCDConfig) -> ShapeSampler:
+    """The sampler of `group_by_shape`.
+
+    Raises:
+        UserError: the data set does not know the sizes of its pictures.
+    """
+    inner = getattr(dataset, "dataset", dataset)
+    sizes: list[Any] = inner.stated_sizes() if hasattr(inner, "stated_sizes") else [None]
+    if None in sizes:
+        raise UserError(
+            "group_by_shape needs the width and height of every training picture from its annotations, as COCO's JSON and Pascal "
+            "VOC's XML state them. Leave it out."
+        )
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return ShapeSampler([width > height for width, height in sizes], args.train_batch_size, seed)
 
 
 def part_of_process(samples: Any, task: Task, args: BCDConfig, *, whole: bool = False) -> DataLoader:

@@ -32,7 +32,7 @@ from .evaluation import each, evaluate, moved, predict_batch, stacked, with_tran
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
-from .loaders import spread_samples, stream_loader
+from .loaders import by_shape, spread_samples, stream_loader
 from .optimization import group_parameters, step_down
 from .recording import write_training_card
 from .teaching import prepare
@@ -244,6 +244,10 @@ class BCDTrainer(Trainer):
         # workers are seeded apart from the model's dropout, which must not depend on when they start
         loader.base_dataloader.generator = torch.Generator()  # type: ignore[attr-defined]
         return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return by_shape(dataset, self.args) if self.args.group_by_shape else super()._get_train_sampler(dataset)
 
     def calibrate(self) -> None:
         """Fits the teacher's head on training images: the same ones on every rank, so that all ranks agree."""

@@ -1,5 +1,6 @@
 """Training detectors: rates by depth and by milestone, averaged weights, sizes, epochs of r(t), resuming, predictions."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import tiny
 import torch
 from adapters.adapter_tiny_detectors import SQUARES, WITH_MASKS, tiny_detector
 from host_sync import no_host_synchronisation
+from PIL import Image
 from transformers import TrainerCallback
 
 from hf_bcd import BCDTrainer
@@ -246,6 +248,62 @@ def test_a_resumed_run_ends_bit_for_bit(name: str, tmp_path: Path) -> None:
     scores = [run.predict(run.eval_dataset).predictions for run in (whole, resumed)]
     for one, other in zip(*scores, strict=True):
         assert all(np.array_equal(one[key], other[key]) for key in ("boxes", "scores", "labels"))
+
+
+# ---- Batches of one shape ----------------------------------------------------------------------------------------------
+
+
+def pictures_of_two_shapes(folder: Path, count: int = 12) -> Any:
+    """COCO's files, every third picture upright."""
+    (folder / "train").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    images, annotations = [], []
+    for number in range(count):
+        width, height = (64, 96) if number % 3 == 0 else (96, 64)
+        Image.fromarray(np.full((height, width, 3), 20 * number, np.uint8)).save(folder / "train" / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": width, "height": height})
+        box = {"bbox": [4 + number, 5, 20, 22], "area": 440, "iscrowd": 0, "category_id": 1 + number % 2}
+        annotations.append({"id": number + 1, "image_id": number, **box})
+    categories = [{"id": index + 1, "name": name} for index, name in THINGS.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    return load_dense_dataset(folder)
+
+
+def test_batches_hold_pictures_of_one_shape(tmp_path: Path) -> None:
+    data = pictures_of_two_shapes(tmp_path / "data")
+    run = trainer(tmp_path, data=data, group_by_shape=True, per_device_train_batch_size=2)
+    loader, orders = run.get_train_dataloader(), []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert not any("pixel_mask" in batch for batch in batches[:-1]), "of one shape nothing is padded"
+        orders.append([index for batch in batches for index in batch["index"].tolist()])
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_run_by_shape_resumes_in_the_middle_of_its_second_epoch(tmp_path: Path) -> None:
+    data = pictures_of_two_shapes(tmp_path / "data")
+    options = {
+        "data": data,
+        "group_by_shape": True,
+        "max_steps": 11,
+        "save_steps": 4,
+        "per_device_train_batch_size": 2,
+    }
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    assert_same_student(whole, resumed)
+
+
+def test_pictures_of_unknown_sizes_cannot_be_grouped(tmp_path: Path) -> None:
+    data = tiny.scenes()
+    run = tiny.trainer(tmp_path, data=data, group_by_shape=True)
+    with pytest.raises(UserError, match="group_by_shape needs the width and height"):
+        run.get_train_dataloader()
 
 
 # ---- Sizes, epochs, predictions ----------------------------------------------------------------------------------------
