@@ -115,7 +115,14 @@ def detection_figure(
         pixels = rgb(sample["image"])
         judged = {name: judge(prediction, truth, least[name]) for name, prediction in sample["predictions"].items()}
         present |= {int(index) for index in truth["classes"]}
-        row = [("input", "", pixels), ("truth", f"{len(truth['boxes'])} objects", _drawn(pixels, truth, colours))]
+        row = [
+            ("input", "", pixels),
+            (
+                "truth",
+                f"{len(truth['boxes'])} object{'s' * (len(truth['boxes']) != 1)}",
+                _drawn(pixels, truth, colours),
+            ),
+        ]
         for name, prediction in sample["predictions"].items():
             found = judged[name]
             drawn = chosen(prediction, found.shown)

@@ -18,7 +18,7 @@ from ..adapters.loading import load_adapter
 from ..data import DenseDataset, DenseDatasets
 from ..training.checkpoints import data_key
 from ..training.config import BCDConfig
-from ..utils.files import read_json, write_json, write_text
+from ..utils.files import numbers, read_json, write_json, write_text
 from ..utils.messages import UserError
 from ..utils.types import converted
 from .arguments import RECIPE_KEYS, DataArguments, ModelArguments, build_arguments, read_arguments
@@ -73,7 +73,7 @@ class Run:
                     f"{self.folder} holds a finished run with {key} {found!r}, where the study says {expected!r}. "
                     "Choose another --output_dir, or remove that folder to run it again."
                 )
-        return result
+        return {**result, **{key: numbers(result[key]) for key in ("scores", "teacher", "curve") if result.get(key)}}
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Shared:
             found = read_json(path)
             if found["key"] != json.loads(json.dumps(key)):
                 raise UserError(f"{path} holds the scores of another teacher or split; remove it to score this one.")
-            return found["scores"]
+            return numbers(found["scores"])
         scores = evaluate_model(model, config, data, synonyms)
         if config.should_save:
             write_json(path, {"key": key, "scores": scores})
@@ -297,7 +297,7 @@ def _train_run(
     reference = run.folder.parent.parent / run.reference / run.folder.name
     if run.name != run.reference and (reference / RESULT_FILE).is_file() and teacher is not None:
         models["baseline"] = load_adapter(str(reference), task=trainer.task.name)
-        scores["baseline"] = read_json(reference / RESULT_FILE)["scores"]
+        scores["baseline"] = numbers(read_json(reference / RESULT_FILE)["scores"])
     if config.should_save:
         recipe = run.folder / "recipe.yaml"
         write_text(recipe, yaml.safe_dump(run.arguments, sort_keys=False, allow_unicode=True))

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..utils.distributed import is_distributed
-from ..utils.files import read_json, write_json
+from ..utils.files import numbers, read_json, write_json
 from ..utils.messages import UserError
 
 
@@ -70,6 +70,8 @@ class TermMeans:
         try:
             content = read_json(path)
             self._steps = float(content["steps"])
-            self._sums = {str(name): torch.tensor(float(x), device=device) for name, x in content["sums"].items()}
+            self._sums = {
+                str(name): torch.tensor(float(x), device=device) for name, x in numbers(content["sums"]).items()
+            }
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged; remove it, and the first logged means are of fewer steps.") from error

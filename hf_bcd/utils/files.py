@@ -1,7 +1,9 @@
 """Text files: UTF-8 both ways, and never seen half written."""
 
 import json
+import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +84,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as JSON; see `write_text`."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Writes `content` as JSON, in which what is no finite number is null; see `write_text`."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def numbers(scores: Any) -> Any:
+    """Scores that `write_json` has written, with nan again for null."""
+    if isinstance(scores, Mapping):
+        return {key: numbers(one) for key, one in scores.items()}
+    if isinstance(scores, list):
+        return [numbers(one) for one in scores]
+    return math.nan if scores is None else scores
