@@ -319,7 +319,7 @@ def check_config(model: PreTrainedModel, min_labels: int) -> None:
     if settings.num_labels < min_labels:
         raise UserError(
             f"{type(model).__name__} {model.name_or_path} has {settings.num_labels} class, which every pixel would get; "
-            "choose a model with a class for the background too."
+            "choose a model with a class for the background too, or one of boxes or masks where the data are objects."
         )
     for config in (settings, getattr(settings, "backbone_config", None)):
         channels = getattr(config, "num_channels", 3)

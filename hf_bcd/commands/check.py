@@ -6,6 +6,7 @@ hf-bcd check path/to/data --every_row
 """
 
 import argparse
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from ..data.box_probing import PROBED_PICTURES, BoxSurvey, survey_boxes
 from ..data.boxes import FORMATS
 from ..data.probing import PROBED_ROWS, judge, survey
 from ..utils.messages import UserError
+
+
+NUMBERS = re.compile(r"\d+")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,7 +105,9 @@ def _box_lines(dataset: BoxDataset, rows: int) -> Iterator[str]:
     absent = [name for index, name in dataset.id2label.items() if not found.boxes[index]]
     if absent and rows == len(dataset):
         yield f"  no box of {len(absent)} classes: {', '.join(absent[:8])}{', ...' if absent[8:] else ''}"
-    for note in dict.fromkeys([*dataset.notes, *(found.notes() if rows == len(dataset) else ())]):
+    # counts over all rows take the place of those over some
+    notes = [*dataset.notes, *(found.notes() if rows == len(dataset) else ())]
+    for note in {NUMBERS.sub("", note): note for note in notes}.values():
         yield f"  please check: {note}"
 
 

@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     if "matched" in parity:
         print(f"height and width: {free}")
         print(
-            f"{parity['matched']} of {parity['detections']} detections are those of PyTorch, boxes within "
+            "NOT compared with PyTorch: it finds nothing in random images. Compare both on pictures of yours"
+            if not parity["detections"]
+            else f"{parity['matched']} of {parity['detections']} detections are those of PyTorch, boxes within "
             f"{parity['max_pixels']:.1e} pixels, scores within {parity['max_score']:.1e}"
             + (f", masks with an IoU of at least {parity['min_mask_iou']:.4f}" if "min_mask_iou" in parity else "")
         )

@@ -88,7 +88,7 @@ def assemble_boxes(
         notes = survey.notes()
         if split == "train":
             notes += found.notes
-            if survey.degenerate == survey.boxes.sum() > 0:
+            if survey.degenerate + survey.hollow == survey.boxes.sum() > 0:
                 raise UserError(f"{source}: {notes[0]} (they are read as {rule.box_format}).")
             known = enumerate(range(len(names)) if categories is None else categories)
             if absent := [names[index] for index, category in known if category not in scans[split].categories]:

@@ -83,14 +83,14 @@ class BoxSurvey:
         sizes: (width, height) of the pictures.
         boxes: boxes of every class, int64 `[C]`.
         crowds: boxes that mark crowds.
-        degenerate: boxes with a side below one pixel, or no area.
+        degenerate: boxes with a side below one pixel, or no area, that are not `hollow`.
         repeated: boxes that repeat another one.
         clipped: boxes that end outside of their picture.
         farthest: how far the farthest of these ends outside, in pixels.
         most: number of boxes of the picture that has most.
         masks: whether masks are looked at, too.
         forms: number of masks by how they are stored.
-        hollow: masks without a pixel.
+        hollow: masks without a pixel, but for those of crowds.
         apart: masks that end outside of their box by more than two pixels.
         areas: pixels of each mask that is neither empty nor a crowd's.
         shared: pixels that more than one of these cover, counted once for each further one.
@@ -130,7 +130,9 @@ class BoxSurvey:
         self.sizes.add(size)
         self.boxes += np.bincount(truth["classes"], minlength=self.num_labels)
         self.crowds += int(crowd.sum())
-        self.degenerate += int((is_degenerate(boxes, truth["areas"]) & ~crowd).sum())
+        hollow = np.zeros(len(boxes), bool) if masks is None else mask_areas(masks) == 0
+        self.hollow += int((hollow & ~crowd).sum())
+        self.degenerate += int((is_degenerate(boxes, truth["areas"]) & ~hollow & ~crowd).sum())
         singles = None if masks is None else [masks[place] for place in (~crowd).nonzero()[0]]
         self.repeated += int(is_repeated(boxes[~crowd], truth["classes"][~crowd], singles).sum())
         beyond = np.abs(self.rule.corners(row.label, size) - boxes).max(axis=1, initial=0)
@@ -142,7 +144,6 @@ class BoxSurvey:
 
     def _add_masks(self, masks: list[RLE], boxes: np.ndarray, crowd: np.ndarray) -> None:
         areas, around = mask_areas(masks), mask_boxes(masks)
-        self.hollow += int((areas == 0).sum())
         outside = np.maximum(boxes[:, :2] - around[:, :2], around[:, 2:] - boxes[:, 2:]).max(axis=1)
         self.apart += int((outside[areas > 0] > MOST_APART).sum())
         singles = ((areas > 0) & ~crowd).nonzero()[0]

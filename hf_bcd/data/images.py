@@ -26,8 +26,8 @@ def read_image(file: str | Path | bytes | Image.Image, name: str, *, exact: bool
         exact: whether the stored numbers matter, as in masks.
 
     Raises:
-        UserError: the file is missing, truncated, not an image, too large for Pillow's limit, or has 16 bits a colour,
-            of which Pillow keeps the high ones only; if `exact`, also if its format does not keep numbers.
+        UserError: the file is missing, truncated, not an image, too large for Pillow's limit, a stack of several images, or has
+            16 bits a colour, of which Pillow keeps the high ones only; if `exact`, also if its format does not keep numbers.
     """
     if isinstance(file, Image.Image):
         return file
@@ -36,6 +36,7 @@ def read_image(file: str | Path | bytes | Image.Image, name: str, *, exact: bool
         image = Image.open(io.BytesIO(content))
         tile: Any = image.tile[0] if getattr(image, "tile", None) else ("", "")
         codec, form = tile[0], tile[-1]
+        pages = _pages(image) if image.format == "TIFF" else 1
         image.load()
         if exact and image.format == "PNG":
             Image.open(io.BytesIO(content)).verify()  # checksums, which decoding does not look at
@@ -47,6 +48,11 @@ def read_image(file: str | Path | bytes | Image.Image, name: str, *, exact: bool
     except (OSError, SyntaxError, ValueError) as error:
         said = "in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UserError(f"{name}: cannot be decoded as an image ({said}). Replace or remove the file.") from error
+    if pages > 1:
+        raise UserError(
+            f"{name}: a stack of {pages} pages of {image.width}x{image.height} (width x height), of which pipelines would read "
+            "the first. Store each page as a file of its own."
+        )
     form = str(form[0] if isinstance(form, tuple) and form else form)  # how the file packs its values
     if ";16" in form and not image.mode.startswith("I"):
         raise UserError(
@@ -54,6 +60,16 @@ def read_image(file: str | Path | bytes | Image.Image, name: str, *, exact: bool
             "with 8 bits a channel, scaled by the range that their values really have, and masks as one channel of ids."
         )
     return _exact(image, codec, form, content, name) if exact else image
+
+
+def _pages(image: Any) -> int:
+    """Pages of a TIFF file that are as large as its first; smaller ones are previews of it."""
+    sizes = [image.size]
+    for page in range(1, image.n_frames):
+        image.seek(page)
+        sizes.append(image.size)
+    image.seek(0)
+    return sizes.count(sizes[0])
 
 
 def _exact(image: Image.Image, codec: str, form: str, content: bytes, name: str) -> Image.Image:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.masks import RLE, decode_box, mask_areas
+from ..utils.masks import RLE, decode_box, run_lengths
 from ..utils.messages import UserError
 from .boxes import RawBoxes
 
@@ -66,19 +66,25 @@ def to_rle(segmentation: Any, height: int, width: int, name: str) -> RLE:
 def _checked_runs(counts: Any, size: Any, height: int, width: int, name: str) -> RLE:
     from faster_coco_eval.core import mask as library
 
-    if size is None or list(size) != [height, width]:
+    try:
+        held = [int(side) for side in size]
+    except (TypeError, ValueError):
+        held = size
+    if held != [height, width]:
         raise UserError(
-            f"{name}: run lengths of size {size if size is None else list(size)} (height, width), but the image is "
-            f"{[height, width]}. A mask has the size of its picture: check that they belong together."
+            f"{name}: run lengths of size {held!r} (height, width), but the image is {[height, width]}. A mask has the size of "
+            "its picture: check that they belong together."
         )
+    runs: RLE | None = None
     try:
         if isinstance(counts, str | bytes):
             runs = {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
-            mask_areas([runs])
-            return runs
-        if (total := sum(counts)) != height * width:
+            counts = run_lengths(runs)
+        elif wrong := [count for count in counts if not isinstance(count, int | np.integer) or count < 0]:
+            raise ValueError(f"{wrong[0]!r} is no number of pixels")
+        if (total := sum(counts)) != height * width:  # also of a text that was cut short
             raise ValueError(f"they add up to {total} pixels, not to {height * width}")
-        return library.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)  # type: ignore[return-value]
+        return runs or library.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)  # type: ignore[return-value]
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{name}: run lengths that no mask has ({error}). Correct or remove it.") from error
 

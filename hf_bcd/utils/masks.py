@@ -68,18 +68,24 @@ def decode_box(rle: RLE) -> tuple[int, int, np.ndarray]:
 
     Its columns only are decoded, in a tenth of the time for most masks.
     """
-    from faster_coco_eval import mask_api_new_cpp as library  # type: ignore[attr-defined]
+    from faster_coco_eval.core import mask as library
 
-    left, top, width, height = library.toBbox([rle])[0].astype(int).tolist()
+    left, top, width, height = np.asarray(library.toBbox([rle]))[0].astype(int).tolist()
     if not width:
         return 0, 0, np.zeros((0, 0), bool)
-    full = rle["size"][0]
-    counts = library.toUncompressedRLE([rle])[0]["counts"]
+    full, counts = rle["size"][0], run_lengths(rle)
     ends = np.minimum(np.maximum(np.cumsum(counts) - left * full, 0), width * full)
     ones = np.arange(len(counts) + 1) % 2 == 1
     ones[-1] = False  # run lengths may leave out the zeros at the end
     columns = np.repeat(ones, np.diff(ends, prepend=0, append=width * full)).reshape(width, full)
     return left, top, columns[:, top : top + height].T
+
+
+def run_lengths(rle: RLE) -> list[int]:
+    """The numbers of pixels without and with the mask in turn, column by column."""
+    from faster_coco_eval import mask_api_new_cpp as library  # type: ignore[attr-defined]
+
+    return library.toUncompressedRLE([rle])[0]["counts"]
 
 
 def mask_areas(masks: Sequence[RLE]) -> np.ndarray:

@@ -46,6 +46,16 @@ def test_damaged_and_missing_files_are_named(tmp_path):
             read_image(content, "row 7")
 
 
+def test_stacks_are_refused_and_previews_are_not(tmp_path):
+    first, second, preview = (Image.new("L", size, 7) for size in ((6, 4), (6, 4), (3, 2)))
+    file = tmp_path / "x.tif"
+    first.save(file, save_all=True, append_images=[preview])
+    assert read_image(file, "x").size == (6, 4) and np.asarray(read_image(file, "x", exact=True)).max() == 7
+    first.save(file, save_all=True, append_images=[second, preview])
+    with pytest.raises(UserError, match=r"x: a stack of 2 pages of 6x4 \(width x height\).*a file of its own"):
+        read_image(file, "x")
+
+
 def test_rotated_photograph_follows_its_mask():
     image = photograph(6)  # shown after a quarter turn clockwise
     assert image.size == (12, 8)

@@ -293,7 +293,12 @@ def test_boxes_without_masks_are_neither_label_maps_nor_streamed(tmp_path):
 def test_check_prints_boxes_format_and_what_is_odd(tmp_path):
     things = THINGS | {"d": [], "e": [(10, 10, 0.2, 9, 0), (90, 70, 40, 40, 1), (1, 2, 3, 4, 1), (1, 2, 3, 4, 1)]}
     coco(tmp_path, things, iscrowd=lambda one: int(one["bbox"] == [60, 30, 20, 10]))
-    coco(tmp_path, {"v": THINGS["a"], "w": []}, file="annotations/instances_val.json", images="val")
+    coco(
+        tmp_path,
+        {"v": [*THINGS["a"], (5, 5, 0.2, 9, 0)], "w": []},
+        file="annotations/instances_val.json",
+        images="val",
+    )
     text = check(tmp_path, every_row=True)
     for line in (
         "boxes are xywh, as in COCO's JSON",
@@ -303,7 +308,9 @@ def test_check_prints_boxes_format_and_what_is_odd(tmp_path):
         "2 of the 5 pictures of 'train' have no box to learn from and are left out",
         "1 of the 9 boxes in 3 pictures end outside, by up to 30.0 pixels, and are clipped",
         "val",
-        "boxes: 2, at most 2 in a picture; 1 pictures without",
+        "boxes: 3, at most 3 in a picture; 1 pictures without",
+        "1 of the 3 boxes in 2 pictures have a side below one pixel",
         "no box of 1 classes: dog",
     ):
         assert line in text, text
+    assert "1 of the 3 boxes in 1 pictures" not in text  # those of the sample

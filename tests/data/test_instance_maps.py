@@ -115,6 +115,21 @@ def test_maps_of_classes_are_pointed_out(ids, tmp_path, caplog):
     assert caplog.text.count("as maps of classes do") == 1 and note in check(tmp_path)
 
 
+def test_one_object_in_every_picture_of_a_few_is_pointed_out(tmp_path):
+    for index in range(2):
+        save(tmp_path / f"train/images/{index}.png", (40, 40))
+        save(tmp_path / f"train/instances/{index}.png", np.full((40, 40), 255, np.uint8))
+    assert "hold the ids 255 only" in load_dense_dataset(tmp_path)["train"].notes[0]
+
+
+def test_maps_in_files_that_are_no_images(tmp_path):
+    (nuclei(tmp_path) / "train/instances/4.png").rename(tmp_path / "4.npy")
+    for index in range(4):
+        (tmp_path / f"train/instances/{index}.png").unlink()
+    (tmp_path / "4.npy").rename(tmp_path / "train/instances/4.npy")
+    refused("4.npy: no maps of instance ids that can be read. Store them as PNG or TIFF", tmp_path)
+
+
 def test_evaluation_splits_without_maps_are_left_out(tmp_path, caplog):
     nuclei(tmp_path)
     save(tmp_path / "test/images/a.png", (64, 64))
@@ -126,6 +141,7 @@ def test_evaluation_splits_without_maps_are_left_out(tmp_path, caplog):
     [
         (Image.new("RGB", SIZE, (1, 2, 3)), "a.png: a colour-coded mask .*0 for the background"),
         (Image.new("F", SIZE, 0.5), "a.tiff: not a label map .mode F, float32"),
+        (Image.new("I", SIZE, -1), "a.tiff: holds the id -1. Set what is no object to 0"),
         (Image.new("L", (100, 60), 1), "a.jpg: the image is 100x80 pixels .* but its annotation is 100x60"),
         ("a JPEG", "a.jpg: a mask stored as JPEG"),
         ("no class", r"a.json: no class of id 80, which .*a.png holds"),
@@ -138,7 +154,7 @@ def test_broken_maps(broken, message, tmp_path):
     folder = id_maps(tmp_path, listed=isinstance(broken, str)) / "train/instances"
     if isinstance(broken, Image.Image):
         (folder / "a.png").unlink()
-        save(folder / ("a.tiff" if broken.mode == "F" else "a.png"), broken)
+        save(folder / ("a.tiff" if broken.mode in "FI" else "a.png"), broken)
     elif broken == "a JPEG":
         (folder / "a.png").unlink()
         save(folder / "a.jpg", Image.new("L", SIZE, 1))

@@ -82,11 +82,11 @@ def test_what_counts_as_the_same_detection(case: str) -> None:
 
 
 def test_masks_must_be_the_same_too() -> None:
-    masks = np.zeros((2, 64, 64), bool)
+    masks = np.zeros((3, 64, 64), bool)  # the last one is empty
     masks[0, 10:30, 10:30], masks[1, 10:30, 12:30] = True, True
     ones = [answers([ONE], [0.9], [0]) | {"masks": [encode(mask)]} for mask in masks]
-    for found, matched in ((ones[0], 1), (ones[1], 0)):
-        given = iter([ones[0], found])
+    for expected, found, matched in ((0, 0, 1), (0, 1, 0), (0, 2, 0), (2, 0, 0), (2, 2, 1)):
+        given = iter([ones[expected], ones[found]])
         adapter = SimpleNamespace(
             model=lambda **_: None, detections=lambda outputs, sizes, given=given: [next(given)], finds_masks=True
         )
@@ -102,6 +102,23 @@ def test_a_model_that_is_sure_of_nothing_is_compared_by_its_best() -> None:
     )
     parity = export.compare_detections(SimpleNamespace(outputs=lambda _: {}), adapter, [torch.zeros(1, 3, 64, 64)])
     assert (parity["detections"], parity["matched"]) == (2, 1)
+
+
+@pytest.mark.parametrize("finest", [True, False])
+def test_a_detector_of_small_things_is_compared_on_finer_pictures(
+    finest: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+
+    def compared(model: Any, adapter: Any, pictures: Any) -> dict[str, Any]:
+        shown.append(float(torch.cat(pictures).diff(dim=-1).abs().mean()))
+        found = int(finest and len(shown) == len(export.BLOBS) - 1)
+        return {"detections": found, "onnx_detections": found, "matched": found}
+
+    for name, value in (("save", lambda *_: None), ("OnnxModel", lambda path: None), ("compare_detections", compared)):
+        monkeypatch.setattr(export, name, value)
+    _, parity = export.write_detector(tmp_path / "x", build_adapter(tiny_detector("gfl")), (64, 64))
+    assert parity["detections"] == finest and len(shown) == len(export.BLOBS) - finest and sorted(shown) == shown
 
 
 def test_a_file_that_finds_something_else_is_an_error_and_kept(
@@ -139,6 +156,11 @@ def test_report_card_and_command_speak_of_boxes(
     card = (folder / "README.md").read_text()
     assert card.count("## ONNX\n") == 1 and "`logits` and `pred_boxes` in DETR's form" in card
     assert f"Of {count} detections in random images, {count} are those of PyTorch" in card and "logits on" not in card
+    report["parity"] |= {"detections": 0, "onnx_detections": 0, "matched": 0}
+    (folder / "onnx" / "export.json").write_text(json.dumps(report))
+    mention_export(folder)
+    unsure = (folder / "README.md").read_text()
+    assert "so that the file was not compared with PyTorch. Latency" in unsure and "Of 0 detections" not in unsure
     example = card.split("```python\n")[-1].split("```")[0].replace('"x"', json.dumps(str(folder)))
     from PIL import Image
 

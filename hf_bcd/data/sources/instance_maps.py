@@ -49,6 +49,10 @@ def open_instance_maps(root: Path, masks: bool = False, id2label: NameSource | N
             root / maps for images, maps in folders.values() if (root / images).is_dir() and (root / maps).is_dir()
         ]
         if not any(map(files_by_stem, there)):
+            if other := next((path for folder in there for path in folder.iterdir() if path.suffix), None):
+                raise UserError(
+                    f"{other}: no {KIND} that can be read. Store them as PNG or TIFF files of 8 or 16 bits."
+                )
             continue
         listed = any(next(folder.glob("*.json"), None) for folder in there)
         several = id2label is not None and len(read_id2label(id2label, of_pixels=False)) > 1
@@ -61,11 +65,14 @@ def open_instance_maps(root: Path, masks: bool = False, id2label: NameSource | N
 
 
 def read_instance_ids(file: str) -> np.ndarray:
-    """The ids `[H, W]` of a map; a `UserError` names one of colours, of floats, or that cannot be decoded."""
+    """The ids `[H, W]` of a map; a `UserError` names one of colours, of floats, below 0, or that cannot be decoded."""
     try:
-        return decode_label(read_image(Path(file), file, exact=True), file)
+        ids = decode_label(read_image(Path(file), file, exact=True), file)
+        if ids.min() < 0:
+            raise UserError(f"{file}: holds the id {ids.min()}. Set what is no object to 0.")
     except UserError as error:
         raise UserError(f"{error} Here, an id stands for one object, and 0 for the background.") from error
+    return ids
 
 
 def _read_map(image: str, file: str, classes: str) -> BoxRow:
@@ -114,7 +121,7 @@ def _notes(splits: Any) -> tuple[str, ...]:
     together = set().union(*held)
     # objects are counted from 1 in each picture, and rarely are as many everywhere
     counted = all(ids == set(range(1, len(ids) + 1)) for ids in held) and len({len(ids) for ids in held}) > 1
-    if count < 4 or counted or not 0 < len(together) <= min(FEW_IDS, 2 * max(map(len, held))):
+    if (count < 4 and len(together) > 1) or counted or not 0 < len(together) <= min(FEW_IDS, 2 * max(map(len, held))):
         return ()
     shown = ", ".join(map(str, sorted(together)[:8])) + (", ..." if together - set(sorted(together)[:8]) else "")
     return (
