@@ -422,7 +422,7 @@ def offered(student: str, teacher: str) -> set[str]:
 
 def offered_with_pyramids(student: str, teacher: str) -> set[str]:
     if student in MASKED or teacher in MASKED:
-        return set(OF_ALL)
+        return OF_ALL | ({"final_boxes"} if {student, teacher} <= {*MASKED} else set())
     if student in MASK_QUERIES or teacher in MASK_QUERIES:
         return OF_ALL | ({"mask_queries"} if {student, teacher} <= {*MASK_QUERIES} else set())
     if student in OURS:

@@ -129,7 +129,7 @@ def test_families_with_a_fixed_size_say_so(build: Callable[[], PreTrainedModel],
 )
 def test_what_cannot_be_exported_is_refused(build: Callable[[], PreTrainedModel], side: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        export.check_runs(build().eval(), torch.randn(1, 3, side, side))
+        export.check_runs(build_adapter(build().eval()), torch.randn(1, 3, side, side))
 
 
 # ---- Toys that show one thing each -----------------------------------------------------------------------------------
