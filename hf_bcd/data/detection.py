@@ -1,7 +1,7 @@
 """Data sets of pictures with boxes in canonical form, and their batches."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar, TypedDict, cast
 
@@ -96,12 +96,33 @@ class BoxDataset(DenseDataset):
 
     def stated_sizes(self) -> list[tuple[int, int] | None]:
         """Width and height of each picture as its annotations state them, if they do; no picture is read."""
+        rows, places = self._unwrapped()
+        truth = getattr(rows, "truth", None) or rows.__getitem__
+        return [truth(place).label.size for place in places]
+
+    def with_masks(self) -> "BoxDataset | None":
+        """Those pictures whose files have masks although only boxes were asked for; None if there is none.
+
+        Of COCO's JSON some are kept. What has a mask that cannot be read is left out.
+        """
+        rows, places = self._unwrapped()
+        find = getattr(rows, "with_masks", lambda place: None)
+        found = []
+        for row in filter(None, map(find, places)):
+            try:
+                canonical_masks(row.label, row.label.size, row.label_name)
+            except (UserError, TypeError):  # a size that nobody states
+                continue
+            found.append(row)
+        return replace(self, rows=found, masks=True, cache=None) if found else None
+
+    def _unwrapped(self) -> tuple[Any, list[int]]:
+        """The rows as they were opened, and the place of each sample there."""
         rows: Any = self.rows
         places = list(range(len(self)))
         while isinstance(rows, Subset):
             rows, places = rows.dataset, [rows.indices[place] for place in places]
-        truth = getattr(rows, "truth", None) or rows.__getitem__
-        return [truth(place).label.size for place in places]
+        return rows, places
 
     def decode(self, row: Any) -> Any:
         """Decodes a row; see `read_boxes`."""

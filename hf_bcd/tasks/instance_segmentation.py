@@ -5,7 +5,6 @@ from typing import Any
 
 from ..data.detection import INSTANCES, check_box_sample
 from ..metrics import InstanceMetrics
-from ..outputs import Objects
 from .base import Score
 from .object_detection import ObjectDetection
 
@@ -83,9 +82,6 @@ class InstanceSegmentation(ObjectDetection):
 
     def check_sample(self, sample: Any, num_labels: int, name: str, evaluated: bool) -> None:
         check_box_sample(sample, num_labels, name, evaluated, masks=True)
-
-    def targets(self, batch: Mapping[str, Any], num_labels: int) -> Objects:
-        return self.objects(batch, num_labels, masks=batch["masks"], crowd_masks=batch["crowd_masks"])
 
     def metric(self, num_labels: int) -> InstanceMetrics:
         return InstanceMetrics(num_labels)

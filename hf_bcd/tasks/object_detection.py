@@ -155,10 +155,8 @@ class ObjectDetection(Task):
         return collate_boxes(samples)
 
     def targets(self, batch: Mapping[str, Any], num_labels: int) -> Objects:
-        return self.objects(batch, num_labels)
-
-    def objects(self, batch: Mapping[str, Any], num_labels: int, **masks: Any) -> Objects:
-        """The targets of a batch, with masks where the task has them."""
+        # BCD's calibration has masks of pictures with boxes, where their files have any
+        masks = {name: batch[name] for name in ("masks", "crowd_masks") if name in batch}
         pixel_values = batch["pixel_values"]
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         crowds = batch["crowd_boxes"] if any(map(len, batch["crowd_boxes"])) else ()

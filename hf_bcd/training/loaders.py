@@ -8,6 +8,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Sampler, Subset
 
 from ..data import TransformedStream
+from ..data.dataset import TransformedDataset
 from ..tasks import Task
 from ..utils.messages import UserError
 from .config import BCDConfig
@@ -95,6 +96,13 @@ def part_of_process(samples: Any, task: Task, args: BCDConfig, *, whole: bool = 
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
+
+
+def with_masks(dataset: Any) -> Any:
+    """The pictures of a data set of boxes whose files have masks too, transformed alike; the data set itself without any."""
+    find = getattr(getattr(dataset, "dataset", None), "with_masks", None)
+    masked = find() if find else None
+    return dataset if masked is None else TransformedDataset(masked, dataset.transform, dataset.seed)
 
 
 def spread_samples(dataset: Any, count: int) -> list[Any]:

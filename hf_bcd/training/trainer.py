@@ -32,7 +32,7 @@ from .evaluation import each, evaluate, moved, predict_batch, stacked, with_tran
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
-from .loaders import by_shape, spread_samples, stream_loader
+from .loaders import by_shape, spread_samples, stream_loader, with_masks
 from .optimization import group_parameters, step_down
 from .recording import write_training_card
 from .teaching import prepare
@@ -254,7 +254,7 @@ class BCDTrainer(Trainer):
         criterion = self.distiller.criterion
         if self.teacher is None or not criterion.needs_calibration:
             return
-        samples = spread_samples(self.train_dataset, self.args.calibration_images)
+        samples = spread_samples(with_masks(self.train_dataset), self.args.calibration_images)
         batches, size, quiet = [], CALIBRATION_BATCH, self.args.disable_tqdm
         for start in tqdm(range(0, len(samples), size), desc="Teacher on calibration images", disable=quiet):
             batch = self._prepare_inputs(self.data_collator(samples[start : start + size]))

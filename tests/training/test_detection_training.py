@@ -253,8 +253,8 @@ def test_a_resumed_run_ends_bit_for_bit(name: str, tmp_path: Path) -> None:
 # ---- Batches of one shape ----------------------------------------------------------------------------------------------
 
 
-def pictures_of_two_shapes(folder: Path, count: int = 12) -> Any:
-    """COCO's files, every third picture upright."""
+def pictures_of_two_shapes(folder: Path, count: int = 12, outlines: Any = None) -> Any:
+    """COCO's files, every third picture upright; perhaps with an outline of each object."""
     (folder / "train").mkdir(parents=True)
     (folder / "annotations").mkdir()
     images, annotations = [], []
@@ -264,10 +264,43 @@ def pictures_of_two_shapes(folder: Path, count: int = 12) -> Any:
         images.append({"id": number, "file_name": f"{number}.png", "width": width, "height": height})
         box = {"bbox": [4 + number, 5, 20, 22], "area": 440, "iscrowd": 0, "category_id": 1 + number % 2}
         annotations.append({"id": number + 1, "image_id": number, **box})
+        if outlines is not None:
+            annotations[-1]["segmentation"] = outlines(number)
     categories = [{"id": index + 1, "name": name} for index, name in THINGS.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations" / "instances_train.json").write_text(json.dumps(content))
     return load_dense_dataset(folder)
+
+
+def triangle(number: int) -> list[list[float]]:
+    return [[4 + number, 5, 24 + number, 5, 4 + number, 27]]
+
+
+@pytest.mark.parametrize(
+    ("outlines", "found"),
+    [(triangle, 12), (lambda number: triangle(number) if number % 2 else [], 6), (lambda number: [], 0), (None, 0)],
+    ids=["all", "some", "empty", "none"],
+)
+def test_bcd_is_calibrated_on_masks_that_files_of_boxes_have(
+    outlines: Any, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pictures_of_two_shapes(tmp_path / "data", outlines=outlines)
+    assert data["train"].task == "object-detection" and data["train"][1]["masks"] is None
+    run, seen = trainer(tmp_path, "gfl", "gfl", data=data, calibration_images=12, **BCD), []
+    monkeypatch.setattr(run.distiller.criterion, "calibrate", lambda batches, progress: seen.extend(batches))
+    run.calibrate()
+    targets = [targets for _, targets in seen]
+    assert sum(len(one.boxes) for one in targets) == (found or 12)
+    assert all((one.masks is not None) == (found > 0) for one in targets)
+    if found:  # a triangle is half of its box
+        whole, boxes = (
+            sum(float(x.sum()) for one in targets for x in masks)
+            for masks in (
+                [one.covered(one.masks, one.size) for one in targets][0],
+                [one.inside(one.boxes, one.size) for one in targets][0],
+            )
+        )
+        assert whole == pytest.approx(boxes / 2, rel=0.1)
 
 
 def test_batches_hold_pictures_of_one_shape(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,8 @@ from .layouts import EXTENSIONS, Layout, files_by_stem
 
 
 logger = logging.getLogger(__name__)
+
+SOME = 512  # images of a file of boxes whose masks are kept, from which BCD learns where boundaries are
 
 
 COCO_LAYOUT = (
@@ -79,6 +81,7 @@ class CocoRows:
         first: the annotations of image i are those from `first[i]` to `first[i + 1]`.
         annotations: `[M]` or `[M, 4]` arrays in the order of `RawBoxes`.
         masks: the segmentations of all of them as JSON one after another, and where each begins, `[M + 1]`.
+        some_masks: of images spread over the file, whose masks nobody asked for: those of image i, as JSON.
     """
 
     file: str
@@ -86,9 +89,15 @@ class CocoRows:
     first: np.ndarray
     annotations: Sequence[np.ndarray]
     masks: tuple[bytes, np.ndarray] | None = None
+    some_masks: Mapping[int, list[bytes]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def with_masks(self, index: int) -> BoxRow | None:
+        """The row with its masks, if it is one of those whose masks are kept."""
+        row, masks = self[index], self.some_masks.get(index)
+        return None if masks is None else row._replace(label=row.label._replace(masks=masks))
 
     def __getitem__(self, index: int) -> BoxRow:
         path, size = self.images[index]
@@ -192,11 +201,20 @@ def _coco_rows(file: Path, content: Any, paths: dict[int, str], masks: bool) -> 
     )
     sizes = [(image["width"], image["height"]) if image.get("width") else None for image in content["images"]]
     images = list(zip(paths.values(), sizes, strict=True))
-    stored = None
+
+    def stored(place: int) -> bytes:
+        return json.dumps(annotations[place].get("segmentation"), separators=(",", ":")).encode()
+
+    rows = CocoRows(str(file), images, first, tuple(column[order] for column in columns))
     if masks:
-        texts = [json.dumps(annotations[place]["segmentation"], separators=(",", ":")).encode() for place in order]
-        stored = b"".join(texts), np.cumsum([0, *map(len, texts)])
-    return CocoRows(str(file), images, first, tuple(column[order] for column in columns), stored)
+        texts = [stored(place) for place in order]
+        return replace(rows, masks=(b"".join(texts), np.cumsum([0, *map(len, texts)])))
+    some = {}
+    for index in dict.fromkeys(number * len(images) // SOME for number in range(SOME)):
+        mine = order[first[index] : first[index + 1]].tolist()
+        if mine and all(annotations[place].get("segmentation") for place in mine):
+            some[index] = [stored(place) for place in mine]
+    return replace(rows, some_masks=some)
 
 
 def _number(value: Any) -> float:
