@@ -209,7 +209,7 @@ STORAGE = {
     "image 32 bits": ("error", "int32 values from 0 to 255000", {"image": deep(1000, np.int32), "suffixes": (".tif", ".png")}),
     "image 8 bits in 16": ("result", r"\[0, 1, 2\]", {"image": deep(1)}),
     "image 16-bit RGB": ("error", "RGB with 16 bits a channel", {"image": deep_rgb_png}),
-    "image two pages": ("warning", "the first of 2 pages is read", {"image": two_pages, "suffixes": (".tif", ".png")}),
+    "image two pages": ("error", "a stack of 2 pages of 64x48", {"image": two_pages, "suffixes": (".tif", ".png")}),
     "image cut": ("error", r"images/0\.png: cannot be decoded", {"image": cut}),
     "image HTML page": ("error", r"images/0\.png: cannot be decoded", {"image": written(b"<html>not found</html>")}),
     "image LFS pointer": ("error", r"images/0\.png: cannot be decoded", {"image": written(LFS)}),
