@@ -42,7 +42,7 @@ def write_methods_figure(study: Study) -> Path | None:
         return path
     try:
         return draw_methods(study, runs, path)
-    except Exception as error:
+    except Exception as error:  # whatever a model or a picture does to a figure, the study stands
         logger.warning("no %s, because it failed: %s", FIGURE, shortened(f"{type(error).__name__}: {error}"))
         return None
 
