@@ -11,6 +11,7 @@ from .utils.messages import UserError
 COMMANDS = {
     "distill": "distil a student from a teacher, or train it without one",
     "evaluate": "score a model on a labelled data set",
+    "reinforce": "run a teacher once, and store its outputs for training",
     "check": "show what a data set holds",
     "methods": "list the distillation methods, or print one in full",
     "benchmark": "measure speed and memory of losses, steps, data and metrics",

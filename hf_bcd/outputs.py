@@ -1,6 +1,6 @@
 """Models and ground truth as the rest of the package sees them: named feature levels, class scores, targets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -42,6 +42,7 @@ class DenseOutput:
         queries: raw output of a detector of the DETR kind.
         answers: what a teacher with masks finds in the images, where it was asked to.
         final_boxes: gives what a model in two stages finds, class logits `[B, K, C]` and xyxy pixels `[B, K, 4]`, without a graph.
+        digest: of a stored teacher, what losses read of it in their own smallest form, see `DistillationLoss.digest`.
     """
 
     features: dict[str, Tensor]
@@ -53,6 +54,7 @@ class DenseOutput:
     queries: "Queries | None" = None
     answers: "Objects | None" = None
     final_boxes: Callable[[], tuple[Tensor, Tensor]] | None = None
+    digest: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -11,11 +11,13 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 import transformers
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from .. import models
 from ..hub.errors import explained
 from ..models import (
     EspNetConfig,
@@ -30,7 +32,7 @@ from ..utils.files import check_readable
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
 from ..utils.types import converted
-from .auto import adapt
+from .auto import adapt, build_adapter
 from .base import DenseAdapter
 
 
@@ -209,6 +211,26 @@ def load_adapter(spec: ModelSpec | str, *, trust_remote_code: bool = False, task
     assert spec.name_or_path is not None
     model = load_model(spec.name_or_path, revision=spec.revision, trust_remote_code=trust_remote_code)
     return adapt(model, task)
+
+
+def empty_adapter(
+    config: Mapping[str, Any], class_name: str, repo_id: str | None, revision: str | None, task: str | None = None
+) -> DenseAdapter:
+    """An adapted model without weights, which says of itself what the model would, but cannot run.
+
+    Args:
+        config: of the model, as `to_dict` gives it.
+        class_name: name of the model's class, in transformers or here.
+        repo_id: its Hub id.
+        revision: its commit there.
+        task: as in `load_adapter`.
+    """
+    model_class = getattr(transformers, class_name, None) or getattr(models, class_name)
+    settings = model_class.config_class.from_dict(dict(config))
+    with torch.device("meta"):
+        model = model_class(settings)
+    model.config._name_or_path, model.config._commit_hash = repo_id or "", revision
+    return build_adapter(model, task=task)
 
 
 def commit_of(name_or_path: str, revision: str | None = None) -> str | None:

@@ -1,6 +1,7 @@
 """The frozen teacher: a model as a source of constants, in the student's classes where it has them."""
 
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -73,6 +74,12 @@ class FrozenTeacher(nn.Module):
     def num_labels(self) -> int:
         return self.adapter.num_labels
 
+    @property
+    def fingerprint(self) -> int:
+        """A checksum of its last weights; tells this teacher from others."""
+        weights = next(weight for weight in reversed(list(self.parameters())) if weight.ndim > 1)
+        return zlib.crc32(weights.detach().float().cpu().numpy().tobytes())
+
     def train(self, mode: bool = True) -> "FrozenTeacher":  # it stays in evaluation mode, whatever is asked
         return super().train(False)
 
@@ -108,6 +115,10 @@ class FrozenTeacher(nn.Module):
             queries=None if output.queries is None else in_float32(output.queries),
             head=self.head if self.adapter.head_levels else None,
         )
+
+    def for_batch(self, batch: Mapping[str, Any], pixel_mask: Tensor | None = None) -> DenseOutput:
+        """The output for a training batch."""
+        return self(batch["pixel_values"], pixel_mask)
 
     def answers(self, pixel_values: Tensor) -> Objects | None:
         """The objects with a score of at least a half that a teacher finds in images `[B, 3, H, W]`, as targets.

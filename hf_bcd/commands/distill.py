@@ -22,7 +22,7 @@ from ..adapters import read_synonyms
 from ..adapters.loading import load_adapter
 from ..card.usage import fill
 from ..runs.arguments import DataArguments, ModelArguments, build_arguments, read_arguments
-from ..runs.baseline import check_untrained, load_baseline, prepare_baseline, prepare_teacher
+from ..runs.baseline import check_untrained, load_baseline, open_store, prepare_baseline, prepare_teacher
 from ..runs.experiment import (
     alone_in,
     build_student,
@@ -67,15 +67,16 @@ def distill(
     baseline = load_baseline(model_args, data)
     check_untrained(model_args, config, data, student)
     HubCallback(config).prepare()
-    models = {"teacher": prepare_teacher(model_args, config, data)}
+    store = open_store(model_args, config)
+    models = {"teacher": None if store else prepare_teacher(model_args, config, data)}
     if models["teacher"] is not None:
         build_losses(student, models["teacher"], config)
     models["baseline"] = baseline or prepare_baseline(model_args, config, data)
-    trainer = train_model(student, models["teacher"], config, data, label_synonyms=model_args.label_synonyms)
+    trainer = train_model(student, store or models["teacher"], config, data, label_synonyms=model_args.label_synonyms)
     models["student"] = load_adapter(str(config.output_dir), task=trainer.task.name)  # the saved student is scored
 
     split, found = final_split(data), {name: model for name, model in models.items() if model is not None}
-    scores = {}
+    scores = {} if store is None or split is None else store.scores(split, config.image_size)
     if split is not None:
         for name, model in found.items():
             synonyms = read_synonyms(model_args.label_synonyms) if name == "teacher" else None

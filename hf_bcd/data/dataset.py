@@ -278,9 +278,13 @@ class TransformedDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The transformed sample and its `index`."""
+        return self.view(index, int(self._epoch))
+
+    def view(self, index: int, epoch: int) -> dict[str, Any]:
+        """The sample as it is in an epoch."""
         index = range(len(self))[index]
         sample = self.samples[index]
-        with torch_seed(self.seed, int(self._epoch), index):
+        with torch_seed(self.seed, epoch, index):
             return {"index": index, **self.transform(sample)}
 
 

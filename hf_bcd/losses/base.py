@@ -120,6 +120,22 @@ class DistillationLoss(nn.Module, ABC):
             Term -> scalar with a graph.
         """
 
+    def digest(self, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor] | None:
+        """All that the loss reads of a teacher's output, where that is less than the output itself.
+
+        The loss then works with `DenseOutput.digest` in the place of the rest, whose keys these are. What its student's side
+        needs of the teacher's side lies in submodules named `teacher_...`.
+
+        Returns:
+            Key -> tensor `[B, ...]`, or None where the loss reads the output's own tensors.
+        """
+        return None
+
+    @property
+    def digested(self) -> dict[str, Any]:
+        """The options that decide what `digest` gives."""
+        return {}
+
     @property
     def needs_calibration(self) -> bool:
         """Whether `calibrate` must run before the first step."""

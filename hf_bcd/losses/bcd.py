@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..outputs import DenseOutput, Objects, Targets
 from ..utils.messages import UserError
 from .base import CalibrationBatches, DistillationLoss, Pair, Progress, check_positive
 from .boundary import Mode, boundary_divergence, boundary_strength, check_mode, different_neighbour, spatial_divergence
-from .context import context_relation, literal_relation
+from .context import literal_relation, related, relation_map
 from .modules.aggregate import Readout, SelfRelationHead, StudentHead, TeacherHead
 from .modules.schedules import Temperature
 from .ops.functional import at_least_float32, grid_size, resize, spatial_size
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 TeacherHeadKind = Literal["calibrated", "orthogonal", "logits"]
 Regions = Literal["instances", "classes"]
+BOUNDARY, RELATION = "bcd/boundary", "bcd/relation"
 
 
 def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor:
@@ -134,13 +135,35 @@ class BCDLoss(DistillationLoss):
         size = grid_size(targets.size, self.stride)
         mask = targets.valid(size)
         student_features = self.student_head.aggregate(student.features, size)
-        teacher_features = self.teacher_head(teacher.features, size)
+        with record_function("bcd/teacher"):
+            known = teacher.digest if BOUNDARY in teacher.digest else self._reduced(teacher, size, mask)
         with record_function("bcd/boundary"):
-            hard_teacher = self.teacher_boundary(teacher, teacher_features, mask)
-            boundary = self._boundary(student, student_features, hard_teacher, mask)
+            boundary = self._boundary(student, student_features, known[BOUNDARY], mask)
         with record_function("bcd/context"):
-            context = self._context(student_features, teacher_features, mask)
+            context = self._context(student_features, known[RELATION], mask)
         return {"boundary": boundary, "context": context}
+
+    def _reduced(self, teacher: DenseOutput, size: tuple[int, int], mask: Tensor) -> dict[str, Tensor]:
+        """The teacher's boundary map, and its features as `_context` takes them."""
+        features = self.teacher_head(teacher.features, size)
+        relations = features if self.mode == "paper" else relation_map(features)
+        return {BOUNDARY: self.teacher_boundary(teacher, features, mask), RELATION: relations}
+
+    @torch.no_grad()
+    def digest(self, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor] | None:
+        """The hard boundary map `[B, h, w]` and features `[B, C, h, w]` whose inner products are the relations.
+
+        None for the printed equations, which normalise the teacher's features over the batch.
+        """
+        if self.mode == "paper":
+            return None
+        size = grid_size(targets.size, self.stride)
+        return self._reduced(teacher, size, targets.valid(size))
+
+    @property
+    def digested(self) -> dict[str, Any]:
+        names = ("mode", "teacher_head_kind", "radius", "stride", "boundary_regions")
+        return {name: getattr(self, name) for name in names} | {"channels": self.teacher_head.readout.in_channels}
 
     def _boundary(self, student: DenseOutput, features: Tensor, hard_teacher: Tensor, mask: Tensor) -> Tensor:
         tau = self.boundary_temperature.value.clone()  # autograd keeps it, and `after_step` writes in place
@@ -166,7 +189,7 @@ class BCDLoss(DistillationLoss):
     def _context(self, student_features: Tensor, teacher_features: Tensor, mask: Tensor) -> Tensor:
         tau = self.context_temperature.value
         if self.student_relation is None or self.teacher_relation is None:
-            relation = context_relation(student_features, teacher_features, tau=tau, mask=mask)
+            relation = related(student_features, teacher_features, tau=tau, mask=mask)
             rows = mask.flatten(1).sum(dim=1)
             self.context_temperature.observe(relation.peak, rows * (rows >= 2))  # one row has no other to relate to
             # a temperature below 1 sharpens the relations; its square would take away most of the loss again

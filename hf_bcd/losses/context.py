@@ -33,9 +33,19 @@ def context_relation(
 
     Arguments and errors are as in `context_distillation_loss`.
     """
-    _check_same_grid(student, teacher)
-    student, teacher = (relation_features(at_least_float32(x)) for x in (student, teacher.detach()))
-    return relation_divergence(student, teacher, tau=tau, mask=None if mask is None else mask.flatten(1))
+    return related(student, relation_map(teacher.detach()), tau=tau, mask=mask)
+
+
+def relation_map(features: Tensor) -> Tensor:
+    """`relation_features` as a map `[B, C, H, W]`."""
+    return relation_features(at_least_float32(features)).mT.unflatten(2, features.shape[2:])
+
+
+def related(student: Tensor, relations: Tensor, *, tau: float | Tensor = 1.0, mask: Tensor | None = None) -> Relation:
+    """`context_relation` where the teacher's side is a `relation_map` already, or one of the same inner products."""
+    _check_same_grid(student, relations)
+    ours, theirs = relation_features(at_least_float32(student)), relations.flatten(2).mT
+    return relation_divergence(ours, theirs, tau=tau, mask=None if mask is None else mask.flatten(1))
 
 
 def literal_relation(

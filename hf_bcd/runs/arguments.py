@@ -40,6 +40,12 @@ class ModelArguments:
         default=None,
         metadata={"help": "Training options that differ for a teacher trained here, e.g. {max_steps: 2000}."},
     )
+    teacher_store: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stored outputs of a teacher (folder or Hub id of `hf-bcd reinforce`), in the place of the teacher itself."
+        },
+    )
     with_baseline: bool = field(
         default=False, metadata={"help": "Also train the student without its teacher, on the same budget, to compare."}
     )

@@ -18,6 +18,7 @@ from ..adapters import DenseAdapter, adapt, read_synonyms
 from ..adapters.loading import ModelSpec, build_model, commit_of, load_adapter
 from ..data import DenseDatasets
 from ..hub.errors import explained
+from ..stores import Store
 from ..tasks import task_of
 from ..training.checkpoints import data_key, differences
 from ..training.config import OUTCOME, BCDConfig
@@ -40,13 +41,24 @@ def check_untrained(args: ModelArguments, config: BCDConfig, data: DenseDatasets
     Raises:
         UserError: as the losses do.
     """
-    spec = None if args.teacher is None else ModelSpec.parse(args.teacher, "teacher")
+    given = None if args.teacher_store else args.teacher
+    spec = None if given is None else ModelSpec.parse(given, "teacher")
     if spec is not None and spec.name_or_path is None:
         teacher_config(args, config)
         with torch.random.fork_rng(devices=[]):
             build_losses(
                 student, adapt(build_model(spec, data["train"].id2label), task_of(data["train"]).name), config
             )
+
+
+def open_store(args: ModelArguments, config: BCDConfig) -> Store | None:
+    """The stored teacher that the arguments name, which takes the place of the teacher itself."""
+    if args.teacher_store is None:
+        return None
+    with config.main_process_first(desc="fetching the store"):
+        store = Store.open(args.teacher_store, token=config.hub_token)
+        _ = store.table  # makes the cache that the other processes read
+    return store
 
 
 def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> DenseAdapter | None:
@@ -97,7 +109,7 @@ def load_baseline(args: ModelArguments, data: DenseDatasets) -> DenseAdapter | N
         UserError: if there is no teacher to compare with, one is to be trained as well, it predicts other classes, or
             it was distilled itself.
     """
-    if args.teacher is None and (args.baseline is not None or args.with_baseline):
+    if args.teacher is None and args.teacher_store is None and (args.baseline is not None or args.with_baseline):
         raise UserError(
             "a baseline is there to compare a distilled student with: name a --teacher too, or leave --baseline out and set "
             "--with_baseline to false."

@@ -17,6 +17,7 @@ from ..adapters import DenseAdapter, adapt, image_processor, read_synonyms
 from ..adapters.loading import ModelSpec, build_model
 from ..data import DenseDataset, DenseDatasets, DenseStream, keep_in_memory, load_dense_dataset
 from ..hub.pushing import fetch_checkpoint
+from ..stores import Store
 from ..tasks import task_of
 from ..training.checkpoints import last_checkpoint
 from ..training.config import BCDConfig
@@ -164,7 +165,7 @@ def check_sizes(model: DenseAdapter, config: BCDConfig, data: DenseDatasets) -> 
 
 def train_model(
     model: PreTrainedModel | DenseAdapter,
-    teacher: PreTrainedModel | DenseAdapter | None,
+    teacher: PreTrainedModel | DenseAdapter | Store | None,
     config: BCDConfig,
     data: DenseDatasets,
     role: str = "student",

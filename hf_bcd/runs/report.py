@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..adapters import DenseAdapter, image_processor
+from ..adapters import DenseAdapter, FrozenTeacher, image_processor
 from ..card.model_card import write_card
 from ..data import DenseDataset, DenseDatasets
 from ..figures.bcd import boundary_figure, relation_figure
@@ -84,7 +84,9 @@ def write_report(
             results["protocol"] = protocol(data[split], trainer.distiller.student, trainer.args, scores["student"])
             if hub_dataset(data[split]) and data[split].revision:
                 results["protocol"]["dataset_revision"] = data[split].revision
-            results["protocol"] |= measured_costs(trainer, {name: models[name] for name in scores}, data[split])
+            results["protocol"] |= measured_costs(
+                trainer, {name: models[name] for name in scores if name in models}, data[split]
+            )
         write_json(folder / "results.json", results)
         try:
             figures = write_figures(trainer, models, data[split], folder / "figures")
@@ -125,7 +127,7 @@ def write_figures(
     roles = {
         "teacher": "teacher",
         "baseline": "baseline",
-        "student": "distilled" if "teacher" in models else "student",
+        "student": "distilled" if trainer.teacher is not None else "student",
     }
     scored = {title: models[name] for name, title in roles.items() if name in models and models[name].label_map}
     indices = [index * len(data) // NUM_PICTURES for index in range(NUM_PICTURES)][: len(data)]
@@ -143,7 +145,7 @@ def write_figures(
 def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) -> list[str]:
     """Boundary maps and a relation map of teacher and student, as the BCD loss sees them."""
     losses = trainer.distiller.criterion.losses
-    if trainer.teacher is None or "bcd" not in losses:
+    if not isinstance(trainer.teacher, FrozenTeacher) or "bcd" not in losses:
         return []
     loss = losses["bcd"]
     assert isinstance(loss, BCDLoss)

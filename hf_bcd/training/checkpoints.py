@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from ..adapters import FrozenTeacher
 from ..adapters.loading import drop_foreign_code
 from ..data import DenseDataset, DenseStream, TransformedStream
 from ..data.dataset import TransformedDataset
@@ -27,6 +26,7 @@ from ..utils.text import shortened
 from ..utils.yaml import yaml_text
 from .config import OUTCOME, PRESETS, BCDConfig
 from .distiller import Distiller
+from .teaching import Teacher
 
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def data_key(split: Any) -> dict[str, Any]:
     }
 
 
-def run_key(args: BCDConfig, distiller: Distiller, teacher: FrozenTeacher | None, dataset: Any) -> dict[str, Any]:
+def run_key(args: BCDConfig, distiller: Distiller, teacher: Teacher | None, dataset: Any) -> dict[str, Any]:
     """All that decides how a run goes on from a checkpoint, without anything private."""
     losses: Any = (PRESETS[args.preset] if args.losses is None else args.losses) if teacher else {}
     key: dict[str, Any] = {
@@ -121,8 +121,7 @@ def run_key(args: BCDConfig, distiller: Distiller, teacher: FrozenTeacher | None
             None if adapter is None else f"{type(adapter.model).__name__}, {count_parameters(adapter)} parameters"
         )
     if teacher is not None:
-        weights = next(weight for weight in reversed(list(teacher.parameters())) if weight.ndim > 1)
-        key["teacher.weights"] = zlib.crc32(weights.detach().float().cpu().numpy().tobytes())
+        key["teacher.weights"] = teacher.fingerprint
     return {**key, **{f"data.{name}": value for name, value in data_key(dataset).items()}}
 
 

@@ -84,9 +84,11 @@ def stacked(items: Sequence[Any]) -> Any:
 
 
 def moved(value: Any, args: BCDConfig) -> Any:
-    """Tensors, and lists of tensors, on the device of the arguments; what is no tensor stays, as run lengths do."""
+    """Tensors, and lists and mappings of tensors, on the device of the arguments; what is no tensor stays, as run lengths do."""
     if isinstance(value, list):
         return [moved(one, args) for one in value]
+    if isinstance(value, Mapping):
+        return {key: moved(one, args) for key, one in value.items()}
     return value.to(args.device, non_blocking=True) if isinstance(value, Tensor) else value
 
 

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 
 from ..data import TransformedStream
 from ..data.dataset import TransformedDataset
+from ..stores import Store, StoredViews
 from ..tasks import Task
 from ..utils.messages import UserError
 from .config import BCDConfig
@@ -103,6 +104,36 @@ def with_masks(dataset: Any) -> Any:
     find = getattr(getattr(dataset, "dataset", None), "with_masks", None)
     masked = find() if find else None
     return dataset if masked is None else TransformedDataset(masked, dataset.transform, dataset.seed)
+
+
+def stored_views(store: Store, dataset: Any, task: Task, args: BCDConfig) -> StoredViews:
+    """The training samples as a store's teacher saw them, with what is stored of it.
+
+    Raises:
+        UserError: a stream, or samples that were transformed elsewhere; or see `Store.check`.
+    """
+    if not isinstance(dataset, TransformedDataset):
+        raise UserError(
+            "a stored teacher belongs to the pictures of a data set with random access; leave streaming out, or name the "
+            "teacher itself."
+        )
+    store.check(dataset.dataset, view_options(task, args))
+    return StoredViews(dataset.dataset, dataset.transform, store)
+
+
+def view_options(task: Task, args: BCDConfig) -> dict[str, Any]:
+    """The training arguments that decide what a view shows."""
+    names = (
+        "image_size",
+        "scale_min",
+        "scale_max",
+        "color_jitter",
+        "image_longest",
+        "train_shortest",
+        "square_size",
+        "crop_size",
+    )
+    return {name: getattr(args, name) for name in names} | {"augmentation": task.augmentation(args)}
 
 
 def spread_samples(dataset: Any, count: int) -> list[Any]:

@@ -13,7 +13,6 @@ from transformers import TrainerState
 from ..adapters import DenseAdapter, LabelMap
 from ..adapters.base import REPO_ID
 from ..adapters.loading import ModelSpec
-from ..adapters.teacher import FrozenTeacher
 from ..card.escaping import shareable_recipe
 from ..card.model_card import write_card
 from ..card.record import RANDOM, DataRecord, ModelRecord, RunRecord
@@ -28,6 +27,7 @@ from ..utils.costs import device_name
 from .config import PRESETS, BCDConfig
 from .distiller import Distiller
 from .hub import HubCallback
+from .teaching import Teacher
 
 
 HEADS = {
@@ -47,7 +47,7 @@ class TrainedRun(Protocol):
 
     args: BCDConfig
     task: Task
-    teacher: FrozenTeacher | None
+    teacher: Teacher | None
     hub: HubCallback
     state: TrainerState
     optimizer: Any
@@ -64,8 +64,7 @@ def write_training_card(trainer: TrainedRun) -> None:
     """Writes README.md beside a student that no run has reported: its training, without scores."""
     data: Any = getattr(trainer.train_dataset, "dataset", None)
     known: Any = {"train": data} if isinstance(data, DenseDataset | DenseStream) else None
-    teacher = {} if trainer.teacher is None else {"teacher": trainer.teacher.adapter}
-    write_card(Path(trainer.args.output_dir or "."), record_run(trainer, teacher, {}, known))
+    write_card(Path(trainer.args.output_dir or "."), record_run(trainer, {}, {}, known))
 
 
 def record_run(
@@ -89,6 +88,8 @@ def record_run(
     args, criterion, student = trainer.args, trainer.distiller.criterion, trainer.distiller.student
     repository, folder = str(trainer.hub.repo_id), Path(args.output_dir or ".")
     models = {**models, "student": student}  # which knows its start; the saved one does not
+    if trainer.teacher is not None:
+        models = {"teacher": trainer.teacher.adapter, **models}  # a stored one is loaded by nobody else
     shown = None if data is None else data[results.get("protocol", {}).get("split", "train")]
     picture = None if shown is None else next(iter(shown))["image"]
     return RunRecord(

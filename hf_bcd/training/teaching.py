@@ -1,39 +1,48 @@
 """Student, teacher and criterion of a run: class names are matched, losses are built."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
 from ..adapters import DenseAdapter, FrozenTeacher, LabelMap, adapt, match_labels, read_synonyms
 from ..losses import DistillationCriterion, build_criterion
 from ..losses.recipe import OFFERED_BY_ALL, check_needs, others_that_serve
+from ..stores import StoredTeacher
 from ..tasks import TASKS, Task, task_of
 from ..utils.messages import UserError
 from ..utils.text import shortened
 from .config import BCDConfig
+from .evaluation import moved
+from .loaders import spread_samples, with_masks
 
 
 logger = logging.getLogger(__name__)
 
+# fixed, so that the teacher's head depends neither on the training batch nor on the number of ranks
+CALIBRATION_BATCH = 8
 Synonyms = str | Path | Mapping[str, Sequence[str]] | None
+
+
+Teacher = FrozenTeacher | StoredTeacher
 
 
 class Prepared(NamedTuple):
     """The parts of a trainer; without a teacher the student is trained by itself."""
 
     student: DenseAdapter
-    teacher: FrozenTeacher | None
+    teacher: Teacher | None
     criterion: DistillationCriterion
 
 
 def prepare(
     model: PreTrainedModel | DenseAdapter,
-    teacher: PreTrainedModel | DenseAdapter | None,
+    teacher: PreTrainedModel | DenseAdapter | StoredTeacher | None,
     args: BCDConfig,
     dataset: Any,
     synonyms: Synonyms = None,
@@ -74,15 +83,24 @@ def prepare(
     set_seed(args.seed)  # connectors start the same whatever ran before in this process
     if teacher is None:
         return Prepared(student, None, DistillationCriterion({}, {}, []))
-    teacher = adapt(teacher, task.name)
-    check_task(teacher, task)
-    for size in sizes:
-        teacher.check_shape(size)
-    frozen = freeze(teacher, student.id2label, args, synonyms)
+    if isinstance(teacher, StoredTeacher):
+        if args.inherit:
+            raise UserError(
+                "inherit takes weights from the teacher, which a stored one lacks; name the teacher itself."
+            )
+        frozen: Teacher = teacher
+    else:
+        adapter = adapt(teacher, task.name)
+        check_task(adapter, task)
+        for size in sizes:
+            adapter.check_shape(size)
+        frozen = freeze(adapter, student.id2label, args, synonyms)
     check_losses(frozen.adapter, frozen.label_map, args)
     if to_train:
         inherit(student, frozen.adapter, args.inherit or ())
     criterion = build_losses(student, frozen.adapter, args)
+    if isinstance(frozen, StoredTeacher):
+        frozen.check(criterion)
     criterion.log_gradients = args.log_gradients
     return Prepared(student, frozen, criterion)
 
@@ -195,6 +213,37 @@ def freeze(
     automatic = torch.bfloat16 if args.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
     dtype = dtypes.get(args.teacher_dtype, automatic)
     return FrozenTeacher(teacher, dict(id2label), dtype=dtype, label_synonyms=synonyms).to(args.device)
+
+
+def calibrate(
+    criterion: DistillationCriterion,
+    teacher: Teacher,
+    dataset: Any,
+    task: Task,
+    args: BCDConfig,
+    num_labels: int,
+    collate: Callable[..., Any] | None = None,
+) -> None:
+    """Fits what losses fit to the teacher's outputs on training images: the same ones on every rank, so that all agree.
+
+    Args:
+        criterion: the losses, on the device of the arguments.
+        teacher: there too.
+        dataset: transformed training samples.
+        task: theirs.
+        args: how many images.
+        num_labels: number of the student's classes.
+        collate: makes batches; the task's own by default.
+    """
+    batches, quiet = [], args.disable_tqdm
+    samples = spread_samples(with_masks(dataset), args.calibration_images)
+    for start in tqdm(range(0, len(samples), CALIBRATION_BATCH), desc="Teacher on calibration images", disable=quiet):
+        batch = moved((collate or task.collate)(samples[start : start + CALIBRATION_BATCH]), args)
+        targets = task.targets(batch, num_labels)
+        output = teacher.for_batch(batch, targets.pixel_mask)
+        output.answers = teacher.answers(batch["pixel_values"])
+        batches.append((output, targets))
+    criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=quiet))
 
 
 def offers_of(teacher: DenseAdapter, args: BCDConfig, student: DenseAdapter | None = None) -> frozenset[str]:

@@ -14,7 +14,6 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -22,6 +21,8 @@ from ..adapters import DenseAdapter, image_processor
 from ..adapters.loading import load_adapter
 from ..data import TransformedStream, joined
 from ..outputs import DenseOutput, Targets
+from ..stores import Store, StoredTeacher
+from ..stores.store import with_stored
 from ..tasks import task_of
 from ..utils.messages import UserError
 from . import checkpoints
@@ -32,17 +33,15 @@ from .evaluation import each, evaluate, moved, predict_batch, stacked, with_tran
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
-from .loaders import by_shape, spread_samples, stream_loader, with_masks
+from .loaders import by_shape, stored_views, stream_loader
 from .optimization import group_parameters, step_down
 from .recording import write_training_card
-from .teaching import prepare
+from .teaching import calibrate, prepare
 from .terms import TermMeans
 
 
 logger = logging.getLogger(__name__)
 
-# fixed, so that the teacher's head depends neither on the training batch nor on the number of ranks
-CALIBRATION_BATCH = 8
 NUM_PICTURES = 4
 
 
@@ -53,7 +52,8 @@ class BCDTrainer(Trainer):
 
     Args:
         model: model of transformers, or one of ours, to train and save; or its adapter.
-        teacher_model: larger model or its adapter, its Hub id or folder; None trains `model` without one.
+        teacher_model: larger model or its adapter, its Hub id or folder, or what a `Store` keeps of it; None trains `model`
+            without one.
         args: training arguments.
         train_dataset: canonical samples (`DenseDataset`, `DenseStream`), to which the augmentation of `args` is added,
             or any dataset of `{"index", "pixel_values", "labels"}`.
@@ -78,7 +78,7 @@ class BCDTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | DenseAdapter,
-        teacher_model: PreTrainedModel | DenseAdapter | str | None = None,
+        teacher_model: PreTrainedModel | DenseAdapter | Store | str | None = None,
         args: BCDConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
@@ -99,6 +99,8 @@ class BCDTrainer(Trainer):
         settle_evaluation(args, eval_dataset, self.task)
         if isinstance(teacher_model, str):
             teacher_model = load_adapter(teacher_model, task=self.task.name)
+        if isinstance(teacher_model, Store):
+            teacher_model = StoredTeacher(teacher_model)
         student, self.teacher, criterion = prepare(
             model, teacher_model, args, reference, label_synonyms, to_train=train_dataset is not None
         )
@@ -111,6 +113,9 @@ class BCDTrainer(Trainer):
             self.hub.prepare()
         args.push_to_hub = False  # the callback does; the base class would push pickled arguments
         train = with_transform(train_dataset, self.task.train_transform(args), args.seed)
+        collate: Any = self.task.collate
+        if isinstance(self.teacher, StoredTeacher) and train_dataset is not None:
+            train, collate = stored_views(self.teacher.store, train, self.task, args), with_stored(collate)
         evaluated = with_transform(eval_dataset, self.task.eval_transform(processor), args.seed)
         if "data_collator" not in kwargs:
             check_samples(self.task, student.num_labels, train_dataset=train, eval_dataset=evaluated)
@@ -119,7 +124,7 @@ class BCDTrainer(Trainer):
         super().__init__(
             model=distiller,
             args=args,
-            data_collator=kwargs.pop("data_collator", self.task.collate),
+            data_collator=kwargs.pop("data_collator", collate),
             train_dataset=train,
             eval_dataset=evaluated,
             processing_class=processor,
@@ -127,8 +132,9 @@ class BCDTrainer(Trainer):
         )
         # on a CPU it pays in training, and finished models are compared with their exports pixel by pixel
         if args.device.type == "cuda" or (args.device.type == "cpu" and train_dataset is not None):
-            for module in filter(None, (self.distiller.student, self.distiller.finished, self.teacher)):
-                lay_out(module)
+            for module in (self.distiller.student, self.distiller.finished, self.teacher):
+                if isinstance(module, nn.Module):
+                    lay_out(module)
         self.interrupt = InterruptCallback()
         trained = {name: p for name, p in self.distiller.named_parameters() if p.requires_grad}
         for callback in (
@@ -254,15 +260,8 @@ class BCDTrainer(Trainer):
         criterion = self.distiller.criterion
         if self.teacher is None or not criterion.needs_calibration:
             return
-        samples = spread_samples(with_masks(self.train_dataset), self.args.calibration_images)
-        batches, size, quiet = [], CALIBRATION_BATCH, self.args.disable_tqdm
-        for start in tqdm(range(0, len(samples), size), desc="Teacher on calibration images", disable=quiet):
-            batch = self._prepare_inputs(self.data_collator(samples[start : start + size]))
-            targets = self.task.targets(batch, self.distiller.student.num_labels)
-            output: Any = self._teacher_output(batch["pixel_values"], targets)
-            output.answers = self.teacher.answers(batch["pixel_values"])
-            batches.append((output, targets))
-        criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=quiet))
+        num_labels = self.distiller.student.num_labels
+        calibrate(criterion, self.teacher, self.train_dataset, self.task, self.args, num_labels, self.data_collator)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -278,18 +277,18 @@ class BCDTrainer(Trainer):
         outputs = model(
             pixel_values=pixel_values,
             targets=targets,
-            teacher_output=self._teacher_output(pixel_values, targets),
+            teacher_output=self._teacher_output(inputs, targets),
             share=share,
         )
         self.terms.add({**outputs["terms"], "loss": outputs["loss"].detach()}, steps)
         self._images += len(pixel_values) * self.accelerator.num_processes
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def _teacher_output(self, pixel_values: Tensor, targets: Targets) -> DenseOutput | None:
+    def _teacher_output(self, inputs: Mapping[str, Any], targets: Targets) -> DenseOutput | None:
         if self.teacher is None:
             return None
         with torch.profiler.record_function("teacher"):
-            return self.teacher(pixel_values, targets.pixel_mask)
+            return self.teacher.for_batch(inputs, targets.pixel_mask)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """The divisor of the task losses of the whole step, over accumulated batches and ranks."""

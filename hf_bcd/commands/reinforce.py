@@ -1,0 +1,44 @@
+"""Runs a teacher once over augmented views of the training pictures, and stores what losses read of it.
+
+    hf-bcd reinforce --teacher nvidia/segformer-b4-finetuned-ade-512-512 --dataset_name ade20k --views 8 --output_dir stores/ade
+    hf-bcd reinforce --config RECIPE.yaml --data_dir path/to/data --views 8 --output_dir stores/d --push_to_hub me/d-reinforced
+    hf-bcd distill --config RECIPE.yaml --data_dir path/to/data --teacher_store stores/d
+
+The recipe's losses and training transform decide what is stored. Several processes write one store: `accelerate launch -m hf_bcd
+reinforce ...`. A store that was interrupted goes on with the same command.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from ..runs.arguments import parse_arguments
+from ..runs.experiment import alone_in, load_data
+from ..runs.reinforce import build_reinforcer, make_store, score_teacher, summary
+from ..stores.writing import PRECISIONS
+from ..training.hardware import limit_threads
+from ..utils.messages import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Makes the store that the arguments describe; `argv` is the process's own command line by default."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--views", type=int, default=8)
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
+    parser.add_argument("--columns", nargs="+", default=[])
+    own, rest = parser.parse_known_args(argv)
+    model_args, data_args, config = parse_arguments(rest, description=__doc__)
+    if own.views < 1:
+        raise UserError(f"--views is {own.views}; store at least one view of each picture.")
+    if config.output_dir is None:
+        raise UserError("no --output_dir: name the folder of the store.")
+    limit_threads()
+    logging.basicConfig(level=logging.INFO if config.should_log else logging.ERROR, format="%(message)s")
+    folder = Path(config.output_dir)
+    with alone_in(folder, config):
+        data = load_data(data_args)
+        reinforcer = build_reinforcer(model_args, config, data)
+        make_store(folder, reinforcer, own.views, own.precision, own.columns)
+        score_teacher(folder, reinforcer, data)
+        if config.should_save:
+            print(summary(folder))

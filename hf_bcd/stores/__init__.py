@@ -1,0 +1,6 @@
+"""Stored teachers: outputs that were computed once, for the views that training will show."""
+
+from .store import Store, StoredTeacher, StoredViews
+
+
+__all__ = ["Store", "StoredTeacher", "StoredViews"]

@@ -1,0 +1,152 @@
+"""Writing a store: which codec each tensor gets, and shards that are whole or not there."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..utils.files import read_json, write_json
+from ..utils.messages import UserError
+from ..utils.text import shortened
+from .codecs import Column, codec_of, row_divergence
+from .store import SHARD, STORE_FILE
+
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_SHARD = 256
+MAX_DENSE_CLASSES, TOP_CLASSES = 64, 16
+MAX_DIVERGENCE = 0.01  # nat, of the relations' rows
+RANKS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PRECISIONS = ("compact", "half", "exact")
+
+
+class Chosen(NamedTuple):
+    """A column, and what its codec loses on some views: `measure` says in words what `error` is."""
+
+    column: Column
+    error: float
+    measure: str
+
+
+def choose(name: str, samples: Sequence[Tensor], precision: str = "compact") -> Chosen:
+    """The codec of a tensor of a teacher's output.
+
+    Args:
+        name: of the column.
+        samples: the tensor `[C, h, w]` or `[h, w]` of some views.
+        precision: `compact`; `half` for float16 or `exact` for float32 of all that is no map of bits.
+
+    Raises:
+        UserError: no rank keeps relations to within `MAX_DIVERGENCE`.
+    """
+    shape, kind = tuple(samples[0].shape), name.rpartition("/")[2]
+    if kind == "boundary":
+        return _measured(name, Column("bits", shape), samples)
+    if precision != "compact":
+        return _measured(name, Column(precision, shape), samples)
+    if kind == "relation":
+        ranks = [rank for rank in RANKS if rank < shape[0]] + [shape[0]]
+        for rank in ranks:
+            found = _measured(name, Column(f"principal:{rank}", shape), samples)
+            if found.error <= MAX_DIVERGENCE:
+                return found
+        return found
+    if name == "logits":
+        top = shape[0] > MAX_DENSE_CLASSES
+        return _measured(name, Column(f"top:{TOP_CLASSES}" if top else "scores", shape), samples)
+    return _measured(name, Column("int8", shape), samples)
+
+
+def _measured(name: str, column: Column, samples: Sequence[Tensor]) -> Chosen:
+    """Mean loss of a codec over samples, in the measure of what the tensor is for."""
+    kind, errors = name.rpartition("/")[2], []
+    for x in samples:
+        x = x.float().cpu()
+        parts = column.unpack(column.pack(x))
+        kept = column.restore({part: value[None] for part, value in parts.items()})[0]
+        if kind == "relation":
+            errors.append(row_divergence(x, kept))
+        elif name == "logits":
+            errors.append(
+                F.kl_div(kept.log_softmax(0), x.log_softmax(0), log_target=True, reduction="sum") / x[0].numel()
+            )
+        else:
+            errors.append((x - kept).square().mean().sqrt() / x.square().mean().sqrt().clamp_min(1e-12))
+    measure = {"relation": "KL of the relations' rows, nat"}.get(kind, "relative root mean square")
+    return Chosen(column, torch.stack(errors).mean().item(), "KL of the classes, nat" if name == "logits" else measure)
+
+
+def begin(folder: Path, content: Mapping[str, Any], ranks: int = 1) -> list[Path]:
+    """Writes `store.json`, or compares that of a store which is to be continued; returns the shards' paths.
+
+    Raises:
+        UserError: the folder holds another store; names what differs.
+    """
+    count = -(-content["images"] * content["views"] // ROWS_PER_SHARD)
+    content = {**content, "shards": count}
+    path = folder / STORE_FILE
+    if path.is_file():
+        found = read_json(path)
+        differs = [key for key in {**content, **found} if key != "versions" and found.get(key) != content.get(key)]
+        if differs:
+            raise UserError(
+                f"{folder} holds a store with {differs[0]} {shortened(found.get(differs[0]))}, where this one has "
+                f"{shortened(content.get(differs[0]))}. Choose another --output_dir, or remove that folder."
+            )
+    else:
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+    return [folder / SHARD.format(number, count) for number in range(count)]
+
+
+def is_whole(path: Path, rows: int) -> bool:
+    """Whether a shard is there with all its rows; one that cannot be read is not."""
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows == rows
+    except (OSError, pyarrow.ArrowInvalid):
+        return False
+
+
+def write_shards(
+    paths: Sequence[Path],
+    total: int,
+    rows_of: Callable[[range], Iterable[Mapping[str, Any]]],
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+) -> int:
+    """Writes the shards of one of several processes that are not there yet; each appears at once and whole.
+
+    Args:
+        paths: of all shards.
+        total: number of all rows.
+        rows_of: gives the records of some rows, in order.
+        rank: number of this process.
+        ranks: number of processes.
+
+    Returns:
+        The number of shards that were there already.
+    """
+    there = 0
+    for number in range(rank, len(paths), ranks):
+        rows = range(number * ROWS_PER_SHARD, min(total, (number + 1) * ROWS_PER_SHARD))
+        if is_whole(paths[number], len(rows)):
+            there += 1
+            continue
+        table = pyarrow.Table.from_pylist(list(rows_of(rows)))
+        part = paths[number].with_suffix(".part")
+        pyarrow.parquet.write_table(table, part, compression="none")  # the columns are compressed already
+        part.replace(paths[number])
+    return there
+
+
+def lossless(columns: Mapping[str, Column]) -> bool:
+    """Whether a store of these columns gives what the teacher would."""
+    return all(codec_of(column.codec).lossless for column in columns.values())
