@@ -1,6 +1,7 @@
 """A grid of runs over seeds, from one file: what to train, what is finished, and going on where it stopped."""
 
 import copy
+import dataclasses
 import gc
 import hashlib
 import json
@@ -16,8 +17,13 @@ import yaml
 from ..adapters import DenseAdapter, read_synonyms
 from ..adapters.loading import load_adapter
 from ..data import DenseDataset, DenseDatasets
+from ..losses.base import DistillationLoss
+from ..stores import Store
+from ..stores.writing import PRECISIONS
+from ..tasks import task_of
 from ..training.checkpoints import data_key
 from ..training.config import BCDConfig
+from ..training.loaders import VIEW_NAMES, view_options
 from ..utils.files import numbers, read_json, write_json, write_text
 from ..utils.messages import UserError
 from ..utils.types import converted
@@ -25,12 +31,13 @@ from .arguments import RECIPE_KEYS, DataArguments, ModelArguments, build_argumen
 from .baseline import check_untrained, prepare_teacher, teacher_key
 from .experiment import alone_in, build_student, evaluate_model, final_split, load_data, train_model
 from .recipes import merged, read_recipe
+from .reinforce import build_reinforcer, make_store
 from .report import write_report
 
 
 logger = logging.getLogger(__name__)
 
-STUDY_KEYS = ("seeds", "runs", "reference", "split")
+STUDY_KEYS = ("seeds", "runs", "reference", "split", "reinforce")
 SPLITS = ("train", "validation", "test")
 NAME = r"\w[\w.+-]{,99}"
 RESULT_FILE = "study.json"
@@ -46,6 +53,7 @@ class Run:
         reference: name of the run that it is compared with, seed by seed; its own if with none.
         folder: where the student and its scores lie.
         arguments: recipe of the run.
+        reinforce: how its teacher is stored, `{views: 8}`; None if it runs along.
     """
 
     name: str
@@ -53,6 +61,7 @@ class Run:
     reference: str
     folder: Path
     arguments: dict[str, Any]
+    reinforce: dict[str, Any] | None = None
 
     def result(self) -> dict[str, Any] | None:
         """The results of the finished run; None if it is not finished.
@@ -66,8 +75,11 @@ class Run:
         result = read_json(path)
         if not isinstance(result, dict) or not isinstance(result.get("arguments"), dict):
             raise UserError(f"{path}: holds no results of a run; remove it to run this one again.")
-        for key in sorted({*self.arguments, *result["arguments"]} - {"hub_token"}):  # which earlier versions wrote
-            found, expected = result["arguments"].get(key), json.loads(json.dumps(self.arguments.get(key)))
+        there, here = ({**content, "reinforce": stored} for content, stored in (
+            (result["arguments"], result.get("reinforce")), (self.arguments, self.reinforce)
+        ))  # fmt: skip
+        for key in sorted({*here, *there} - {"hub_token"}):  # which earlier versions wrote
+            found, expected = there.get(key), json.loads(json.dumps(here.get(key)))
             if found != expected:
                 raise UserError(
                     f"{self.folder} holds a finished run with {key} {found!r}, where the study says {expected!r}. "
@@ -96,12 +108,14 @@ class Study:
 
 
 def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] = ()) -> Study:
-    """Reads a study file: a recipe (with `base`, if it starts from another) and four keys more.
+    """Reads a study file: a recipe (with `base`, if it starts from another) and five keys more.
 
     - `runs`: name -> arguments that differ from the recipe, e.g. `{baseline: {teacher: null}, bcd: {}}`.
     - `seeds`: list of integers.
     - `reference`: the run to compare with, seed by seed; the first one by default. A run may name another one.
     - `split`: split of the final scores, e.g. `validation` where a study chooses something.
+    - `reinforce`: `{views: 8}` stores the teacher's outputs once for all runs, see `hf-bcd reinforce`; `precision` as there. A run
+      may have its own, or null for a teacher that runs along.
 
     Args:
         path: YAML file.
@@ -114,7 +128,9 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             arguments of a run that would be refused when it begins.
     """
     recipe = read_recipe(path, {*RECIPE_KEYS, *STUDY_KEYS})
-    seeds, variations, reference, split = (recipe.pop(key, None) for key in ("seeds", "runs", "reference", "split"))
+    seeds, variations, reference, split, reinforce = (
+        recipe.pop(key, None) for key in ("seeds", "runs", "reference", "split", "reinforce")
+    )
     if not isinstance(variations, dict) or not variations:
         raise UserError(f"{path}: runs is {variations!r}; expected a mapping such as {{baseline: {{teacher: null}}}}.")
     for name, own in variations.items():
@@ -151,7 +167,9 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
     token = None
     for seed in seeds:
         for name in names:
-            own = {key: value for key, value in (variations[name] or {}).items() if key != "reference"}
+            given_run = variations[name] or {}
+            own = {key: value for key, value in given_run.items() if key not in ("reference", "reinforce")}
+            kept = checked_reinforce(given_run.get("reinforce", reinforce), f"{path}: run {name!r}")
             if unknown := set(own) - set(RECIPE_KEYS):
                 raise UserError(f"{path}: run {name!r} has the unknown key {sorted(map(str, unknown))[0]!r}.")
             if ours := sorted(set(own) & {"seed", "output_dir", "with_baseline"}):
@@ -172,8 +190,24 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
                     build_arguments({**given, **fixed})  # now, not after the runs before it
                 except UserError as error:
                     raise UserError(f"{path}: run {name!r}: {error}") from error
-            runs.append(Run(str(name), seed, references[name], run_folder, {**given, **fixed}))
+            taught = given.get("teacher") is not None and given.get("teacher_store") is None
+            arguments = {**given, **fixed}
+            runs.append(Run(str(name), seed, references[name], run_folder, arguments, kept if taught else None))
     return Study(path.stem, folder, split, runs, token)
+
+
+def checked_reinforce(given: Any, where: str) -> dict[str, Any] | None:
+    """How a teacher is to be stored; a `UserError` names what is wrong about it."""
+    if given is None:
+        return None
+    if not isinstance(given, dict) or not {"views"} <= set(given) <= {"views", "precision"}:
+        raise UserError(f"{where}: reinforce is {given!r}; expected {{views: 8}}, with precision where it matters.")
+    views, precision = given["views"], given.get("precision", PRECISIONS[0])
+    if type(views) is not int or views < 1 or precision not in PRECISIONS:
+        raise UserError(
+            f"{where}: reinforce is {given!r}; views is a number from 1 on, precision one of {', '.join(PRECISIONS)}."
+        )
+    return {"views": views, "precision": precision}
 
 
 @dataclass
@@ -212,6 +246,53 @@ class Shared:
                 assert model is not None
                 self.teachers[name] = model
             return self.teachers[name], self._score(self.teachers[name], key, folder, args, config, data[split])
+
+    def store(
+        self, run: Run, args: ModelArguments, config: BCDConfig, data: DenseDatasets, teacher: DenseAdapter
+    ) -> Store:
+        """What is stored of a run's teacher: once for all runs of the same teacher, views and data."""
+        assert run.reinforce is not None
+        own = copy.deepcopy(config)
+        own.seed, own.data_seed = BCDConfig.seed, None
+        recipes = self._recipes(run, config)
+        key = {
+            "teacher": teacher_key(args, own, data), "views": view_options(task_of(data["train"]), own), **run.reinforce,
+            "losses": recipes, **data_key(data["train"]),
+        }  # fmt: skip
+        folder = self.study.folder / "stores" / digest(key)
+        own.output_dir = str(folder)
+        with alone_in(folder, config, wait=True):
+            try:
+                return Store(folder)
+            except UserError:  # not there, or not finished
+                args = dataclasses.replace(args, student=None)
+                reinforcer = build_reinforcer(args, own, data, recipes, copy.deepcopy(teacher))
+                make_store(folder, reinforcer, run.reinforce["views"], run.reinforce["precision"])
+                return Store(folder)
+
+    def _recipes(self, run: Run, config: BCDConfig) -> list[dict[str, Any]]:
+        """The losses that one store serves: a run's, and those of the others that agree with it in what is stored."""
+
+        def losses_of(one: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+            options = build_arguments(one.arguments)[2].loss_options
+            plain = one.arguments.get("losses") or {name: {} for name in options}
+            kept = {
+                name: {key: x for key, x in (plain[name] or {}).items() if key not in ("weight", "decay")}
+                for name, loss in options.items()
+                if loss.cls.digest is not DistillationLoss.digest
+            }
+            return plain, kept
+
+        alike = [
+            one for one in self.study.runs
+            if one.seed == run.seed and one.reinforce == run.reinforce
+            and all(one.arguments.get(key) == run.arguments.get(key) for key in ("teacher", *VIEW_NAMES))
+        ]  # fmt: skip
+        found = [losses_of(one) for one in alike]
+        first = next((kept for _, kept in found if kept), {})
+        mine = losses_of(run)[1] or first
+        joined = [plain for plain, kept in found if kept == mine or (not kept and mine == first)]
+        return [recipe for place, recipe in enumerate(joined) if recipe not in joined[:place]]
 
     def _score(
         self,
@@ -288,7 +369,10 @@ def _train_run(
     student = build_student(model_args, config, data)
     check_untrained(model_args, config, data, student)
     teacher, teacher_scores = shared.teacher(model_args, config, data, split)
-    trainer = train_model(student, teacher, config, data, label_synonyms=model_args.label_synonyms)
+    taught: Any = teacher
+    if run.reinforce is not None and teacher is not None:
+        taught = shared.store(run, model_args, config, data, teacher)
+    trainer = train_model(student, taught, config, data, label_synonyms=model_args.label_synonyms)
     models = {"student": load_adapter(str(run.folder), task=trainer.task.name)}
     scores = {"student": evaluate_model(models["student"], config, data[split])}
     if teacher is not None:
@@ -304,6 +388,7 @@ def _train_run(
         write_report(trainer, models, scores, data, split, run.arguments)
         result = {
             "arguments": run.arguments,
+            "reinforce": run.reinforce,
             "split": split,
             "images": len(data[split]),
             "scores": scores["student"],

@@ -191,7 +191,7 @@ def filtered(array: np.ndarray) -> np.ndarray:
     if array.itemsize > 1 or array.ndim < 2:
         return array
     bytes_ = array.view(np.uint8)
-    return np.concatenate([bytes_[..., :1], bytes_[..., 1:] - bytes_[..., :-1]], axis=-1)
+    return np.concatenate([bytes_[..., :1], bytes_[..., 1:] - bytes_[..., :-1]], axis=-1).view(array.dtype)
 
 
 def unfiltered(array: np.ndarray) -> np.ndarray:

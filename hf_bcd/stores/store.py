@@ -1,5 +1,6 @@
 """A store as training reads it: an ordinary data set of Parquet files, and what they hold."""
 
+import copy
 import json
 import logging
 import zlib
@@ -20,7 +21,7 @@ from ..adapters.loading import empty_adapter
 from ..data.dataset import TransformedDataset
 from ..hub.errors import explained
 from ..losses import DistillationCriterion
-from ..outputs import DenseOutput
+from ..outputs import DenseOutput, Targets
 from ..utils.files import numbers, read_json
 from ..utils.messages import UserError
 from .codecs import Column, Parts
@@ -302,6 +303,15 @@ class StoredTeacher:
             for kind in ("features", "pyramid")
         }
         return DenseOutput(logits=tensors.get("logits"), digest=digest, **levels)  # type: ignore[arg-type]
+
+    def check_levels(
+        self, criterion: DistillationCriterion, student: DenseOutput, batch: Mapping[str, Any], targets: Targets
+    ) -> None:
+        """Computes the losses of a batch once and forgets them; a `UserError` names a level that one reads and the store lacks."""
+        teacher = self.for_batch(batch, targets.pixel_mask)
+        for name, loss in copy.deepcopy(criterion).by_name().items():
+            if "features" in loss.needs and not loss.digested:
+                loss(*(criterion.seen_by(name, output) for output in (student, teacher)), targets)
 
     def answers(self, pixel_values: Tensor) -> None:
         """None: what it found was used when the store was made."""

@@ -1,5 +1,6 @@
 """Writing a store: which codec each tensor gets, and shards that are whole or not there."""
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -83,14 +84,14 @@ def _measured(name: str, column: Column, samples: Sequence[Tensor]) -> Chosen:
     return Chosen(column, torch.stack(errors).mean().item(), "KL of the classes, nat" if name == "logits" else measure)
 
 
-def begin(folder: Path, content: Mapping[str, Any], ranks: int = 1) -> list[Path]:
+def begin(folder: Path, content: Mapping[str, Any]) -> list[Path]:
     """Writes `store.json`, or compares that of a store which is to be continued; returns the shards' paths.
 
     Raises:
         UserError: the folder holds another store; names what differs.
     """
     count = -(-content["images"] * content["views"] // ROWS_PER_SHARD)
-    content = {**content, "shards": count}
+    content = json.loads(json.dumps({**content, "shards": count}))
     path = folder / STORE_FILE
     if path.is_file():
         found = read_json(path)

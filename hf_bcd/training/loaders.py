@@ -34,6 +34,12 @@ def stream_loader(
     )
 
 
+COMPARED = 8  # views of a store, before training
+VIEW_NAMES = (
+    "image_size", "scale_min", "scale_max", "color_jitter", "image_longest", "train_shortest", "square_size", "crop_size",
+)  # fmt: skip
+
+
 class ShapeSampler(Sampler[int]):
     """A random order in which pictures that are wider than high, and others, fill batches of their own.
 
@@ -118,22 +124,14 @@ def stored_views(store: Store, dataset: Any, task: Task, args: BCDConfig) -> Sto
             "teacher itself."
         )
     store.check(dataset.dataset, view_options(task, args))
-    return StoredViews(dataset.dataset, dataset.transform, store)
+    views = StoredViews(dataset.dataset, dataset.transform, store)
+    spread_samples(views, COMPARED)  # a store of other pictures fails now
+    return views
 
 
 def view_options(task: Task, args: BCDConfig) -> dict[str, Any]:
     """The training arguments that decide what a view shows."""
-    names = (
-        "image_size",
-        "scale_min",
-        "scale_max",
-        "color_jitter",
-        "image_longest",
-        "train_shortest",
-        "square_size",
-        "crop_size",
-    )
-    return {name: getattr(args, name) for name in names} | {"augmentation": task.augmentation(args)}
+    return {name: getattr(args, name) for name in VIEW_NAMES} | {"augmentation": task.augmentation(args)}
 
 
 def spread_samples(dataset: Any, count: int) -> list[Any]:

@@ -26,10 +26,11 @@ from ..stores.store import with_stored
 from ..tasks import task_of
 from ..utils.messages import UserError
 from . import checkpoints
+from .alignment import check_alignment
 from .callbacks import DistillationCallback, FiniteCallback, InterruptCallback, PictureCallback, check_finite
 from .config import BCDConfig
 from .distiller import Distiller
-from .evaluation import each, evaluate, moved, predict_batch, stacked, with_transform
+from .evaluation import each, evaluate, evaluated, moved, predict_batch, stacked, with_transform
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
@@ -178,6 +179,7 @@ class BCDTrainer(Trainer):
                 raise UserError(f"no checkpoint to resume from in {self.args.output_dir}.")
         if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint).is_dir():
             raise UserError(f"resume_from_checkpoint is {resume_from_checkpoint!r}, which is no folder.")
+        self._check_teacher()
         if not resume_from_checkpoint:
             self.calibrate()
         elif (output := self._load_finished(Path(resume_from_checkpoint))) is not None:
@@ -262,6 +264,19 @@ class BCDTrainer(Trainer):
             return
         num_labels = self.distiller.student.num_labels
         calibrate(criterion, self.teacher, self.train_dataset, self.task, self.args, num_labels, self.data_collator)
+
+    def _check_teacher(self) -> None:
+        """Refuses a teacher whose answers lie beside the labels, and a store that lacks what a loss reads."""
+        if self.teacher is None:
+            return
+        num_labels = self.distiller.student.num_labels
+        check_alignment(self.teacher, self.train_dataset, self.task, self.args, num_labels, self.data_collator)
+        if isinstance(self.teacher, StoredTeacher):
+            batch = moved(self.data_collator([self.train_dataset[0]]), self.args)
+            targets = self.task.targets(batch, num_labels)
+            with evaluated(self.distiller), torch.no_grad():
+                student = self.distiller.student(batch["pixel_values"])
+            self.teacher.check_levels(self.distiller.criterion, student, batch, targets)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,0 +1,124 @@
+"""Whether a teacher's answers lie on the labels that they are to teach: no shift, no flip, no other picture."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..outputs import LabelMaps
+from ..tasks import Task
+from ..utils.messages import UserError
+from .config import BCDConfig
+from .evaluation import moved
+from .loaders import spread_samples
+
+
+logger = logging.getLogger(__name__)
+
+REACH = 8  # pixels
+SMALLEST_SHIFT = 3  # pixels; models of stride 8 or more are off by less
+LEAST_GAIN, LEAST_ERRORS = 0.01, 3.0  # of agreement, and standard errors over pictures
+MARGIN = 0.05  # of a teacher over always answering the commonest class, below which its answers say nothing of places
+PICTURES, BATCH = 16, 8
+
+
+class Alignment(NamedTuple):
+    """Agreement of a teacher's classes with the labels of N pictures.
+
+    Attributes:
+        kinds: what was done to the answers: `as they are`, a shift, or a flip.
+        agreement: share of the labelled pixels of each picture, `[N, len(kinds)]`; NaN where none is labelled.
+        commonest: share of the labels' commonest class.
+    """
+
+    kinds: list[str]
+    agreement: Tensor
+    commonest: float
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Agreement over all pictures."""
+        return dict(zip(self.kinds, self.agreement.nanmean(0).tolist(), strict=True))
+
+    def better(self) -> str | None:
+        """What fits better than the answers as they are, beyond chance; None if nothing does."""
+        agreement = self.agreement[~self.agreement[:, 0].isnan()]
+        if len(agreement) < 2 or agreement.mean(0).max() < self.commonest + MARGIN:
+            return None
+        gains = agreement - agreement[:, :1]
+        gain, error = gains.mean(0), gains.std(0) / len(gains) ** 0.5
+        gain[(gain < LEAST_GAIN) | (gain < LEAST_ERRORS * error)] = 0
+        best = int(gain.argmax())
+        return self.kinds[best] if gain[best] > 0 else None
+
+
+def alignment(classes: Tensor, labels: Tensor, num_labels: int, ignore_index: int = 255) -> Alignment:
+    """Compares a teacher's classes with labels at all shifts of `REACH` along both axes, and flipped.
+
+    Args:
+        classes: `[N, H, W]`, H and W above 2 * `REACH`.
+        labels: class ids likewise.
+        num_labels: number of classes.
+        ignore_index: id of void pixels.
+    """
+    height, width = labels.shape[1:]
+    rows, columns = slice(REACH, height - REACH), slice(REACH, width - REACH)
+    truth = labels[:, rows, columns].long()  # the same pixels whatever the answers are
+    valid = truth != ignore_index
+    kinds, moved_answers = ["as they are"], [classes]
+    for axis, (less, more) in ((2, ("left", "right")), (1, ("up", "down"))):
+        for shift in range(-REACH, REACH + 1):
+            if abs(shift) >= SMALLEST_SHIFT:
+                kinds.append(f"shifted by {abs(shift)} pixels {less if shift < 0 else more}")
+                moved_answers.append(classes.roll(shift, axis))
+    for axis, name in ((2, "left to right"), (1, "upside down")):
+        kinds.append(f"flipped {name}")
+        moved_answers.append(classes.flip(axis))
+    counts = valid.flatten(1).sum(1)
+    agree = [((x[:, rows, columns] == truth) & valid).flatten(1).sum(1) / counts for x in moved_answers]
+    commonest = torch.bincount(truth[valid], minlength=num_labels).max() / counts.sum().clamp_min(1)
+    return Alignment(kinds, torch.stack(agree, 1).double(), float(commonest))
+
+
+@torch.no_grad()
+def check_alignment(
+    teacher: Any, dataset: Any, task: Task, args: BCDConfig, num_labels: int, collate: Callable[..., Any]
+) -> Alignment | None:
+    """Compares a live or stored teacher's answers with the labels of some training pictures, as training shows them.
+
+    Nothing is compared where the teacher has no scores of the student's classes, or the pictures no label maps.
+
+    Raises:
+        UserError: they fit better shifted or flipped.
+    """
+    answers, labels = [], []
+    samples = spread_samples(dataset, PICTURES)
+    for start in range(0, len(samples), BATCH):
+        batch = moved(collate(samples[start : start + BATCH]), args)
+        targets = task.targets(batch, num_labels)
+        logits = teacher.for_batch(batch, targets.pixel_mask).logits
+        if not isinstance(targets, LabelMaps) or logits is None or logits.shape[1] != num_labels:
+            return None
+        if min(targets.size) <= 2 * REACH + 1:
+            return None
+        answers.append(F.interpolate(logits, targets.size, mode="bilinear", align_corners=False).argmax(1))
+        labels.append(targets.ids)
+    found = alignment(torch.cat(answers), torch.cat(labels), num_labels)
+    means = found.means
+    here = means["as they are"]
+    if (better := found.better()) is not None:
+        raise UserError(
+            f"the teacher's classes agree with the labels on {here:.1%} of the pixels, but on {means[better]:.1%} if they are {better}. "
+            "Pictures and masks, or pictures and the stored teacher, do not lie on each other; look at "
+            "some of both, and check names, sizes and transform."
+        )
+    if here < found.commonest:
+        logger.warning(
+            "The teacher's classes agree with the labels on %.1f %% of the pixels of %d pictures, less than always answering their "
+            "commonest class would (%.1f %%). Are its classes, its image processor and the labels right?",
+            100 * here, len(samples), 100 * found.commonest,
+        )  # fmt: skip
+    return found
