@@ -68,19 +68,21 @@ def alignment(classes: Tensor, labels: Tensor, num_labels: int, ignore_index: in
     rows, columns = slice(REACH, height - REACH), slice(REACH, width - REACH)
     truth = labels[:, rows, columns].long()  # the same pixels whatever the answers are
     valid = truth != ignore_index
-    kinds, moved_answers = ["as they are"], [classes]
-    for axis, (less, more) in ((2, ("left", "right")), (1, ("up", "down"))):
-        for shift in range(-REACH, REACH + 1):
-            if abs(shift) >= SMALLEST_SHIFT:
-                kinds.append(f"shifted by {abs(shift)} pixels {less if shift < 0 else more}")
-                moved_answers.append(classes.roll(shift, axis))
+
+    def agreement(answers: Tensor) -> Tensor:
+        return ((answers[:, rows, columns] == truth) & valid).flatten(1).sum(1) / valid.flatten(1).sum(1)
+
+    found = {"as they are": agreement(classes)}
+    for shift in range(SMALLEST_SHIFT, REACH + 1):
+        # half of the pictures are flipped, and with them the direction of a shift
+        sides = [agreement(classes.roll(sign * shift, 2)) for sign in (-1, 1)]
+        found[f"shifted sideways by {shift} pixels"] = torch.maximum(*sides)
+        for sign, direction in ((-1, "up"), (1, "down")):
+            found[f"shifted {direction} by {shift} pixels"] = agreement(classes.roll(sign * shift, 1))
     for axis, name in ((2, "left to right"), (1, "upside down")):
-        kinds.append(f"flipped {name}")
-        moved_answers.append(classes.flip(axis))
-    counts = valid.flatten(1).sum(1)
-    agree = [((x[:, rows, columns] == truth) & valid).flatten(1).sum(1) / counts for x in moved_answers]
-    commonest = torch.bincount(truth[valid], minlength=num_labels).max() / counts.sum().clamp_min(1)
-    return Alignment(kinds, torch.stack(agree, 1).double(), float(commonest))
+        found[f"flipped {name}"] = agreement(classes.flip(axis))
+    commonest = torch.bincount(truth[valid], minlength=num_labels).max() / valid.sum().clamp_min(1)
+    return Alignment(list(found), torch.stack(list(found.values()), 1).double(), float(commonest))
 
 
 @torch.no_grad()
