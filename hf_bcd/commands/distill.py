@@ -79,6 +79,8 @@ def distill(
     if split is not None:
         for name, model in found.items():
             synonyms = read_synonyms(model_args.label_synonyms) if name == "teacher" else None
+            if not model.predicts:
+                continue  # a teacher of features
             if missing := model.match(data[split].id2label, synonyms).missing:
                 logging.warning("the %s has no score: it lacks the classes %s", name, ", ".join(missing))
             else:

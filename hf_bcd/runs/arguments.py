@@ -32,7 +32,8 @@ class ModelArguments:
     teacher: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Teacher, given like the student. A timm backbone is first trained on the same data. "
+            "help": "Teacher, given like the student. A timm backbone is first trained on the same data. A backbone without a "
+            "head, such as facebook/dinov2-base or {backbone: ..., head: none, pretrained: true}, teaches features only. "
             "None trains the student without one."
         },
     )

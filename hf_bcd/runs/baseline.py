@@ -41,7 +41,7 @@ def check_untrained(args: ModelArguments, config: BCDConfig, data: DenseDatasets
         UserError: as the losses do.
     """
     spec = None if args.teacher is None else ModelSpec.parse(args.teacher, "teacher")
-    if spec is not None and spec.name_or_path is None:
+    if spec is not None and not spec.is_finished:
         teacher_config(args, config)
         with torch.random.fork_rng(devices=[]):
             build_losses(
@@ -54,16 +54,19 @@ def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets
     if args.teacher is None:
         return None
     spec = ModelSpec.parse(args.teacher, "teacher")
-    if spec.name_or_path is not None:
+    if spec.is_finished:
         task = task_of(data["train"])
-        teacher = load_adapter(spec, trust_remote_code=args.trust_remote_code, task=task.name)
-        label_map = teacher.match(data["train"].id2label, read_synonyms(args.label_synonyms))
+        teacher = load_adapter(spec, trust_remote_code=args.trust_remote_code, task=task.name, to_teach=True)
+        synonyms = read_synonyms(args.label_synonyms)
+        label_map = teacher.match(data["train"].id2label, synonyms) if teacher.predicts else None
         check_task(teacher, task)
         for size in task.train_sizes(config):
             teacher.check_size(teacher.size_as_teacher(size))
         check_losses(teacher, label_map, config)  # fails here rather than after the baseline's training
         if args.teacher_training:
-            logger.warning("%s is a finished teacher, so teacher_training is not used", spec.name_or_path)
+            logger.warning(
+                "%s is a finished teacher, so teacher_training is not used", spec.name_or_path or spec.backbone
+            )
         return teacher
     return train_or_reuse("teacher", spec, teacher_config(args, config), data)
 
@@ -78,9 +81,11 @@ def teacher_config(args: ModelArguments, config: BCDConfig) -> BCDConfig:
 def teacher_key(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:
     """The key of a run's teacher: how it is trained here, or its files or commit if it is finished."""
     spec = ModelSpec.parse(args.teacher or {}, "teacher")
-    if spec.name_or_path is None:
+    if not spec.is_finished:
         return recipe_of(spec, teacher_config(args, config), data)
     key = {f"model.{key}": value for key, value in dataclasses.asdict(spec).items()}
+    if spec.name_or_path is None:
+        return key
     with explained("model", spec.name_or_path, revision=spec.revision):
         key["model.commit"] = commit_of(spec.name_or_path, spec.revision)
     for file in sorted(Path(spec.name_or_path).glob("*")):

@@ -223,7 +223,7 @@ class Shared:
         data: DenseDataset,
     ) -> dict[str, Any] | None:
         synonyms = read_synonyms(args.label_synonyms)
-        if model.match(data.id2label, synonyms).missing:
+        if not model.predicts or model.match(data.id2label, synonyms).missing:
             return None
         scored = {"split": data.split, "image_size": config.image_size, "synonyms": synonyms, **data_key(data)}
         key = {**teacher, **{f"scored.{key}": value for key, value in scored.items()}}

@@ -56,6 +56,10 @@ def prepare(
     synonyms, id2label = read_synonyms(synonyms), getattr(dataset, "id2label", None)
     task = task_of(dataset)
     student = adapt(model, task.name)
+    if not student.predicts:
+        raise UserError(
+            f"{type(student.model).__name__} has no head, so it predicts nothing: it can only be a teacher, of features."
+        )
     if not to_train and teacher is None and id2label is not None:
         student.match(id2label, synonyms)
     if student.label_map is None:
@@ -206,12 +210,13 @@ def offers_of(teacher: DenseAdapter, args: BCDConfig, student: DenseAdapter | No
     return (OFFERED_BY_ALL | offers) - ({"task_loss"} if args.torch_compile else set())
 
 
-def check_losses(teacher: DenseAdapter, label_map: LabelMap, args: BCDConfig) -> None:
+def check_losses(teacher: DenseAdapter, label_map: LabelMap | None, args: BCDConfig) -> None:
     """Refuses losses that this teacher cannot serve; needs no student, so that it can run before any training.
 
     Args:
         teacher: adapted teacher.
-        label_map: from the teacher's classes to the student's. Losses that need `logits` compare them class by class.
+        label_map: from the teacher's classes to the student's; None of a teacher without classes. Losses that need `logits`
+            compare them class by class.
         args: the losses.
 
     Raises:
@@ -220,7 +225,7 @@ def check_losses(teacher: DenseAdapter, label_map: LabelMap, args: BCDConfig) ->
     check_needs(args.loss_options, offers_of(teacher, args))
     by_class = {"logits", "classes"}
     concerned = [name for name, loss in args.loss_options.items() if by_class & loss.needs]
-    if concerned and not label_map.is_complete:
+    if concerned and label_map is not None and not label_map.is_complete:
         others = others_that_serve(offers_of(teacher, args) - by_class)
         raise UserError(
             f"the teacher has no class for {', '.join(label_map.missing)}, but the losses {', '.join(concerned)} compare "

@@ -98,7 +98,7 @@ class BCDTrainer(Trainer):
         self.task = task_of(reference)
         settle_evaluation(args, eval_dataset, self.task)
         if isinstance(teacher_model, str):
-            teacher_model = load_adapter(teacher_model, task=self.task.name)
+            teacher_model = load_adapter(teacher_model, task=self.task.name, to_teach=True)
         student, self.teacher, criterion = prepare(
             model, teacher_model, args, reference, label_synonyms, to_train=train_dataset is not None
         )
