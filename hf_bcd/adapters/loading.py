@@ -277,6 +277,28 @@ def commit_of(name_or_path: str, revision: str | None = None) -> str | None:
     return None if file is None else Path(file).parent.name  # of the cache's snapshots
 
 
+def class_names_of(spec: ModelSpec, *, trust_remote_code: bool = False) -> dict[int, str]:
+    """The classes of a finished teacher, which a run without any labels takes.
+
+    Raises:
+        UserError: it has none, or its configuration cannot be read (`HubError`).
+    """
+    name = spec.name_or_path or spec.backbone
+    if spec.name_or_path is None:
+        raise UserError(
+            f"without labels the classes are the teacher's, but {name} has none; name a teacher that was trained for the task."
+        )
+    with explained("model", spec.name_or_path, revision=spec.revision), _readable(spec.name_or_path):
+        source: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": trust_remote_code}
+        config = transformers.AutoConfig.from_pretrained(spec.name_or_path, **source)
+    if is_backbone(config):
+        raise UserError(
+            f"without labels the classes are the teacher's, but {name} has no head for any; name a teacher that was trained for "
+            "the task, or a data set for its classes with label_free: true."
+        )
+    return {int(index): str(label) for index, label in config.id2label.items()}
+
+
 def drop_foreign_code(loaded: Any) -> None:
     """Removes from a model, configuration or image processor the code that it names, so that saving does not pass it on.
 

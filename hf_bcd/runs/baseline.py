@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 
 from ..adapters import DenseAdapter, adapt, read_synonyms
 from ..adapters.loading import ModelSpec, build_model, commit_of, load_adapter
-from ..data import DenseDatasets
+from ..data import DenseDataset, DenseDatasets
 from ..hub.errors import explained
 from ..tasks import task_of
 from ..training.checkpoints import data_key, differences
@@ -171,10 +171,12 @@ def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDat
 
 def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:
     """All that decides how a model trained without a teacher comes out."""
+    train: Any = data["train"]
+    train = train.only_labelled() if isinstance(train, DenseDataset) else train
     return {
         **{f"model.{key}": value for key, value in dataclasses.asdict(spec).items()},
-        **{f"training.{key}": str(getattr(config, key)) for key in OUTCOME},
-        **{f"data.{key}": value for key, value in data_key(data["train"]).items()},
+        **{f"training.{key}": str(getattr(config, key)) for key in OUTCOME if key != "unlabelled_share"},
+        **{f"data.{key}": value for key, value in data_key(train).items()},
     }
 
 

@@ -157,6 +157,7 @@ def record_data(data: Mapping[str, DenseDataset], recipe: Mapping[str, Any]) -> 
         {name: len(split) if isinstance(split, Sized) else None for name, split in data.items()},
         train.rule.in_words(),
         train.notes,
+        getattr(train, "num_unlabelled", 0),
     )
 
 

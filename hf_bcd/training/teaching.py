@@ -210,6 +210,26 @@ def offers_of(teacher: DenseAdapter, args: BCDConfig, student: DenseAdapter | No
     return (OFFERED_BY_ALL | offers) - ({"task_loss"} if args.torch_compile else set())
 
 
+def check_label_free(dataset: Any, teacher: FrozenTeacher | None, student: DenseAdapter, args: BCDConfig) -> None:
+    """Refuses what a training set without any labels cannot serve.
+
+    Raises:
+        UserError: there is no teacher to learn from, a loss reads labels, or weights are to be measured against the task.
+    """
+    if getattr(dataset, "labelled", None) != 0:
+        return
+    if teacher is None:
+        raise UserError(
+            f"{dataset.name} has no labels, so that there is nothing to learn from without a teacher: name one."
+        )
+    check_needs(args.loss_options, offers_of(teacher.adapter, args, student) - {"labels", "task_loss"})
+    if measured := [name for name, loss in args.loss_options.items() if loss.measured]:
+        raise UserError(
+            f"weight of {', '.join(measured)} is auto, a share of the task's gradient, but without labels there is none; give a "
+            "number."
+        )
+
+
 def check_losses(teacher: DenseAdapter, label_map: LabelMap | None, args: BCDConfig) -> None:
     """Refuses losses that this teacher cannot serve; needs no student, so that it can run before any training.
 

@@ -32,10 +32,10 @@ from .evaluation import each, evaluate, moved, predict_batch, stacked, with_tran
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
-from .loaders import by_shape, spread_samples, stream_loader, with_masks
+from .loaders import by_shape, mixed, spread_samples, stream_loader, with_masks
 from .optimization import group_parameters, step_down
 from .recording import write_training_card
-from .teaching import prepare
+from .teaching import check_label_free, prepare
 from .terms import TermMeans
 
 
@@ -102,6 +102,7 @@ class BCDTrainer(Trainer):
         student, self.teacher, criterion = prepare(
             model, teacher_model, args, reference, label_synonyms, to_train=train_dataset is not None
         )
+        check_label_free(train_dataset, self.teacher, student, args)
         distiller: Any = synchronized(Distiller(student, criterion, args.ema_decay), args)
         processor = processing_class or image_processor(student, **self.task.processor_size(args))
         if "optimizers" not in kwargs:
@@ -247,7 +248,9 @@ class BCDTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return by_shape(dataset, self.args) if self.args.group_by_shape else super()._get_train_sampler(dataset)
+        if self.args.group_by_shape:
+            return by_shape(dataset, self.args)
+        return mixed(dataset, self.args) or super()._get_train_sampler(dataset)
 
     def calibrate(self) -> None:
         """Fits the teacher's head on training images: the same ones on every rank, so that all ranks agree."""
