@@ -1,7 +1,7 @@
 """Models and ground truth as the rest of the package sees them: named feature levels, class scores, targets."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -142,6 +142,8 @@ class LabelMaps:
         ignore_index: id of void pixels.
         num_valid: number of valid pixels by which task losses divide, a scalar; by default of `ids`. Ranks and
             accumulated batches with unequal void shares give the gradient of one large batch if all divide by the same.
+        seen: pixels that distillation looks at, boolean `[B, H, W]`, where some pictures have no labels: all of theirs but for
+            padding, and of the others those that are not void. By default those that are not void.
 
     Raises:
         UserError: on the CPU, if an id is neither a class nor `ignore_index`.
@@ -151,6 +153,7 @@ class LabelMaps:
     num_labels: int
     ignore_index: int = IGNORE_INDEX
     num_valid: Tensor | None = None
+    seen: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.ids.device.type == "cpu":  # elsewhere looking would wait for the device
@@ -165,8 +168,12 @@ class LabelMaps:
         return None
 
     def valid(self, size: tuple[int, int]) -> Tensor:
-        """Positions that are not void, nearest neighbours: boolean `[B, *size]`."""
-        return resize_nearest(self.ids != self.ignore_index, size)
+        """Positions that are not void, or `seen`, nearest neighbours: boolean `[B, *size]`."""
+        return resize_nearest(self.ids != self.ignore_index if self.seen is None else self.seen, size)
+
+    def labelled(self) -> "LabelMaps":
+        """The same for losses that compare with labels: pictures without any are void."""
+        return self if self.seen is None else replace(self, seen=None)
 
     def class_masks(self, size: tuple[int, int]) -> Tensor:
         """One-hot label maps, nearest neighbours: boolean `[B, K, *size]`; no class where void."""

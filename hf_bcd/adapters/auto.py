@@ -14,6 +14,7 @@ from ..utils.files import read_json
 from ..utils.messages import UserError
 from ..utils.text import shortened
 from . import generic
+from .backbones import BackboneAdapter, is_encoder
 from .base import DenseAdapter
 from .detr import (
     ConditionalDetrAdapter,
@@ -82,6 +83,8 @@ def adapter_class(model: PreTrainedModel, task: str | None = None) -> type[Dense
     Raises:
         UserError: if there is none, or the model predicts neither label maps nor boxes nor masks.
     """
+    if is_encoder(model):
+        return BackboneAdapter
     model_type, kind = model.config.model_type, type(model).__name__
     supported = {*ADAPTERS, *DETECTORS, *INSTANCES}
     if model_type not in supported:
@@ -292,7 +295,9 @@ def describe(model: PreTrainedModel | DenseAdapter) -> str:
     )
     lines = [
         f"{type(adapter.model).__name__} ({adapter.model.config.model_type}), adapted by {type(adapter).__name__}",
-        f"labels: {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})",
+        f"labels: {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        if adapter.predicts
+        else "labels: none; a teacher of features",
         f"input: {adapter.channel_order}, {size}, mean {mean}, std {std}",
         f"{'level':<10} {'channels':>8} {'stride':>6}",
     ]

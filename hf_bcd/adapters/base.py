@@ -62,6 +62,8 @@ class DenseAdapter(nn.Module, ABC):
     """Outputs of the model that an export has."""
     finds_masks: ClassVar[bool] = False
     """Whether predictions have the mask of each object."""
+    predicts: ClassVar[bool] = True
+    """Whether it has classes; a backbone without a head teaches features only."""
     upsamples = False
     """Whether the model itself, unlike `run`, brings its logits to the size of the image."""
 

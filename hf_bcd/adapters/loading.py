@@ -33,6 +33,7 @@ from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
 from ..utils.types import converted
 from .auto import adapt, build_adapter
+from .backbones import build_timm, is_backbone, load_backbone
 from .base import DenseAdapter
 
 
@@ -49,11 +50,12 @@ class ModelSpec:
         revision: branch, tag or commit of `name_or_path`.
         backbone: timm name, instead of `name_or_path`; or `espnet`, a whole network, for which only `options` counts.
         head: `psp`, `deeplabv3plus` or `fpn` for label maps, `retinanet` or `gfl` for boxes,
-            `mask_rcnn` or `cascade_mask_rcnn` for boxes with masks.
+            `mask_rcnn` or `cascade_mask_rcnn` for boxes with masks; `none` of a teacher of features only.
         output_stride: 8, 16 or 32; of label maps only.
         pretrained: load the backbone's ImageNet weights from the Hub.
         weights: local safetensors file with the backbone's weights.
-        options: further fields of `TimmSegmentationConfig`, or those of `TimmDetectionConfig` or `EspNetConfig`.
+        options: further fields of `TimmSegmentationConfig`, or those of `TimmDetectionConfig` or `EspNetConfig`; without a
+            head `backbone_kwargs`, `image_mean` and `image_std`.
     """
 
     name_or_path: str | None = None
@@ -83,13 +85,40 @@ class ModelSpec:
         spec = cls(**{key: converted(value, hints[key], f"{key} of {role}") for key, value in fields.items()})
         if bool(spec.name_or_path) == bool(spec.backbone):
             raise UserError(f"{role} needs either name_or_path (a transformers model) or backbone (a timm name).")
+        if spec.head == NO_HEAD:
+            check_headless(spec, role)
         spec.options = checked_options(spec, role)
         return spec
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it can teach as it is loaded, without training here."""
+        return self.name_or_path is not None or self.head == NO_HEAD
 
+
+NO_HEAD = "none"
 TIMM_FIELDS = ("head", "output_stride", "pretrained", "weights")
 # fields of a configuration that name code, which `trust_remote_code` runs
 CODE_FIELDS = ("auto_map", "custom_pipelines")
+
+
+def check_headless(spec: ModelSpec, role: str) -> None:
+    """Refuses a backbone without a head as anything but a teacher, and one that has learned nothing.
+
+    Raises:
+        UserError: as said.
+    """
+    if role != "teacher":
+        raise UserError(f"head of {role} is none: only a teacher can do without; choose psp, deeplabv3plus or fpn.")
+    if spec.backbone is None or spec.output_stride != ModelSpec.output_stride:
+        raise UserError(
+            "head: none is for a timm backbone with its own strides; leave name_or_path and output_stride out."
+        )
+    if spec.pretrained == (spec.weights is not None):
+        raise UserError(
+            f"the teacher {spec.backbone} without a head needs weights that it has learned elsewhere: set pretrained: true, or "
+            "weights to a .safetensors file, not both."
+        )
 
 
 def checked_options(spec: ModelSpec, role: str) -> dict[str, Any]:
@@ -112,6 +141,8 @@ def checked_options(spec: ModelSpec, role: str) -> dict[str, Any]:
         config_class = TimmSegmentationConfig
     own = ("model_type", "backbone", *TIMM_FIELDS)
     hints = {key: hint for key, hint in get_annotations(config_class).items() if key not in own}
+    if spec.head == NO_HEAD:
+        hints = {key: hints[key] for key in ("backbone_kwargs", "image_mean", "image_std")}
     options = {}
     for key, value in spec.options.items():
         if key not in hints:
@@ -141,6 +172,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     new_labels: Mapping[str, Any] | None = None,
+    to_teach: bool = False,
 ) -> PreTrainedModel:
     """Loads a semantic or universal segmentation model, or a detector, of transformers: from the Hub, its cache or a folder.
 
@@ -149,6 +181,7 @@ def load_model(
         revision: branch, tag or commit of a Hub id.
         trust_remote_code: run model code that lies in the repository.
         new_labels: `id2label` and `label2id` of other classes; what the checkpoint lacks for them starts at random.
+        to_teach: take a checkpoint without a head for a teacher of features, see `BackboneAdapter`.
 
     Raises:
         UserError: if the repository cannot be read (`HubError`), needs code of its own that is not trusted, has
@@ -160,6 +193,11 @@ def load_model(
         source: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(name_or_path, **source)
         own_code = getattr(config, "auto_map", None) or {}
+        if to_teach and is_backbone(config):
+            logger.info("%s has no head for the task: it teaches features only", name_or_path)
+            model, loaded = load_backbone(name_or_path, config, source)
+            _check_complete(name_or_path, model, loaded["missing_keys"])
+            return _at_commit(name_or_path, model, loaded, commit)
         for auto_class in auto_classes(config):
             if type(config) in auto_class._model_mapping or auto_class.__name__ in own_code:
                 model, loaded = auto_class.from_pretrained(name_or_path, **source, **changes, output_loading_info=True)
@@ -170,14 +208,25 @@ def load_model(
                             "%s: the model of config.json has no place for %d of the stored weights, such as %s; please "
                             "check that they belong together.", name_or_path, len(unused), unused[0],
                         )  # fmt: skip
-                _check_mismatches(name_or_path, loaded["mismatched_keys"])
-                drop_foreign_code(model)
-                model.config._commit_hash = commit  # where `image_statistics` and the card look for it; never saved
-                return model
+                return _at_commit(name_or_path, model, loaded, commit)
+    remedy = (
+        "choose a model that AutoModelForSemanticSegmentation or AutoModelForObjectDetection loads, or a timm backbone"
+    )
+    if is_backbone(config):
+        remedy = f"it can only be a teacher, of features; {remedy}"
+    elif config.model_type == "timm_wrapper":
+        remedy = "name it as timm does: {backbone: ..., head: none, pretrained: true} for a teacher of features"
     raise UserError(
         f"{name_or_path} is a {config.model_type} model, for which transformers has no segmentation class and none for boxes; "
-        "choose a model that AutoModelForSemanticSegmentation or AutoModelForObjectDetection loads, or a timm backbone."
+        f"{remedy}."
     )
+
+
+def _at_commit(name_or_path: str, model: PreTrainedModel, loaded: Any, commit: str | None) -> PreTrainedModel:
+    _check_mismatches(name_or_path, loaded["mismatched_keys"])
+    drop_foreign_code(model)
+    model.config._commit_hash = commit  # where `image_statistics` and the card look for it; never saved
+    return model
 
 
 load_segmentation_model = load_model  # what it was called before it loaded detectors
@@ -196,20 +245,29 @@ def auto_classes(config: Any) -> list[Any]:
     return [*segmenters, *detectors] if segments else [*detectors, *segmenters]
 
 
-def load_adapter(spec: ModelSpec | str, *, trust_remote_code: bool = False, task: str | None = None) -> DenseAdapter:
+def load_adapter(
+    spec: ModelSpec | str, *, trust_remote_code: bool = False, task: str | None = None, to_teach: bool = False
+) -> DenseAdapter:
     """Loads a finished model and adapts it: weights, image statistics and names come from one revision.
 
     Args:
         spec: names the model.
         trust_remote_code: run model code that lies in the repository.
         task: what a model that serves two tasks is for, see `adapter_class`.
+        to_teach: as in `load_model`.
 
     Raises:
         UserError: as `load_model`, or if the model's type has no adapter.
     """
     spec = ModelSpec.parse(spec, "model")
+    if spec.head == NO_HEAD:
+        assert spec.backbone is not None
+        with _buildable(spec), explained("model", f"timm/{spec.backbone}"):
+            return adapt(build_timm(spec.backbone, spec.options, pretrained=spec.pretrained, weights=spec.weights))
     assert spec.name_or_path is not None
-    model = load_model(spec.name_or_path, revision=spec.revision, trust_remote_code=trust_remote_code)
+    model = load_model(
+        spec.name_or_path, revision=spec.revision, trust_remote_code=trust_remote_code, to_teach=to_teach
+    )
     return adapt(model, task)
 
 
@@ -239,6 +297,28 @@ def commit_of(name_or_path: str, revision: str | None = None) -> str | None:
         return None
     file = cached_file(name_or_path, CONFIG_NAME, revision=revision)
     return None if file is None else Path(file).parent.name  # of the cache's snapshots
+
+
+def class_names_of(spec: ModelSpec, *, trust_remote_code: bool = False) -> dict[int, str]:
+    """The classes of a finished teacher, which a run without any labels takes.
+
+    Raises:
+        UserError: it has none, or its configuration cannot be read (`HubError`).
+    """
+    name = spec.name_or_path or spec.backbone
+    if spec.name_or_path is None:
+        raise UserError(
+            f"without labels the classes are the teacher's, but {name} has none; name a teacher that was trained for the task."
+        )
+    with explained("model", spec.name_or_path, revision=spec.revision), _readable(spec.name_or_path):
+        source: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": trust_remote_code}
+        config = transformers.AutoConfig.from_pretrained(spec.name_or_path, **source)
+    if is_backbone(config):
+        raise UserError(
+            f"without labels the classes are the teacher's, but {name} has no head for any; name a teacher that was trained for "
+            "the task, or a data set for its classes with label_free: true."
+        )
+    return {int(index): str(label) for index, label in config.id2label.items()}
 
 
 def drop_foreign_code(loaded: Any) -> None:

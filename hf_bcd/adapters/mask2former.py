@@ -35,18 +35,36 @@ class Mask2FormerAdapter(DenseAdapter):
         outputs = self.model(pixel_values, output_hidden_states=True, output_auxiliary_logits=True)
         logits = semantic_logits(outputs.class_queries_logits, outputs.masks_queries_logits)
         features = stage_features(self.feature_specs, outputs.encoder_hidden_states)
-        task_losses = {} if targets is None else {"loss_task": self.set_prediction_loss(outputs, targets.ids.long())}
+        task_losses = {}
+        if targets is not None:
+            chosen = labelled_pictures(targets)
+            task_losses["loss_task"] = self.set_prediction_loss(outputs, targets.ids.long(), chosen)
         return DenseOutput(features, logits, task_losses=task_losses)
 
-    def set_prediction_loss(self, outputs: Any, labels: Tensor) -> Tensor:
-        """The model's matched class, mask and dice losses against label maps `[B, H, W]`, weighted and summed."""
-        *earlier, last = layers_of(outputs)
+    def set_prediction_loss(self, outputs: Any, labels: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """The model's matched class, mask and dice losses against label maps `[B, H, W]`, weighted and summed.
+
+        Of the pictures `chosen`, boolean `[B]`; a connected 0 of none.
+        """
+        layers = layers_of(outputs)
+        if chosen is not None:
+            if not chosen.any():
+                return torch.stack([0 * part.float().sum() for layer in layers for part in layer]).sum()
+            layers, labels = [(classes[chosen], masks[chosen]) for classes, masks in layers], labels[chosen]
+        *earlier, last = layers
         return matched_loss(self.model, [last, *earlier], *query_labels(labels, self.num_labels))
 
     def processor_options(self, shortest_edge: int | None) -> dict[str, Any]:
         # size_divisor would stretch the image to a multiple of 32, which the model does not need
         own = {"size_divisor": 1, "ignore_index": IGNORE_INDEX, "num_labels": self.num_labels}
         return super().processor_options(shortest_edge) | own
+
+
+def labelled_pictures(targets: LabelMaps) -> Tensor | None:
+    """Which pictures have labels, boolean `[B]`; None where all have. The others would be learned to hold no object."""
+    if targets.seen is None:
+        return None
+    return ~(targets.seen & (targets.ids == targets.ignore_index)).flatten(1).any(dim=1)
 
 
 def layers_of(outputs: Any) -> list[Layer]:

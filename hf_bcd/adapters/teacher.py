@@ -37,7 +37,7 @@ class FrozenTeacher(nn.Module):
         label_synonyms: the teacher's names for the student's classes, see `match_labels`.
 
     Attributes:
-        label_map: which of the teacher's classes stand for each class of the student.
+        label_map: which of the teacher's classes stand for each class of the student; None of a teacher of features only.
     """
 
     def __init__(
@@ -52,7 +52,10 @@ class FrozenTeacher(nn.Module):
         self.adapter = adapter.requires_grad_(False).eval()
         self.dtype = dtype
         self.image_size = image_size
-        self.label_map = adapter.match(student_id2label, label_synonyms)
+        self.label_map = adapter.match(student_id2label, label_synonyms) if adapter.predicts else None
+        if self.label_map is None:
+            logger.info("the teacher has no classes: it teaches features only")
+            return
         if "number" in self.label_map.rules.values():
             logger.warning(
                 "The labels of teacher or student have no names (LABEL_0, ...). Class i of the teacher is taken for class "
@@ -63,7 +66,7 @@ class FrozenTeacher(nn.Module):
     @property
     def shares_labels(self) -> bool:
         """Whether logits have the student's classes in the student's order; else they have the teacher's own."""
-        return self.label_map.is_complete
+        return self.label_map is not None and self.label_map.is_complete
 
     @property
     def feature_specs(self) -> dict[str, FeatureSpec]:

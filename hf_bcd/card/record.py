@@ -28,7 +28,7 @@ class ModelRecord(NamedTuple):
 class DataRecord(NamedTuple):
     """A data set: its name, Hub id and commit, web page, terms, images of each split (None: a stream) and label rule.
 
-    `notes` are what looked wrong with it before training.
+    `notes` are what looked wrong with it before training; `unlabelled` is the number of training images without labels.
     """
 
     name: str
@@ -39,6 +39,7 @@ class DataRecord(NamedTuple):
     images: Mapping[str, int | None]
     label_rule: str
     notes: Sequence[str] = ()
+    unlabelled: int = 0
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from ..runs.experiment import (
     evaluate_model,
     final_split,
     load_data,
+    name_classes,
     train_model,
 )
 from ..runs.report import metrics_table, write_report
@@ -62,7 +63,7 @@ def distill(
     """Trains, scores, reports and pushes; `recipe` is what the arguments were built from, for the card."""
     if (checkpoint := checkpoint_of(config, "student")) is not None:
         read_state(Path(checkpoint))  # a wrong one fails before hours of teacher training
-    data = load_data(data_args)
+    data = name_classes(model_args, load_data(data_args))
     student = build_student(model_args, config, data)
     baseline = load_baseline(model_args, data)
     check_untrained(model_args, config, data, student)
@@ -80,6 +81,8 @@ def distill(
     if split is not None:
         for name, model in found.items():
             synonyms = read_synonyms(model_args.label_synonyms) if name == "teacher" else None
+            if not model.predicts:
+                continue  # a teacher of features
             if missing := model.match(data[split].id2label, synonyms).missing:
                 logging.warning("the %s has no score: it lacks the classes %s", name, ", ".join(missing))
             else:

@@ -7,6 +7,7 @@ from .loading import load_dense_dataset
 from .sources.catalog import CATALOG, DatasetSpec
 from .streaming import DenseStream, TransformedStream
 from .transforms import BoxEvalTransform, BoxTrainTransform, EvalTransform, TrainTransform
+from .unlabelled import holds_only_pictures, load_pictures
 
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "check_sample",
     "collate",
     "collate_boxes",
+    "holds_only_pictures",
     "joined",
     "keep_in_memory",
     "load_dense_dataset",
+    "load_pictures",
 ]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from ..utils.messages import UserError
-from .images import match_orientation, read_image, to_rgb
-from .labels import IGNORE_INDEX, ColourId, LabelRule, decode_label
+from .images import match_orientation, read_image, to_rgb, upright
+from .labels import IGNORE_INDEX, UNLABELLED, ColourId, LabelRule, decode_label
 
 
 TASK = "semantic-segmentation"
@@ -53,15 +53,17 @@ def named_splits(splits: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 class Row(NamedTuple):
-    """One raw sample: files, their encoded bytes or decoded images, with names for error messages."""
+    """One raw sample: files, their encoded bytes or decoded images, with names for error messages; a picture may have no label."""
 
     image: str | Path | bytes | Image.Image
-    label: str | Path | bytes | Image.Image | np.ndarray
+    label: str | Path | bytes | Image.Image | np.ndarray | None
     image_name: str
     label_name: str
 
     def mask(self) -> Image.Image | np.ndarray:
         """The mask, decoded; refused if its format does not keep ids."""
+        if self.label is None:
+            raise UnlabelledError(f"{self.image_name}: a picture without labels.")
         return (
             self.label if isinstance(self.label, np.ndarray) else read_image(self.label, self.label_name, exact=True)
         )
@@ -101,8 +103,14 @@ def read_files(image: str, mask: str) -> Row:
     return Row(Path(image), Path(mask), image, mask)
 
 
+def read_picture(rows: Rows, index: int) -> Row:
+    """A row without its label."""
+    row = rows[index]
+    return row._replace(label=None, label_name=row.image_name)
+
+
 class Sample(TypedDict):
-    """RGB `image` and uint8 `label` `[H, W]` of the same size."""
+    """RGB `image` and uint8 `label` `[H, W]` of the same size, full of `UNLABELLED` for a picture without labels."""
 
     image: Image.Image
     label: np.ndarray
@@ -122,6 +130,9 @@ def read_sample(row: Row, rule: LabelRule, num_labels: int) -> Sample:
     Raises:
         UserError: a file cannot be decoded, image and mask differ in size, or the mask holds unknown ids.
     """
+    if row.label is None:
+        image = to_rgb(upright(read_image(row.image, row.image_name)), row.image_name)
+        return {"image": image, "label": np.full(image.size[::-1], UNLABELLED, np.uint8)}
     label = rule.apply(row.stored_ids(rule.colours), num_labels, row.label_name)
     image = match_orientation(read_image(row.image, row.image_name), label.shape[::-1], row.image_name)
     return {"image": to_rgb(image, row.image_name), "label": label}
@@ -170,10 +181,12 @@ class DenseDataset(Split, Dataset[Sample]):
 
     Attributes:
         cache: where transforms find the samples decoded already, see `keep_in_memory`.
+        labelled: number of the first samples that have labels, where others have none; None where all have.
     """
 
     rows: Rows
     cache: Samples | None = None
+    labelled: int | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -191,8 +204,42 @@ class DenseDataset(Split, Dataset[Sample]):
 
     def select(self, indices: Sequence[int]) -> "DenseDataset":
         """The samples at `indices`, in this order."""
-        rows = Subset(cast(Any, self.rows), [range(len(self))[index] for index in indices])
-        return replace(self, rows=rows, cache=None)
+        chosen = [range(len(self))[index] for index in indices]
+        labelled = self.labelled
+        if labelled is not None:
+            with_labels = [index < labelled for index in chosen]
+            if with_labels != sorted(with_labels, reverse=True):
+                raise UserError(f"{self.name}: pictures without labels are chosen before others; put them last.")
+            labelled = None if all(with_labels) else sum(with_labels)
+        return replace(self, rows=Subset(cast(Any, self.rows), chosen), cache=None, labelled=labelled)
+
+    @property
+    def num_unlabelled(self) -> int:
+        """Number of samples without labels, which are the last ones."""
+        return 0 if self.labelled is None else len(self) - self.labelled
+
+    def with_unlabelled(self, pictures: "DenseDataset") -> "DenseDataset":
+        """These samples, then pictures without labels."""
+        labelled = len(self) if self.labelled is None else self.labelled
+        rows: Any = ConcatDataset([cast(Any, self.rows), cast(Any, pictures.rows)])
+        return replace(self, rows=rows, cache=None, labelled=labelled)
+
+    def only_labelled(self) -> "DenseDataset":
+        """The samples that have labels.
+
+        Raises:
+            UserError: none has.
+        """
+        if self.labelled == 0:
+            raise UserError(
+                f"{self.name}: none of its {len(self)} pictures has labels, and only a teacher can do without."
+            )
+        return self if self.labelled is None else self.select(range(self.labelled))
+
+    def without_labels(self) -> "DenseDataset":
+        """The same pictures, whose labels nobody reads."""
+        rows = ReadRows([(self.rows, index) for index in range(len(self))], read_picture)
+        return replace(self, rows=rows, cache=None, labelled=0)
 
     def with_transform(self, transform: Transform, seed: int = 0) -> "TransformedDataset":
         """Applies `transform(sample)` to every sample; see `TransformedDataset`."""
@@ -214,6 +261,8 @@ def joined(dataset: Any) -> Any:
     if not all(isinstance(part, DenseDataset) for part in parts):
         return dataset
     first = parts[0]
+    if any(part.labelled is not None for part in parts):
+        raise UserError(f"{first.name}: join data sets first, and add pictures without labels to the result.")
     for part in parts:
         if (part.id2label, part.rule, part.task) != (first.id2label, first.rule, first.task):
             raise UserError(
@@ -301,13 +350,19 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stacks B samples: `index` int64 `[B]`, `pixel_values` uint8 `[B, 3, H, W]` and `labels` uint8 `[B, H, W]`.
 
     Images, and independently labels, of different sizes are lists of B tensors instead. Nothing is ever padded: a model
-    would see the padding, and predictions would differ from those of single images.
+    would see the padding, and predictions would differ from those of single images. Where a picture has no labels, these are
+    255 (void) and `seen`, boolean `[B, H, W]`, tells its pixels from padding; it is False where labels of others are void.
     """
+    labels, seen = _stack([sample["labels"] for sample in samples]), {}
+    if isinstance(labels, Tensor) and bool((unlabelled := labels == UNLABELLED).any()):
+        seen["seen"] = labels != IGNORE_INDEX
+        labels = labels.masked_fill(unlabelled, IGNORE_INDEX)
     return {
         # first, because Trainer takes the batch size from the first tensor that it meets
         "index": torch.tensor([sample["index"] for sample in samples]),
         "pixel_values": _stack([sample["pixel_values"] for sample in samples]),
-        "labels": _stack([sample["labels"] for sample in samples]),
+        "labels": labels,
+        **seen,
     }
 
 

@@ -108,6 +108,12 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """A photograph as viewers show it, turned by its EXIF orientation."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
+
+
 def match_orientation(image: Image.Image, size: tuple[int, int], name: str, truth: str = "mask") -> Image.Image:
     """Turns a photograph with an EXIF orientation the way its mask was drawn.
 

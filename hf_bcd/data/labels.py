@@ -17,7 +17,8 @@ from ..utils.text import shortened
 
 
 IGNORE_INDEX = 255
-MAX_LABELS = IGNORE_INDEX  # ids 0..254; 255 marks void pixels
+UNLABELLED = 254  # every pixel of a picture without labels, until a batch is made
+MAX_LABELS = UNLABELLED  # ids 0..253; 255 marks void pixels
 VOID_NAMES = ("background", "ignore", "ignored", "undefined", "unlabeled", "unlabelled", "unlabel", "void")
 _TABLE_SIZE = 1 << 16  # every id that an 8-bit or 16-bit mask can hold
 

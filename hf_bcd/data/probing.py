@@ -74,7 +74,7 @@ class Survey:
         mask = row.mask()
         row = row._replace(label=mask)  # decoded once for all that follows
         ids = row.stored_ids(self.rule.colours)
-        if self.num_labels == MAX_LABELS and int(ids.max(initial=0)) > MAX_LABELS:
+        if self.num_labels == MAX_LABELS and int(ids[ids != IGNORE_INDEX].max(initial=0)) >= MAX_LABELS:
             raise UserError(
                 f"{row.label_name}: the mask holds ids up to {ids.max()}, but without class names its ids are the classes, "
                 f"of which there are at most {MAX_LABELS}: 0..{MAX_LABELS - 1}, and 255 for void. Store the masks so."

@@ -17,7 +17,7 @@ from transformers import BaseImageProcessor
 
 from ..utils.messages import UserError
 from .boxes import MIN_SIDE, to_train_on
-from .labels import IGNORE_INDEX
+from .labels import IGNORE_INDEX, UNLABELLED
 from .masks import transform_masks
 
 
@@ -41,7 +41,7 @@ class Augmentation:
 
     The crop is cut out before it is scaled, so that no pixel is scaled in vain. What is smaller than the crop is padded,
     with the mean colour and void labels. As in mmsegmentation, a crop is drawn again (at most ten times) if one class
-    covers `max_class_share` of its labelled pixels, or all of it is void. Random numbers come from torch's CPU generator.
+    covers `max_class_share` of its labelled pixels, or all of it is void; not of a picture without labels. Random numbers come from torch's CPU generator.
 
     Args:
         crop_size: side, or (height, width), of the result in pixels.
@@ -90,6 +90,8 @@ class Augmentation:
 
     def _draw_crop(self, size: Sequence[int], scaled: Sequence[int], mask: Tensor | None) -> list[Overlap]:
         """Draws where the crop lies along both axes."""
+        if mask is not None and int(mask.flatten()[0]) == UNLABELLED:  # of the whole picture
+            mask = None
         for attempt in range(CROP_ATTEMPTS):
             axes = [_overlap(*axis) for axis in zip(size, scaled, self.crop_size, strict=True)]
             (top, height, *_), (left, width, *_) = axes

@@ -99,7 +99,8 @@ class DistillationCriterion(nn.Module):
             factor = self.decay if name in self.decays else 1.0
             needed = {"task_loss": task_loss} if "task_loss" in loss.needs else {}
             pair = (self.seen_by(name, output) for output in (student, teacher))
-            for term, value in loss(*pair, targets, **needed).items():
+            known = targets.labelled() if "labels" in loss.needs and isinstance(targets, LabelMaps) else targets
+            for term, value in loss(*pair, known, **needed).items():
                 key = f"{name}/{term}"
                 terms[key], factors[key] = share * value, weights[key] * factor
                 total = total + factors[key] * terms[key]

@@ -32,7 +32,8 @@ class ModelArguments:
     teacher: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Teacher, given like the student. A timm backbone is first trained on the same data. "
+            "help": "Teacher, given like the student. A timm backbone is first trained on the same data. A backbone without a "
+            "head, such as facebook/dinov2-base or {backbone: ..., head: none, pretrained: true}, teaches features only. "
             "None trains the student without one."
         },
     )
@@ -101,6 +102,18 @@ class DataArguments:
     )
     dataset_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further options of the data set, e.g. {size: [96, 128]} for synthetic."}
+    )
+    unlabelled_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of pictures without labels, mixed into every batch; alone: distil without any labels."
+        },
+    )
+    unlabelled_dataset: str | None = field(
+        default=None, metadata={"help": "The same from a Hub data set, or a folder of tables, with an image column."}
+    )
+    label_free: bool = field(
+        default=False, metadata={"help": "Leave the labels of the training split unread: only the teacher teaches."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first training samples only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first samples of each other split."})

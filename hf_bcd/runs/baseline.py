@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 
 from ..adapters import DenseAdapter, adapt, read_synonyms
 from ..adapters.loading import ModelSpec, build_model, commit_of, load_adapter
-from ..data import DenseDatasets
+from ..data import DenseDataset, DenseDatasets
 from ..hub.errors import explained
 from ..stores import Store
 from ..tasks import task_of
@@ -43,7 +43,7 @@ def check_untrained(args: ModelArguments, config: BCDConfig, data: DenseDatasets
     """
     given = None if args.teacher_store else args.teacher
     spec = None if given is None else ModelSpec.parse(given, "teacher")
-    if spec is not None and spec.name_or_path is None:
+    if spec is not None and not spec.is_finished:
         teacher_config(args, config)
         with torch.random.fork_rng(devices=[]):
             build_losses(
@@ -66,16 +66,19 @@ def prepare_teacher(args: ModelArguments, config: BCDConfig, data: DenseDatasets
     if args.teacher is None:
         return None
     spec = ModelSpec.parse(args.teacher, "teacher")
-    if spec.name_or_path is not None:
+    if spec.is_finished:
         task = task_of(data["train"])
-        teacher = load_adapter(spec, trust_remote_code=args.trust_remote_code, task=task.name)
-        label_map = teacher.match(data["train"].id2label, read_synonyms(args.label_synonyms))
+        teacher = load_adapter(spec, trust_remote_code=args.trust_remote_code, task=task.name, to_teach=True)
+        synonyms = read_synonyms(args.label_synonyms)
+        label_map = teacher.match(data["train"].id2label, synonyms) if teacher.predicts else None
         check_task(teacher, task)
         for size in task.train_sizes(config):
             teacher.check_size(teacher.size_as_teacher(size))
         check_losses(teacher, label_map, config)  # fails here rather than after the baseline's training
         if args.teacher_training:
-            logger.warning("%s is a finished teacher, so teacher_training is not used", spec.name_or_path)
+            logger.warning(
+                "%s is a finished teacher, so teacher_training is not used", spec.name_or_path or spec.backbone
+            )
         return teacher
     return train_or_reuse("teacher", spec, teacher_config(args, config), data)
 
@@ -90,9 +93,11 @@ def teacher_config(args: ModelArguments, config: BCDConfig) -> BCDConfig:
 def teacher_key(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:
     """The key of a run's teacher: how it is trained here, or its files or commit if it is finished."""
     spec = ModelSpec.parse(args.teacher or {}, "teacher")
-    if spec.name_or_path is None:
+    if not spec.is_finished:
         return recipe_of(spec, teacher_config(args, config), data)
     key = {f"model.{key}": value for key, value in dataclasses.asdict(spec).items()}
+    if spec.name_or_path is None:
+        return key
     with explained("model", spec.name_or_path, revision=spec.revision):
         key["model.commit"] = commit_of(spec.name_or_path, spec.revision)
     for file in sorted(Path(spec.name_or_path).glob("*")):
@@ -178,10 +183,12 @@ def train_or_reuse(role: str, spec: ModelSpec, config: BCDConfig, data: DenseDat
 
 def recipe_of(spec: ModelSpec, config: BCDConfig, data: DenseDatasets) -> dict[str, Any]:
     """All that decides how a model trained without a teacher comes out."""
+    train: Any = data["train"]
+    train = train.only_labelled() if isinstance(train, DenseDataset) else train
     return {
         **{f"model.{key}": value for key, value in dataclasses.asdict(spec).items()},
-        **{f"training.{key}": str(getattr(config, key)) for key in OUTCOME},
-        **{f"data.{key}": value for key, value in data_key(data["train"]).items()},
+        **{f"training.{key}": str(getattr(config, key)) for key in OUTCOME if key != "unlabelled_share"},
+        **{f"data.{key}": value for key, value in data_key(train).items()},
     }
 
 

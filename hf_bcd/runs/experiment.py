@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,17 @@ from huggingface_hub.utils import WeakFileLock
 from transformers import PreTrainedModel, set_seed
 
 from ..adapters import DenseAdapter, adapt, image_processor, read_synonyms
-from ..adapters.loading import ModelSpec, build_model
-from ..data import DenseDataset, DenseDatasets, DenseStream, keep_in_memory, load_dense_dataset
+from ..adapters.loading import ModelSpec, build_model, class_names_of
+from ..data import (
+    DenseDataset,
+    DenseDatasets,
+    DenseStream,
+    holds_only_pictures,
+    keep_in_memory,
+    load_dense_dataset,
+    load_pictures,
+)
+from ..data.labels import MAX_LABELS
 from ..hub.pushing import fetch_checkpoint
 from ..stores import Store
 from ..tasks import task_of
@@ -48,6 +58,8 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
         UserError: if neither a data set nor a folder is named, a limit is not positive, or there is no training split.
     """
     source = args.dataset_name or (args.data_dir and Path(args.data_dir))  # which is a folder, whatever it is called
+    if for_training and (found := load_label_free(args)) is not None:
+        return found
     if not source:
         raise UserError("no data: give --dataset_name (catalog name, Hub id or folder) or --data_dir.")
     for name in ("max_train_samples", "max_eval_samples"):
@@ -90,9 +102,98 @@ def load_data(args: DataArguments, for_training: bool = True) -> DenseDatasets:
 
     limits = {name: args.max_train_samples if name == "train" else args.max_eval_samples for name in data}
     splits = {name: cut(split, limits[name]) for name, split in data.items()}
+    if for_training:
+        splits["train"] = with_pictures(splits["train"], args)
     if args.cache_images and for_training:
         splits |= {name: keep_in_memory(splits[name]) for name in ("train", "validation") if name in splits}
     return DenseDatasets(splits)
+
+
+def load_label_free(args: DataArguments) -> DenseDatasets | None:
+    """Pictures without any labels, where the arguments name nothing else; their classes are to be the teacher's.
+
+    Raises:
+        UserError: an option is given that says how to read labels.
+    """
+    folder = Path(args.data_dir).expanduser() if args.data_dir else None
+    if args.dataset_name or (folder is not None and not holds_only_pictures(folder)):
+        return None
+    sources: list[Any] = [source for source in (folder, *named_pictures(args)) if source is not None]
+    if not sources:
+        return None
+    own = (
+        "dataset_config",
+        "dataset_revision",
+        "label_column",
+        "id2label",
+        "reduce_labels",
+        "ignore_labels",
+        "streaming",
+        "task",
+    )
+    if useless := [name for name in own if getattr(args, name)]:
+        raise UserError(f"{sources[0]} holds pictures without labels: leave {', '.join(useless)} out.")
+    train, *more = [load_pictures(source, image_column=args.image_column) for source in sources]
+    for pictures in more:
+        train = train.with_unlabelled(pictures)
+    if args.max_train_samples is not None:
+        train = train.select(range(min(args.max_train_samples, len(train))))
+    logger.warning(
+        "%s: %d pictures without labels, so the run distils in the teacher's classes, without a task loss and without scores.",
+        ", ".join(map(str, sources)),
+        len(train),
+    )
+    return DenseDatasets({"train": keep_in_memory(train) if args.cache_images else train})
+
+
+def named_pictures(args: DataArguments) -> list[Any]:
+    """Where the arguments say that pictures without labels lie."""
+    folder = args.unlabelled_dir and Path(args.unlabelled_dir)
+    return [source for source in (folder, args.unlabelled_dataset) if source]
+
+
+def with_pictures(train: Any, args: DataArguments) -> Any:
+    """A training split as the arguments want it: without its labels, and with pictures that have none.
+
+    Raises:
+        UserError: it is a stream, or not of label maps.
+    """
+    sources = named_pictures(args)
+    if not sources and not args.label_free:
+        return train
+    if not isinstance(train, DenseDataset) or train.task != DenseDataset.task:
+        kind = "a stream" if isinstance(train, DenseStream) else f"for {task_of(train).title}"
+        raise UserError(
+            f"{train.name} is {kind}; pictures without labels are for label maps that are read at random: leave unlabelled_dir, "
+            "unlabelled_dataset, label_free and streaming out."
+        )
+    train = train.without_labels() if args.label_free else train
+    for source in sources:
+        pictures = load_pictures(source)
+        logger.info("%s: %d pictures without labels", source, len(pictures))
+        train = train.with_unlabelled(pictures)
+    return train
+
+
+def name_classes(args: ModelArguments, data: DenseDatasets) -> DenseDatasets:
+    """Gives pictures without labels, which have no classes, those of the teacher.
+
+    Raises:
+        UserError: there is no teacher, it has no classes or too many, or the student is to be trained without it too.
+    """
+    train = data["train"]
+    if getattr(train, "labelled", None) == 0 and args.with_baseline:
+        raise UserError("with_baseline trains the student without its teacher, but there are no labels: leave it out.")
+    if train.id2label:
+        return data
+    if args.teacher is None:
+        raise UserError(
+            f"{train.source} has no labels, so that there is nothing to learn from without a teacher: name one."
+        )
+    names = class_names_of(ModelSpec.parse(args.teacher, "teacher"), trust_remote_code=args.trust_remote_code)
+    if len(names) > MAX_LABELS:
+        raise UserError(f"the teacher has {len(names)} classes; a label map holds at most {MAX_LABELS}.")
+    return DenseDatasets({"train": replace(train, id2label=names)})
 
 
 def build_student(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> DenseAdapter:
@@ -183,11 +284,13 @@ def train_model(
             f"{left} is left of an earlier run. Continue that with --resume_from_checkpoint true, choose another "
             "--output_dir, or remove it."
         )
+    train: Any = data["train"]
     trainer = BCDTrainer(
         model=model,
         teacher_model=teacher,
         args=config,
-        train_dataset=data["train"],
+        # without a teacher, pictures without labels would only take time
+        train_dataset=train.only_labelled() if teacher is None and isinstance(train, DenseDataset) else train,
         eval_dataset=data.get("validation"),
         label_synonyms=label_synonyms,
     )

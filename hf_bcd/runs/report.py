@@ -92,8 +92,9 @@ def write_report(
             figures = write_figures(trainer, models, data[split], folder / "figures")
         except Exception as error:  # whatever a picture's shape does to a figure, the run stands
             logger.warning("no figures, because one failed: %s", shortened(f"{type(error).__name__}: {error}"))
-    if trainer.teacher is not None and not trainer.teacher.label_map.is_identity:
-        write_json(folder / "label_map.json", trainer.teacher.label_map.to_dict())
+    label_map = None if trainer.teacher is None else trainer.teacher.label_map
+    if label_map is not None and not label_map.is_identity:
+        write_json(folder / "label_map.json", label_map.to_dict())
     paths = [f"figures/{name}" for name in figures]
     write_card(folder, record_run(trainer, models, results, data, paths, recipe))
     trainer.has_card = True

@@ -29,7 +29,7 @@ from ..utils.messages import UserError
 from ..utils.types import converted
 from .arguments import RECIPE_KEYS, DataArguments, ModelArguments, build_arguments, read_arguments
 from .baseline import check_untrained, prepare_teacher, teacher_key
-from .experiment import alone_in, build_student, evaluate_model, final_split, load_data, train_model
+from .experiment import alone_in, build_student, evaluate_model, final_split, load_data, name_classes, train_model
 from .recipes import merged, read_recipe
 from .reinforce import build_reinforcer, make_store
 from .report import write_report
@@ -304,7 +304,7 @@ class Shared:
         data: DenseDataset,
     ) -> dict[str, Any] | None:
         synonyms = read_synonyms(args.label_synonyms)
-        if model.match(data.id2label, synonyms).missing:
+        if not model.predicts or model.match(data.id2label, synonyms).missing:
             return None
         scored = {"split": data.split, "image_size": config.image_size, "synonyms": synonyms, **data_key(data)}
         key = {**teacher, **{f"scored.{key}": value for key, value in scored.items()}}
@@ -362,7 +362,7 @@ def _train_run(
     run: Run, shared: Shared, model_args: ModelArguments, data_args: DataArguments, config: BCDConfig
 ) -> None:
     config.resume_from_checkpoint = "true"  # the last checkpoint of its folder, if there is one
-    data = shared.load_data(data_args)
+    data = name_classes(model_args, shared.load_data(data_args))
     split = shared.study.split or final_split(data)
     if split is None or split not in data:
         raise UserError(f"the data set has the splits {', '.join(data)}, but the scores are to come from {split!r}.")

@@ -134,7 +134,7 @@ class SemanticSegmentation(Task):
 
     def targets(self, batch: Mapping[str, Any], num_labels: int) -> LabelMaps:
         check_one_size(batch)
-        return LabelMaps(batch["labels"], num_labels)
+        return LabelMaps(batch["labels"], num_labels, seen=batch.get("seen"))
 
     def denominator(self, targets: LabelMaps) -> Tensor:  # type: ignore[override]
         """Number of valid pixels."""

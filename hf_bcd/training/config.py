@@ -32,6 +32,7 @@ OUTCOME = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "bf16", "fp16", "load_best_model_at_end",
     "metric_for_best_model", "crop_size", "image_size", "image_longest", "train_shortest", "square_size", "decay_per", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
     "dataloader_drop_last", "train_sampling_strategy", "layer_decay", "lr_milestones", "ema_decay", "inherit", "group_by_shape",
+    "unlabelled_share",
 )  # fmt: skip
 FINITE = 1e30
 # lowest value, whether it is left out, and highest
@@ -46,7 +47,7 @@ RANGES = {
     ),
     (0, False, FINITE): ("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "dataloader_num_workers"),
     (0, False, 2**32 - 1): ("seed", "data_seed"),
-    (0, True, 1): ("layer_decay",),
+    (0, True, 1): ("layer_decay", "unlabelled_share"),
     (0, False, 1): ("ema_decay", "adam_beta1", "adam_beta2", "color_jitter"),
 }  # fmt: skip
 OPTIONAL = ("eval_steps", "image_size", "square_size", "save_total_limit", "dataloader_prefetch_factor", "data_seed")
@@ -180,6 +181,10 @@ class BCDConfig(TrainingArguments):
         default=0.0,
         metadata={"help": "Decay of an average of the student's weights, which is saved and scored; 0 for none."},
     )
+    unlabelled_share: float = field(
+        default=0.5,
+        metadata={"help": "Share of a batch that has no labels, where --unlabelled_dir or the like adds such."},
+    )
     inherit: list[str] | None = field(
         default=None,
         metadata={"help": "Modules that start with the teacher's weights, of the same shapes: [neck, bbox_head]."},
@@ -257,6 +262,8 @@ class BCDConfig(TrainingArguments):
             values = getattr(self, name)
             if values is not None and not (values and all(value > 0 for value in values) and values == sorted(values)):
                 raise UserError(f"{name} is {values}; give numbers above 0 in ascending order.")
+        if self.unlabelled_share == 1:
+            raise UserError("unlabelled_share is 1; it must be less, or leave all labels out (`--label_free true`).")
         if self.scale_min > self.scale_max:
             raise UserError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
 

@@ -73,6 +73,71 @@ class ShapeSampler(Sampler[int]):
         yield from waiting[True] + waiting[False]
 
 
+class MixedSampler(Sampler[int]):
+    """An order in which every batch has as many pictures without labels as every other.
+
+    An epoch is one pass over the pictures with labels in random order, the last batch filled up from its beginning; pictures
+    without labels come one after the other in random order, again and again. The order depends on the seed and the epoch
+    only, so that a resumed run has it, and batches are the same for any number of processes.
+
+    Args:
+        labelled: number of the first samples, which have labels.
+        unlabelled: number of the others.
+        batch_size: samples a batch.
+        share: share of a batch that has no labels, rounded; at least one sample of each kind.
+        seed: of all epochs.
+    """
+
+    def __init__(self, labelled: int, unlabelled: int, batch_size: int, share: float, seed: int) -> None:
+        if batch_size < 2:
+            raise UserError(
+                "pictures without labels share batches with others: per_device_train_batch_size must be at least 2."
+            )
+        self.labelled, self.unlabelled, self.seed, self.epoch = labelled, unlabelled, seed, 0
+        self.of_batch = min(max(1, round(batch_size * share)), batch_size - 1)
+        self.with_labels = batch_size - self.of_batch
+        self.batches = -(-labelled // self.with_labels)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches * (self.with_labels + self.of_batch)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        ours = cycled(generator.permutation(self.labelled), self.batches * self.with_labels)
+        needed = self.batches * self.of_batch
+        passes = [generator.permutation(self.unlabelled) for _ in range(-(-needed // self.unlabelled))]
+        theirs = (self.labelled + np.concatenate(passes)).tolist()
+        for batch in range(self.batches):
+            yield from ours[batch * self.with_labels : (batch + 1) * self.with_labels]
+            yield from theirs[batch * self.of_batch : (batch + 1) * self.of_batch]
+
+
+def cycled(order: np.ndarray, length: int) -> list[int]:
+    """An order again and again, up to a length."""
+    return np.resize(order, length).tolist()
+
+
+def mixed(dataset: Any, args: BCDConfig) -> MixedSampler | None:
+    """The sampler of a data set of which some pictures have no labels; None where all have, or none.
+
+    Raises:
+        UserError: another order is asked for.
+    """
+    inner = getattr(dataset, "dataset", dataset)
+    if not getattr(inner, "labelled", None) or not inner.num_unlabelled:
+        return None
+    if args.train_sampling_strategy != "random":
+        raise UserError(
+            f"train_sampling_strategy is {args.train_sampling_strategy}, but pictures without labels are drawn at random; leave "
+            "it out."
+        )
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return MixedSampler(inner.labelled, inner.num_unlabelled, args.train_batch_size, args.unlabelled_share, seed)
+
+
 def by_shape(dataset: Any, args: BCDConfig) -> ShapeSampler:
     """The sampler of `group_by_shape`.
 

@@ -121,14 +121,14 @@ def record_model(model: DenseAdapter, role: str, recipe: Mapping[str, Any] | Non
         trained_here = None if recipe is None else recipe.get(role) is None
     elif (given := (recipe or {}).get(role)) is not None:
         spec = ModelSpec.parse(given, role)
-        trained_here = role == "student" or spec.backbone is not None
+        trained_here = role == "student" or not spec.is_finished
         if spec.backbone is not None:
             start = getattr(timm.get_pretrained_cfg(spec.backbone), "hf_hub_id", None) if spec.pretrained else None
             words = "weights that timm downloads" if spec.pretrained else "local weights" if spec.weights else RANDOM
         elif start is None:
             words = "local weights"
     return ModelRecord(
-        f"{timm_head} on {config.backbone}" if timm_head else type(model.model).__name__,
+        f"{timm_head} on {config.backbone}" if timm_head else architecture_of(model),
         model.repo_id,
         model.revision,
         start,
@@ -136,6 +136,12 @@ def record_model(model: DenseAdapter, role: str, recipe: Mapping[str, Any] | Non
         trained_here,
         {name: level.channels for name, level in model.feature_specs.items()},
     )
+
+
+def architecture_of(model: DenseAdapter) -> str:
+    """The class of a model; of a backbone of timm its name there."""
+    config = model.model.config
+    return f"{config.backbone} (timm)" if config.model_type == "timm_backbone" else type(model.model).__name__
 
 
 def record_data(data: Mapping[str, DenseDataset], recipe: Mapping[str, Any]) -> DataRecord:
@@ -152,6 +158,7 @@ def record_data(data: Mapping[str, DenseDataset], recipe: Mapping[str, Any]) -> 
         {name: len(split) if isinstance(split, Sized) else None for name, split in data.items()},
         train.rule.in_words(),
         train.notes,
+        getattr(train, "num_unlabelled", 0),
     )
 
 
@@ -177,8 +184,10 @@ def record_methods(trainer: TrainedRun) -> dict[str, dict[str, Any]]:
     return records
 
 
-def class_words(found: LabelMap) -> str:
+def class_words(found: LabelMap | None) -> str:
     """How the student's classes lie among the teacher's; empty where they are the same."""
+    if found is None:
+        return "the teacher has none; it gave features only"
     if found.is_identity:
         return ""
     total, lacking = len(found.student), f"; the teacher lacks {', '.join(found.missing)}" if found.missing else ""

@@ -65,6 +65,10 @@ def prepare(
     synonyms, id2label = read_synonyms(synonyms), getattr(dataset, "id2label", None)
     task = task_of(dataset)
     student = adapt(model, task.name)
+    if not student.predicts:
+        raise UserError(
+            f"{type(student.model).__name__} has no head, so it predicts nothing: it can only be a teacher, of features."
+        )
     if not to_train and teacher is None and id2label is not None:
         student.match(id2label, synonyms)
     if student.label_map is None:
@@ -255,12 +259,33 @@ def offers_of(teacher: DenseAdapter, args: BCDConfig, student: DenseAdapter | No
     return (OFFERED_BY_ALL | offers) - ({"task_loss"} if args.torch_compile else set())
 
 
-def check_losses(teacher: DenseAdapter, label_map: LabelMap, args: BCDConfig) -> None:
+def check_label_free(dataset: Any, teacher: FrozenTeacher | None, student: DenseAdapter, args: BCDConfig) -> None:
+    """Refuses what a training set without any labels cannot serve.
+
+    Raises:
+        UserError: there is no teacher to learn from, a loss reads labels, or weights are to be measured against the task.
+    """
+    if getattr(dataset, "labelled", None) != 0:
+        return
+    if teacher is None:
+        raise UserError(
+            f"{dataset.name} has no labels, so that there is nothing to learn from without a teacher: name one."
+        )
+    check_needs(args.loss_options, offers_of(teacher.adapter, args, student) - {"labels", "task_loss"})
+    if measured := [name for name, loss in args.loss_options.items() if loss.measured]:
+        raise UserError(
+            f"weight of {', '.join(measured)} is auto, a share of the task's gradient, but without labels there is none; give a "
+            "number."
+        )
+
+
+def check_losses(teacher: DenseAdapter, label_map: LabelMap | None, args: BCDConfig) -> None:
     """Refuses losses that this teacher cannot serve; needs no student, so that it can run before any training.
 
     Args:
         teacher: adapted teacher.
-        label_map: from the teacher's classes to the student's. Losses that need `logits` compare them class by class.
+        label_map: from the teacher's classes to the student's; None of a teacher without classes. Losses that need `logits`
+            compare them class by class.
         args: the losses.
 
     Raises:
@@ -269,7 +294,7 @@ def check_losses(teacher: DenseAdapter, label_map: LabelMap, args: BCDConfig) ->
     check_needs(args.loss_options, offers_of(teacher, args))
     by_class = {"logits", "classes"}
     concerned = [name for name, loss in args.loss_options.items() if by_class & loss.needs]
-    if concerned and not label_map.is_complete:
+    if concerned and label_map is not None and not label_map.is_complete:
         others = others_that_serve(offers_of(teacher, args) - by_class)
         raise UserError(
             f"the teacher has no class for {', '.join(label_map.missing)}, but the losses {', '.join(concerned)} compare "

@@ -34,10 +34,10 @@ from .evaluation import each, evaluate, evaluated, moved, predict_batch, stacked
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
-from .loaders import by_shape, stored_views, stream_loader
+from .loaders import by_shape, mixed, stored_views, stream_loader
 from .optimization import group_parameters, step_down
 from .recording import write_training_card
-from .teaching import calibrate, prepare
+from .teaching import calibrate, check_label_free, prepare
 from .terms import TermMeans
 
 
@@ -99,12 +99,13 @@ class BCDTrainer(Trainer):
         self.task = task_of(reference)
         settle_evaluation(args, eval_dataset, self.task)
         if isinstance(teacher_model, str):
-            teacher_model = load_adapter(teacher_model, task=self.task.name)
+            teacher_model = load_adapter(teacher_model, task=self.task.name, to_teach=True)
         if isinstance(teacher_model, Store):
             teacher_model = StoredTeacher(teacher_model)
         student, self.teacher, criterion = prepare(
             model, teacher_model, args, reference, label_synonyms, to_train=train_dataset is not None
         )
+        check_label_free(train_dataset, self.teacher, student, args)
         distiller: Any = synchronized(Distiller(student, criterion, args.ema_decay), args)
         processor = processing_class or image_processor(student, **self.task.processor_size(args))
         if "optimizers" not in kwargs:
@@ -255,7 +256,9 @@ class BCDTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return by_shape(dataset, self.args) if self.args.group_by_shape else super()._get_train_sampler(dataset)
+        if self.args.group_by_shape:
+            return by_shape(dataset, self.args)
+        return mixed(dataset, self.args) or super()._get_train_sampler(dataset)
 
     def calibrate(self) -> None:
         """Fits the teacher's head on training images: the same ones on every rank, so that all ranks agree."""

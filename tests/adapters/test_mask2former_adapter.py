@@ -108,3 +108,19 @@ def test_images_without_any_label():
     loss = adapter(images(), LabelMaps(torch.full((2, 64, 96), 255), 5)).task_losses["loss_task"]
     loss.backward()
     assert loss.isfinite()
+
+
+def test_pictures_without_labels_teach_nothing(label_map):
+    adapter = build_adapter(tiny_model("mask2former")).eval()
+    label_map[1] = 255
+    seen = torch.ones(2, 64, 96, dtype=torch.bool)
+
+    def loss(last: int, **options: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return adapter(images()[:last], LabelMaps(label_map[:last], 4, **options)).task_losses["loss_task"]
+
+    torch.testing.assert_close(loss(2, seen=seen), loss(1))
+    label_map[0] = 255  # nobody's
+    nothing = loss(2, seen=seen)
+    nothing.backward()
+    assert nothing == 0 and all(p.grad is None or not p.grad.any() for p in adapter.parameters())

@@ -137,7 +137,7 @@ def test_read_id2label(source, tmp_path):
     [
         ({1: "sky", 2: "road"}, "0..n-1"),
         ({}, "0..n-1"),
-        ([str(index) for index in range(256)], "at most 255"),
+        ([str(index) for index in range(256)], "at most 254"),
         ({"sky": 0}, "'sky' has 0. A class is an id and a name"),
         (["sky", "sky"], "sky.*more than once"),
     ],
@@ -167,7 +167,7 @@ def test_infer_id2label_takes_the_largest_id_of_all_masks(caplog):
     for ids in (row(0, 255), row(255, 255)):
         with pytest.raises(UserError, match="255 marks void"):
             inferred(ids)
-    with pytest.raises(UserError, match=r"ids up to 700, but without class names .* at most 255"):
+    with pytest.raises(UserError, match=r"ids up to 700, but without class names .* at most 254"):
         inferred(row(0, 700, kind=np.uint16))
 
 

@@ -1,6 +1,6 @@
 """Aggregated features X^c of a feature hierarchy (BCD paper, Sec. IV-A) and the heads that read them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -99,7 +99,14 @@ class TeacherHead(nn.Module):
         return (self.readout(aggregated).squeeze(1) - self.z_mean) / (self.z_std + 1e-5)
 
     def calibrate(
-        self, batches: Samples, *, radius: int, readout: Readout, num_steps: int = 250, progress: Progress = iter
+        self,
+        batches: Samples,
+        *,
+        radius: int,
+        readout: Readout,
+        num_steps: int = 250,
+        progress: Progress = iter,
+        share: float | None = None,
     ) -> None:
         """Fits the readout, then its statistics and the boundary threshold theta. Needs no ground truth.
 
@@ -107,6 +114,7 @@ class TeacherHead(nn.Module):
             radius: radius of the lines between the positions of a pair.
             readout: `fitted` to the classes by `num_steps` of Adam, the `principal` component of the features, or `kept` as
                 it is, at random.
+            share: share of positions above theta, in 0..1, instead of that of the boundaries of the classes.
 
         Raises:
             ValueError: if no position is valid.
@@ -125,12 +133,11 @@ class TeacherHead(nn.Module):
         values = torch.cat([field[mask] for field, (_, _, mask) in zip(z, batches, strict=True)])
         self.z_mean.copy_(values.mean())
         self.z_std.copy_(values.std(correction=0))
-        strengths, boundaries = [], []
-        for aggregated, classes, mask in batches:
-            strengths.append(boundary_strength(self.boundary_field(aggregated), radius, mask)[mask])
-            boundaries.append(different_neighbour(classes, radius, mask)[mask])
+        strengths = [boundary_strength(self.boundary_field(x), radius, mask)[mask] for x, _, mask in batches]
         strength = torch.cat(strengths).sort().values
-        rank = len(strength) - int(torch.cat(boundaries).sum())  # so many positions are no boundary
+        if share is None:
+            share = boundary_share([(classes, mask) for _, classes, mask in batches], radius)
+        rank = len(strength) - round(share * len(strength))  # so many positions are no boundary
         # half-way between the two neighbours, so that ties and rounding on one side do not change the map
         self.theta.copy_((strength[max(rank - 1, 0)] + strength[min(rank, len(strength) - 1)]) / 2)
         self.calibrated.fill_(True)
@@ -153,6 +160,15 @@ class TeacherHead(nn.Module):
                 (sum(sides) / 2).backward()  # type: ignore[union-attr]
                 optimizer.step()
         self.readout.weight.copy_(weight.detach() / scale)
+
+
+def boundary_share(maps: Sequence[tuple[Tensor, Tensor]], radius: int) -> float | None:
+    """Share of the valid positions of integer maps `[B, h, w]` that have another class inside the disc of `radius`.
+
+    None if no position is valid.
+    """
+    found = torch.cat([different_neighbour(classes, radius, mask)[mask] for classes, mask in maps])
+    return found.double().mean().item() if len(found) else None
 
 
 class SelfRelationHead(nn.Module):
