@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 from ..runs.arguments import parse_arguments
-from ..runs.experiment import alone_in, load_data
+from ..runs.experiment import alone_in, load_data, name_classes
 from ..runs.reinforce import build_reinforcer, make_store, score_teacher, summary
 from ..stores.writing import PRECISIONS
 from ..training.hardware import limit_threads
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if config.should_log else logging.ERROR, format="%(message)s")
     folder = Path(config.output_dir)
     with alone_in(folder, config):
-        data = load_data(data_args)
+        data = name_classes(model_args, load_data(data_args))
         reinforcer = build_reinforcer(model_args, config, data)
         make_store(folder, reinforcer, own.views, own.precision, own.columns)
         score_teacher(folder, reinforcer, data)

@@ -186,6 +186,9 @@ def name_classes(args: ModelArguments, data: DenseDatasets) -> DenseDatasets:
         raise UserError("with_baseline trains the student without its teacher, but there are no labels: leave it out.")
     if train.id2label:
         return data
+    if args.teacher_store is not None:
+        names = dict(enumerate(Store.open(args.teacher_store).content["classes"]))
+        return DenseDatasets({"train": replace(train, id2label=names)})
     if args.teacher is None:
         raise UserError(
             f"{train.source} has no labels, so that there is nothing to learn from without a teacher: name one."
