@@ -16,6 +16,7 @@ COMMANDS = {
     "methods": "list the distillation methods, or print one in full",
     "benchmark": "measure speed and memory of losses, steps, data and metrics",
     "study": "run a grid of recipes, losses and seeds, and compare",
+    "doctor": "say what a run's numbers tell about whether distillation can help",
     "export": "export a finished student to ONNX, check and time it",
     "convert-mmdet": "convert a detector of mmdetection for transformers",
     "push": "push the finished student of a folder to the Hub",

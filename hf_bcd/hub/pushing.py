@@ -25,6 +25,7 @@ STARTS_AS_PATH = re.compile(r"^(/|~|\.{1,2}/|[A-Za-z]:\\)")
 # seconds: a connection that stays silent for longer is dead, and nobody waits longer in silence for a rate limit
 SILENCE, RATE_LIMIT_WAIT = 120, 30
 STATE = "trainer_state.json"
+KINDS = {"model": "model", "dataset": "data set"}  # of repositories, in messages
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
 STUDENT_FILES = [
     "config.json", "preprocessor_config.json", "README.md", "results.json", "model.safetensors.index.json", "figures/*",
@@ -80,38 +81,86 @@ def name_in_examples(card: str, repo_id: str, revision: str | None = None) -> st
     return PYTHON_BLOCK.sub(lambda block: LOADED_NAME.sub(lambda name: name[1] + loaded, block[0]), card)
 
 
+def push_store(
+    folder: Path, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
+) -> CommitInfo:
+    """Pushes a stored teacher as a data set in one commit.
+
+    Args:
+        folder: with a card.
+        repo_id: `user/name`, as `prepare_repository` gives it.
+        private: as in `push_folder`.
+        revision: branch to push to.
+        token: access token; the stored one by default.
+
+    Raises:
+        HubError: a text holds a token or a path of this machine, or the push fails; the store stays in the folder.
+    """
+    patterns = ["README.md", "*.json", "losses.safetensors", "data/*.parquet", "pictures/*.parquet"]
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    files = {
+        name: folder / name
+        for name in sorted(filter_repo_objects(found, allow_patterns=patterns, ignore_patterns="_*"))
+    }
+    try:
+        for name, file in files.items():
+            if not name.endswith(".parquet"):
+                check_private(file, folder, token)
+        message = "Upload stored teacher"
+        return commit_files(files, repo_id, revision=revision, token=token, commit_message=message, kind="dataset")
+    except Exception as error:  # whatever it is, the user must learn where the store lies
+        cause = str(error) if isinstance(error, HubError) else cause_of(error, "data set", repo_id, revision)
+        cause = cause or f"data set {repo_id}: the push failed ({type(error).__name__}: {shortened(error)})."
+        raise HubError(
+            redacted(f"{cause} The store lies in {folder}; the same command tries again.", token=token)
+        ) from None
+
+
 def prepare_repository(
-    repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    kind: str = "model",
 ) -> str:
     """Creates the repository and the branch where missing, and checks that they may be written; returns the full id.
 
     Raises:
         HubError: if that is not possible, or `private` is true and the repository is public.
     """
+    name = KINDS[kind]
     if constants.is_offline_mode():
-        raise HubError(f"model {repo_id}: nothing can be pushed while HF_HUB_OFFLINE is set; unset it.")
+        raise HubError(f"{name} {repo_id}: nothing can be pushed while HF_HUB_OFFLINE is set; unset it.")
     api = HfApi(token=token)
-    with explained("model", repo_id, revision=revision), _bounded_waiting():
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)  # `create_repo` is content with one that exists, even for a reader
-        if private and not api.model_info(repo_id).private:
+    with explained(name, repo_id, revision=revision), _bounded_waiting():
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind).repo_id
+        # `create_repo` is content with one that exists, even for a reader
+        api.auth_check(repo_id, write=True, repo_type=kind)
+        if private and not api.repo_info(repo_id, repo_type=kind).private:
             raise HubError(
-                f"model {repo_id} exists and is public, which --private does not change; make it private on "
+                f"{name} {repo_id} exists and is public, which --private does not change; make it private on "
                 f"{constants.ENDPOINT}/{repo_id}/settings, or choose another name."
             )
         if revision not in (None, "main") and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=kind)
     return repo_id
 
 
 def commit_files(
-    files: Mapping[str, Path | bytes], repo_id: str, *, revision: str | None, token: str | None, commit_message: str
+    files: Mapping[str, Path | bytes],
+    repo_id: str,
+    *,
+    revision: str | None,
+    token: str | None,
+    commit_message: str,
+    kind: str = "model",
 ) -> CommitInfo:
     """Uploads files or contents, by path in the repository, in one commit; unchanged ones are not sent again."""
     operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in files.items()]
-    with explained("model", repo_id, revision=revision), _bounded_waiting():
+    with explained(KINDS[kind], repo_id, revision=revision), _bounded_waiting():
         # not `upload_folder`, which may split one push into several commits
-        options = {"commit_message": commit_message, "revision": revision, "num_threads": 2}
+        options: Any = {"commit_message": commit_message, "revision": revision, "num_threads": 2, "repo_type": kind}
         return HfApi(token=token).create_commit(repo_id, operations, **options)
 
 

@@ -1,6 +1,7 @@
 """Runs a teacher once over the views that training will show, and stores what losses read of it."""
 
 import dataclasses
+import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..adapters import DenseAdapter, FrozenTeacher, read_synonyms
-from ..data import DenseDatasets
+from ..card.store_card import write_store_card
+from ..data import DenseDataset, DenseDatasets
 from ..data.dataset import TransformedDataset
 from ..losses import DistillationCriterion
 from ..stores.codecs import Column
@@ -28,7 +31,7 @@ from ..training.evaluation import moved
 from ..training.hardware import fit_loaders, lay_out
 from ..training.loaders import spread_samples, view_options
 from ..training.teaching import build_losses, calibrate, freeze
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 from ..utils.messages import UserError
 from .arguments import ModelArguments
 from .baseline import prepare_teacher
@@ -318,3 +321,44 @@ def summary(folder: Path) -> str:
         shape = " x ".join(map(str, column["shape"]))
         lines.append(f"  {name:24} {shape:18} {column['codec']:14} {column['error']:.2g} ({column['measure']})")
     return "\n".join([*lines, f"hf-bcd distill --teacher_store {folder} ..."])
+
+
+def describe_store(folder: Path, repo_id: str | None = None) -> None:
+    """Writes the card of a finished store."""
+    store = Store(folder)
+    scores = read_json(folder / SCORES_FILE) if (folder / SCORES_FILE).is_file() else {}
+    write_store_card(folder, store.content, scores, sum(path.stat().st_size for path in store.shards), repo_id)
+
+
+def write_pictures(folder: Path, reinforcer: Reinforcer) -> None:
+    """Copies the training pictures and their label maps beside a store, without loss, as tables that `datasets` reads.
+
+    Raises:
+        UserError: the pictures have no label maps but boxes.
+    """
+    import datasets
+
+    split: Any = reinforcer.dataset.dataset
+    if not isinstance(split, DenseDataset):
+        raise UserError(f"--with_images copies label maps; {split.name} has boxes. Leave it out.")
+    if split.labelled:
+        raise UserError("--with_images copies pictures that all have labels, or none; leave it out.")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for index in range(len(split)):
+            sample = split[index]
+            row = {"image": _png(sample["image"])}
+            yield row if split.labelled == 0 else row | {"label": _png(Image.fromarray(sample["label"]))}
+
+    columns = ("image",) if split.labelled == 0 else ("image", "label")
+    features = datasets.Features({name: datasets.Image() for name in columns})
+    table: Any = datasets.Dataset.from_generator(rows, features=features)
+    (folder / "pictures").mkdir(exist_ok=True)
+    table.to_parquet(str(folder / "pictures" / "train-00000-of-00001.parquet"))
+    write_json(folder / "id2label.json", {str(index): name for index, name in split.id2label.items()})
+
+
+def _png(picture: Image.Image) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}

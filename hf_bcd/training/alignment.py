@@ -32,11 +32,13 @@ class Alignment(NamedTuple):
         kinds: what was done to the answers: `as they are`, a shift, or a flip.
         agreement: share of the labelled pixels of each picture, `[N, len(kinds)]`; NaN where none is labelled.
         commonest: share of the labels' commonest class.
+        per_class: share of each class's pixels that the teacher gives it; NaN for classes that do not occur.
     """
 
     kinds: list[str]
     agreement: Tensor
     commonest: float
+    per_class: list[float]
 
     @property
     def means(self) -> dict[str, float]:
@@ -81,8 +83,11 @@ def alignment(classes: Tensor, labels: Tensor, num_labels: int, ignore_index: in
             found[f"shifted {direction} by {shift} pixels"] = agreement(classes.roll(sign * shift, 1))
     for axis, name in ((2, "left to right"), (1, "upside down")):
         found[f"flipped {name}"] = agreement(classes.flip(axis))
-    commonest = torch.bincount(truth[valid], minlength=num_labels).max() / valid.sum().clamp_min(1)
-    return Alignment(list(found), torch.stack(list(found.values()), 1).double(), float(commonest))
+    counts = torch.bincount(truth[valid], minlength=num_labels)
+    right = torch.bincount(truth[valid & (classes[:, rows, columns] == truth)], minlength=num_labels)
+    commonest = float(counts.max() / counts.sum().clamp_min(1))
+    agreements = torch.stack(list(found.values()), 1).double()
+    return Alignment(list(found), agreements, commonest, (right / counts).tolist())
 
 
 @torch.no_grad()

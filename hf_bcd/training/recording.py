@@ -24,6 +24,8 @@ from ..losses.modules.schedules import Temperature
 from ..losses.recipe import options_of
 from ..tasks import Task
 from ..utils.costs import device_name
+from ..utils.files import write_json
+from .alignment import Alignment
 from .config import PRESETS, BCDConfig
 from .distiller import Distiller
 from .hub import HubCallback
@@ -39,6 +41,7 @@ HEADS = {
     "mask_rcnn": "Mask R-CNN",
     "cascade_mask_rcnn": "Cascade Mask R-CNN",
 }
+TEACHING_FILE = "teaching.json"  # how well the teacher's answers fit the labels
 PACKAGES = ("transformers", "torch", "timm", "datasets", "accelerate", "huggingface_hub")
 
 
@@ -65,6 +68,15 @@ def write_training_card(trainer: TrainedRun) -> None:
     data: Any = getattr(trainer.train_dataset, "dataset", None)
     known: Any = {"train": data} if isinstance(data, DenseDataset | DenseStream) else None
     write_card(Path(trainer.args.output_dir or "."), record_run(trainer, {}, {}, known))
+
+
+def write_teaching(found: Alignment, folder: Path, id2label: Mapping[int, str]) -> None:
+    """Writes how well a teacher's answers fit the labels, for `hf-bcd doctor`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"agreement": found.means["as they are"], "commonest": found.commonest, "pictures": len(found.agreement)}
+    write_json(
+        folder / TEACHING_FILE, content | {"per_class": dict(zip(id2label.values(), found.per_class, strict=True))}
+    )
 
 
 def record_run(

@@ -36,7 +36,7 @@ from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
 from .loaders import by_shape, mixed, stored_views, stream_loader
 from .optimization import group_parameters, step_down
-from .recording import write_training_card
+from .recording import write_teaching, write_training_card
 from .teaching import calibrate, check_label_free, prepare
 from .terms import TermMeans
 
@@ -273,7 +273,9 @@ class BCDTrainer(Trainer):
         if self.teacher is None:
             return
         num_labels = self.distiller.student.num_labels
-        check_alignment(self.teacher, self.train_dataset, self.task, self.args, num_labels, self.data_collator)
+        found = check_alignment(self.teacher, self.train_dataset, self.task, self.args, num_labels, self.data_collator)
+        if found is not None and self.args.should_save:
+            write_teaching(found, Path(self.args.output_dir or "."), self.distiller.student.id2label)
         if isinstance(self.teacher, StoredTeacher):
             batch = moved(self.data_collator([self.train_dataset[0]]), self.args)
             targets = self.task.targets(batch, num_labels)
