@@ -158,7 +158,7 @@ class Column:
         if tuple(x.shape) != self.shape:
             raise UserError(
                 f"a view's tensor is {list(x.shape)}, that of the first view {list(self.shape)}: the views differ in size. Stores "
-                "need pictures of one size: for detectors, set square_size, scale_min 1 and scale_max 1."
+                "need pictures of one size: for detectors, set square_size."
             )
         codec = codec_of(self.codec)
         parts = codec.pack(x.float())

@@ -1,7 +1,10 @@
 """Stores: what they give is what the teacher would, and every other view, order or teacher is refused."""
 
+import contextlib
 import copy
 import json
+import multiprocessing
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from hf_bcd.runs.reinforce import Reinforcer, build_reinforcer, make_store
 from hf_bcd.stores import Store, StoredTeacher, writing
 from hf_bcd.tasks import task_of
 from hf_bcd.utils.messages import UserError
-from tests.tiny import scenes, tiny_segformer, tiny_timm
+from tests.tiny import boxes, scenes, tiny_detector, tiny_segformer, tiny_timm
 
 
 BCD = {"bcd": {"channels": 16, "reduced_channels": 8, "stride": 4}}
@@ -257,3 +260,113 @@ def test_a_run_goes_on_with_the_same_store_only(stored: Path, tmp_path: Path) ->
     key = copy.deepcopy(run._key())
     live = trainer(tmp_path, tiny_segformer(seed=1), BCD)
     assert live._key()["teacher.weights"] != key["teacher.weights"]
+
+
+def padded_otherwise(dataset: Any, index: int, view: int, monkeypatch: Any) -> torch.Tensor:
+    from torchvision import tv_tensors
+
+    from hf_bcd.data import transforms
+
+    monkeypatch.setitem(transforms.PADDING, tv_tensors.Image, [0, 0, 0])
+    pixel_values = dataset.view(index, view)["pixel_values"]
+    monkeypatch.undo()
+    return pixel_values
+
+
+def test_forty_injected_faults_are_all_caught(stored: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A shift of 4 pixels, a flip, a wrong normalisation, other padding and another order, for each of eight pictures."""
+    store = Store(stored)
+    dataset = trainer(tmp_path, store, BCD).train_dataset
+    caught = 0
+    for index in range(8):
+        view = next(
+            (v for v in range(VIEWS) if not torch.equal(padded_otherwise(dataset, index, v, monkeypatch), dataset.view(index, v)["pixel_values"])),
+            None,
+        )  # fmt: skip
+        right = dataset.view(index, 0)["pixel_values"]
+        std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        wrong = [
+            right.roll(4, 2 - index % 2), right.flip(2), ((right / 255 - 0.45) / std).clamp(0, 255).to(torch.uint8),
+            dataset.view((index + 1) % 8, 0)["pixel_values"],
+        ]  # fmt: skip
+        seen = [(0, pixels) for pixels in wrong]
+        if view is not None:
+            seen.append((view, padded_otherwise(dataset, index, view, monkeypatch)))
+        else:  # no view of it is padded, so that padding cannot be wrong
+            caught += 1
+        for number, pixels in seen:
+            with pytest.raises(UserError, match="another one than the teacher saw"):
+                store.read(index, number, pixels)
+            caught += 1
+    assert caught == 40
+
+
+def _write(folder: Path, made: Reinforcer) -> None:
+    torch.set_num_threads(1)
+    make_store(folder, made, 6)
+
+
+@pytest.mark.slow
+def test_a_store_killed_at_ten_random_moments_is_the_same_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(writing, "ROWS_PER_SHARD", 4)
+    made = reinforcer(tmp_path, {**BCD, "cwd": {}})
+    make_store(tmp_path / "whole", made, 6)
+    fork, moments = multiprocessing.get_context("fork"), random.Random(0)
+    for _ in range(10):
+        process = fork.Process(target=_write, args=(tmp_path / "killed", made))
+        process.start()
+        process.join(moments.uniform(0.05, 0.6))
+        process.kill()
+        process.join()
+    make_store(tmp_path / "killed", made, 6)
+    whole, killed = Store(tmp_path / "whole"), Store(tmp_path / "killed")
+    assert list(whole.table) == list(killed.table)
+    assert not list((tmp_path / "killed" / "data").glob("*.part"))
+
+
+def test_processes_divide_a_store(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(writing, "ROWS_PER_SHARD", 4)
+    made = reinforcer(tmp_path, {"cwd": {}})
+    make_store(tmp_path / "alone", made, VIEWS)
+    written: list[set[str]] = []
+    for rank in range(3):
+        monkeypatch.setattr(type(made.config), "process_index", property(lambda self, rank=rank: rank))
+        monkeypatch.setattr(type(made.config), "world_size", property(lambda self: 3))
+        monkeypatch.setattr(type(made.config), "main_process_first", lambda self, desc="": contextlib.nullcontext())
+        before = {path.name for path in (tmp_path / "s" / "data").glob("*.parquet")}
+        make_store(tmp_path / "s", made, VIEWS)
+        written.append({path.name for path in (tmp_path / "s" / "data").glob("*.parquet")} - before)
+    assert [len(names) for names in written] == [2, 1, 1]
+    assert list(Store(tmp_path / "s").table) == list(Store(tmp_path / "alone").table)
+
+
+def test_detectors_are_stored_too_where_pictures_have_one_size(tmp_path: Path) -> None:
+    losses = {"pkd": {"features": "pyramid"}, "bcd": {**BCD["bcd"], "stride": 8, "features": "pyramid"}}
+    data, teacher = boxes(), adapt(tiny_detector(seed=1))
+    sizes = {"crop_size": 512, "max_steps": 2}
+    square = config(tmp_path, losses, square_size=64, **sizes)
+    make_store(tmp_path / "s", build_reinforcer(ModelArguments(), square, data, teacher=teacher), VIEWS)
+    store = Store(tmp_path / "s")
+    assert {name.partition("/")[0] for name in store.columns} == {"pyramid", "bcd"}
+    run = BCDTrainer(tiny_detector(), store, square, train_dataset=data["train"])
+    run.train()
+    assert run.state.global_step == 2
+    loose = config(tmp_path, losses, image_size=48, image_longest=64, train_shortest=[32, 48], **sizes)
+    with pytest.raises(UserError, match="the views differ in size"):
+        make_store(tmp_path / "t", build_reinforcer(ModelArguments(), loose, data, teacher=teacher), VIEWS)
+
+
+def test_pictures_without_labels_are_stored_and_mixed_in(tmp_path: Path) -> None:
+    data = scenes()["train"]
+    mixed = data.select(range(4)).with_unlabelled(data.select(range(4, 8)).without_labels())
+    made = build_reinforcer(
+        ModelArguments(), config(tmp_path, {**BCD, "cwd": {}}), {"train": mixed}, teacher=adapt(tiny_segformer())
+    )
+    make_store(tmp_path / "s", made, VIEWS)
+    run = BCDTrainer(tiny_timm(), Store(tmp_path / "s"), config(tmp_path, {**BCD, "cwd": {}}), train_dataset=mixed)
+    batch = next(iter(run.get_train_dataloader()))
+    assert sorted((batch["index"] >= 4).tolist()) == [False, False, True, True]
+    run.train()
+    assert run.state.global_step == 4

@@ -1,0 +1,64 @@
+"""A stored teacher goes to the Hub with its card, and trains a student somewhere else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hub.server import HubServer
+
+
+REINFORCE = """
+import sys
+from hf_bcd.cli import main
+
+common = [
+    "--crop_size", "32", "--max_steps", "3", "--dataloader_num_workers", "0", "--disable_tqdm", "true", "--report_to", "none",
+    "--eval_strategy", "no", "--losses.bcd.channels", "16", "--losses.cwd.temperature", "4", "--calibration_images", "4",
+]
+data = ["--dataset_name", "synthetic", "--dataset_options.size", "[48, 64]",
+        "--dataset_options.num_images", "{train: 8, validation: 2, test: 2}"]
+student = ["--student.backbone", "test_resnet", "--student.head", "fpn"]
+teacher = ["--teacher.backbone", "resnet10t", "--teacher.head", "fpn", "--teacher_training.max_steps", "2"]
+own = {
+    "reinforce": [*data, *teacher, "--views", "2", "--with_images", "--push_to_hub", "tester/reinforced", "--output_dir", "store"],
+    "distill": ["--dataset_name", "tester/reinforced", "--dataset_config", "pictures", "--teacher_store", "tester/reinforced",
+                *student, "--output_dir", "run"],
+}
+command = sys.argv[1]
+sys.argv = ["hf-bcd", command, *own[command], *common]
+main()
+"""
+READ = """
+import datasets
+rows = datasets.load_dataset("tester/reinforced", split="train")
+print(len(rows), sorted(rows.column_names))
+"""
+
+
+@pytest.mark.slow
+def test_a_store_is_pushed_and_teaches_elsewhere(hub: HubServer, run_python, tmp_path: Path) -> None:
+    printed = run_python(REINFORCE, "reinforce").stdout
+    assert "pushed: " in printed
+    assert "2 views of 8 pictures" in printed
+    files = hub.files("tester/reinforced", kind="dataset")
+    assert set(files) >= {"README.md", "store.json", "losses.safetensors", "scores.json", "id2label.json"}
+    assert not any(name.startswith("_") for name in files), "the teacher and the lock stay at home"
+    _, header, card = files["README.md"].decode().split("---\n", 2)
+    metadata = yaml.safe_load(header)
+    assert metadata["task_categories"] == ["image-segmentation"]
+    assert [config["config_name"] for config in metadata["configs"]] == ["default", "pictures"]
+    assert "--teacher_store tester/reinforced" in card
+    assert "`bcd/relation`" in card and "principal:" in card
+    assert str(tmp_path) not in files["store.json"].decode() + card
+
+    shown = run_python(READ, home=tmp_path / "elsewhere").stdout
+    assert shown.startswith(
+        "16 ['bcd/boundary', 'bcd/relation', 'checksum', 'image', 'index', 'logits', 'thumbnail', 'view']"
+    )
+    done = run_python(REINFORCE, "distill", home=tmp_path / "elsewhere")
+    assert "re-using the teacher" not in done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3
+    assert "distilled from a teacher (FPN on resnet10t)" in (tmp_path / "run" / "README.md").read_text().replace(
+        "\\", ""
+    )
