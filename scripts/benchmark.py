@@ -3,6 +3,7 @@
     python scripts/benchmark.py losses            # context loss over 256 to 32,768 positions, boundary loss, all methods
     python scripts/benchmark.py methods --methods kd,cwd --write_costs docs/methods_cost.json
     python scripts/benchmark.py step --side 128   # a whole step with BCD beside teacher and student alone
+    python scripts/benchmark.py stored            # a step with a stored teacher beside a plain one and a running one
     python scripts/benchmark.py all --output_dir runs/benchmark
 
 Prints tables, writes benchmark.json, and for `losses` a plot. Leave the machine alone meanwhile.
@@ -28,6 +29,7 @@ from benchmarks.measuring import machine_rates
 from benchmarks.methods import costs_of, method_row
 from benchmarks.plot import plot_relation
 from benchmarks.step import PAIRS, mask_rcnn_row, step_row
+from benchmarks.stored import stored_rows
 
 from hf_bcd.cli import run
 from hf_bcd.commands.methods import tasks_of
@@ -39,7 +41,7 @@ from hf_bcd.utils.files import write_json
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmarks that the command line names; `argv` is the process's own by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["losses", "methods", "step", "data", "eval", "all"])
+    parser.add_argument("what", choices=["losses", "methods", "step", "stored", "data", "eval", "all"])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     results: dict[str, Any] = {"machine": machine(device, dtype)}
     print(f"{results['machine']['device']}, {results['machine']['threads']} threads, PyTorch {torch.__version__}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    chosen = ("losses", "step", "data", "eval") if args.what == "all" else (args.what,)
+    chosen = ("losses", "step", "stored", "data", "eval") if args.what == "all" else (args.what,)
     for name in chosen:
         results[name] = RUNS[name](args, device, dtype)
         print_rows(name, results[name])
@@ -101,6 +103,7 @@ RUNS = {
     "losses": _losses,
     "methods": _methods,
     "step": _step,
+    "stored": lambda args, device, dtype: stored_rows(device, args.repeats, args.side or 176),
     "data": lambda args, device, dtype: data_rows(args.repeats),
     "eval": lambda args, device, dtype: evaluation_rows(
         args.maps, compared=min(20, args.maps), mean_iou=args.mean_iou
