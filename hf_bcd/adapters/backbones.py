@@ -60,7 +60,7 @@ class BackboneAdapter(DenseAdapter):
     def family_statistics(cls, model: PreTrainedModel) -> tuple[Sequence[float], Sequence[float]]:
         if isinstance(model, TimmBackbone):
             given = getattr(model.config, "image_mean", None), getattr(model.config, "image_std", None)
-            own = model._backbone.pretrained_cfg
+            own = timm_part(model).pretrained_cfg
             return given[0] or own["mean"], given[1] or own["std"]
         return super().family_statistics(model)
 
@@ -122,7 +122,8 @@ class BackboneAdapter(DenseAdapter):
     def native_size(self) -> tuple[int, int]:
         """Height and width that the backbone was made for."""
         if isinstance(self.model, TimmBackbone):
-            return tuple(self.model._backbone.pretrained_cfg["input_size"][-2:])
+            _, height, width = timm_part(self.model).pretrained_cfg["input_size"]
+            return height, width
         size = getattr(self.config, "image_size", None)
         if size is None:
             raise self.refusal("it takes no picture of 384x256, and config.json names no image_size")
@@ -157,7 +158,7 @@ class BackboneAdapter(DenseAdapter):
         if isinstance(self.model, Sam2VisionModel):
             return list(outputs.fpn_hidden_states)
         maps = outputs.feature_maps
-        if isinstance(self.model, TimmBackbone) and getattr(self.model._backbone, "output_fmt", None) == "NHWC":
+        if isinstance(self.model, TimmBackbone) and getattr(timm_part(self.model), "output_fmt", None) == "NHWC":
             return [x.permute(0, 3, 1, 2) for x in maps]
         if (patch := patch_size(self.model)) is None:
             return list(maps)
@@ -178,12 +179,17 @@ def is_encoder(model: PreTrainedModel) -> bool:
 def patch_size(model: PreTrainedModel) -> int | None:
     """The patch of a plain transformer, whose maps all have its stride; None of a pyramid."""
     if isinstance(model, TimmBackbone):
-        strides = [info["reduction"] for info in model._backbone.feature_info.info]
+        strides = [info["reduction"] for info in timm_part(model).feature_info.info]
         return strides[0] if len(strides) > MAX_STAGES and len(set(strides)) == 1 else None
     config: Any = model.config
     if not is_plain(config):
         return None
     return config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+
+
+def timm_part(model: TimmBackbone) -> Any:
+    """The feature extractor of timm in a backbone of transformers."""
+    return model._backbone
 
 
 def is_plain(config: Any) -> bool:
@@ -227,9 +233,8 @@ def load_backbone(name_or_path: str, config: PreTrainedConfig, source: dict[str,
         chosen = [names[i] for i in spread_layers(len(names) - 1)] if is_plain(own) else names
         own.out_features = [name for name in chosen if name not in ("stem", *LEFT_OUT.get(own.model_type, ()))]
     renamed = {r"^vision_encoder\.": ""} if model_class is Sam2VisionModel else None
-    model, loaded = model_class.from_pretrained(
-        name_or_path, config=own, key_mapping=renamed, output_loading_info=True, **source
-    )
+    from_pretrained: Any = model_class.from_pretrained
+    model, loaded = from_pretrained(name_or_path, config=own, key_mapping=renamed, output_loading_info=True, **source)
     missing = [key for key in loaded["missing_keys"] if not key.startswith(UNUSED)]
     if own.model_type == "pixio" and "pixio.layernorm.weight" not in missing:  # which has its last norm twice
         model.layernorm.load_state_dict(model.pixio.layernorm.state_dict())
@@ -263,7 +268,8 @@ def build_timm(backbone: str, options: dict[str, Any], *, pretrained: bool, weig
     strides = [info["reduction"] for info in probe.feature_info.info]
     plain = len(strides) > MAX_STAGES and len(set(strides)) == 1
     own["out_indices"] = [i - 1 for i in spread_layers(len(strides))] if plain else list(range(len(strides)))
-    config: Any = TimmBackboneConfig(backbone=backbone, out_indices=own["out_indices"])
+    build: Any = TimmBackboneConfig
+    config = build(backbone=backbone, out_indices=own["out_indices"])
     config.image_mean, config.image_std = options.get("image_mean"), options.get("image_std")
     config.backbone_kwargs = kwargs
     model = TimmBackbone(

@@ -318,7 +318,7 @@ def class_names_of(spec: ModelSpec, *, trust_remote_code: bool = False) -> dict[
             f"without labels the classes are the teacher's, but {name} has no head for any; name a teacher that was trained for "
             "the task, or a data set for its classes with label_free: true."
         )
-    return {int(index): str(label) for index, label in config.id2label.items()}
+    return {int(index): str(label) for index, label in (config.id2label or {}).items()}
 
 
 def drop_foreign_code(loaded: Any) -> None:
