@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 ROWS_PER_SHARD = 256
 MAX_DENSE_CLASSES, TOP_CLASSES = 64, 16
 MAX_DIVERGENCE = 0.01  # nat, of the relations' rows
-RANKS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+RANKS = (8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224)
 PRECISIONS = ("compact", "half", "exact")
 
 
