@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..adapters import DenseAdapter, FrozenTeacher, read_synonyms
+from ..adapters.loading import ModelSpec
 from ..data import DenseDatasets
 from ..data.dataset import TransformedDataset
 from ..losses import DistillationCriterion
@@ -27,9 +28,10 @@ from ..training.config import BCDConfig
 from ..training.evaluation import moved
 from ..training.hardware import fit_loaders, lay_out
 from ..training.loaders import spread_samples, view_options
+from ..training.teachers import short_name
 from ..training.teaching import build_losses, calibrate, freeze
 from ..utils.files import write_json
-from ..utils.messages import UserError
+from ..utils.messages import UserError, unknown_key_message
 from .arguments import ModelArguments
 from .baseline import prepare_teacher
 from .experiment import build_student, evaluate_model, final_split
@@ -136,6 +138,8 @@ def build_reinforcer(
     Raises:
         UserError: there is no teacher, a loss needs one that runs, or the training split is a stream.
     """
+    if "" not in config.loss_parts:
+        config = config.for_teacher(name_in_losses(model_args, config))
     teacher = teacher or prepare_teacher(model_args, config, data)
     if teacher is None:
         raise UserError("no teacher: name one with --teacher (Hub id, folder, or {backbone: ..., head: ...}).")
@@ -157,6 +161,15 @@ def build_reinforcer(
             calibrate(criterion, frozen, dataset, task, config, split.num_labels)
         criteria.append(criterion)
     return Reinforcer(frozen, criteria, dataset, config, split.num_labels, synonyms)
+
+
+def name_in_losses(args: ModelArguments, config: BCDConfig) -> str:
+    """The name by which the losses of a recipe for several teachers know one of them; a `UserError` if they do not."""
+    spec = ModelSpec.parse(args.teacher or "", "teacher")  # type: ignore[arg-type]
+    name = short_name(str(spec.name_or_path or spec.backbone))
+    if name not in config.loss_parts:
+        raise UserError(unknown_key_message("teacher in losses", name, config.loss_parts))
+    return name
 
 
 def make_store(

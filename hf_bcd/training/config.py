@@ -137,8 +137,8 @@ class BCDConfig(TrainingArguments):
     losses: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Distillation losses and their options, e.g. {bcd: {radius: 5, weight: {boundary: 3}}}; of several teachers for "
-            "all of them, or for each its own: {segformer-b4: {cwd: {}}, dinov2-base: {bcd: {}}}."
+            "help": "Distillation losses and their options, e.g. {bcd: {radius: 5, weight: {boundary: 3}}}; or of each "
+            "of several teachers: {segformer-b4: {cwd: {}}, dinov2-base: {bcd: {}}}."
         },
     )
     crop_size: int = field(default=512, metadata={"help": "Side of the square training crops, in pixels."})
@@ -287,12 +287,12 @@ class BCDConfig(TrainingArguments):
             self.loss_options |= {f"{teacher}/{name}" if teacher else name: loss for name, loss in read.items()}
 
     def check_teachers(self, names: Sequence[str]) -> None:
-        """Compares the teachers that `losses` names with those that there are, "" for a single one.
+        """Compares the teachers that `losses` names with those that there are, "" for a single one; without any, nothing matters.
 
         Raises:
             UserError: one is unknown, or has no losses.
         """
-        parts = [name for name in self.loss_parts if name]
+        parts = [name for name in self.loss_parts if name and names]
         if parts and "" in names:
             raise UserError(
                 f"losses has parts for the teachers {', '.join(parts)}, but there is one teacher, which has no name; give it all "
