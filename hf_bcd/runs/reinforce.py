@@ -67,6 +67,7 @@ class Reinforcer:
         config: arguments of the runs.
         num_labels: number of the student's classes.
         synonyms: the teacher's names for these.
+        student: the losses' student, where it is not the teacher itself.
     """
 
     teacher: FrozenTeacher
@@ -75,6 +76,7 @@ class Reinforcer:
     config: BCDConfig
     num_labels: int
     synonyms: Mapping[str, Sequence[str]] | None = None
+    student: DenseAdapter | None = None
 
     @property
     def task(self) -> Task:
@@ -86,8 +88,9 @@ class Reinforcer:
         output = self.teacher.for_batch(batch, targets.pixel_mask)
         if names is None:
             found = {}
+            student = None if self.student is None else self.student(batch["pixel_values"])
             for criterion in self.criteria:
-                found |= read_by(criterion, output, targets)
+                found |= read_by(criterion, output, targets, student)
             return found
         known = tensors_of(output)
         for criterion in self.criteria:
@@ -160,7 +163,8 @@ def build_reinforcer(
         if criterion.needs_calibration:
             calibrate(criterion, frozen, dataset, task, config, split.num_labels)
         criteria.append(criterion)
-    return Reinforcer(frozen, criteria, dataset, config, split.num_labels, synonyms)
+    shown = None if student is teacher else student.to(config.device).eval()
+    return Reinforcer(frozen, criteria, dataset, config, split.num_labels, synonyms, shown)
 
 
 def name_in_losses(args: ModelArguments, config: BCDConfig) -> str:

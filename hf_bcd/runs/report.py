@@ -162,18 +162,19 @@ def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) ->
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         ours, theirs = (criterion.seen_by(name, model(pixel_values)) for model in (student, teacher))
         maps = loss.inspect(ours, theirs, size)
-    boundaries = {"teacher": maps["teacher_boundary"][0].cpu(), "student": maps["student_boundary"][0].cpu()}
+    titles = {"teacher": name.rpartition("/")[0] or "teacher", "student": "student"}
+    boundaries = {title: maps[f"{role}_boundary"][0].cpu() for role, title in titles.items()}
     boundary_figure(image, boundaries, folder / "boundaries.png")
 
     height, width = maps["teacher_features"].shape[-2:]
     point = (height * 2 // 3, width // 2)
     relations = {}
-    for role in ("teacher", "student"):
+    for role, title in titles.items():
         positions = relation_features(maps[f"{role}_features"])[0]
         row = point[0] * width + point[1]
         gram = positions[row] @ positions.T
         gram[row] = float("-inf")  # the diagonal is left out of the loss too
-        relations[role] = gram.softmax(dim=0).view(height, width).cpu()
+        relations[title] = gram.softmax(dim=0).view(height, width).cpu()
     pixel = (int((point[0] + 0.5) * image.size[1] / height), int((point[1] + 0.5) * image.size[0] / width))
     relation_figure(image, relations, pixel, folder / "relations.png")
     return ["boundaries.png", "relations.png"]
