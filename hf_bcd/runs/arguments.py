@@ -193,7 +193,7 @@ def named_teachers(args: ModelArguments) -> dict[str, ModelArguments]:
                 f"the teacher {spec.backbone} with the head {spec.head} is one of several, but is not trained yet: train it first, "
                 "then name its folder."
             )
-    names = named_by([*(str(spec.name_or_path or spec.backbone) for spec in specs), *stored])
+    names = named_by([*(str(spec.name_or_path or spec.backbone) for spec in specs), *map(str, stored)])
     parts = [replace(args, teacher=one, teacher_store=None) for one in live]
     parts += [replace(args, teacher=None, teacher_store=one) for one in stored]
     return dict(zip(names, parts, strict=True))

@@ -208,7 +208,7 @@ def classes_of(args: ModelArguments) -> dict[int, str]:
     """
     if args.teacher_store is not None:
         return dict(enumerate(Store.open(str(args.teacher_store)).content["classes"]))
-    spec = ModelSpec.parse(args.teacher, "teacher")  # type: ignore[arg-type]
+    spec = ModelSpec.parse(args.teacher or "", "teacher")
     names = class_names_of(spec, trust_remote_code=args.trust_remote_code)
     if len(names) > MAX_LABELS:
         raise UserError(f"the teacher has {len(names)} classes; a label map holds at most {MAX_LABELS}.")

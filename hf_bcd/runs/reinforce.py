@@ -169,7 +169,7 @@ def build_reinforcer(
 
 def name_in_losses(args: ModelArguments, config: BCDConfig) -> str:
     """The name by which the losses of a recipe for several teachers know one of them; a `UserError` if they do not."""
-    spec = ModelSpec.parse(args.teacher or "", "teacher")  # type: ignore[arg-type]
+    spec = ModelSpec.parse(args.teacher or "", "teacher")
     name = short_name(str(spec.name_or_path or spec.backbone))
     if name not in config.loss_parts:
         raise UserError(unknown_key_message("teacher in losses", name, config.loss_parts))

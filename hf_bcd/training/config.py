@@ -276,7 +276,8 @@ class BCDConfig(TrainingArguments):
         """Sets `loss_parts`, the losses of each teacher that has its own as they are written, by its name, or of all under "";
         and `loss_options`, what they mean, by `loss` or `teacher/loss`.
         """
-        parts = by_teacher(PRESETS[self.preset] if self.losses is None else self.losses)
+        given: Any = PRESETS[self.preset] if self.losses is None else self.losses
+        parts = by_teacher(given)
         if "" not in parts:
             parts = {name: parts[source] for name, source in named_by(parts).items()}
         self.loss_parts: dict[str, Mapping[str, Any]] = parts

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -284,12 +284,12 @@ class BCDTrainer(Trainer):
 
     def _check_teacher(self) -> None:
         """Refuses a teacher whose answers lie beside the labels, and a store that lacks what a loss reads."""
-        num_labels = self.distiller.student.num_labels
+        num_labels, samples = self.distiller.student.num_labels, cast(Any, self.train_dataset)
         for name, teacher in parts_of(self.teacher).items():
             with naming(name):
                 check_alignment(teacher, self.train_dataset, self.task, self.args, num_labels, self.data_collator)
                 if isinstance(teacher, StoredTeacher):
-                    batch = moved(self.data_collator([self.train_dataset[0]]), self.args)
+                    batch = moved(self.data_collator([samples[0]]), self.args)
                     targets = self.task.targets(batch, num_labels)
                     with evaluated(self.distiller), torch.no_grad():
                         student = self.distiller.student(batch["pixel_values"])

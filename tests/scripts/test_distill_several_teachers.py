@@ -52,9 +52,21 @@ def test_two_teachers_teach_a_student(recipe: dict[str, Any], tmp_path: Path) ->
     assert "dino: the teacher has none; it gave features only" in text
     for term in ("seg\\_a/cwd/cwd", "seg\\_a/bcd/boundary", "dino/pkd/pkd"):
         assert term in text
-    assert {"cwd", "bcd", "pkd", "knowledge-distillation"} <= set(ModelCard(text).data.tags)
+    assert {"cwd", "bcd", "pkd", "knowledge-distillation"} <= set(ModelCard(text).data.to_dict()["tags"])
     assert str(tmp_path) not in text and "path/to/seg.a" in text and "path/to/dino" in text
     assert (folder / "figures" / "boundaries.png").is_file()
+
+
+def test_both_are_scored_where_both_have_classes(recipe: dict[str, Any], tmp_path: Path) -> None:
+    tiny.tiny_timm((8, 16, 16, 32), seed=1).save_pretrained(tmp_path / "timm")
+    both = [str(tmp_path / "seg.a"), {"name_or_path": str(tmp_path / "timm")}]
+    run(tmp_path / "run", recipe | {"teacher": both, "losses": {"cwd": {}}})
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["teacher"]["mean_iou"] != results["teacher_2"]["mean_iou"]
+    assert set(results["protocol"]["cost"]) == {"teacher", "teacher_2", "student"}
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "|  | teacher 1 | teacher 2 | student, distilled |" in text
+    assert "teacher 2, timm in the names of its losses: FPN on resnet10t" in text and "path/to/timm" in text
 
 
 def test_both_may_be_stored_or_one_of_them(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -87,7 +99,7 @@ def test_a_study_stores_each_teacher_once(recipe: dict[str, Any], tmp_path: Path
         "eval_strategy": "no", "seeds": [1], "runs": runs, "reinforce": {"views": 2}, "output_dir": str(tmp_path / "out"),
     }))  # fmt: skip
     study_command.main([str(path)])
-    results = {run.name: run.result() for run in read_study(path).runs}
+    results: Any = {run.name: run.result() for run in read_study(path).runs}
     assert all(results.values())
     assert results["both"]["teacher"] == results["live"]["teacher"] == results["one"]["teacher"]
     assert results["both"]["more_teachers"] == [] and results["baseline"]["teacher"] is None

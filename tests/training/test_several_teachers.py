@@ -112,7 +112,8 @@ def test_two_stores(tmp_path: Path) -> None:
     stored = {name: store(tmp_path / name, model, OWN[name]) for name, model in teachers().items()}
     run = trainer(tmp_path / "run", stored, OWN)
     run.train()
-    assert set(run.train_dataset[0]["stored"]) == {"seg", "timm"}
+    samples: Any = run.train_dataset
+    assert set(samples[0]["stored"]) == {"seg", "timm"}
     assert {"seg/cwd/cwd", "timm/bcd/boundary"} <= set(run.state.log_history[0])
 
 
