@@ -68,7 +68,7 @@ class ModelSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, given: "str | dict[str, Any] | ModelSpec", role: str) -> "ModelSpec":
+    def parse(cls, given: "str | dict[str, Any] | list[Any] | ModelSpec", role: str) -> "ModelSpec":
         """Reads a Hub id or path, or a mapping of fields with exactly one of `name_or_path` and `backbone`."""
         if isinstance(given, ModelSpec):
             return given

@@ -68,7 +68,11 @@ def render(template: str, **context: Any) -> str:
 def shareable_recipe(recipe: Mapping[str, Any]) -> str:
     """A recipe as YAML, without tokens, paths of this machine and the place of its results."""
 
+    several = any(isinstance(recipe.get(key), list) for key in ("teacher", "teacher_store"))
+
     def shared(value: Any, key: str) -> Any:
+        if several and isinstance(value, str) and key in ("teacher", "teacher_store", "name_or_path"):
+            key = Path(value).name  # which `losses` may call them by
         if isinstance(value, Mapping):
             return {name: shared(inner, str(name)) for name, inner in value.items()}
         if isinstance(value, list | tuple):

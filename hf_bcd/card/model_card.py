@@ -16,7 +16,7 @@ from .record import RANDOM, RunRecord
 from .usage import onnx_section
 
 
-TITLES = {"teacher": "teacher", "baseline": "student, not distilled", "student": "student, distilled"}
+STUDENTS = {"baseline": "student, not distilled", "student": "student, distilled"}
 PEOPLE = {"person", "people", "pedestrian", "rider", "bicyclist", "cyclist"}
 COSTS = {
     "parameters": ("parameters (M)", 1e6), "macs": ("GMACs", 1e9), "latency_ms": ("latency (ms)", 1),
@@ -27,18 +27,20 @@ NUM_WORST = 5
 
 def write_card(folder: Path, record: RunRecord) -> None:
     """Writes README.md beside the student that is saved in `folder`."""
-    student, teacher = record.models["student"], record.models.get("teacher")
-    bases = [model for model in (student, teacher) if model is not None]
+    student, teachers = record.models["student"], list(record.teachers.values())
+    bases = [student, *teachers]
     licences = {model.start: licence_of(model.start) for model in bases if model.start}
     unknown = [None for model in bases if not model.start and model.start_words not in ("", RANDOM)]
     metadata = card_metadata(record, student_licence([*licences.values(), *unknown]))
-    scored = {name: finite(record.results[name]) for name in TITLES if name in record.results}
+    scored = {name: finite(record.results[name]) for name in titles(record) if name in record.results}
     context = {
         "metadata": metadata.to_yaml(),
         "record": record,
         "task": TASKS[record.task],
         "student": student,
-        "teacher": teacher,
+        "teachers": teachers,
+        "several": len(teachers) > 1,
+        "best": best_teacher(record, scored),
         "protocol": record.results.get("protocol", {}),
         "scored": scored,
         "rows": headline_rows(record, scored),
@@ -49,10 +51,24 @@ def write_card(folder: Path, record: RunRecord) -> None:
         "restricted": [name for name, terms in licences.items() if terms is not None and not terms.commercial],
         "chosen_licence": metadata.get("license_name") or metadata.get("license"),
         "people": PEOPLE & {name.casefold() for name in record.id2label.values()},
-        "titles": TITLES,
+        "titles": titles(record),
     }
     text = render("model_card.md", **context)
     write_text(folder / "README.md", redacted(text, token=record.token))
+
+
+def titles(record: RunRecord) -> dict[str, str]:
+    """What the columns of the card's tables are called, in their order, by role."""
+    several = len(record.teachers) > 1
+    numbered = {role: f"teacher {number}" if several else "teacher" for number, role in enumerate(record.teachers, 1)}
+    return numbered | STUDENTS
+
+
+def best_teacher(record: RunRecord, scored: Mapping[str, Mapping[str, float]]) -> str | None:
+    """The role of the teacher with the best first score; None if no teacher has one."""
+    key = TASKS[record.task].scores[0].key
+    found = [role for role in record.teachers if key in scored.get(role, {})]
+    return max(found, key=lambda role: scored[role][key], default=None)
 
 
 def headline_rows(record: RunRecord, scored: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[str]]]:
@@ -80,7 +96,7 @@ def headline_rows(record: RunRecord, scored: Mapping[str, Mapping[str, float]]) 
 def class_rows(record: RunRecord) -> list[tuple[str, list[str]]]:
     """Name and score of each class, a cell for each model; classes without any score are left out."""
     score = TASKS[record.task].per_class
-    columns = [record.results[name][score.key] for name in TITLES if name in record.results]
+    columns = [record.results[name][score.key] for name in titles(record) if name in record.results]
     rows = [
         (label, [score.text(column[index]) if math.isfinite(column[index]) else "" for column in columns])
         for index, label in record.id2label.items()
@@ -99,7 +115,7 @@ def worst_classes(record: RunRecord) -> list[tuple[str, str]]:
 def card_metadata(record: RunRecord, licence: Mapping[str, str]) -> ModelCardData:
     """The card's YAML, in which no value has a second line that could end it; fractions are in percent, as in the tables."""
     task, data, protocol = TASKS[record.task], record.data, record.results.get("protocol", {})
-    student, teacher = record.models["student"], record.models.get("teacher")
+    student, teachers = record.models["student"], record.teachers.values()
     scores, name = finite(record.results.get("student", {})), one_line(protocol.get("dataset", ""))
     repository = data.repository if data is not None else None
     measured = [
@@ -120,9 +136,9 @@ def card_metadata(record: RunRecord, licence: Mapping[str, str]) -> ModelCardDat
         for score in task.scores
         if score.key in scores
     ]
-    tags = [task.pipeline_tag, task.name, *record.methods]
-    if teacher is not None:
-        tags += ["knowledge-distillation", *([f"teacher:{teacher.repository}"] if teacher.repository else [])]
+    tags = [task.pipeline_tag, task.name, *(name.rpartition("/")[2] for name in record.methods)]
+    if teachers:
+        tags += ["knowledge-distillation", *(f"teacher:{one.repository}" for one in teachers if one.repository)]
     evaluation = {"eval_results": measured, "model_name": one_line(record.repository.rpartition("/")[2])}
     return ModelCardData(
         library_name="transformers",

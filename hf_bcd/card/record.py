@@ -13,7 +13,8 @@ class ModelRecord(NamedTuple):
 
     `start` is the Hub id of the weights that it rests on, whose terms bind it (of a finished model its own), or `start_words`
     says what it started from instead; both are empty where nobody said. `trained_here` says whether the run trained it, None
-    where nobody said; `levels` has the channels of its feature levels.
+    where nobody said; `levels` has the channels of its feature levels; `name` is that of one of several teachers, with which the names
+    of its losses begin.
     """
 
     architecture: str
@@ -23,6 +24,7 @@ class ModelRecord(NamedTuple):
     start_words: str = ""
     trained_here: bool | None = None
     levels: Mapping[str, int] = {}
+    name: str = ""
 
 
 class DataRecord(NamedTuple):
@@ -49,7 +51,9 @@ class RunRecord:
     repository: str  # name by which readers load the student
     task: str  # key of `TASKS`
     id2label: Mapping[int, str]
-    models: Mapping[str, ModelRecord]  # the `student`, and `teacher` and `baseline` where they exist
+    models: Mapping[
+        str, ModelRecord
+    ]  # the `student`, and `teacher` (`teacher_2`, ...) and `baseline` where they exist
     data: DataRecord | None = None
     results: Mapping[str, Any] = field(default_factory=dict)  # contents of results.json
     figures: Sequence[str] = ()  # paths of pictures, relative to the student's folder
@@ -64,3 +68,8 @@ class RunRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: str = ""  # machine and time, in words
     token: str | None = field(default=None, repr=False)  # access token in use, which no text may hold
+
+    @property
+    def teachers(self) -> dict[str, ModelRecord]:
+        """The teachers by role."""
+        return {role: model for role, model in self.models.items() if role.partition("_")[0] == "teacher"}

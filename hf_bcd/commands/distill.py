@@ -18,11 +18,11 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from ..adapters import read_synonyms
+from ..adapters import DenseAdapter, read_synonyms
 from ..adapters.loading import load_adapter
 from ..card.usage import fill
-from ..runs.arguments import DataArguments, ModelArguments, build_arguments, read_arguments
-from ..runs.baseline import check_untrained, load_baseline, open_store, prepare_baseline, prepare_teacher
+from ..runs.arguments import DataArguments, ModelArguments, build_arguments, named_teachers, read_arguments
+from ..runs.baseline import check_untrained, load_baseline, prepare_baseline, prepare_teachers
 from ..runs.experiment import (
     alone_in,
     build_student,
@@ -34,10 +34,12 @@ from ..runs.experiment import (
     train_model,
 )
 from ..runs.report import metrics_table, write_report
+from ..stores import Store
 from ..training.checkpoints import read_state
 from ..training.config import BCDConfig
 from ..training.hardware import limit_threads
 from ..training.hub import HubCallback
+from ..training.teachers import by_role, naming
 from ..training.teaching import build_losses
 
 
@@ -63,26 +65,32 @@ def distill(
     """Trains, scores, reports and pushes; `recipe` is what the arguments were built from, for the card."""
     if (checkpoint := checkpoint_of(config, "student")) is not None:
         read_state(Path(checkpoint))  # a wrong one fails before hours of teacher training
+    config.check_teachers(list(named_teachers(model_args)))
     data = name_classes(model_args, load_data(data_args))
     student = build_student(model_args, config, data)
     baseline = load_baseline(model_args, data)
     check_untrained(model_args, config, data, student)
     HubCallback(config).prepare()
-    store = open_store(model_args, config)
-    models = {"teacher": None if store else prepare_teacher(model_args, config, data)}
-    if models["teacher"] is not None:
-        build_losses(student, models["teacher"], config)
-    models["baseline"] = baseline or prepare_baseline(model_args, config, data)
-    trainer = train_model(student, store or models["teacher"], config, data, label_synonyms=model_args.label_synonyms)
+    teachers = prepare_teachers(model_args, config, data)
+    for name, one in teachers.items():
+        if isinstance(one, DenseAdapter):
+            with naming(name):
+                build_losses(student, one, config.for_teacher(name))
+    baseline = baseline or prepare_baseline(model_args, config, data)
+    taught: Any = teachers.get("", teachers or None)
+    trainer = train_model(student, taught, config, data, label_synonyms=model_args.label_synonyms)
+    models = by_role(teachers) | ({} if baseline is None else {"baseline": baseline})
     models["student"] = load_adapter(str(config.output_dir), task=trainer.task.name)  # the saved student is scored
 
-    split, found = final_split(data), {name: model for name, model in models.items() if model is not None}
-    scores = {} if store is None or split is None else store.scores(split, config.image_size)
-    if split is not None:
-        for name, model in found.items():
-            synonyms = read_synonyms(model_args.label_synonyms) if name == "teacher" else None
-            if not model.predicts:
-                continue  # a teacher of features
+    split, found, scores = final_split(data), {}, {}
+    for name, model in models.items():
+        if isinstance(model, Store):
+            if split is not None and (stored := model.scores(split, config.image_size)):
+                scores[name] = stored
+            continue
+        found[name] = model
+        if split is not None and model.predicts:  # which a teacher of features does not
+            synonyms = None if name in ("baseline", "student") else read_synonyms(model_args.label_synonyms)
             if missing := model.match(data[split].id2label, synonyms).missing:
                 logging.warning("the %s has no score: it lacks the classes %s", name, ", ".join(missing))
             else:

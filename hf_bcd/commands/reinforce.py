@@ -39,6 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, config = parse_arguments(rest, description=__doc__)
     if own.views < 1:
         raise UserError(f"--views is {own.views}; store at least one view of each picture.")
+    if isinstance(model_args.teacher, list):
+        raise UserError(
+            f"--teacher is a list of {len(model_args.teacher)}, but a store is of one teacher: make one for each, in a folder that is "
+            "called as the teacher, and distil with --teacher_store '[stores/a, stores/b]'."
+        )
     if config.output_dir is None:
         raise UserError("no --output_dir: name the folder of the store.")
     limit_threads()

@@ -18,7 +18,8 @@ class DistillationCriterion(nn.Module):
     """Turns named unweighted terms into one total: `task + sum of weight · r(t) · term`.
 
     Args:
-        losses: name -> loss module; its terms are logged as `name/term`.
+        losses: name -> loss module; its terms are logged as `name/term`. With several teachers names are `teacher/loss`, see
+            `join_teachers`.
         weights: name -> term -> weight, finite and >= 0.
         decays: names of the losses whose terms r(t) multiplies.
         shares: name -> term -> share of the task's gradient, for losses whose weights are measured, see
@@ -68,7 +69,7 @@ class DistillationCriterion(nn.Module):
         self,
         task_losses: Mapping[str, Tensor],
         student: DenseOutput,
-        teacher: DenseOutput | None,
+        teacher: DenseOutput | Mapping[str, DenseOutput] | None,
         targets: Targets | Tensor,
         share: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -77,7 +78,7 @@ class DistillationCriterion(nn.Module):
         Args:
             task_losses: supervised losses by name, weighted already.
             student: the student's output.
-            teacher: the teacher's output, or None when nothing is distilled.
+            teacher: the teacher's output, those of several by name, or None when nothing is distilled.
             targets: ground truth of the images; or their class ids `[B, H, W]`, void ones 255, which become `LabelMaps`.
             share: number of images over the mean number of the batches that are accumulated, which multiplies the terms.
                 They are means over images, so each of a shorter batch would otherwise weigh more.
@@ -110,8 +111,9 @@ class DistillationCriterion(nn.Module):
             terms |= {f"weight/{key}": weight for key, weight in self.balance.by_term().items()}
         return total, terms
 
-    def seen_by(self, name: str, output: DenseOutput) -> DenseOutput:
-        """An output as a loss gets it: with the levels of the neck as features if a recipe says so."""
+    def seen_by(self, name: str, output: DenseOutput | Mapping[str, DenseOutput]) -> DenseOutput:
+        """An output as a loss gets it: of its own teacher, and with the levels of the neck as features if a recipe says so."""
+        output = output if isinstance(output, DenseOutput) else output[teacher_of(name)]
         return replace(output, features=output.pyramid) if name in self.pyramids else output
 
     def _targets(self, targets: Targets | Tensor) -> Targets:
@@ -168,12 +170,51 @@ class DistillationCriterion(nn.Module):
     def needs_calibration(self) -> bool:
         return any(loss.needs_calibration for loss in self.by_name().values())
 
-    def calibrate(self, batches: Sequence[tuple[DenseOutput, Targets | Tensor]], progress: Progress = iter) -> None:
-        """Prepares every loss that needs it from the teacher's outputs on some training images, targets as `forward`."""
+    def calibrate(
+        self,
+        batches: Sequence[tuple[DenseOutput | Mapping[str, DenseOutput], Targets | Tensor]],
+        progress: Progress = iter,
+    ) -> None:
+        """Prepares every loss that needs it from the teacher's outputs on some training images, both as `forward` has them."""
         batches = [(teacher, self._targets(targets)) for teacher, targets in batches]
         for name, loss in self.by_name().items():
             if loss.needs_calibration:
                 loss.calibrate([(self.seen_by(name, teacher), targets) for teacher, targets in batches], progress)
+
+
+def teacher_of(name: str) -> str:
+    """The teacher of a loss's name in a criterion; empty where there is only one."""
+    return name.rpartition("/")[0]
+
+
+def join_teachers(criteria: Mapping[str, DistillationCriterion]) -> DistillationCriterion:
+    """One criterion of the criteria between a student and each of several teachers, by the teachers' names.
+
+    Its total is the task's losses and the weighted terms of all; `forward` takes the teachers' outputs by the same names.
+    """
+    modules, weights, shares = {}, {}, {}
+    for teacher, criterion in criteria.items():
+        shared = (
+            {}
+            if criterion.balance is None
+            else dict(zip(criterion.balance.terms, criterion.balance.shares.tolist(), strict=True))
+        )
+        for name, loss in criterion.by_name().items():
+            key = f"{teacher}/{name}"
+            modules[key] = loss
+            for own, found in ((weights, criterion.weights), (shares, shared)):
+                terms = {term.removeprefix(f"{name}/"): x for term, x in found.items() if term.startswith(f"{name}/")}
+                if terms:
+                    own[key] = terms
+    named = [(f"{teacher}/", criterion) for teacher, criterion in criteria.items()]
+    return DistillationCriterion(
+        modules,
+        weights,
+        [prefix + name for prefix, criterion in named for name in criterion.decays],
+        shares,
+        num_labels=next((criterion.num_labels for criterion in criteria.values()), None),
+        pyramids=[prefix + name for prefix, criterion in named for name in criterion.pyramids],
+    )
 
 
 def _by_key(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -124,6 +124,36 @@ def read_losses(losses: Losses) -> dict[str, LossOptions]:
     return found
 
 
+def by_teacher(losses: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """A recipe's `losses` section by the names of teachers, as it stands; all of it under "" if it names none.
+
+    Raises:
+        UserError: some losses belong to a teacher and others to none, or a teacher has none.
+    """
+    options = {"weight", "decay", "features"}.union(*(options_of(cls) for cls in LOSSES.values()))
+
+    def of_teacher(key: Any, value: Any) -> bool:
+        if key in LOSSES or not isinstance(value, Mapping) or not value:
+            return False
+        return not value.keys() & options and all(
+            isinstance(own, Mapping | LossOptions | None) for own in value.values()
+        )
+
+    named = [key for key, value in losses.items() if of_teacher(key, value)] if isinstance(losses, Mapping) else []
+    if not named:
+        return {"": losses}
+    if mixed := [key for key in losses if key in LOSSES]:
+        raise UserError(
+            f"losses has {', '.join(mixed)} for all teachers beside the parts of {', '.join(named)}; give each teacher its own."
+        )
+    for key, value in losses.items():
+        if not isinstance(value, Mapping) or not value:
+            raise UserError(
+                f"losses of the teacher {key!r} are {value!r}; give it some, as in {{{key}: {{cwd: {{}}}}}}."
+            )
+    return {str(key): value for key, value in losses.items()}
+
+
 def check_needs(losses: Losses, offers: frozenset[str]) -> None:
     """Refuses losses that need what student and teacher do not offer.
 

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from ..adapters.loading import ModelSpec
 from ..data.boxes import FORMATS
 from ..training.config import PRESETS, BCDConfig
+from ..training.teachers import named_by
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
 from ..utils.types import converted
@@ -29,22 +30,23 @@ class ModelArguments:
         default=None,
         metadata={"help": "Student: Hub id or folder, or a mapping such as {backbone: mobilenetv2_100, head: fpn}."},
     )
-    teacher: dict[str, Any] | str | None = field(
+    teacher: dict[str, Any] | str | list[Any] | None = field(
         default=None,
         metadata={
             "help": "Teacher, given like the student. A timm backbone is first trained on the same data. A backbone without a "
             "head, such as facebook/dinov2-base or {backbone: ..., head: none, pretrained: true}, teaches features only. "
-            "None trains the student without one."
+            "Several, all finished: '[A, B]'. None trains the student without one."
         },
     )
     teacher_training: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Training options that differ for a teacher trained here, e.g. {max_steps: 2000}."},
     )
-    teacher_store: str | None = field(
+    teacher_store: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Stored outputs of a teacher (folder or Hub id of `hf-bcd reinforce`), in the place of the teacher itself."
+            "help": "Stored outputs of a teacher (folder or Hub id of `hf-bcd reinforce`), in the place of the teacher itself; or "
+            "'[A, B]', beside the teachers of --teacher."
         },
     )
     with_baseline: bool = field(
@@ -154,14 +156,47 @@ def build_arguments(recipe: Mapping[str, Any]) -> tuple[ModelArguments, DataArgu
         return cls(**{f.name: recipe[f.name] for f in dataclasses.fields(cls) if f.name in recipe})
 
     model_args, data_args, config = build(ModelArguments), build(DataArguments), build(BCDConfig)
-    for role in ("student", "teacher"):
-        if (given := getattr(model_args, role)) is not None:
-            ModelSpec.parse(given, role)
+    if model_args.student is not None:
+        ModelSpec.parse(model_args.student, "student")
+    named_teachers(model_args)
     if data_args.streaming and config.max_steps <= 0:
         raise UserError(
             f"max_steps is {config.max_steps}, but a stream has no end: set --max_steps, or leave --streaming out."
         )
     return model_args, data_args, config
+
+
+def named_teachers(args: ModelArguments) -> dict[str, ModelArguments]:
+    """The teachers that the arguments name, each by its name with arguments in which it is the only one.
+
+    A single one has the name ""; its store stands for itself. Where one of both arguments is a list, they add up, live teachers
+    before stored ones; names are the last parts of ids and folders, see `short_name`.
+
+    Raises:
+        UserError: for a model that is described wrongly, a list without any, one of several that is to be trained first, or two of
+            the same name.
+    """
+    if not isinstance(args.teacher, list) and not isinstance(args.teacher_store, list):
+        if args.teacher is not None:
+            ModelSpec.parse(args.teacher, "teacher")
+        return {} if args.teacher is None and args.teacher_store is None else {"": args}
+    live, stored = (
+        given if isinstance(given, list) else [] if given is None else [given]
+        for given in (args.teacher, args.teacher_store)
+    )  # fmt: skip
+    if not live and not stored:
+        raise UserError("teacher is an empty list; name some, or null to train without any.")
+    specs = [ModelSpec.parse(one, "teacher") for one in live]
+    for spec in specs:
+        if not spec.is_finished:
+            raise UserError(
+                f"the teacher {spec.backbone} with the head {spec.head} is one of several, but is not trained yet: train it first, "
+                "then name its folder."
+            )
+    names = named_by([*(str(spec.name_or_path or spec.backbone) for spec in specs), *map(str, stored)])
+    parts = [replace(args, teacher=one, teacher_store=None) for one in live]
+    parts += [replace(args, teacher=None, teacher_store=one) for one in stored]
+    return dict(zip(names, parts, strict=True))
 
 
 def read_arguments(
@@ -198,7 +233,10 @@ def read_arguments(
     if {"num_train_epochs", "max_steps"} <= set(typed) and typed["max_steps"] > 0:
         raise UserError("--max_steps and --num_train_epochs exclude each other; give one of them.")
     values = merged({key: _converted(key, value) for key, value in recipe.items()}, typed)
-    for key in MAPPINGS:
+    for key in (*MAPPINGS, "teacher_store"):
+        text = values.get(key)
+        if key in ("teacher", "teacher_store") and isinstance(text, str) and text.lstrip().startswith("["):
+            values[key] = _converted(key, read_yaml(text, f"--{key}"))
         if values.get(key) in ("none", "null"):  # so that the command line can undo what the recipe says
             values[key] = None
         if isinstance(text := values.get(key), str) and text.lstrip().startswith("{"):

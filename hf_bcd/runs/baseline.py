@@ -22,11 +22,12 @@ from ..stores import Store
 from ..tasks import task_of
 from ..training.checkpoints import data_key, differences
 from ..training.config import OUTCOME, BCDConfig
+from ..training.teachers import naming
 from ..training.teaching import build_losses, check_losses, check_task
 from ..utils.files import read_json, write_json
 from ..utils.messages import UserError
 from ..utils.yaml import parse_mapping
-from .arguments import ModelArguments
+from .arguments import ModelArguments, named_teachers
 from .experiment import check_sizes, train_model
 
 
@@ -41,7 +42,7 @@ def check_untrained(args: ModelArguments, config: BCDConfig, data: DenseDatasets
     Raises:
         UserError: as the losses do.
     """
-    given = None if args.teacher_store else args.teacher
+    given = None if args.teacher_store or isinstance(args.teacher, list) else args.teacher
     spec = None if given is None else ModelSpec.parse(given, "teacher")
     if spec is not None and not spec.is_finished:
         teacher_config(args, config)
@@ -51,10 +52,22 @@ def check_untrained(args: ModelArguments, config: BCDConfig, data: DenseDatasets
             )
 
 
+def prepare_teachers(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> dict[str, DenseAdapter | Store]:
+    """The teachers of a run by name, "" for a single one: opened where they are stored, else as `prepare_teacher`."""
+    found: dict[str, DenseAdapter | Store] = {}
+    for name, own in named_teachers(args).items():
+        with naming(name):
+            one = open_store(own, config) or prepare_teacher(own, config.for_teacher(name), data)
+            assert one is not None
+            found[name] = one
+    return found
+
+
 def open_store(args: ModelArguments, config: BCDConfig) -> Store | None:
     """The stored teacher that the arguments name, which takes the place of the teacher itself."""
     if args.teacher_store is None:
         return None
+    assert isinstance(args.teacher_store, str)
     with config.main_process_first(desc="fetching the store"):
         store = Store.open(args.teacher_store, token=config.hub_token)
         _ = store.table  # makes the cache that the other processes read

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks import TASKS, Score
-from ..training.recording import TEACHING_FILE
+from ..training.alignment import TEACHING_FILE
 from ..utils.files import numbers, read_json
 from ..utils.messages import UserError
 

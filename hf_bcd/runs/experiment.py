@@ -38,7 +38,7 @@ from ..utils.files import write_text
 from ..utils.messages import UserError
 from ..utils.text import shortened
 from ..utils.yaml import parse_mapping
-from .arguments import DataArguments, ModelArguments
+from .arguments import DataArguments, ModelArguments, named_teachers
 
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def with_pictures(train: Any, args: DataArguments) -> Any:
 
 
 def name_classes(args: ModelArguments, data: DenseDatasets) -> DenseDatasets:
-    """Gives pictures without labels, which have no classes, those of the teacher.
+    """Gives pictures without labels, which have no classes, those of the teacher; of several, of the first that has some.
 
     Raises:
         UserError: there is no teacher, it has no classes or too many, or the student is to be trained without it too.
@@ -186,17 +186,33 @@ def name_classes(args: ModelArguments, data: DenseDatasets) -> DenseDatasets:
         raise UserError("with_baseline trains the student without its teacher, but there are no labels: leave it out.")
     if train.id2label:
         return data
-    if args.teacher_store is not None:
-        names = dict(enumerate(Store.open(args.teacher_store).content["classes"]))
-        return DenseDatasets({"train": replace(train, id2label=names)})
-    if args.teacher is None:
+    teachers = list(named_teachers(args).values())
+    if not teachers:
         raise UserError(
             f"{train.source} has no labels, so that there is nothing to learn from without a teacher: name one."
         )
-    names = class_names_of(ModelSpec.parse(args.teacher, "teacher"), trust_remote_code=args.trust_remote_code)
+    refusals = []
+    for own in teachers:
+        try:
+            return DenseDatasets({"train": replace(train, id2label=classes_of(own))})
+        except UserError as error:  # a teacher of features
+            refusals.append(error)
+    raise refusals[0]
+
+
+def classes_of(args: ModelArguments) -> dict[int, str]:
+    """The classes of a single teacher.
+
+    Raises:
+        UserError: it has none, or too many.
+    """
+    if args.teacher_store is not None:
+        return dict(enumerate(Store.open(str(args.teacher_store)).content["classes"]))
+    spec = ModelSpec.parse(args.teacher or "", "teacher")
+    names = class_names_of(spec, trust_remote_code=args.trust_remote_code)
     if len(names) > MAX_LABELS:
         raise UserError(f"the teacher has {len(names)} classes; a label map holds at most {MAX_LABELS}.")
-    return DenseDatasets({"train": replace(train, id2label=names)})
+    return names
 
 
 def build_student(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> DenseAdapter:
@@ -269,7 +285,7 @@ def check_sizes(model: DenseAdapter, config: BCDConfig, data: DenseDatasets) -> 
 
 def train_model(
     model: PreTrainedModel | DenseAdapter,
-    teacher: PreTrainedModel | DenseAdapter | Store | None,
+    teacher: PreTrainedModel | DenseAdapter | Store | Mapping[str, DenseAdapter | Store] | None,
     config: BCDConfig,
     data: DenseDatasets,
     role: str = "student",

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..adapters import DenseAdapter, FrozenTeacher, read_synonyms
+from ..adapters.loading import ModelSpec
 from ..card.store_card import write_store_card
 from ..data import DenseDataset, DenseDatasets
 from ..data.dataset import TransformedDataset
@@ -30,9 +31,10 @@ from ..training.config import BCDConfig
 from ..training.evaluation import moved
 from ..training.hardware import fit_loaders, lay_out
 from ..training.loaders import spread_samples, view_options
+from ..training.teachers import short_name
 from ..training.teaching import build_losses, calibrate, freeze
 from ..utils.files import read_json, write_json
-from ..utils.messages import UserError
+from ..utils.messages import UserError, unknown_key_message
 from .arguments import ModelArguments
 from .baseline import prepare_teacher
 from .experiment import build_student, evaluate_model, final_split
@@ -68,6 +70,7 @@ class Reinforcer:
         config: arguments of the runs.
         num_labels: number of the student's classes.
         synonyms: the teacher's names for these.
+        student: the losses' student, where it is not the teacher itself.
     """
 
     teacher: FrozenTeacher
@@ -76,6 +79,7 @@ class Reinforcer:
     config: BCDConfig
     num_labels: int
     synonyms: Mapping[str, Sequence[str]] | None = None
+    student: DenseAdapter | None = None
 
     @property
     def task(self) -> Task:
@@ -87,8 +91,9 @@ class Reinforcer:
         output = self.teacher.for_batch(batch, targets.pixel_mask)
         if names is None:
             found = {}
+            student = None if self.student is None else self.student(batch["pixel_values"])
             for criterion in self.criteria:
-                found |= read_by(criterion, output, targets)
+                found |= read_by(criterion, output, targets, student)
             return found
         known = tensors_of(output)
         for criterion in self.criteria:
@@ -139,6 +144,8 @@ def build_reinforcer(
     Raises:
         UserError: there is no teacher, a loss needs one that runs, or the training split is a stream.
     """
+    if "" not in config.loss_parts:
+        config = config.for_teacher(name_in_losses(model_args, config))
     teacher = teacher or prepare_teacher(model_args, config, data)
     if teacher is None:
         raise UserError("no teacher: name one with --teacher (Hub id, folder, or {backbone: ..., head: ...}).")
@@ -159,7 +166,17 @@ def build_reinforcer(
         if criterion.needs_calibration:
             calibrate(criterion, frozen, dataset, task, config, split.num_labels)
         criteria.append(criterion)
-    return Reinforcer(frozen, criteria, dataset, config, split.num_labels, synonyms)
+    shown = None if student is teacher else student.to(config.device).eval()
+    return Reinforcer(frozen, criteria, dataset, config, split.num_labels, synonyms, shown)
+
+
+def name_in_losses(args: ModelArguments, config: BCDConfig) -> str:
+    """The name by which the losses of a recipe for several teachers know one of them; a `UserError` if they do not."""
+    spec = ModelSpec.parse(args.teacher or "", "teacher")
+    name = short_name(str(spec.name_or_path or spec.backbone))
+    if name not in config.loss_parts:
+        raise UserError(unknown_key_message("teacher in losses", name, config.loss_parts))
+    return name
 
 
 def make_store(

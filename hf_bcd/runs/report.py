@@ -17,6 +17,7 @@ from ..tasks import Task, task_of
 from ..training.config import BCDConfig
 from ..training.evaluation import on_cpu, predict_batch, with_transform
 from ..training.recording import hub_dataset, record_run
+from ..training.teachers import by_role, parts_of
 from ..training.trainer import BCDTrainer
 from ..utils.costs import device_name, measure_costs
 from ..utils.files import write_json
@@ -66,11 +67,12 @@ def write_report(
     split: str | None,
     recipe: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes results.json, figures/*.png and README.md into the run's folder; label_map.json if the teacher needed one.
+    """Writes results.json, figures/*.png and README.md into the run's folder; label_map.json if a teacher needed
+    one, of several by their names.
 
     Args:
         trainer: the trainer of the student.
-        models: `teacher`, `baseline` and `student`, as far as they exist.
+        models: `teacher` (`teacher_2`, ...), `baseline` and `student`, as far as they exist.
         scores: of the models that were evaluated.
         split: the split of the scores; None when there is none to evaluate on.
         recipe: content of the command line and the recipes that it names, where there was one.
@@ -92,9 +94,10 @@ def write_report(
             figures = write_figures(trainer, models, data[split], folder / "figures")
         except Exception as error:  # whatever a picture's shape does to a figure, the run stands
             logger.warning("no figures, because one failed: %s", shortened(f"{type(error).__name__}: {error}"))
-    label_map = None if trainer.teacher is None else trainer.teacher.label_map
-    if label_map is not None and not label_map.is_identity:
-        write_json(folder / "label_map.json", label_map.to_dict())
+    label_maps = {name: part.label_map for name, part in parts_of(trainer.teacher).items()}
+    needed = {name: one.to_dict() for name, one in label_maps.items() if one is not None and not one.is_identity}
+    if needed:
+        write_json(folder / "label_map.json", needed.get("", needed))
     paths = [f"figures/{name}" for name in figures]
     write_card(folder, record_run(trainer, models, results, data, paths, recipe))
     trainer.has_card = True
@@ -125,11 +128,9 @@ def write_figures(
     """Pictures of images spread over a split (neighbours are often frames of one video); returns the file names."""
     folder.mkdir(parents=True, exist_ok=True)
     task, config = task_of(data), trainer.args
-    roles = {
-        "teacher": "teacher",
-        "baseline": "baseline",
-        "student": "distilled" if trainer.teacher is not None else "student",
-    }
+    teachers = by_role(parts_of(trainer.teacher))
+    roles = {role: f"teacher {number}" if len(teachers) > 1 else "teacher" for number, role in enumerate(teachers, 1)}
+    roles |= {"baseline": "baseline", "student": "distilled" if teachers else "student"}
     scored = {title: models[name] for name, title in roles.items() if name in models and models[name].label_map}
     indices = [index * len(data) // NUM_PICTURES for index in range(NUM_PICTURES)][: len(data)]
     samples = [{**data[index], "predictions": {}} for index in dict.fromkeys(indices)]
@@ -144,31 +145,36 @@ def write_figures(
 
 
 def _write_bcd_figures(trainer: BCDTrainer, data: DenseDataset, folder: Path) -> list[str]:
-    """Boundary maps and a relation map of teacher and student, as the BCD loss sees them."""
-    losses = trainer.distiller.criterion.losses
-    if not isinstance(trainer.teacher, FrozenTeacher) or "bcd" not in losses:
+    """Boundary maps and a relation map of teacher (of several the first that has such) and student, as the BCD loss sees them."""
+    criterion = trainer.distiller.criterion
+    named = {f"{name}/bcd" if name else "bcd": part for name, part in parts_of(trainer.teacher).items()}
+    running = {
+        name: part for name, part in named.items() if isinstance(part, FrozenTeacher) and name in criterion.losses
+    }
+    if not running:
         return []
-    loss = losses["bcd"]
+    name, teacher = next(iter(running.items()))
+    loss = criterion.losses[name]
     assert isinstance(loss, BCDLoss)
     student, image = trainer.distiller.finished.eval(), data[0]["image"]
     pixel_values = shown_to(student, data, trainer.args)[0]["pixel_values"][None].to(trainer.args.device)
     with torch.no_grad():
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
-        criterion = trainer.distiller.criterion
-        ours, theirs = (criterion.seen_by("bcd", model(pixel_values)) for model in (student, trainer.teacher))
+        ours, theirs = (criterion.seen_by(name, model(pixel_values)) for model in (student, teacher))
         maps = loss.inspect(ours, theirs, size)
-    boundaries = {"teacher": maps["teacher_boundary"][0].cpu(), "student": maps["student_boundary"][0].cpu()}
+    titles = {"teacher": name.rpartition("/")[0] or "teacher", "student": "student"}
+    boundaries = {title: maps[f"{role}_boundary"][0].cpu() for role, title in titles.items()}
     boundary_figure(image, boundaries, folder / "boundaries.png")
 
     height, width = maps["teacher_features"].shape[-2:]
     point = (height * 2 // 3, width // 2)
     relations = {}
-    for name in ("teacher", "student"):
-        positions = relation_features(maps[f"{name}_features"])[0]
+    for role, title in titles.items():
+        positions = relation_features(maps[f"{role}_features"])[0]
         row = point[0] * width + point[1]
         gram = positions[row] @ positions.T
         gram[row] = float("-inf")  # the diagonal is left out of the loss too
-        relations[name] = gram.softmax(dim=0).view(height, width).cpu()
+        relations[title] = gram.softmax(dim=0).view(height, width).cpu()
     pixel = (int((point[0] + 0.5) * image.size[1] / height), int((point[1] + 0.5) * image.size[0] / width))
     relation_figure(image, relations, pixel, folder / "relations.png")
     return ["boundaries.png", "relations.png"]

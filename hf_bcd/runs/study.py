@@ -24,11 +24,19 @@ from ..tasks import task_of
 from ..training.checkpoints import data_key
 from ..training.config import BCDConfig
 from ..training.loaders import VIEW_NAMES, view_options
+from ..training.teachers import naming, role_of
 from ..utils.files import numbers, read_json, write_json, write_text
 from ..utils.messages import UserError
 from ..utils.types import converted
-from .arguments import RECIPE_KEYS, DataArguments, ModelArguments, build_arguments, read_arguments
-from .baseline import check_untrained, prepare_teacher, teacher_key
+from .arguments import (
+    RECIPE_KEYS,
+    DataArguments,
+    ModelArguments,
+    build_arguments,
+    named_teachers,
+    read_arguments,
+)
+from .baseline import check_untrained, open_store, prepare_teacher, teacher_key
 from .experiment import alone_in, build_student, evaluate_model, final_split, load_data, name_classes, train_model
 from .recipes import merged, read_recipe
 from .reinforce import build_reinforcer, make_store
@@ -85,7 +93,12 @@ class Run:
                     f"{self.folder} holds a finished run with {key} {found!r}, where the study says {expected!r}. "
                     "Choose another --output_dir, or remove that folder to run it again."
                 )
-        return {**result, **{key: numbers(result[key]) for key in ("scores", "teacher", "curve") if result.get(key)}}
+        return {
+            **result,
+            **{
+                key: numbers(result[key]) for key in ("scores", "teacher", "more_teachers", "curve") if result.get(key)
+            },
+        }
 
 
 @dataclass(frozen=True)
@@ -187,10 +200,12 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             fixed = {"output_dir": str(run_folder), "seed": seed, "with_baseline": False}
             if seed == seeds[0]:
                 try:
-                    build_arguments({**given, **fixed})  # now, not after the runs before it
+                    model_args, _, config = build_arguments({**given, **fixed})  # now, not after the runs before it
+                    config.check_teachers(list(named_teachers(model_args)))
                 except UserError as error:
                     raise UserError(f"{path}: run {name!r}: {error}") from error
-            taught = given.get("teacher") is not None and given.get("teacher_store") is None
+            lists = any(isinstance(given.get(key), list) for key in ("teacher", "teacher_store"))  # which add up
+            taught = given.get("teacher") is not None and (given.get("teacher_store") is None or lists)
             arguments = {**given, **fixed}
             runs.append(Run(str(name), seed, references[name], run_folder, arguments, kept if taught else None))
     return Study(path.stem, folder, split, runs, token)
@@ -228,7 +243,7 @@ class Shared:
     def teacher(
         self, args: ModelArguments, config: BCDConfig, data: DenseDatasets, split: str
     ) -> tuple[DenseAdapter | None, dict[str, Any] | None]:
-        """The teacher of a run and its scores; one that is trained here is trained once, with the default seed.
+        """A single teacher of a run and its scores; one that is trained here is trained once, with the default seed.
 
         Its folder is named by what decides it, so runs with other teachers, in whatever order or process, have others.
         """
@@ -250,11 +265,11 @@ class Shared:
     def store(
         self, run: Run, args: ModelArguments, config: BCDConfig, data: DenseDatasets, teacher: DenseAdapter
     ) -> Store:
-        """What is stored of a run's teacher: once for all runs of the same teacher, views and data."""
+        """What is stored of one of a run's teachers: once for all runs of the same teacher, views and data."""
         assert run.reinforce is not None
         own = copy.deepcopy(config)
         own.seed, own.data_seed = BCDConfig.seed, None
-        recipes = self._recipes(run, config)
+        recipes = self._recipes(run, args, config)
         key = {
             "teacher": teacher_key(args, own, data), "views": view_options(task_of(data["train"]), own), **run.reinforce,
             "losses": recipes, **data_key(data["train"]),
@@ -270,27 +285,33 @@ class Shared:
                 make_store(folder, reinforcer, run.reinforce["views"], run.reinforce["precision"])
                 return Store(folder)
 
-    def _recipes(self, run: Run, config: BCDConfig) -> list[dict[str, Any]]:
-        """The losses that one store serves: a run's, and those of the others that agree with it in what is stored."""
+    def _recipes(self, run: Run, args: ModelArguments, config: BCDConfig) -> list[dict[str, Any]]:
+        """The losses that one store serves: a run's, and those of the others that agree with it in what is stored.
 
-        def losses_of(one: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-            options = build_arguments(one.arguments)[2].loss_options
-            plain = one.arguments.get("losses") or {name: {} for name in options}
+        `args` and `config` are those of the store's teacher.
+        """
+
+        def losses_of(own: BCDConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+            plain: dict[str, Any] = dict(own.loss_parts[""])
             kept = {
                 name: {key: x for key, x in (plain[name] or {}).items() if key not in ("weight", "decay")}
-                for name, loss in options.items()
+                for name, loss in own.loss_options.items()
                 if loss.cls.digest is not DistillationLoss.digest
             }
             return plain, kept
 
-        alike = [
-            one for one in self.study.runs
-            if one.seed == run.seed and one.reinforce == run.reinforce
-            and all(one.arguments.get(key) == run.arguments.get(key) for key in ("teacher", *VIEW_NAMES))
-        ]  # fmt: skip
-        found = [losses_of(one) for one in alike]
+        found = []
+        for one in self.study.runs:
+            if one.seed != run.seed or one.reinforce != run.reinforce:
+                continue
+            if any(one.arguments.get(key) != run.arguments.get(key) for key in VIEW_NAMES):
+                continue
+            theirs, _, options = build_arguments(one.arguments)
+            for name, own in named_teachers(theirs).items():
+                if own.teacher == args.teacher and own.teacher_store is None:
+                    found.append(losses_of(options.for_teacher(name)))
         first = next((kept for _, kept in found if kept), {})
-        mine = losses_of(run)[1] or first
+        mine = losses_of(config)[1] or first
         joined = [plain for plain, kept in found if kept == mine or (not kept and mine == first)]
         return [recipe for place, recipe in enumerate(joined) if recipe not in joined[:place]]
 
@@ -368,18 +389,27 @@ def _train_run(
         raise UserError(f"the data set has the splits {', '.join(data)}, but the scores are to come from {split!r}.")
     student = build_student(model_args, config, data)
     check_untrained(model_args, config, data, student)
-    teacher, teacher_scores = shared.teacher(model_args, config, data, split)
-    taught: Any = teacher
-    if run.reinforce is not None and teacher is not None:
-        taught = shared.store(run, model_args, config, data, teacher)
-    trainer = train_model(student, taught, config, data, label_synonyms=model_args.label_synonyms)
-    models = {"student": load_adapter(str(run.folder), task=trainer.task.name)}
-    scores = {"student": evaluate_model(models["student"], config, data[split])}
-    if teacher is not None:
-        models = {"teacher": teacher, **models}
-        scores = ({"teacher": teacher_scores} if teacher_scores else {}) | scores
+    taught, models, scores = dict[str, Any](), dict[str, DenseAdapter](), dict[str, Any]()
+    for number, (name, own) in enumerate(named_teachers(model_args).items(), 1):
+        with naming(name):
+            of_one = config.for_teacher(name)
+            taught[name] = store = open_store(own, of_one)
+            if store is not None:
+                found = store.scores(split, config.image_size)
+            else:
+                teacher, found = shared.teacher(own, of_one, data, split)
+                assert teacher is not None
+                taught[name] = teacher if run.reinforce is None else shared.store(run, own, of_one, data, teacher)
+                models[role_of(number)] = teacher
+            if found:
+                scores[role_of(number)] = found
+    teacher_scores = dict(scores)
+    given: Any = taught.get("", taught or None)
+    trainer = train_model(student, given, config, data, label_synonyms=model_args.label_synonyms)
+    models["student"] = load_adapter(str(run.folder), task=trainer.task.name)
+    scores["student"] = evaluate_model(models["student"], config, data[split])
     reference = run.folder.parent.parent / run.reference / run.folder.name
-    if run.name != run.reference and (reference / RESULT_FILE).is_file() and teacher is not None:
+    if run.name != run.reference and (reference / RESULT_FILE).is_file() and taught:
         models["baseline"] = load_adapter(str(reference), task=trainer.task.name)
         scores["baseline"] = numbers(read_json(reference / RESULT_FILE)["scores"])
     if config.should_save:
@@ -392,7 +422,8 @@ def _train_run(
             "split": split,
             "images": len(data[split]),
             "scores": scores["student"],
-            "teacher": teacher_scores,
+            "teacher": teacher_scores.pop("teacher", None),
+            "more_teachers": list(teacher_scores.values()),
             "steps": trainer.state.global_step,
             "train_seconds": trainer.train_seconds,
             "task": trainer.task.name,

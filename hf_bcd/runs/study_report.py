@@ -122,8 +122,9 @@ def _teachers(results: Results) -> list[tuple[int, Mapping[str, Any]]]:
     distinct: list[Mapping[str, Any]] = []
     for seeds in results.values():
         for one in seeds.values():
-            if one["teacher"] and one["teacher"] not in distinct:
-                distinct.append(one["teacher"])
+            for scores in (one["teacher"], *one.get("more_teachers", [])):
+                if scores and scores not in distinct:
+                    distinct.append(scores)
     return [(number if len(distinct) > 1 else 0, scores) for number, scores in enumerate(distinct, 1)]
 
 

@@ -48,19 +48,22 @@ def check_storable(losses: Iterable[tuple[str, DistillationLoss]]) -> None:
             )
 
 
-def read_by(criterion: DistillationCriterion, output: DenseOutput, targets: Targets) -> dict[str, Tensor]:
+def read_by(
+    criterion: DistillationCriterion, output: DenseOutput, targets: Targets, student: DenseOutput | None = None
+) -> dict[str, Tensor]:
     """The tensors of a teacher's output that the losses read, by the names of a store's columns.
 
     Args:
         criterion: calibrated losses of a pair in which the student has the teacher's levels, or of the real pair.
         output: of the teacher.
         targets: of the same images.
+        student: the student's output for them, with a graph; None in a pair in which it has the teacher's levels.
 
     Returns:
         `logits`, `features/<level>`, `pyramid/<level>` and the keys of `DistillationLoss.digest`.
     """
     names, found = set[str](), dict[str, Tensor]()
-    student = output_like(output, criterion)
+    student = output_like(output, criterion) if student is None else student
     for name, loss in criterion.by_name().items():
         seen = criterion.seen_by(name, output)
         if (digest := loss.digest(seen, targets)) is not None:

@@ -21,6 +21,7 @@ from ..adapters.loading import empty_adapter
 from ..data.dataset import TransformedDataset
 from ..hub.errors import explained
 from ..losses import DistillationCriterion
+from ..losses.criterion import teacher_of
 from ..outputs import DenseOutput, Targets
 from ..utils.files import numbers, read_json
 from ..utils.messages import UserError
@@ -88,13 +89,13 @@ class Store:
         return cls(Path(found), str(source))
 
     def scores(self, split: str, image_size: int | None) -> dict[str, Any]:
-        """The teacher's scores on a split by `teacher`, if they were measured when the store was made."""
+        """The teacher's scores on a split; empty unless they were measured when the store was made."""
         path = self.folder / SCORES_FILE
         if not path.is_file():
             return {}
         found = read_json(path)
         same = (found["split"], found["image_size"]) == (split, image_size)
-        return {"teacher": numbers(found["scores"])} if same else {}
+        return numbers(found["scores"]) if same else {}
 
     @property
     def views(self) -> int:
@@ -197,25 +198,37 @@ class StoredViews(TransformedDataset):
 
     Args:
         dataset: samples in canonical form.
-        transform: as `TransformedDataset` has it; its seed is the store's.
-        store: of this split.
+        transform: as `TransformedDataset` has it; its seed is the stores'.
+        stores: of this split, by the names of their teachers ("" for a single one).
+
+    Raises:
+        UserError: two stores have different seeds or numbers of views.
     """
 
-    def __init__(self, dataset: Any, transform: Callable[..., Any], store: Store) -> None:
-        super().__init__(dataset, transform, store.seed, getattr(dataset, "cache", None))
-        self.store = store
+    def __init__(self, dataset: Any, transform: Callable[..., Any], stores: Mapping[str, Store]) -> None:
+        first, *others = stores.values()
+        for other in others:
+            for what, ours, theirs in (("seed", first.seed, other.seed), ("views", first.views, other.views)):
+                if ours != theirs:
+                    raise UserError(
+                        f"the stored teachers {first.source} and {other.source} are of different views: {what} is {ours} there and "
+                        f"{theirs} here. Make one of them again with the other's --seed and --views."
+                    )
+        super().__init__(dataset, transform, first.seed, getattr(dataset, "cache", None))
+        self.stores, self.views = dict(stores), first.views
 
     def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(epoch % self.store.views)
+        super().set_epoch(epoch % self.views)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample, with the parts of the teacher's output for it under `stored`."""
+        """The sample, with the parts of each teacher's output for it under `stored`."""
         sample = super().__getitem__(index)
-        return {**sample, "stored": self.store.read(sample["index"], int(self._epoch), sample["pixel_values"])}
+        view = sample["index"], int(self._epoch), sample["pixel_values"]
+        return {**sample, "stored": {name: store.read(*view) for name, store in self.stores.items()}}
 
 
 def with_stored(collate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A task's collate that stacks what is stored of the teacher, too."""
+    """A task's collate that stacks what is stored of the teachers, too."""
     return _Collate(collate)
 
 
@@ -225,13 +238,17 @@ class _Collate:  # a class, because loader workers may be spawned
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.collate([{key: sample[key] for key in sample if key != "stored"} for sample in samples])
-        parts = [sample["stored"] for sample in samples if "stored" in sample]
-        if parts:
-            batch["stored"] = {
-                name: {part: torch.stack([one[name][part] for one in parts]) for part in parts[0][name]}
-                for name in parts[0]
-            }
+        stored = [sample["stored"] for sample in samples if "stored" in sample]
+        if stored:
+            batch["stored"] = {teacher: _stacked([one[teacher] for one in stored]) for teacher in stored[0]}
         return batch
+
+
+def _stacked(rows: Sequence[Mapping[str, Parts]]) -> dict[str, Parts]:
+    return {
+        name: {part: torch.stack([row[name][part] for row in rows]) for part in parts}
+        for name, parts in rows[0].items()
+    }
 
 
 class StoredTeacher:
@@ -239,14 +256,15 @@ class StoredTeacher:
 
     Args:
         store: with the teacher's outputs.
+        name: of the teacher, where there are several.
 
     Attributes:
         adapter: the teacher without weights, which says of it what the teacher would.
         label_map: from the teacher's classes to the student's; None for a teacher of features only.
     """
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, name: str = "") -> None:
+        self.store, self.name = store, name
         made = store.content["teacher"]
         self.adapter: DenseAdapter = empty_adapter(
             made["config"], made["class"], made["repo_id"], made["revision"], store.content["task"]
@@ -267,7 +285,7 @@ class StoredTeacher:
         return self.store.content["teacher"]["fingerprint"]
 
     def check(self, criterion: DistillationCriterion) -> None:
-        """Gives the losses what the store keeps for them, and refuses those that it does not serve.
+        """Gives this teacher's own criterion what the store keeps for it, and refuses losses that it does not serve.
 
         Raises:
             UserError: a loss needs the teacher itself, or has other options than the store was made for.
@@ -291,7 +309,9 @@ class StoredTeacher:
     def for_batch(self, batch: Mapping[str, Any], pixel_mask: Tensor | None = None) -> DenseOutput:
         """The teacher's output for a training batch, on its device."""
         with torch.no_grad():
-            tensors = {name: self.store.columns[name].restore(parts) for name, parts in batch["stored"].items()}
+            tensors = {
+                name: self.store.columns[name].restore(parts) for name, parts in batch["stored"][self.name].items()
+            }
         digest = {
             name: x for name, x in tensors.items() if name.partition("/")[0] not in ("logits", "features", "pyramid")
         }
@@ -310,7 +330,7 @@ class StoredTeacher:
         """Computes the losses of a batch once and forgets them; a `UserError` names a level that one reads and the store lacks."""
         teacher = self.for_batch(batch, targets.pixel_mask)
         for name, loss in copy.deepcopy(criterion).by_name().items():
-            if "features" in loss.needs and not loss.digested:
+            if teacher_of(name) == self.name and "features" in loss.needs and not loss.digested:
                 loss(*(criterion.seen_by(name, output) for output in (student, teacher)), targets)
 
     def answers(self, pixel_values: Tensor) -> None:

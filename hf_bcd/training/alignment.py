@@ -1,7 +1,8 @@
 """Whether a teacher's answers lie on the labels that they are to teach: no shift, no flip, no other picture."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,15 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..outputs import LabelMaps
+from ..stores import StoredTeacher
 from ..tasks import Task
+from ..utils.files import write_json
 from ..utils.messages import UserError
 from .config import BCDConfig
-from .evaluation import moved
+from .distiller import Distiller
+from .evaluation import evaluated, moved
 from .loaders import spread_samples
+from .teachers import Teacher, Teachers, naming, parts_of
 
 
 logger = logging.getLogger(__name__)
 
+TEACHING_FILE = "teaching.json"
 REACH = 8  # pixels
 SMALLEST_SHIFT = 3  # pixels; models of stride 8 or more are off by less
 LEAST_GAIN, LEAST_ERRORS = 0.01, 3.0  # of agreement, and standard errors over pictures
@@ -88,6 +94,41 @@ def alignment(classes: Tensor, labels: Tensor, num_labels: int, ignore_index: in
     commonest = float(counts.max() / counts.sum().clamp_min(1))
     agreements = torch.stack(list(found.values()), 1).double()
     return Alignment(list(found), agreements, commonest, (right / counts).tolist())
+
+
+def check_teachers(
+    teacher: Teacher | Teachers | None,
+    dataset: Any,
+    task: Task,
+    args: BCDConfig,
+    distiller: Distiller,
+    collate: Callable[..., Any],
+) -> None:
+    """Refuses teachers whose answers lie beside the labels, and stores that lack what a loss reads.
+
+    Writes how well the first one's answers fit, for `hf-bcd doctor`.
+    """
+    written = False
+    for name, one in parts_of(teacher).items():
+        with naming(name):
+            found = check_alignment(one, dataset, task, args, distiller.student.num_labels, collate)
+            if found is not None and args.should_save and not written:
+                write_teaching(found, Path(args.output_dir or "."), distiller.student.id2label)
+                written = True
+            if isinstance(one, StoredTeacher):
+                batch = moved(collate([dataset[0]]), args)
+                targets = task.targets(batch, distiller.student.num_labels)
+                with evaluated(distiller), torch.no_grad():
+                    student = distiller.student(batch["pixel_values"])
+                one.check_levels(distiller.criterion, student, batch, targets)
+
+
+def write_teaching(found: Alignment, folder: Path, id2label: Mapping[int, str]) -> None:
+    """Writes how well a teacher's answers fit the labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"agreement": found.means["as they are"], "commonest": found.commonest, "pictures": len(found.agreement)}
+    per_class = dict(zip(id2label.values(), found.per_class, strict=True))
+    write_json(folder / TEACHING_FILE, content | {"per_class": per_class})
 
 
 @torch.no_grad()

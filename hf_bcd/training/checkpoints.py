@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from ..adapters import DenseAdapter
 from ..adapters.loading import drop_foreign_code
 from ..data import DenseDataset, DenseStream, TransformedStream
 from ..data.dataset import TransformedDataset
@@ -24,9 +25,9 @@ from ..utils.files import check_readable, read_json, write_json
 from ..utils.messages import UserError
 from ..utils.text import shortened
 from ..utils.yaml import yaml_text
-from .config import OUTCOME, PRESETS, BCDConfig
+from .config import OUTCOME, BCDConfig
 from .distiller import Distiller
-from .teaching import Teacher
+from .teachers import Teacher, Teachers, parts_of
 
 
 logger = logging.getLogger(__name__)
@@ -108,22 +109,27 @@ def data_key(split: Any) -> dict[str, Any]:
     }
 
 
-def run_key(args: BCDConfig, distiller: Distiller, teacher: Teacher | None, dataset: Any) -> dict[str, Any]:
+def run_key(args: BCDConfig, distiller: Distiller, teacher: Teacher | Teachers | None, dataset: Any) -> dict[str, Any]:
     """All that decides how a run goes on from a checkpoint, without anything private."""
-    losses: Any = (PRESETS[args.preset] if args.losses is None else args.losses) if teacher else {}
     key: dict[str, Any] = {
         f"training.{name}": str(getattr(args, name)) for name in (*OUTCOME, "calibration_images", "teacher_dtype")
     }
     if isinstance(dataset, TransformedStream):
         key["training.dataloader_num_workers"] = args.dataloader_num_workers  # which divide it
-    key |= {f"losses.{name}": yaml_text(options or {}) for name, options in losses.items()}
-    for role, adapter in (("student", distiller.student), ("teacher", teacher and teacher.adapter)):
-        key[role] = (
-            None if adapter is None else f"{type(adapter.model).__name__}, {count_parameters(adapter)} parameters"
-        )
-    if teacher is not None:
-        key["teacher.weights"] = teacher.fingerprint
+    parts = parts_of(teacher)
+    for name, losses in args.loss_parts.items() if parts else ():
+        prefix = f"losses.{name}/" if name else "losses."
+        key |= {f"{prefix}{loss}": yaml_text(options or {}) for loss, options in losses.items()}
+    key |= {"student": model_words(distiller.student), **({} if parts else {"teacher": None})}
+    for name, part in parts.items():
+        role = f"teacher.{name}" if name else "teacher"
+        key |= {role: model_words(part.adapter), f"{role}.weights": part.fingerprint}
     return {**key, **{f"data.{name}": value for name, value in data_key(dataset).items()}}
+
+
+def model_words(adapter: DenseAdapter) -> str:
+    """The kind and the size of a model."""
+    return f"{type(adapter.model).__name__}, {count_parameters(adapter)} parameters"
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

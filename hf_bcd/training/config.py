@@ -1,7 +1,8 @@
 """BCDConfig: the training arguments of `BCDTrainer`."""
 
+import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,10 +12,11 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
-from ..losses.recipe import read_losses
+from ..losses.recipe import LossOptions, by_teacher, read_losses
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
 from ..utils.yaml import parse_mapping
+from .teachers import named_by, naming
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -134,7 +136,10 @@ class BCDConfig(TrainingArguments):
     )
     losses: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Distillation losses and their options, e.g. {bcd: {radius: 5, weight: {boundary: 3}}}."},
+        metadata={
+            "help": "Distillation losses and their options, e.g. {bcd: {radius: 5, weight: {boundary: 3}}}; or of each "
+            "of several teachers: {segformer-b4: {cwd: {}}, dinov2-base: {bcd: {}}}."
+        },
     )
     crop_size: int = field(default=512, metadata={"help": "Side of the square training crops, in pixels."})
     image_size: int | None = field(
@@ -253,7 +258,7 @@ class BCDConfig(TrainingArguments):
         if isinstance(self.losses, str):
             self.losses = parse_mapping(self.losses, "losses")
         # read here and nowhere else: a typing error shows now, not after a teacher's training
-        self.loss_options = read_losses(PRESETS[self.preset] if self.losses is None else self.losses)
+        self._read_losses()
         if self.torch_compile and (self.log_gradients or any(loss.measured for loss in self.loss_options.values())):
             raise UserError(
                 "log_gradients and `weight: auto` take the gradient of every term, which torch_compile hides; leave one out."
@@ -266,6 +271,51 @@ class BCDConfig(TrainingArguments):
             raise UserError("unlabelled_share is 1; it must be less, or leave all labels out (`--label_free true`).")
         if self.scale_min > self.scale_max:
             raise UserError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
+
+    def _read_losses(self) -> None:
+        """Sets `loss_parts`, the losses of each teacher that has its own as they are written, by its name, or of all under "";
+        and `loss_options`, what they mean, by `loss` or `teacher/loss`.
+        """
+        given: Any = PRESETS[self.preset] if self.losses is None else self.losses
+        parts = by_teacher(given)
+        if "" not in parts:
+            parts = {name: parts[source] for name, source in named_by(parts).items()}
+        self.loss_parts: dict[str, Mapping[str, Any]] = parts
+        self.loss_options: dict[str, LossOptions] = {}
+        for teacher, losses in parts.items():
+            with naming(teacher):
+                read = read_losses(losses)
+            self.loss_options |= {f"{teacher}/{name}" if teacher else name: loss for name, loss in read.items()}
+
+    def check_teachers(self, names: Sequence[str]) -> None:
+        """Compares the teachers that `losses` names with those that there are, "" for a single one; without any, nothing matters.
+
+        Raises:
+            UserError: one is unknown, or has no losses.
+        """
+        parts = [name for name in self.loss_parts if name and names]
+        if parts and "" in names:
+            raise UserError(
+                f"losses has parts for the teachers {', '.join(parts)}, but there is one teacher, which has no name; give it all "
+                "losses, or give the teachers as a list."
+            )
+        for name in parts:
+            if name not in names:
+                raise UserError(unknown_key_message("teacher in losses", name, names))
+        if parts and (missing := [name for name in names if name not in parts]):
+            raise UserError(f"losses says nothing of the teacher {missing[0]!r}; give it some, or leave it out.")
+
+    def for_teacher(self, name: str) -> "BCDConfig":
+        """These arguments with the losses of one teacher only: its own, or those of all."""
+        own, prefix = copy.copy(self), f"{name}/"
+        own.losses = dict(self.loss_parts[name if name in self.loss_parts else ""])
+        own.loss_parts = {"": own.losses}
+        own.loss_options = {
+            key.removeprefix(prefix): loss
+            for key, loss in self.loss_options.items()
+            if "/" not in key or key.startswith(prefix)
+        }
+        return own
 
     def decays_by_epoch(self, usual: str) -> bool:
         """Whether r(t) counts epochs, where `auto` is as usual; only a run counted in epochs can."""

@@ -1,5 +1,6 @@
 """Student, connectors and criterion in one forward pass: the module that Trainer wraps."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Distiller(nn.Module):
         self,
         pixel_values: Tensor,
         targets: Targets,
-        teacher_output: DenseOutput | None = None,
+        teacher_output: DenseOutput | Mapping[str, DenseOutput] | None = None,
         share: float = 1.0,
     ) -> dict[str, Any]:
         """One training step's loss.
@@ -52,7 +53,8 @@ class Distiller(nn.Module):
         Args:
             pixel_values: RGB images `[B, 3, H, W]`, 0..255.
             targets: ground truth.
-            teacher_output: the teacher's output on the same images; None trains the student without one.
+            teacher_output: the teacher's output on the same images, or those of several by name; None trains the student without
+                one.
             share: number of images over the mean of the accumulated batches, see `DistillationCriterion.forward`.
 
         Returns:

@@ -1,6 +1,6 @@
 """Loaders and samples that the base class would divide, pad or draw otherwise."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -177,19 +177,20 @@ def with_masks(dataset: Any) -> Any:
     return dataset if masked is None else TransformedDataset(masked, dataset.transform, dataset.seed)
 
 
-def stored_views(store: Store, dataset: Any, task: Task, args: BCDConfig) -> StoredViews:
-    """The training samples as a store's teacher saw them, with what is stored of it.
+def stored_views(stores: Mapping[str, Store], dataset: Any, task: Task, args: BCDConfig) -> StoredViews:
+    """The training samples as the teachers of some stores saw them, with what is stored of each, by the teachers' names.
 
     Raises:
-        UserError: a stream, or samples that were transformed elsewhere; or see `Store.check`.
+        UserError: a stream, or samples that were transformed elsewhere; stores of different views; or see `Store.check`.
     """
     if not isinstance(dataset, TransformedDataset):
         raise UserError(
             "a stored teacher belongs to the pictures of a data set with random access; leave streaming out, or name the "
             "teacher itself."
         )
-    store.check(dataset.dataset, view_options(task, args))
-    views = StoredViews(dataset.dataset, dataset.transform, store)
+    for store in stores.values():
+        store.check(dataset.dataset, view_options(task, args))
+    views = StoredViews(dataset.dataset, dataset.transform, stores)
     spread_samples(views, COMPARED)  # a store of other pictures fails now
     return views
 

@@ -24,12 +24,10 @@ from ..losses.modules.schedules import Temperature
 from ..losses.recipe import options_of
 from ..tasks import Task
 from ..utils.costs import device_name
-from ..utils.files import write_json
-from .alignment import Alignment
-from .config import PRESETS, BCDConfig
+from .config import BCDConfig
 from .distiller import Distiller
 from .hub import HubCallback
-from .teaching import Teacher
+from .teachers import Teacher, Teachers, by_role, parts_of
 
 
 HEADS = {
@@ -41,7 +39,6 @@ HEADS = {
     "mask_rcnn": "Mask R-CNN",
     "cascade_mask_rcnn": "Cascade Mask R-CNN",
 }
-TEACHING_FILE = "teaching.json"  # how well the teacher's answers fit the labels
 PACKAGES = ("transformers", "torch", "timm", "datasets", "accelerate", "huggingface_hub")
 
 
@@ -50,7 +47,7 @@ class TrainedRun(Protocol):
 
     args: BCDConfig
     task: Task
-    teacher: Teacher | None
+    teacher: Teacher | Teachers | None
     hub: HubCallback
     state: TrainerState
     optimizer: Any
@@ -70,15 +67,6 @@ def write_training_card(trainer: TrainedRun) -> None:
     write_card(Path(trainer.args.output_dir or "."), record_run(trainer, {}, {}, known))
 
 
-def write_teaching(found: Alignment, folder: Path, id2label: Mapping[int, str]) -> None:
-    """Writes how well a teacher's answers fit the labels, for `hf-bcd doctor`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"agreement": found.means["as they are"], "commonest": found.commonest, "pictures": len(found.agreement)}
-    write_json(
-        folder / TEACHING_FILE, content | {"per_class": dict(zip(id2label.values(), found.per_class, strict=True))}
-    )
-
-
 def record_run(
     trainer: TrainedRun,
     models: Mapping[str, DenseAdapter],
@@ -91,7 +79,7 @@ def record_run(
 
     Args:
         trainer: the trainer of the student.
-        models: `teacher` and `baseline`, those that exist.
+        models: `teacher` (`teacher_2`, ...) and `baseline`, those that exist.
         results: as in `RunRecord`.
         data: the data set; None for tensors from elsewhere.
         figures: as in `RunRecord`.
@@ -100,15 +88,17 @@ def record_run(
     args, criterion, student = trainer.args, trainer.distiller.criterion, trainer.distiller.student
     repository, folder = str(trainer.hub.repo_id), Path(args.output_dir or ".")
     models = {**models, "student": student}  # which knows its start; the saved one does not
-    if trainer.teacher is not None:
-        models = {"teacher": trainer.teacher.adapter, **models}  # a stored one is loaded by nobody else
+    parts = parts_of(trainer.teacher)
+    names = by_role({name: name for name in parts})
+    # a stored one is loaded by nobody else
+    models = {role: part.adapter for role, part in by_role(parts).items()} | models
     shown = None if data is None else data[results.get("protocol", {}).get("split", "train")]
     picture = None if shown is None else next(iter(shown))["image"]
     return RunRecord(
         repository=repository,
         task=trainer.task.name,
         id2label=student.id2label,
-        models={role: record_model(model, role, recipe) for role, model in models.items()},
+        models={role: record_model(model, role, recipe, names.get(role, "")) for role, model in models.items()},
         data=None if data is None else record_data(data, recipe or {}),
         results=results,
         figures=figures,
@@ -116,7 +106,11 @@ def record_run(
         weights=criterion.weights,
         decays=sorted(criterion.decays),
         methods=record_methods(trainer),
-        classes="" if trainer.teacher is None else class_words(trainer.teacher.label_map),
+        classes="; ".join(
+            f"{name}: {words}" if name else words
+            for name, part in parts.items()
+            if (words := class_words(part.label_map))
+        ),
         schedule=schedule_words(trainer, augmented=data is not None),
         recipe=shareable_recipe(recipe) if recipe else "",
         versions={"hf_bcd": package_version(), **{name: version(name) for name in PACKAGES}},
@@ -125,14 +119,16 @@ def record_run(
     )
 
 
-def record_model(model: DenseAdapter, role: str, recipe: Mapping[str, Any] | None = None) -> ModelRecord:
-    """A model as `student`, `teacher` or `baseline` of a run."""
+def record_model(
+    model: DenseAdapter, role: str, recipe: Mapping[str, Any] | None = None, name: str = ""
+) -> ModelRecord:
+    """A model as `student`, `teacher` (`teacher_2`, ...) or `baseline` of a run; `name` is that of one of several teachers."""
     config, start, words, trained_here = model.model.config, model.repo_id, "", None
     timm_head = HEADS.get(config.head) if config.model_type in ("timm_segmentation", "timm_detection") else None
     if role == "baseline":
         trained_here = None if recipe is None else recipe.get(role) is None
-    elif (given := (recipe or {}).get(role)) is not None:
-        spec = ModelSpec.parse(given, role)
+    elif (given := given_as(role, recipe or {})) is not None:
+        spec = ModelSpec.parse(given, role.partition("_")[0])
         trained_here = role == "student" or not spec.is_finished
         if spec.backbone is not None:
             start = getattr(timm.get_pretrained_cfg(spec.backbone), "hf_hub_id", None) if spec.pretrained else None
@@ -146,8 +142,19 @@ def record_model(model: DenseAdapter, role: str, recipe: Mapping[str, Any] | Non
         start,
         words,
         trained_here,
-        {name: level.channels for name, level in model.feature_specs.items()},
+        {level: spec.channels for level, spec in model.feature_specs.items()},
+        name,
     )
+
+
+def given_as(role: str, recipe: Mapping[str, Any]) -> Any:
+    """What a recipe says of a model; of several teachers, live ones come before stored ones, of which it says nothing."""
+    kind, _, number = role.partition("_")
+    given = recipe.get(kind)
+    if kind != "teacher":
+        return given
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    return dict(enumerate(listed, 1)).get(int(number or 1))
 
 
 def architecture_of(model: DenseAdapter) -> str:
@@ -181,16 +188,17 @@ def hub_dataset(split: DenseDataset) -> str | None:
 
 def record_methods(trainer: TrainedRun) -> dict[str, dict[str, Any]]:
     """Papers, changed options and last temperatures of the distillation methods, with those that one of them hosts."""
-    args, records = trainer.args, {}
-    recipe: Any = PRESETS[args.preset] if args.losses is None else args.losses
+    parts, records = trainer.args.loss_parts, {}
     for path, loss in trainer.distiller.criterion.named_modules():
         if isinstance(loss, DistillationLoss):
             name, defaults = path.rpartition(".")[2], options_of(type(loss))
+            teacher, _, plain = name.rpartition("/")
+            recipe = parts.get(teacher, parts.get("", {}))
             modules = [(key, module) for key, module in loss.named_modules() if isinstance(module, Temperature)]
             records[name] = {
                 "source": loss.source,
                 "citation": loss.citation,
-                "options": {k: v for k, v in (recipe.get(name) or {}).items() if k in defaults and v != defaults[k]},
+                "options": {k: v for k, v in (recipe.get(plain) or {}).items() if k in defaults and v != defaults[k]},
                 "temperatures": {key.removesuffix("_temperature"): module.value.item() for key, module in modules},
             }
     return records

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..adapters import DenseAdapter, FrozenTeacher, LabelMap, adapt, match_labels, read_synonyms
 from ..losses import DistillationCriterion, build_criterion
+from ..losses.criterion import join_teachers, teacher_of
 from ..losses.recipe import OFFERED_BY_ALL, check_needs, others_that_serve
 from ..stores import StoredTeacher
 from ..tasks import TASKS, Task, task_of
@@ -20,6 +21,7 @@ from ..utils.text import shortened
 from .config import BCDConfig
 from .evaluation import moved
 from .loaders import spread_samples, with_masks
+from .teachers import Teacher, Teachers, answered, check_names, naming, parts_of
 
 
 logger = logging.getLogger(__name__)
@@ -27,22 +29,20 @@ logger = logging.getLogger(__name__)
 # fixed, so that the teacher's head depends neither on the training batch nor on the number of ranks
 CALIBRATION_BATCH = 8
 Synonyms = str | Path | Mapping[str, Sequence[str]] | None
-
-
-Teacher = FrozenTeacher | StoredTeacher
+Given = PreTrainedModel | DenseAdapter | StoredTeacher
 
 
 class Prepared(NamedTuple):
     """The parts of a trainer; without a teacher the student is trained by itself."""
 
     student: DenseAdapter
-    teacher: Teacher | None
+    teacher: Teacher | Teachers | None
     criterion: DistillationCriterion
 
 
 def prepare(
     model: PreTrainedModel | DenseAdapter,
-    teacher: PreTrainedModel | DenseAdapter | StoredTeacher | None,
+    teacher: Given | Mapping[str, Given] | None,
     args: BCDConfig,
     dataset: Any,
     synonyms: Synonyms = None,
@@ -53,7 +53,7 @@ def prepare(
 
     Args:
         model: the student.
-        teacher: None trains the student without one.
+        teacher: one, or several by name; None trains the student without one.
         args: losses, seed and the teacher's precision.
         dataset: names the classes by `id2label`; None leaves the student's names.
         synonyms: the teacher's names for these, see `read_synonyms`.
@@ -87,26 +87,46 @@ def prepare(
     set_seed(args.seed)  # connectors start the same whatever ran before in this process
     if teacher is None:
         return Prepared(student, None, DistillationCriterion({}, {}, []))
+    several = isinstance(teacher, Mapping)
+    given: Mapping[str, Given] = teacher if several else {"": teacher}
+    if several:
+        check_names(given)
+        if not given:
+            raise UserError("the teachers are an empty mapping; name some, or give None to train without any.")
+    args.check_teachers(list(given))
+    if args.inherit and len(given) > 1:
+        raise UserError(f"inherit takes weights from the teacher, but there are {', '.join(given)}; leave it out.")
+    parts, criteria = dict[str, Teacher](), dict[str, DistillationCriterion]()
+    for name, one in given.items():
+        own = args.for_teacher(name)
+        with naming(name):
+            part = parts[name] = _frozen(one, student, own, task, sizes, synonyms)
+            check_losses(part.adapter, part.label_map, own)
+            if to_train:
+                inherit(student, part.adapter, args.inherit or ())
+            criteria[name] = build_losses(student, part.adapter, own)
+            if isinstance(part, StoredTeacher):
+                part.check(criteria[name])
+    criterion = join_teachers(criteria) if several else criteria[""]
+    criterion.log_gradients = args.log_gradients
+    return Prepared(student, Teachers(parts) if several else parts[""], criterion)
+
+
+def _frozen(
+    teacher: Given, student: DenseAdapter, args: BCDConfig, task: Task, sizes: Sequence[tuple[int, int]], synonyms: Any
+) -> Teacher:
+    """A teacher that gives constants; what was stored of one does already."""
     if isinstance(teacher, StoredTeacher):
         if args.inherit:
             raise UserError(
                 "inherit takes weights from the teacher, which a stored one lacks; name the teacher itself."
             )
-        frozen: Teacher = teacher
-    else:
-        adapter = adapt(teacher, task.name)
-        check_task(adapter, task)
-        for size in sizes:
-            adapter.check_shape(size)
-        frozen = freeze(adapter, student.id2label, args, synonyms)
-    check_losses(frozen.adapter, frozen.label_map, args)
-    if to_train:
-        inherit(student, frozen.adapter, args.inherit or ())
-    criterion = build_losses(student, frozen.adapter, args)
-    if isinstance(frozen, StoredTeacher):
-        frozen.check(criterion)
-    criterion.log_gradients = args.log_gradients
-    return Prepared(student, frozen, criterion)
+        return teacher
+    adapter = adapt(teacher, task.name)
+    check_task(adapter, task)
+    for size in sizes:
+        adapter.check_shape(size)
+    return freeze(adapter, student.id2label, args, synonyms)
 
 
 def build_losses(student: DenseAdapter, teacher: DenseAdapter, args: BCDConfig) -> DistillationCriterion:
@@ -221,7 +241,7 @@ def freeze(
 
 def calibrate(
     criterion: DistillationCriterion,
-    teacher: Teacher,
+    teacher: Teacher | Teachers,
     dataset: Any,
     task: Task,
     args: BCDConfig,
@@ -240,13 +260,12 @@ def calibrate(
         collate: makes batches; the task's own by default.
     """
     batches, quiet = [], args.disable_tqdm
+    needed = {teacher_of(name) for name, loss in criterion.by_name().items() if loss.needs_calibration}
     samples = spread_samples(with_masks(dataset), args.calibration_images)
     for start in tqdm(range(0, len(samples), CALIBRATION_BATCH), desc="Teacher on calibration images", disable=quiet):
         batch = moved((collate or task.collate)(samples[start : start + CALIBRATION_BATCH]), args)
         targets = task.targets(batch, num_labels)
-        output = teacher.for_batch(batch, targets.pixel_mask)
-        output.answers = teacher.answers(batch["pixel_values"])
-        batches.append((output, targets))
+        batches.append((answered(teacher, batch, targets.pixel_mask, needed), targets))
     criterion.calibrate(batches, lambda steps: tqdm(steps, desc="Calibrate", disable=quiet))
 
 
@@ -259,7 +278,7 @@ def offers_of(teacher: DenseAdapter, args: BCDConfig, student: DenseAdapter | No
     return (OFFERED_BY_ALL | offers) - ({"task_loss"} if args.torch_compile else set())
 
 
-def check_label_free(dataset: Any, teacher: FrozenTeacher | None, student: DenseAdapter, args: BCDConfig) -> None:
+def check_label_free(dataset: Any, teacher: Teacher | Teachers | None, student: DenseAdapter, args: BCDConfig) -> None:
     """Refuses what a training set without any labels cannot serve.
 
     Raises:
@@ -271,7 +290,10 @@ def check_label_free(dataset: Any, teacher: FrozenTeacher | None, student: Dense
         raise UserError(
             f"{dataset.name} has no labels, so that there is nothing to learn from without a teacher: name one."
         )
-    check_needs(args.loss_options, offers_of(teacher.adapter, args, student) - {"labels", "task_loss"})
+    for name, part in parts_of(teacher).items():
+        own = args.for_teacher(name)
+        with naming(name):
+            check_needs(own.loss_options, offers_of(part.adapter, own, student) - {"labels", "task_loss"})
     if measured := [name for name, loss in args.loss_options.items() if loss.measured]:
         raise UserError(
             f"weight of {', '.join(measured)} is auto, a share of the task's gradient, but without labels there is none; give a "

@@ -20,23 +20,24 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from ..adapters import DenseAdapter, image_processor
 from ..adapters.loading import load_adapter
 from ..data import TransformedStream, joined
-from ..outputs import DenseOutput, Targets
+from ..outputs import Targets
 from ..stores import Store, StoredTeacher
 from ..stores.store import with_stored
 from ..tasks import task_of
 from ..utils.messages import UserError
 from . import checkpoints
-from .alignment import check_alignment
+from .alignment import check_teachers
 from .callbacks import DistillationCallback, FiniteCallback, InterruptCallback, PictureCallback, check_finite
 from .config import BCDConfig
 from .distiller import Distiller
-from .evaluation import each, evaluate, evaluated, moved, predict_batch, stacked, with_transform
+from .evaluation import each, evaluate, moved, predict_batch, stacked, with_transform
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
 from .loaders import by_shape, mixed, stored_views, stream_loader
 from .optimization import group_parameters, step_down
-from .recording import write_teaching, write_training_card
+from .recording import write_training_card
+from .teachers import parts_of
 from .teaching import calibrate, check_label_free, prepare
 from .terms import TermMeans
 
@@ -44,6 +45,7 @@ from .terms import TermMeans
 logger = logging.getLogger(__name__)
 
 NUM_PICTURES = 4
+GivenTeacher = PreTrainedModel | DenseAdapter | Store | str
 
 
 class BCDTrainer(Trainer):
@@ -53,8 +55,8 @@ class BCDTrainer(Trainer):
 
     Args:
         model: model of transformers, or one of ours, to train and save; or its adapter.
-        teacher_model: larger model or its adapter, its Hub id or folder, or what a `Store` keeps of it; None trains `model`
-            without one.
+        teacher_model: larger model or its adapter, its Hub id or folder, or what a `Store` keeps of it; several of them by name,
+            each of which teaches by the `losses` of `args`, or by its own of them; None trains `model` without one.
         args: training arguments.
         train_dataset: canonical samples (`DenseDataset`, `DenseStream`), to which the augmentation of `args` is added,
             or any dataset of `{"index", "pixel_values", "labels"}`.
@@ -79,7 +81,7 @@ class BCDTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | DenseAdapter,
-        teacher_model: PreTrainedModel | DenseAdapter | Store | str | None = None,
+        teacher_model: GivenTeacher | Mapping[str, GivenTeacher] | None = None,
         args: BCDConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
@@ -98,12 +100,16 @@ class BCDTrainer(Trainer):
         reference = train_dataset if first is None else first
         self.task = task_of(reference)
         settle_evaluation(args, eval_dataset, self.task)
-        if isinstance(teacher_model, str):
-            teacher_model = load_adapter(teacher_model, task=self.task.name, to_teach=True)
-        if isinstance(teacher_model, Store):
-            teacher_model = StoredTeacher(teacher_model)
+        several = isinstance(teacher_model, Mapping)
+        given: Any = teacher_model if several else {"": teacher_model}
+        taught = {name: self._loaded(name, one) for name, one in given.items()}
         student, self.teacher, criterion = prepare(
-            model, teacher_model, args, reference, label_synonyms, to_train=train_dataset is not None
+            model,
+            taught if several else taught[""],
+            args,
+            reference,
+            label_synonyms,
+            to_train=train_dataset is not None,
         )
         check_label_free(train_dataset, self.teacher, student, args)
         distiller: Any = synchronized(Distiller(student, criterion, args.ema_decay), args)
@@ -116,8 +122,10 @@ class BCDTrainer(Trainer):
         args.push_to_hub = False  # the callback does; the base class would push pickled arguments
         train = with_transform(train_dataset, self.task.train_transform(args), args.seed)
         collate: Any = self.task.collate
-        if isinstance(self.teacher, StoredTeacher) and train_dataset is not None:
-            train, collate = stored_views(self.teacher.store, train, self.task, args), with_stored(collate)
+        parts = parts_of(self.teacher)
+        stores = {name: part.store for name, part in parts.items() if isinstance(part, StoredTeacher)}
+        if stores and train_dataset is not None:
+            train, collate = stored_views(stores, train, self.task, args), with_stored(collate)
         evaluated = with_transform(eval_dataset, self.task.eval_transform(processor), args.seed)
         if "data_collator" not in kwargs:
             check_samples(self.task, student.num_labels, train_dataset=train, eval_dataset=evaluated)
@@ -134,7 +142,7 @@ class BCDTrainer(Trainer):
         )
         # on a CPU it pays in training, and finished models are compared with their exports pixel by pixel
         if args.device.type == "cuda" or (args.device.type == "cpu" and train_dataset is not None):
-            for module in (self.distiller.student, self.distiller.finished, self.teacher):
+            for module in (self.distiller.student, self.distiller.finished, *parts.values()):
                 if isinstance(module, nn.Module):
                     lay_out(module)
         self.interrupt = InterruptCallback()
@@ -147,6 +155,12 @@ class BCDTrainer(Trainer):
             self.hub,
         ):
             self.add_callback(callback)
+
+    def _loaded(self, name: str, teacher: Any) -> Any:
+        if isinstance(teacher, str):
+            with naming(name):
+                return load_adapter(teacher, task=self.task.name, to_teach=True)
+        return StoredTeacher(teacher, name) if isinstance(teacher, Store) else teacher
 
     @property
     def distiller(self) -> Distiller:
@@ -180,7 +194,7 @@ class BCDTrainer(Trainer):
                 raise UserError(f"no checkpoint to resume from in {self.args.output_dir}.")
         if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint).is_dir():
             raise UserError(f"resume_from_checkpoint is {resume_from_checkpoint!r}, which is no folder.")
-        self._check_teacher()
+        check_teachers(self.teacher, self.train_dataset, self.task, self.args, self.distiller, self.data_collator)
         if not resume_from_checkpoint:
             self.calibrate()
         elif (output := self._load_finished(Path(resume_from_checkpoint))) is not None:
@@ -268,21 +282,6 @@ class BCDTrainer(Trainer):
         num_labels = self.distiller.student.num_labels
         calibrate(criterion, self.teacher, self.train_dataset, self.task, self.args, num_labels, self.data_collator)
 
-    def _check_teacher(self) -> None:
-        """Refuses a teacher whose answers lie beside the labels, and a store that lacks what a loss reads."""
-        if self.teacher is None:
-            return
-        num_labels = self.distiller.student.num_labels
-        found = check_alignment(self.teacher, self.train_dataset, self.task, self.args, num_labels, self.data_collator)
-        if found is not None and self.args.should_save:
-            write_teaching(found, Path(self.args.output_dir or "."), self.distiller.student.id2label)
-        if isinstance(self.teacher, StoredTeacher):
-            batch = moved(self.data_collator([self.train_dataset[0]]), self.args)
-            targets = self.task.targets(batch, num_labels)
-            with evaluated(self.distiller), torch.no_grad():
-                student = self.distiller.student(batch["pixel_values"])
-            self.teacher.check_levels(self.distiller.criterion, student, batch, targets)
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -304,7 +303,7 @@ class BCDTrainer(Trainer):
         self._images += len(pixel_values) * self.accelerator.num_processes
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def _teacher_output(self, inputs: Mapping[str, Any], targets: Targets) -> DenseOutput | None:
+    def _teacher_output(self, inputs: Mapping[str, Any], targets: Targets) -> Any:
         if self.teacher is None:
             return None
         with torch.profiler.record_function("teacher"):

@@ -100,3 +100,14 @@ def test_recipes_name_no_path_and_no_token(
     (tmp_path / "private" / "model").mkdir(parents=True)
     private = {"hub_token": "a", "output_dir": "b", "run_name": "c", "push_to_hub": True, "hub_model_id": "d"}
     assert yaml.safe_load(shareable_recipe({key: value, **private})) == {key: expected}
+
+
+def test_several_teachers_keep_the_names_by_which_losses_call_them() -> None:
+    recipe = {
+        "teacher": "/home/me/seg.a",
+        "teacher_store": ["../stores/dino", "me/b"],
+        "losses": {"seg.a": {"cwd": {}}},
+    }
+    kept = {"teacher": "path/to/seg.a", "teacher_store": ["path/to/dino", "me/b"]}
+    assert yaml.safe_load(shareable_recipe(recipe)) == recipe | kept
+    assert yaml.safe_load(shareable_recipe({"teacher": "/home/me/seg.a"})) == {"teacher": "path/to/teacher"}

@@ -302,3 +302,60 @@ def test_hostile_cards_render_as_one_document(tmp_path: Path) -> None:
         "text", "text_special", "softbreak", "strong_open", "strong_close", "em_open", "em_close", "code_inline",
         "html_inline",
     }  # fmt: skip
+
+
+# ---- Several teachers ----------------------------------------------------------------------------------------------
+
+
+def of_two(**results: Any) -> RunRecord:
+    models = {
+        "teacher": ModelRecord("Seg", "nvidia/mit-b5", "abc", "nvidia/mit-b5", name="mit-b5", levels={"stride_4": 8}),
+        "teacher_2": ModelRecord("Dino", "timm/vit_base_patch14_dinov2.lvd142m", None, "timm/vit_base_patch14_dinov2.lvd142m", name="dino"),
+        "baseline": ModelRecord("Small", trained_here=True),
+        "student": ModelRecord("Small"),
+    }  # fmt: skip
+    method = {"source": "https://arxiv.org/abs/2011.13256", "citation": "@x", "options": {}, "temperatures": {}}
+    return record(
+        models=models, weights={"mit-b5/cwd/cwd": 3.0, "dino/pkd/pkd": 1.0}, results=results, classes="dino: has none",
+        methods={"mit-b5/cwd": method, "dino/pkd": method},
+    )  # fmt: skip
+
+
+def test_the_card_of_two_teachers_names_both(tmp_path: Path) -> None:
+    text = card(of_two(), tmp_path)
+    metadata = ModelCard(text).data
+    link = "https://huggingface.co/"
+    timm = "timm/vit\\_base\\_patch14\\_dinov2.lvd142m"
+    assert f"distilled from the teachers [nvidia/mit-b5]({link}nvidia/mit-b5) @ abc and [{timm}]" in text
+    assert f"- teacher 1, mit-b5 in the names of its losses: [nvidia/mit-b5]({link}nvidia/mit-b5) @ abc" in text
+    assert f"- teacher 2, dino in the names of its losses: [{timm}]" in text
+    assert "supervised loss + 3 · mit-b5/cwd/cwd + 1 · dino/pkd/pkd" in text
+    assert "- method of mit-b5/cwd: " in text and "- method of dino/pkd: " in text
+    assert "- feature levels of teacher 1: stride\\_4 (8 channels)" in text and "of the student: " in text
+    assert "It learned from its teachers' outputs and inherits their mistakes." in text
+    for tag in ("teacher:nvidia/mit-b5", "teacher:timm/vit_base_patch14_dinov2.lvd142m", "cwd", "pkd"):
+        assert tag in metadata.tags
+    assert "mit-b5/cwd" not in metadata.tags
+    # the stricter of the two licences, with its reason
+    assert metadata.license_name.startswith("NVIDIA Source Code License") and "**Not for commercial use.**" in text
+    assert f"- [{timm}]" in text.split("## Licence")[1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (0.7, 0.8, "of the gap of 20.00 points to teacher 2, the best one with scores."),
+        (0.7, None, "That closes 50 % of the gap of 10.00 points to teacher 1, the best one with scores."),
+        (0.5, 0.55, "Teacher 2, the best one with scores, is no better than the undistilled student here."),
+        (None, None, "(60.00 to 65.00). The undistilled student is the same model, trained without the teachers on"),
+    ],
+)
+def test_scores_of_two_teachers_have_columns_and_a_verdict(
+    first: float | None, second: float | None, words: str, tmp_path: Path
+) -> None:
+    given = {"teacher": first, "teacher_2": second, "baseline": 0.6, "student": 0.65}
+    results = {role: scores(value) for role, value in given.items() if value is not None}
+    text = card(of_two(**results, protocol=PROTOCOL), tmp_path)
+    assert words in text
+    shown = [f"teacher {number}" for number, value in ((1, first), (2, second)) if value is not None]
+    assert f"|  | {' | '.join([*shown, 'student, not distilled', 'student, distilled'])} |" in text

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from hf_bcd.adapters.loading import ModelSpec
-from hf_bcd.runs.arguments import parse_arguments, read_arguments
+from hf_bcd.runs.arguments import build_arguments, named_teachers, parse_arguments, read_arguments
 from hf_bcd.runs.experiment import load_data
 from hf_bcd.training.config import PRESETS
 from hf_bcd.utils.messages import UserError
@@ -168,6 +168,73 @@ def test_mistakes_in_a_chain_of_recipes_name_the_file(content: dict, message: st
 def test_the_command_line_can_take_the_teacher_out_of_a_recipe(tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", student="a/b", teacher={"backbone": "resnet18"})
     assert parse_arguments(["--config", recipe, "--teacher", "none", *CPU])[0].teacher is None
+
+
+# ---- Several teachers ----------------------------------------------------------------------------------------------
+
+LISTED = "[nvidia/segformer-b4, {backbone: resnet18.a1, head: none, pretrained: true}]"
+
+
+def teachers(*argv: str, **recipe: object) -> dict[str, tuple[object, object]]:
+    found = named_teachers(build_arguments(read_arguments([*argv, *CPU], recipe={"student": "a/b", **recipe}))[0])
+    return {name: (one.teacher, one.teacher_store) for name, one in found.items()}
+
+
+def test_teachers_are_listed_by_the_last_part_of_their_names() -> None:
+    backbone = {"backbone": "resnet18.a1", "head": "none", "pretrained": True}
+    expected = {"segformer-b4": ("nvidia/segformer-b4", None), "resnet18_a1": (backbone, None)}
+    assert teachers("--teacher", LISTED) == expected
+    assert teachers(teacher=["nvidia/segformer-b4", backbone]) == expected
+    assert teachers("--teacher_store", "[stores/a, me/b@main]") == {
+        "a": (None, "stores/a"), "b": (None, "me/b@main"),
+    }  # fmt: skip
+
+
+def test_a_single_store_replaces_a_single_teacher_and_lists_add_up() -> None:
+    assert teachers("--teacher_store", "s/b", teacher="me/a") == {"": ("me/a", "s/b")}
+    both = {"a": ("me/a", None), "b": (None, "s/b")}
+    assert teachers("--teacher_store", "[s/b]", teacher="me/a") == both
+    assert teachers("--teacher_store", "s/b", teacher=["me/a"]) == both
+    assert teachers("--teacher", "none", "--teacher_store", "[s/a, s/b]", teacher=["me/a", "me/b"]).keys() == {
+        "a",
+        "b",
+    }
+    assert teachers("--teacher_store", "none", teacher="me/a", teacher_store=["s/b"]) == {"": ("me/a", None)}
+    assert teachers("--teacher", "none", teacher=["me/a", "me/b"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--teacher", "[me/a, you/a]"], "the teachers me/a and you/a would both be called 'a'"),
+        (
+            ["--teacher", "[me/a.b]", "--teacher_store", "[s/a_b]"],
+            "the teachers me/a.b and s/a_b would both be called",
+        ),
+        (["--teacher", "[me/cwd, me/a]"], "a teacher is called 'cwd'; a name is .* no loss's name"),
+        (
+            ["--teacher", "[me/a, {backbone: resnet18}]"],
+            "resnet18 with the head fpn .* not trained yet: train it first",
+        ),
+        (["--teacher", "[me/a, 3]"], "teacher is 3; give a Hub id"),
+        (["--teacher", "[]"], "teacher is an empty list"),
+        (["--teacher", "[me/a"], "--teacher is no valid YAML"),
+        (["--teacher_store", "[3]"], "teacher_store is .*3.*; it must be a list or text"),
+        (["--teacher", "[me/a, me/b]", "--teacher.revision", "x"], "sets a field of teacher, .* and no mapping"),
+    ],
+)
+def test_lists_of_teachers_that_make_no_sense(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        teachers(*argv)
+
+
+def test_losses_of_each_teacher_may_be_changed_one_by_one() -> None:
+    losses = {"nvidia/segformer.b4": {"cwd": {}}, "b": {"bcd": {"radius": 5}}}
+    config = build_arguments(read_arguments(["--losses.b.bcd.radius", "4", *CPU], recipe={"losses": losses}))[2]
+    assert list(config.loss_options) == ["segformer_b4/cwd", "b/bcd"]
+    assert config.loss_options["b/bcd"].options["radius"] == 4
+    own = config.for_teacher("b")
+    assert own.losses == {"bcd": {"radius": 4}} and list(own.loss_options) == ["bcd"]
 
 
 def test_an_option_may_be_called_on() -> None:

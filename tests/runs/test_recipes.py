@@ -18,7 +18,7 @@ from hf_bcd.losses import LOSSES, build_criterion
 from hf_bcd.losses.recipe import ALWAYS_OFFERED
 from hf_bcd.models import TimmDetectionConfig, TimmDetectionModel, TimmSegmentationConfig, TimmSegmentationModel
 from hf_bcd.models.configuration_timm_detection import HEAD_NAMES
-from hf_bcd.runs.arguments import parse_arguments
+from hf_bcd.runs.arguments import named_teachers, parse_arguments
 from hf_bcd.training.teaching import build_losses, inherit
 
 
@@ -91,7 +91,11 @@ def test_a_recipe_describes_a_run(recipe: Path) -> None:
     assert commands and (
         recipe.stem == "resnet18_to_resnet10" or any(str(recipe.relative_to(ROOT)) in h for h in header)
     )
-    for role, given in (("student", model.student), ("teacher", model.teacher)):
+    config.check_teachers(list(named_teachers(model)))
+    for role, given in (
+        ("student", model.student),
+        *(("teacher", one.teacher) for one in named_teachers(model).values()),
+    ):
         spec = ModelSpec.parse(given or "", role)
         if spec.name_or_path:
             assert re.fullmatch(r"(nvidia|facebook|ustc-community|PekingU)/[a-zA-Z0-9_-]+", spec.name_or_path)

@@ -15,6 +15,7 @@ from hf_bcd.card.record import RANDOM, RunRecord
 from hf_bcd.data import DenseDataset, load_dense_dataset
 from hf_bcd.runs.arguments import parse_arguments, read_arguments
 from hf_bcd.training.recording import (
+    given_as,
     hub_dataset,
     record_data,
     record_model,
@@ -52,6 +53,14 @@ def test_a_model_from_the_hub_and_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
     model.config._name_or_path = str(tmp_path / "local")
     assert record_model(build_adapter(model), "student", {"student": str(tmp_path / "local")}).start is None
+
+
+def test_what_a_recipe_says_of_each_of_several_teachers() -> None:
+    recipe = {"teacher": ["a", "b"], "teacher_store": ["s"], "student": "x"}
+    roles = ("teacher", "teacher_2", "teacher_3", "student")
+    assert [given_as(role, recipe) for role in roles] == ["a", "b", None, "x"]
+    assert given_as("teacher", {"teacher": {"backbone": "y"}}) == {"backbone": "y"}
+    assert given_as("teacher", {}) is None
 
 
 @pytest.mark.parametrize(
