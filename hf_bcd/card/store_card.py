@@ -50,8 +50,9 @@ def write_store_card(
     ]
     if pictures:
         configs.append({"config_name": "pictures", "data_files": [{"split": "train", "path": "pictures/*.parquet"}]})
+    licence: dict[str, Any] = dict(student_licence([terms])) if start else {}
     metadata = DatasetCardData(
-        **(student_licence([terms]) if start else {}),
+        **licence,
         task_categories=[task.pipeline_tag],
         tags=[
             "hf_bcd",

@@ -177,11 +177,12 @@ class Store:
         Raises:
             UserError: names all that differs.
         """
-        expected = {
+        expected: dict[str, Any] = {
             "images": len(dataset),
             "classes": list(dataset.id2label.values()),
             "task": dataset.task,
-        } | transform
+            **transform,
+        }
         found = {key: self.content.get(key) for key in ("images", "classes", "task")} | self.content["transform"]
         expected = json.loads(json.dumps(expected))
         wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
@@ -331,7 +332,7 @@ class StoredTeacher:
         teacher = self.for_batch(batch, targets.pixel_mask)
         for name, loss in copy.deepcopy(criterion).by_name().items():
             if teacher_of(name) == self.name and "features" in loss.needs and not loss.digested:
-                loss(*(criterion.seen_by(name, output) for output in (student, teacher)), targets)
+                loss(criterion.seen_by(name, student), criterion.seen_by(name, teacher), targets)
 
     def answers(self, pixel_values: Tensor) -> None:
         """None: what it found was used when the store was made."""

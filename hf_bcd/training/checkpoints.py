@@ -105,7 +105,11 @@ def data_key(split: Any) -> dict[str, Any]:
         "classes": list(split.id2label.values()),
         "rule": str(split.rule),
         "first_image": None if first is None else zlib.crc32(first["image"].tobytes()),
-        **({"unlabelled": split.num_unlabelled} if getattr(split, "labelled", None) is not None else {}),
+        **(
+            {"unlabelled": split.num_unlabelled}
+            if isinstance(split, DenseDataset) and split.labelled is not None
+            else {}
+        ),
     }
 
 

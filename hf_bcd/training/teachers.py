@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters import FrozenTeacher
+from ..adapters.loading import load_adapter
 from ..losses import LOSSES
 from ..outputs import DenseOutput
-from ..stores import StoredTeacher
+from ..stores import Store, StoredTeacher
 from ..utils.messages import UserError
 
 
@@ -101,3 +102,17 @@ def naming(name: str) -> Iterator[None]:
         if not name:
             raise
         raise UserError(f"teacher {name!r}: {error}") from error
+
+
+def loaded(given: Any, task: str) -> Any:
+    """Teachers by their names, or one alone: Hub ids and folders as adapters, stores as stored teachers, models as they are."""
+    if isinstance(given, Mapping):
+        return {name: _loaded(one, task, name) for name, one in given.items()}
+    return _loaded(given, task, "")
+
+
+def _loaded(given: Any, task: str, name: str) -> Any:
+    if isinstance(given, str):
+        with naming(name):
+            return load_adapter(given, task=task, to_teach=True)
+    return StoredTeacher(given, name) if isinstance(given, Store) else given

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..adapters import DenseAdapter, image_processor
-from ..adapters.loading import load_adapter
 from ..data import TransformedStream, joined
 from ..outputs import Targets
 from ..stores import Store, StoredTeacher
@@ -37,7 +36,7 @@ from .inherited import check_samples, refuse, settle_early_stopping, settle_eval
 from .loaders import by_shape, mixed, stored_views, stream_loader
 from .optimization import group_parameters, step_down
 from .recording import write_training_card
-from .teachers import parts_of
+from .teachers import loaded, parts_of
 from .teaching import calibrate, check_label_free, prepare
 from .terms import TermMeans
 
@@ -100,16 +99,9 @@ class BCDTrainer(Trainer):
         reference = train_dataset if first is None else first
         self.task = task_of(reference)
         settle_evaluation(args, eval_dataset, self.task)
-        several = isinstance(teacher_model, Mapping)
-        given: Any = teacher_model if several else {"": teacher_model}
-        taught = {name: self._loaded(name, one) for name, one in given.items()}
+        teacher = loaded(teacher_model, self.task.name)
         student, self.teacher, criterion = prepare(
-            model,
-            taught if several else taught[""],
-            args,
-            reference,
-            label_synonyms,
-            to_train=train_dataset is not None,
+            model, teacher, args, reference, label_synonyms, to_train=train_dataset is not None
         )
         check_label_free(train_dataset, self.teacher, student, args)
         distiller: Any = synchronized(Distiller(student, criterion, args.ema_decay), args)
@@ -155,12 +147,6 @@ class BCDTrainer(Trainer):
             self.hub,
         ):
             self.add_callback(callback)
-
-    def _loaded(self, name: str, teacher: Any) -> Any:
-        if isinstance(teacher, str):
-            with naming(name):
-                return load_adapter(teacher, task=self.task.name, to_teach=True)
-        return StoredTeacher(teacher, name) if isinstance(teacher, Store) else teacher
 
     @property
     def distiller(self) -> Distiller:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_bcd.adapters import adapt
-from hf_bcd.data import load_dense_dataset
+from hf_bcd.data import DenseDatasets, load_dense_dataset
 from hf_bcd.models import TimmSegmentationModel
 from hf_bcd.runs.arguments import ModelArguments
 from hf_bcd.runs.reinforce import build_reinforcer, make_store
@@ -56,19 +56,20 @@ def stored_rows(device: torch.device, repeats: int, side: int) -> list[dict[str,
             trainer.calibrate()
             trainer.create_optimizer_and_scheduler(1000)
             wrapped, batches = trainer._wrap_model(trainer.model), endless(trainer)
+            optimizer: Any = trainer.optimizer
             trainer.current_gradient_accumulation_steps = 1
 
             def run() -> None:
                 batch = next(batches)
                 trainer.training_step(wrapped, batch, trainer._get_num_items_in_batch([batch], trainer.args.device))
-                trainer.optimizer.step()
-                trainer.optimizer.zero_grad()
+                optimizer.step()
+                optimizer.zero_grad()
 
             return run
 
         store_folder = Path(folder) / "store"
         made = build_reinforcer(
-            ModelArguments(), config(LOSSES["cwd + bcd"]), {"train": train}, teacher=adapt(teacher)
+            ModelArguments(), config(LOSSES["cwd + bcd"]), DenseDatasets({"train": train}), teacher=adapt(teacher)
         )
         make_store(store_folder, made, views=2)
         store = Store(store_folder)

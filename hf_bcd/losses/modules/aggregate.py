@@ -136,7 +136,7 @@ class TeacherHead(nn.Module):
         strengths = [boundary_strength(self.boundary_field(x), radius, mask)[mask] for x, _, mask in batches]
         strength = torch.cat(strengths).sort().values
         if share is None:
-            share = boundary_share([(classes, mask) for _, classes, mask in batches], radius)
+            share = boundary_share([(classes, mask) for _, classes, mask in batches], radius) or 0.0
         rank = len(strength) - round(share * len(strength))  # so many positions are no boundary
         # half-way between the two neighbours, so that ties and rounding on one side do not change the map
         self.theta.copy_((strength[max(rank - 1, 0)] + strength[min(rank, len(strength) - 1)]) / 2)
