@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from hub.server import MARKER_TOKEN, HubServer
+from PIL import Image
 
 from hf_bcd.adapters.loading import load_adapter
 from hf_bcd.data.synthetic.scenes import SyntheticScenes
@@ -39,57 +40,74 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from transformers import pipeline
 
-repo, masks = sys.argv[1], sys.argv[2] == "masks"
-detect = pipeline("object-detection", repo, trust_remote_code=True)
-boxes = [[one["score"], one["label"], *one["box"].values()] for one in detect("picture.jpg", threshold=0.0)]
-if masks:
-    segment = pipeline("image-segmentation", repo, trust_remote_code=True)
-    found = segment("picture.jpg", subtask="instance", threshold=0.0)
-    np.savez("masks.npz", *[np.asarray(one["mask"]) > 0 for one in found])
-Path("boxes.json").write_text(json.dumps(boxes))
-blocks = re.findall(r"(?ms)^```python$(.*?)^```$", Path(hf_hub_download(repo, "README.md")).read_text())
-assert len(blocks) == 2
-for block in blocks:
-    exec(block, {})
+for kind in sys.argv[1:]:
+    repo = f"tester/{kind}"
+    detect = pipeline("object-detection", repo, trust_remote_code=True)
+    boxes = [[one["score"], one["label"], *one["box"].values()] for one in detect("picture.jpg", threshold=0.0)]
+    if kind == "masks":
+        segment = pipeline("image-segmentation", repo, trust_remote_code=True)
+        found = segment("picture.jpg", subtask="instance", threshold=0.0)
+        np.savez("masks.npz", *[np.asarray(one["mask"]) > 0 for one in found])
+    Path(f"{kind}.json").write_text(json.dumps(boxes))
+    blocks = re.findall(r"(?ms)^```python$(.*?)^```$", Path(hf_hub_download(repo, "README.md")).read_text())
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+"""
+# both in one process, because importing takes seconds
+DISTILL = """
+import json, sys
+from hf_bcd.cli import run
+from hf_bcd.commands import distill
+
+for argv in json.loads(sys.argv[1]):
+    run(lambda: distill.main(argv))
 """
 
 
-@pytest.mark.parametrize("kind", RECIPES)
-def test_round_trip(kind: str, elsewhere: Path, tmp_path: Path) -> None:
-    with HubServer(tmp_path / "hub") as hub:
+@pytest.fixture(scope="module")
+def world(elsewhere: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a user who has distilled and pushed both students, and of another who has used them."""
+    folder = tmp_path_factory.mktemp("world")
+    with HubServer(folder / "hub") as hub:
 
         def run(*command: object, home: str, **variables: str) -> None:
-            environment = hub.environment(tmp_path / home, MARKER_TOKEN) | {"ACCELERATE_USE_CPU": "true"} | variables
+            environment = hub.environment(folder / home, MARKER_TOKEN) | {"ACCELERATE_USE_CPU": "true"} | variables
             done = subprocess.run(
-                list(map(str, command)), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400
+                list(map(str, command)), env=environment, cwd=folder, capture_output=True, text=True, timeout=400
             )
             assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
 
-        recipe = ROOT / "examples" / "recipes" / "synthetic" / RECIPES[kind]
-        push = ("--push_to_hub", "--hub_model_id", f"tester/{kind}", "--hub_private_repo", "true")
-        run(
-            sys.executable, ROOT / "scripts" / "distill.py", "--config", recipe, "--output_dir", "out", *push, *DATA, *SHORT,
-            "--student.options.score_threshold", "0.0", home="home",
-        )  # fmt: skip
-        files = hub.files(f"tester/{kind}")
-        assert {"model.safetensors", "README.md", "results.json", "figures/comparison.png"} <= files.keys()
-        assert not any(name.startswith("_") for name in files), "teacher and baseline stay at home"
-        scene = SyntheticScenes(size=(37, 57), num_images=1, seed=1)[0]
-        scene["image"].save(tmp_path / "picture.jpg", quality=100)
-        run(elsewhere, "-c", USE, f"tester/{kind}", kind, home="elsewhere", PYTHONPATH="")
+        lines = [
+            [
+                "--config", str(ROOT / "examples" / "recipes" / "synthetic" / recipe), "--output_dir", kind, "--push_to_hub",
+                "--hub_model_id", f"tester/{kind}", "--hub_private_repo", "true", *DATA, *SHORT,
+                "--student.options.score_threshold", "0.0",
+            ]
+            for kind, recipe in RECIPES.items()
+        ]  # fmt: skip
+        run(sys.executable, "-c", DISTILL, json.dumps(lines), home="home")
+        for kind in RECIPES:
+            files = hub.files(f"tester/{kind}")
+            assert {"model.safetensors", "README.md", "results.json", "figures/comparison.png"} <= files.keys()
+            assert not any(name.startswith("_") for name in files), "teacher and baseline stay at home"
+        SyntheticScenes(size=(37, 57), num_images=1, seed=1)[0]["image"].save(folder / "picture.jpg", quality=100)
+        run(elsewhere, "-c", USE, *RECIPES, home="elsewhere", PYTHONPATH="")
+    return folder
 
-    model: Any = load_adapter(str(tmp_path / "out"))
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_round_trip(kind: str, world: Path, tmp_path: Path) -> None:
+    model: Any = load_adapter(str(world / kind))
     data = (tiny.instances if kind == "masks" else tiny.boxes)(size=(37, 57))
     trainer = tiny.trainer(
         tmp_path / "again", model=model, teacher=None, data={"train": data["train"]}, image_size=48, crop_size=512
     )
-    from PIL import Image
-
-    with Image.open(tmp_path / "picture.jpg") as image:
+    with Image.open(world / "picture.jpg") as image:
         transform = trainer.task.eval_transform(trainer.processing_class)
         pixel_values = transform({**data["test"][0], "image": image.convert("RGB")})["pixel_values"][None]
     (expected,) = model.eval().predict(pixel_values, [(37, 57)])
-    rows = json.loads((tmp_path / "boxes.json").read_text())
+    rows = json.loads((world / f"{kind}.json").read_text())
     assert len(rows) == len(expected["scores"]) > 5
     # of equal scores in any order; the pipeline cuts fractions off
     ours = np.concatenate([expected["scores"][:, None].numpy(), expected["boxes"].numpy()], 1)
@@ -97,7 +115,7 @@ def test_round_trip(kind: str, elsewhere: Path, tmp_path: Path) -> None:
     gaps = np.abs(theirs[:, None] + [0, 0.5, 0.5, 0.5, 0.5] * np.sign(ours)[None] - ours[None]).max(-1).min(1)
     assert gaps.max() <= 0.5 + 1e-3
     if kind == "masks":
-        found = np.load(tmp_path / "masks.npz")
+        found = np.load(world / "masks.npz")
         # the pipeline gives a pixel to the best instance that has it
         taken, painted = np.zeros((37, 57), bool), []
         for mask in map(decode, expected["masks"]):

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import tiny
 import torch
 from hub.server import MARKER_TOKEN, HubServer
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from hf_bcd.adapters.loading import load_model
 from hf_bcd.data.synthetic.scenes import SyntheticScenes
@@ -29,47 +31,6 @@ SHORT = [
     "--disable_tqdm", "true",
 ]  # fmt: skip
 STUDENTS = ("native", "timm")
-
-# what its owner has put on the Hub beforehand: data, a teacher, and students to start from
-PREPARE = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import datasets, numpy as np, tiny, torch
-from PIL import Image
-from transformers import SegformerImageProcessor
-from hf_bcd.data.synthetic.scenes import SyntheticScenes
-
-def rows(count, split):
-    scenes = SyntheticScenes(size=(48, 64), num_images=count, split=split)
-    samples = [scenes[i] for i in range(count)]
-    columns = {
-        "image": [s["image"] for s in samples],
-        "label": [Image.fromarray(np.asarray(s["label"]).astype(np.uint8)) for s in samples],
-    }
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
-    return datasets.Dataset.from_dict(columns, features=features)
-
-data = datasets.DatasetDict({"train": rows(8, "train"), "validation": rows(3, "validation")})
-data.push_to_hub("tester/scenes")
-
-def balanced(model):
-    "Every class gets logits of mean 0 and deviation 1; otherwise one of them would win everywhere."
-    scene = SyntheticScenes(size=(48, 64), num_images=1, seed=1)[0]
-    pixel_values = (torch.from_numpy(np.array(scene["image"])).permute(2, 0, 1)[None] / 255 - 0.45) / 0.225
-    classifier = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)][-1]
-    with torch.no_grad():
-        for _ in range(50):  # so that training does not move the statistics of batch norms far
-            model.train()(pixel_values)
-        deviation, mean = torch.std_mean(model.eval()(pixel_values).logits, dim=(0, 2, 3))
-        classifier.weight.div_(deviation[:, None, None, None])
-        classifier.bias.sub_(mean).div_(deviation)
-    return model
-
-tiny.tiny_segformer(seed=1, width=16).push_to_hub("tester/teacher")
-balanced(tiny.tiny_segformer()).push_to_hub("tester/native-start")
-balanced(tiny.tiny_timm()).push_to_hub("tester/timm-start")
-json.dump(tiny.ID2LABEL, open("id2label.json", "w"))
-"""
 
 # somebody else's environment
 USE = """
@@ -101,18 +62,24 @@ segment.model.save_pretrained("saved-again")
 AutoModelForSemanticSegmentation.from_pretrained("saved-again", trust_remote_code=True)
 """
 
-# several command lines in one process, because each process spends seconds on imports
+# several command lines in one process, because each process spends seconds on imports; it ends as the last of them does
 TRY = """
-import json, sys
+import json, os, sys
 from hf_bcd.cli import run
 from hf_bcd.commands import distill
 
-for argv in json.loads(sys.argv[1]):
+token = os.environ.pop("HF_TOKEN", "")
+*tried, last = json.loads(sys.argv[1])
+for argv, signed_in in tried:
+    os.environ |= {"HF_TOKEN": token} if signed_in else {}
     try:
         run(lambda: distill.main(argv))
         print(json.dumps("went through"))
     except SystemExit as end:
         print(json.dumps(str(end)))
+    os.environ.pop("HF_TOKEN", None)
+os.environ |= {"HF_TOKEN": token} if last[1] else {}
+run(lambda: distill.main(last[0]))
 """
 
 
@@ -135,13 +102,53 @@ class World:
         assert done.returncode == code, done.stdout[-1500:] + done.stderr[-4000:]
         return done.stdout
 
-    def distill(self, student: str, output_dir: str, *arguments: object, **options: object) -> str:
+    def arguments(self, student: str, output_dir: str, *more: str) -> list[str]:
         data = ["--dataset_name", "tester/scenes", "--id2label", "id2label.json", "--teacher", "tester/teacher"]
+        return ["--student", f"tester/{student}-start", *data, *SHORT, "--output_dir", output_dir, *more]
+
+    def distill(self, student: str, output_dir: str, *more: str, **options: object) -> str:
         launcher = options.pop("launcher", (sys.executable,))
-        return self.run(
-            *launcher, DISTILL, "--student", f"tester/{student}-start", *data, *SHORT, "--output_dir", output_dir,
-            *arguments, **options,
-        )  # fmt: skip
+        return self.run(*launcher, DISTILL, *self.arguments(student, output_dir, *more), **options)
+
+    def try_all(self, command_lines: list[tuple[list[str], bool]], **options: object) -> list[str]:
+        """How command lines end, with or without a token, in one process; the last one with an error."""
+        before = len(self.output)
+        lines = self.run(sys.executable, "-c", TRY, json.dumps(command_lines), code=1, **options).splitlines()
+        ends = [json.loads(line) for line in lines if line.startswith('"')]
+        assert len(ends) == len(command_lines) - 1
+        return [*ends, self.output[before:].strip().splitlines()[-1]]
+
+
+def balanced(model: PreTrainedModel) -> PreTrainedModel:
+    """Every class gets logits of mean 0 and deviation 1; otherwise one of them would win everywhere."""
+    scene = SyntheticScenes(size=(48, 64), num_images=1, seed=1)[0]
+    pixel_values = (torch.from_numpy(np.array(scene["image"])).permute(2, 0, 1)[None] / 255 - 0.45) / 0.225
+    classifier = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    with torch.no_grad():
+        for _ in range(50):  # so that training does not move the statistics of batch norms far
+            model.train()(pixel_values)
+        deviation, mean = torch.std_mean(model.eval()(pixel_values).logits, dim=(0, 2, 3))
+        classifier.weight.div_(deviation[:, None, None, None])
+        assert classifier.bias is not None
+        classifier.bias.sub_(mean).div_(deviation)
+    return model
+
+
+def prepare(hub: HubServer, folder: Path) -> None:
+    """What its owner has put on the Hub beforehand: data, a teacher, and students to start from."""
+
+    def put(name: str, place: Path, kind: str = "model") -> None:
+        files = {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        hub.add_repo(f"tester/{name}", files, kind=kind)
+
+    data = tiny.parquet_scenes(folder / "owner" / "scenes", [8], validation=3)
+    (data / "id2label.json").rename(folder / "id2label.json")
+    put("scenes", data, "dataset")
+    teacher = tiny.tiny_segformer(seed=1, width=16)
+    students = {"native-start": balanced(tiny.tiny_segformer()), "timm-start": balanced(tiny.tiny_timm())}
+    for name, model in {"teacher": teacher, **students}.items():
+        model.save_pretrained(folder / "owner" / name)
+        put(name, folder / "owner" / name)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +157,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("world")
     with HubServer(folder / "hub") as hub:
         world = World(hub, folder)
-        world.run(sys.executable, "-c", PREPARE, ROOT / "tests")
+        prepare(hub, folder)
         every_push = ("--hub_always_push", "true")  # also where the one before is not done yet
         world.distill(
             "native", "runs/native", "--push_to_hub", "--hub_model_id", "tester/native", "--save_strategy", "steps",
@@ -164,6 +171,71 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             "--hub_strategy", "all_checkpoints", *every_push, token=None, launcher=two_processes,
         )  # fmt: skip
         yield world
+
+
+# error -> arguments, in an empty place of a user who has not signed in
+MISTAKES = {
+    "data set owner/gated-data is gated: accept its terms on": ["--dataset_name", "owner/gated-data"],
+    "data set owner/none does not exist on": ["--dataset_name", "owner/none"],
+    "data set tester/scenes has no revision 'v9'": ["--dataset_revision", "v9"],
+    "model owner/gated is gated: accept its terms on": ["--teacher", "owner/gated"],
+    "model owner/private does not exist on": ["--teacher", "owner/private"],
+    "model owner/none does not exist on": ["--teacher", "owner/none"],
+    "model tester/teacher has no revision 'v9'": ["--teacher.revision", "v9"],
+    "model owner/code only runs with the code in its own repository": ["--teacher", "owner/code"],
+    "model tester/new: the Hub wants a valid access token": ["--push_to_hub", "--hub_model_id", "tester/new"],
+    "model owner/none does not exist on http": ["--resume_from_checkpoint", "owner/none"],
+    "model tester/teacher holds no checkpoint": ["--resume_from_checkpoint", "tester/teacher"],
+}
+
+
+@dataclass
+class Later:
+    """How the command lines of one process have ended after `world`, by their purpose, and what it has printed."""
+
+    ends: dict[str, str]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def later(world: World) -> Later:
+    """A run that is resumed from the Hub, one whose last push fails, and everybody's mistakes."""
+    hub = world.hub
+    hub.add_repo("owner/gated-data", hub.files("tester/scenes", kind="dataset"), kind="dataset", gated=True)
+    hub.add_repo("owner/gated", hub.files("tester/teacher"), gated=True)
+    hub.add_repo("owner/private", hub.files("tester/teacher"), private=True)
+    code = json.loads(hub.files("tester/timm", "v1")["config.json"]) | {"model_type": "foreign"}
+    hub.add_repo("owner/code", {**hub.files("tester/timm", "v1"), "config.json": json.dumps(code).encode()})
+    hub.fail(500, "/api/models/tester/late/commit/")
+    commits = {commit.title: commit for commit in hub.repos["model", "tester/native"].commits.values()}
+    halfway = commits["Training in progress, step 2"].sha
+    quiet, before = ("--report_to", "none"), len(world.output)
+    lines = {
+        name: (world.arguments("native", "runs/never", *quiet, *arguments), False)
+        for name, arguments in MISTAKES.items()
+    }
+    lines["resumed"] = (
+        world.arguments(
+            "native",
+            "runs/resumed",
+            "--resume_from_checkpoint",
+            f"tester/native@{halfway}",
+            "--save_strategy",
+            "no",
+            *quiet,
+        ),
+        True,
+    )
+    lines["late"] = (
+        world.arguments(
+            "native", "runs/late", "--push_to_hub", "--hub_model_id", "tester/late", "--max_steps", "2", "--save_strategy",
+            "steps", "--save_steps", "1", "--hub_strategy", "every_save", *quiet,
+        ),
+        True,
+    )  # fmt: skip
+    ends = world.try_all(list(lines.values()))
+    hub.clear_faults()
+    return Later(dict(zip(lines, ends, strict=True)), world.output[before:])
 
 
 def test_round_trip(world: World, elsewhere: Path) -> None:
@@ -232,7 +304,7 @@ def test_the_token_is_nowhere(world: World) -> None:
     assert holding == []
 
 
-def test_checkpoints_are_pushed_while_training_and_resumed_exactly(world: World) -> None:
+def test_checkpoints_are_pushed_while_training_and_resumed_exactly(world: World, later: Later) -> None:
     commits = {commit.title: commit for commit in world.hub.repos["model", "tester/native"].commits.values()}
     assert list(commits) == [
         "initial commit", "Training in progress, step 2", "Training in progress, step 4", "End of training",
@@ -243,10 +315,7 @@ def test_checkpoints_are_pushed_while_training_and_resumed_exactly(world: World)
     )
     assert not any("training_args" in name for name in halfway.files)
 
-    world.distill(
-        "native", "runs/resumed", "--resume_from_checkpoint", f"tester/native@{halfway.sha}", "--save_strategy", "no",
-        "--report_to", "none",
-    )  # fmt: skip
+    assert later.ends["resumed"] == "went through"
     assert (world.folder / "runs/resumed/checkpoint-2").is_dir()
     whole, resumed = (load_file(world.folder / "runs" / name / "model.safetensors") for name in ("native", "resumed"))
     start = load_file(world.folder / "runs/resumed/checkpoint-2/model.safetensors")
@@ -261,81 +330,34 @@ def test_a_second_run_needs_no_network(world: World) -> None:
     assert len(world.hub.requests) == requests
 
 
-def test_mistakes_are_told_in_one_line_before_training(world: World) -> None:
-    hub = world.hub
-    files = hub.files("tester/scenes", kind="dataset")
-    hub.add_repo("owner/gated-data", files, kind="dataset", gated=True)
-    hub.add_repo("owner/gated", hub.files("tester/teacher"), gated=True)
-    hub.add_repo("owner/private", hub.files("tester/teacher"), private=True)
-    code = json.loads(hub.files("tester/timm", "v1")["config.json"]) | {"model_type": "foreign"}
-    hub.add_repo("owner/code", {**hub.files("tester/timm", "v1"), "config.json": json.dumps(code).encode()})
-    data, student = (
-        ["--dataset_name", "tester/scenes", "--id2label", "id2label.json"],
-        ["--student", "tester/native-start"],
-    )
-    push = ["--push_to_hub", "--hub_model_id", "tester/new"]
-    cases = [
-        (["--dataset_name", "owner/gated-data"], "data set owner/gated-data is gated: accept its terms on"),
-        (["--dataset_name", "owner/none"], "data set owner/none does not exist on"),
-        ([*data, "--dataset_revision", "v9"], "data set tester/scenes has no revision 'v9'"),
-        ([*data, "--teacher", "owner/gated"], "model owner/gated is gated: accept its terms on"),
-        ([*data, "--teacher", "owner/private"], "model owner/private does not exist on"),
-        ([*data, "--teacher", "owner/none"], "model owner/none does not exist on"),
-        ([*data, "--teacher", "tester/teacher", "--teacher.revision", "v9"], "model tester/teacher has no revision 'v9'"),
-        ([*data, "--teacher", "owner/code"], "model owner/code only runs with the code in its own repository"),
-        ([*data, *push], "model tester/new: the Hub wants a valid access token"),
-        ([*data, "--resume_from_checkpoint", "owner/none"], "model owner/none does not exist on"),
-        ([*data, "--resume_from_checkpoint", "tester/teacher"], "model tester/teacher holds no checkpoint"),
-    ]  # fmt: skip
-    common = [*student, *SHORT, "--report_to", "none", "--output_dir", "runs/never"]
-    lines = world.run(
-        sys.executable,
-        "-c",
-        TRY,
-        json.dumps([[*common, *arguments] for arguments, _ in cases]),
-        token=None,
-        home="new",
-    ).splitlines()
-    ends = [json.loads(line) for line in lines if line.startswith('"')]
-    assert len(ends) == len(cases)
-    for end, (_, message) in zip(ends, cases, strict=True):
+def test_mistakes_are_told_in_one_line_before_training(world: World, later: Later) -> None:
+    for message in MISTAKES:
+        end = later.ends[message]
         assert end.startswith(f"error: {message}") and "\n" not in end
     assert not (world.folder / "runs/never/model.safetensors").exists()
-    assert ("model", "tester/new") not in hub.repos
+    assert ("model", "tester/new") not in world.hub.repos
 
 
 def test_no_network_is_told_before_training(world: World) -> None:
     local = ["--dataset_name", "synthetic", "--dataset_options", "{size: [48, 64], num_images: {train: 4}}"]
-    cases = [
-        (["--dataset_name", "tester/scenes"], "data set tester/scenes"),
-        ([*local, "--student", "tester/native-start"], "model tester/native-start"),
-    ]
+    cases = {"data set tester/scenes": ["--dataset_name", "tester/scenes"], "model tester/native-start": local}
     common = [*SHORT, "--student", "tester/native-start", "--report_to", "none", "--output_dir", "runs/never"]
-    lines = world.run(
-        sys.executable, "-c", TRY, json.dumps([[*common, *arguments] for arguments, _ in cases]),
-        home="unplugged", HF_ENDPOINT="http://127.0.0.1:9",
-    ).splitlines()  # fmt: skip
-    ends = [json.loads(line) for line in lines if line.startswith('"')]
-    for end, (_, message) in zip(ends, cases, strict=True):
+    lines = [([*common, *arguments], True) for arguments in cases.values()]
+    ends = world.try_all(lines, home="unplugged", HF_ENDPOINT="http://127.0.0.1:9")
+    for end, message in zip(ends, cases, strict=True):
         assert end.startswith(f"error: {message}") and "http://127.0.0.1:9" in end and "\n" not in end
 
 
-def test_a_push_that_fails_at_the_end_of_training_keeps_the_student(world: World) -> None:
-    world.hub.fail(500, "/api/models/tester/late/commit/")
-    arguments = ["--push_to_hub", "--hub_model_id", "tester/late", "--max_steps", "2", "--save_strategy", "steps"]
-    arguments += ["--save_steps", "1", "--hub_strategy", "every_save", "--report_to", "none"]
-    before = len(world.output)
-    world.distill("native", "runs/late", *arguments, code=1)
-    printed = world.output[before:]
-    assert "checkpoint-1 was not pushed, and training goes on: model tester/late: the Hub has a problem" in printed
-    error = printed.strip().splitlines()[-1]
+def test_a_push_that_fails_at_the_end_of_training_keeps_the_student(world: World, later: Later) -> None:
+    expected = "checkpoint-1 was not pushed, and training goes on: model tester/late: the Hub has a problem"
+    assert expected in later.printed
+    error = later.ends["late"]
     assert error.startswith("error: model tester/late: the Hub has a problem (HTTP 500")
     assert error.endswith("The student lies in runs/late; try again with: hf-bcd push runs/late tester/late")
     for name in ("model.safetensors", "README.md", "results.json"):
         assert (world.folder / "runs/late" / name).is_file()
     assert not list((world.folder / "runs/late").glob("_push/*"))
 
-    world.hub.clear_faults()
     world.run(sys.executable, "-m", "hf_bcd", "push", "runs/late", "tester/late")
     assert (
         world.hub.files("tester/late")["model.safetensors"]
