@@ -1,7 +1,6 @@
 """A device that only pretends to compute: on it a step shows mixes of devices, waits and copies without a GPU.
 
-Registering it changes PyTorch for good, so this runs in a process of its own: `python pretended_accelerator.py losses`, or
-`models`. Every case prints a line that starts with `ok` or `FAILED`, and the end says how many there were.
+Registering it changes PyTorch for good, so this runs in a process of its own: `python pretended_accelerator.py losses models`. Every case prints a line that starts with `ok` or `FAILED`, and after each kind a line says how many there were.
 """
 
 import os
@@ -123,19 +122,24 @@ def models() -> Iterator[tuple[str, Callable[[], None]]]:
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "losses")]
     torch.set_num_threads(1)
-    failed, number = 0, 0
-    for case, call in {"losses": losses, "models": models}[sys.argv[1]]():
-        number += 1
-        try:
-            call()
-            print("ok", case)
-        except Exception as error:  # whatever it is, the case is reported and the next one runs
-            failed += 1
-            frames = traceback.extract_tb(error.__traceback__)
-            places = [
-                f for f in frames if {"hf_bcd", "transformers"} & {*Path(f.filename).parts} and f.filename != __file__
-            ]
-            place = f"{'/'.join(Path(places[-1].filename).parts[-3:])}:{places[-1].lineno}" if places else "unknown"
-            print("FAILED", case, f"in {place}: {type(error).__name__}:", *str(error).splitlines()[:1])
-    print(f"{number} cases, {failed} failed", flush=True)
+    for kind in sys.argv[1:]:
+        failed, number = 0, 0
+        for case, call in {"losses": losses, "models": models}[kind]():
+            number += 1
+            try:
+                call()
+                print("ok", case)
+            except Exception as error:  # whatever it is, the case is reported and the next one runs
+                failed += 1
+                frames = traceback.extract_tb(error.__traceback__)
+                places = [
+                    f
+                    for f in frames
+                    if {"hf_bcd", "transformers"} & {*Path(f.filename).parts} and f.filename != __file__
+                ]
+                place = (
+                    f"{'/'.join(Path(places[-1].filename).parts[-3:])}:{places[-1].lineno}" if places else "unknown"
+                )
+                print("FAILED", case, f"in {place}: {type(error).__name__}:", *str(error).splitlines()[:1])
+        print(f"{number} cases of {kind}, {failed} failed", flush=True)
     os._exit(0)  # torch's threads end badly beside a device that is none
