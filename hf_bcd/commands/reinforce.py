@@ -21,7 +21,8 @@ from pathlib import Path
 from ..hub.pushing import prepare_repository, push_store
 from ..runs.arguments import parse_arguments
 from ..runs.experiment import alone_in, load_data, name_classes
-from ..runs.reinforce import build_reinforcer, describe_store, make_store, score_teacher, summary, write_pictures
+from ..runs.reinforce import build_reinforcer, make_store
+from ..runs.store_report import describe_store, score_teacher, summary, write_pictures
 from ..stores.writing import PRECISIONS
 from ..training.hardware import limit_threads
 from ..utils.messages import UserError

@@ -1,7 +1,6 @@
 """Runs a teacher once over the views that training will show, and stores what losses read of it."""
 
 import dataclasses
-import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,13 +16,12 @@ from tqdm.auto import tqdm
 
 from ..adapters import DenseAdapter, FrozenTeacher, read_synonyms
 from ..adapters.loading import ModelSpec
-from ..card.store_card import write_store_card
-from ..data import DenseDataset, DenseDatasets
+from ..data import DenseDatasets
 from ..data.dataset import TransformedDataset
 from ..losses import DistillationCriterion
 from ..stores.codecs import Column
 from ..stores.needs import check_storable, read_by, tensors_of
-from ..stores.store import FORMAT, SCORES_FILE, STATE_FILE, Store, fingerprint
+from ..stores.store import FORMAT, STATE_FILE, fingerprint
 from ..stores.writing import begin, choose, write_shards
 from ..tasks import Task, task_of
 from ..training.config import BCDConfig
@@ -33,11 +30,10 @@ from ..training.hardware import fit_loaders, lay_out
 from ..training.loaders import spread_samples, view_options
 from ..training.teachers import short_name
 from ..training.teaching import build_losses, calibrate, freeze
-from ..utils.files import read_json, write_json
 from ..utils.messages import UserError, unknown_key_message
 from .arguments import ModelArguments
 from .baseline import prepare_teacher
-from .experiment import build_student, evaluate_model, final_split
+from .experiment import build_student
 
 
 logger = logging.getLogger(__name__)
@@ -294,6 +290,7 @@ def describe(reinforcer: Reinforcer, views: int) -> dict[str, Any]:
         "task": split.task,
         "dataset": split.name,
         "images": len(split),
+        "unlabelled": getattr(split, "num_unlabelled", 0),
         "views": views,
         "seed": reinforcer.config.seed,
         "classes": list(split.id2label.values()),
@@ -313,69 +310,3 @@ def describe(reinforcer: Reinforcer, views: int) -> dict[str, Any]:
         "losses": reinforcer.digested(),
         "versions": {name: version(name) for name in ("hf_bcd", "torch", "torchvision", "transformers")},
     }
-
-
-def score_teacher(folder: Path, reinforcer: Reinforcer, data: DenseDatasets) -> None:
-    """Writes the teacher's scores on the split of final numbers beside a store, so that runs can report them."""
-    split, path = final_split(data), folder / SCORES_FILE
-    label_map = reinforcer.teacher.label_map
-    if split is None or path.is_file() or label_map is None or not label_map.is_complete:
-        return
-    scores = evaluate_model(reinforcer.teacher.adapter, reinforcer.config, data[split], reinforcer.synonyms)
-    if reinforcer.config.should_save:
-        write_json(path, {"split": split, "image_size": reinforcer.config.image_size, "scores": scores})
-
-
-def summary(folder: Path) -> str:
-    """A few lines on a finished store."""
-    store = Store(folder)
-    size = sum(path.stat().st_size for path in store.shards)
-    rows = store.views * store.images
-    lines = [
-        f"{folder}: {store.views} views of {store.images} pictures, {size / 1e6:.1f} MB, {size / rows / 1e3:.1f} KB a view"
-    ]
-    for name, column in store.content["columns"].items():
-        shape = " x ".join(map(str, column["shape"]))
-        lines.append(f"  {name:24} {shape:18} {column['codec']:14} {column['error']:.2g} ({column['measure']})")
-    return "\n".join([*lines, f"hf-bcd distill --teacher_store {folder} ..."])
-
-
-def describe_store(folder: Path, repo_id: str | None = None) -> None:
-    """Writes the card of a finished store."""
-    store = Store(folder)
-    scores = read_json(folder / SCORES_FILE) if (folder / SCORES_FILE).is_file() else {}
-    write_store_card(folder, store.content, scores, sum(path.stat().st_size for path in store.shards), repo_id)
-
-
-def write_pictures(folder: Path, reinforcer: Reinforcer) -> None:
-    """Copies the training pictures and their label maps beside a store, without loss, as tables that `datasets` reads.
-
-    Raises:
-        UserError: the pictures have no label maps but boxes.
-    """
-    import datasets
-
-    split: Any = reinforcer.dataset.dataset
-    if not isinstance(split, DenseDataset):
-        raise UserError(f"--with_images copies label maps; {split.name} has boxes. Leave it out.")
-    if split.labelled:
-        raise UserError("--with_images copies pictures that all have labels, or none; leave it out.")
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for index in range(len(split)):
-            sample = split[index]
-            row = {"image": _png(sample["image"])}
-            yield row if split.labelled == 0 else row | {"label": _png(Image.fromarray(sample["label"]))}
-
-    columns = ("image",) if split.labelled == 0 else ("image", "label")
-    features = datasets.Features({name: datasets.Image() for name in columns})
-    table: Any = datasets.Dataset.from_generator(rows, features=features)
-    (folder / "pictures").mkdir(exist_ok=True)
-    table.to_parquet(str(folder / "pictures" / "train-00000-of-00001.parquet"))
-    write_json(folder / "id2label.json", {str(index): name for index, name in split.id2label.items()})
-
-
-def _png(picture: Image.Image) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}

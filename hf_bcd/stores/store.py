@@ -181,9 +181,12 @@ class Store:
             "images": len(dataset),
             "classes": list(dataset.id2label.values()),
             "task": dataset.task,
+            "unlabelled": getattr(dataset, "num_unlabelled", 0),
             **transform,
         }
-        found = {key: self.content.get(key) for key in ("images", "classes", "task")} | self.content["transform"]
+        found = {key: self.content.get(key) for key in ("images", "classes", "task", "unlabelled")} | self.content[
+            "transform"
+        ]
         expected = json.loads(json.dumps(expected))
         wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
         if wrong:

@@ -175,6 +175,9 @@ def test_another_transform_is_named(stored: Path, tmp_path: Path, changes: Any, 
 
 def test_other_pictures_and_classes_are_named(stored: Path, tmp_path: Path) -> None:
     data = scenes(train=6)["train"]
+    with pytest.raises(UserError, match="unlabelled is 0 there and 8 here"):
+        hidden = scenes()["train"].without_labels()
+        BCDTrainer(tiny_timm(), Store(stored), config(tmp_path, BCD), train_dataset=hidden)
     with pytest.raises(UserError, match="images is 8 there and 6 here"):
         BCDTrainer(tiny_timm(), Store(stored), config(tmp_path, BCD), train_dataset=data)
 
