@@ -20,7 +20,7 @@ from hf_bcd import BCDConfig, BCDTrainer, load_dense_dataset
 from hf_bcd.stores import Store
 
 store = Store.open({name})
-data = load_dense_dataset("path/to/pictures")
+data = load_dense_dataset({loaded})
 trainer = BCDTrainer(student, store, BCDConfig("runs/mine", {arguments}), data["train"], data["validation"])"""
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 
@@ -40,7 +40,7 @@ def write_store_card(
     made, task, known = content["teacher"], TASKS[content["task"]], CATALOG.get(content["dataset"])
     start = made["repo_id"]
     terms = licence_of(start) if start else None
-    teacher = escape_markdown(made["class"])
+    teacher = escape_markdown(made["name"])
     if start:
         teacher = hub_link(start) + (f" @ {made['revision'][:12]}" if made["revision"] else "")
     rows = content["images"] * content["views"]
@@ -71,6 +71,9 @@ def write_store_card(
     )
     flags = " ".join(f"--{key} {content['transform'][key]}" for key in keys if content["transform"][key] is not None)
     source = f"--dataset_name {name} --dataset_config pictures" if pictures else "--data_dir path/to/pictures"
+    loaded = f'{json.dumps(name)}, config="pictures"' if pictures else '"path/to/pictures"'
+    if known is not None and not pictures:
+        source, loaded = f"--dataset_name {content['dataset']}", json.dumps(content["dataset"])
     text = render(
         "store.md",
         metadata=metadata.to_yaml(),
@@ -82,7 +85,7 @@ def write_store_card(
         page=known and known.source,
         data_licence=known and known.licence,
         command=f"hf-bcd distill --teacher_store {name} {source} \\\n    --student nvidia/mit-b0 {flags} --output_dir runs/mine",
-        snippet=SNIPPET.format(name=json.dumps(name), arguments=arguments),
+        snippet=SNIPPET.format(name=json.dumps(name), loaded=loaded, arguments=arguments),
         size=size,
         bytes_a_view=size / rows,
         scores=f"{first.title} {first.text(scores['scores'][first.key])} on the split {scores['split']}"

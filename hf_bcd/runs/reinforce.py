@@ -28,6 +28,7 @@ from ..training.config import BCDConfig
 from ..training.evaluation import moved
 from ..training.hardware import fit_loaders, lay_out
 from ..training.loaders import spread_samples, view_options
+from ..training.recording import record_model
 from ..training.teachers import short_name
 from ..training.teaching import build_losses, calibrate, freeze
 from ..utils.messages import UserError, unknown_key_message
@@ -296,6 +297,7 @@ def describe(reinforcer: Reinforcer, views: int) -> dict[str, Any]:
         "classes": list(split.id2label.values()),
         "transform": view_options(reinforcer.task, reinforcer.config),
         "teacher": {
+            "name": record_model(adapter, "teacher").architecture,
             "class": type(model).__name__,
             "config": {key: value for key, value in settings.items() if key not in ("_name_or_path", "name_or_path")},
             "repo_id": adapter.repo_id,
