@@ -143,7 +143,7 @@ def check_alignment(
         UserError: they fit better shifted or flipped.
     """
     answers, labels = [], []
-    samples = spread_samples(dataset, PICTURES)
+    samples = spread_samples(dataset, min(PICTURES, args.calibration_images))
     for start in range(0, len(samples), BATCH):
         batch = moved(collate(samples[start : start + BATCH]), args)
         targets = task.targets(batch, num_labels)

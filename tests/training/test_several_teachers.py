@@ -203,7 +203,7 @@ def test_a_teacher_beside_the_labels_is_named(tmp_path: Path, monkeypatch: pytes
         if teacher.adapter.model.config.model_type == "segformer":
             raise UserError("shifted")
 
-    monkeypatch.setattr("hf_bcd.training.trainer.check_alignment", refuse)
+    monkeypatch.setattr("hf_bcd.training.alignment.check_alignment", refuse)
     with pytest.raises(UserError, match="teacher 'seg': shifted"):
         trainer(tmp_path, teachers(), OWN).train()
 
