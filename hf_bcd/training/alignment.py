@@ -155,6 +155,8 @@ def check_alignment(
         answers.append(F.interpolate(logits, targets.size, mode="bilinear", align_corners=False).argmax(1))
         labels.append(targets.ids)
     found = alignment(torch.cat(answers), torch.cat(labels), num_labels)
+    if found.agreement.isnan().all():  # no picture has labels
+        return None
     means = found.means
     here = means["as they are"]
     if (better := found.better()) is not None:

@@ -120,3 +120,13 @@ def test_a_teacher_below_the_commonest_class_is_named(tmp_path: Path, caplog: An
     with caplog.at_level(logging.WARNING):
         BCDTrainer(tiny_timm(), tiny_timm(seed=1), args, train_dataset=data).train()
     assert "less than always answering their commonest class" in caplog.text
+
+
+def test_pictures_without_labels_say_nothing(tmp_path: Path) -> None:
+    data = load_dense_dataset("synthetic", size=SIZE, num_images={"train": 4})["train"].without_labels()
+    options = {"max_steps": 1, "crop_size": 64, "report_to": "none", "eval_strategy": "no", "save_strategy": "no"}
+    args = BCDConfig(
+        str(tmp_path), losses={"kd": {}}, use_cpu=True, disable_tqdm=True, dataloader_num_workers=0, **options
+    )
+    BCDTrainer(tiny_timm(), tiny_timm(seed=1), args, train_dataset=data).train()
+    assert not (tmp_path / "teaching.json").exists()
