@@ -34,13 +34,11 @@ class Codec(NamedTuple):
         layout: shape of the tensor -> name -> type and shape of each part.
         pack: the tensor in float32 -> its parts.
         restore: parts of a batch and the tensor's shape -> `[B, *shape]`, float32.
-        lossless: whether nothing is lost.
     """
 
     layout: Callable[[Shape], dict[str, tuple[Any, Shape]]]
     pack: Callable[[Tensor], Parts]
     restore: Callable[[Parts, Shape], Tensor]
-    lossless: bool = False
 
 
 def quantised(x: Tensor, least: float = 0.0) -> Parts:
@@ -99,8 +97,7 @@ def _from_bits(parts: Parts, shape: Shape) -> Tensor:
 
 def _plain(dtype: Any, kind: torch.dtype) -> Codec:
     return Codec(
-        lambda shape: {"x": (dtype, shape)}, lambda x: {"x": x.to(kind)}, lambda parts, shape: parts["x"].float(),
-        lossless=kind is torch.float32,
+        lambda shape: {"x": (dtype, shape)}, lambda x: {"x": x.to(kind)}, lambda parts, shape: parts["x"].float()
     )  # fmt: skip
 
 
@@ -140,9 +137,7 @@ CODECS = {
     "half": _plain(np.float16, torch.float16),
     "int8": Codec(_scaled, quantised, _dequantised),
     "scores": Codec(_scaled, partial(quantised, least=SCORE_STEP), _dequantised),
-    "bits": Codec(
-        lambda shape: {"x": (np.uint8, (*shape[:-1], -(-shape[-1] // 8)))}, _bits, _from_bits, lossless=True
-    ),
+    "bits": Codec(lambda shape: {"x": (np.uint8, (*shape[:-1], -(-shape[-1] // 8)))}, _bits, _from_bits),
 }
 
 

@@ -26,7 +26,7 @@ from ..outputs import DenseOutput, Targets
 from ..utils.files import numbers, read_json
 from ..utils.messages import UserError
 from .codecs import Column, Parts
-from .needs import STORED, check_storable
+from .needs import check_storable
 
 
 logger = logging.getLogger(__name__)
@@ -277,11 +277,6 @@ class StoredTeacher:
         self.label_map: LabelMap | None = (
             self.adapter.match(classes, made["synonyms"]) if made["has_classes"] else None
         )
-
-    @property
-    def offers(self) -> frozenset[str]:
-        """What losses may need of it."""
-        return self.adapter.offers & STORED
 
     @property
     def fingerprint(self) -> int:

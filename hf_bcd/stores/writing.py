@@ -15,7 +15,7 @@ from torch import Tensor
 from ..utils.files import read_json, write_json
 from ..utils.messages import UserError
 from ..utils.text import shortened
-from .codecs import Column, codec_of, row_divergence
+from .codecs import Column, row_divergence
 from .store import SHARD, STORE_FILE
 
 
@@ -146,8 +146,3 @@ def write_shards(
         pyarrow.parquet.write_table(table, part, compression="none")  # the columns are compressed already
         part.replace(paths[number])
     return there
-
-
-def lossless(columns: Mapping[str, Column]) -> bool:
-    """Whether a store of these columns gives what the teacher would."""
-    return all(codec_of(column.codec).lossless for column in columns.values())

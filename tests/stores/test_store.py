@@ -126,7 +126,6 @@ def test_the_teacher_is_not_loaded(stored: Path) -> None:
     assert teacher.adapter.feature_specs == adapt(tiny_segformer()).feature_specs
     assert teacher.label_map is not None
     assert teacher.label_map.is_identity
-    assert "head" not in teacher.offers
 
 
 def test_epochs_show_the_views_in_turn(stored: Path, tmp_path: Path) -> None:
