@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
+from tiny import boxes, scenes, tiny_detector, tiny_segformer, tiny_timm
 
 from hf_bcd import BCDConfig, BCDTrainer
 from hf_bcd.adapters import adapt
@@ -20,7 +21,6 @@ from hf_bcd.runs.reinforce import Reinforcer, build_reinforcer, make_store
 from hf_bcd.stores import Store, StoredTeacher, writing
 from hf_bcd.tasks import task_of
 from hf_bcd.utils.messages import UserError
-from tests.tiny import boxes, scenes, tiny_detector, tiny_segformer, tiny_timm
 
 
 BCD = {"bcd": {"channels": 16, "reduced_channels": 8, "stride": 4}}

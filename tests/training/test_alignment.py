@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_timm
 
 from hf_bcd import BCDConfig, BCDTrainer
 from hf_bcd.data import load_dense_dataset
 from hf_bcd.data.dataset import DenseDataset
 from hf_bcd.training.alignment import alignment
 from hf_bcd.utils.messages import UserError
-from tests.tiny import tiny_timm
 
 
 SIZE = (64, 80)
