@@ -140,10 +140,11 @@ class LabelMaps:
         ids: class ids `[B, H, W]` of any integer type.
         num_labels: number of classes K.
         ignore_index: id of void pixels.
-        num_valid: number of valid pixels by which task losses divide, a scalar; by default of `ids`. Ranks and
-            accumulated batches with unequal void shares give the gradient of one large batch if all divide by the same.
+        num_valid: number of valid pixels by which task losses divide, a scalar, see `class_weights`; by default of `ids`. Ranks
+            and accumulated batches with unequal void shares give the gradient of one large batch if all divide by the same.
         seen: pixels that distillation looks at, boolean `[B, H, W]`, where some pictures have no labels: all of theirs but for
             padding, and of the others those that are not void. By default those that are not void.
+        class_weights: weight of each class's pixels in task losses `[K]`; None for 1.
 
     Raises:
         UserError: on the CPU, if an id is neither a class nor `ignore_index`.
@@ -154,6 +155,7 @@ class LabelMaps:
     ignore_index: int = IGNORE_INDEX
     num_valid: Tensor | None = None
     seen: Tensor | None = None
+    class_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.ids.device.type == "cpu":  # elsewhere looking would wait for the device

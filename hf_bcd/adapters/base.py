@@ -64,6 +64,8 @@ class DenseAdapter(nn.Module, ABC):
     """Whether predictions have the mask of each object."""
     predicts: ClassVar[bool] = True
     """Whether it has classes; a backbone without a head teaches features only."""
+    weighs_classes: ClassVar[bool] = True
+    """Whether its task loss heeds weights of classes."""
     upsamples = False
     """Whether the model itself, unlike `run`, brings its logits to the size of the image."""
 
@@ -334,7 +336,7 @@ def check_config(model: PreTrainedModel, min_labels: int) -> None:
 
 def cross_entropy(logits: Tensor, targets: LabelMaps) -> Tensor:
     """`segmentation_loss` of logits `[B, num_labels, h, w]` against label maps: scalar."""
-    options = {"ignore_index": targets.ignore_index, "num_valid": targets.num_valid}
+    options = {name: getattr(targets, name) for name in ("ignore_index", "num_valid", "class_weights")}
     return segmentation_loss(logits, targets.ids.long(), **options)
 
 

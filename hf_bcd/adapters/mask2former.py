@@ -26,6 +26,7 @@ class Mask2FormerAdapter(DenseAdapter):
     """
 
     processor_class = "Mask2FormerImageProcessor"
+    weighs_classes = False
     unused_parameters = ("model.pixel_level_module.encoder.swin.layernorm.",)
 
     def find_feature_specs(self) -> dict[str, FeatureSpec]:

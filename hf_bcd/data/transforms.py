@@ -50,6 +50,8 @@ class Augmentation:
         flip: probability of a horizontal flip.
         jitter: strength of brightness, contrast and saturation; each factor is drawn from [1 - strength, 1 + strength].
         max_class_share: see above; 1 takes the first crop.
+        class_crops: share of the crops, in 0..1, that hold a pixel of a class drawn from the picture's, all alike: rare classes are
+            seen more often.
     """
 
     def __init__(
@@ -60,13 +62,14 @@ class Augmentation:
         flip: float = 0.5,
         jitter: float = 0.5,
         max_class_share: float = 0.75,
+        class_crops: float = 0.0,
     ) -> None:
         self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else (crop_size[0], crop_size[1])
         if min(self.crop_size) < 1 or (image_size is not None and image_size < 1):
             raise UserError(f"crop_size {crop_size} and image_size {image_size} must be positive.")
         _check_factors(scale, jitter)
         self.image_size, self.scale, self.flip, self.jitter = image_size, scale, flip, jitter
-        self.max_class_share = max_class_share
+        self.max_class_share, self.class_crops = max_class_share, class_crops
 
     def __call__(self, items: Mapping[str, Any]) -> dict[str, Any]:
         """Transforms pictures (PIL or tv_tensors), masks and boxes of one size; returns tv_tensors by the same names."""
@@ -92,8 +95,11 @@ class Augmentation:
         """Draws where the crop lies along both axes."""
         if mask is not None and int(mask.flatten()[0]) == UNLABELLED:  # of the whole picture
             mask = None
+        wanted: Sequence[int | None] = (None, None)
+        if mask is not None and self.class_crops and _uniform(0, 1) < self.class_crops:
+            wanted = _pixel_of_a_class(mask.as_subclass(Tensor)) or wanted
         for attempt in range(CROP_ATTEMPTS):
-            axes = [_overlap(*axis) for axis in zip(size, scaled, self.crop_size, strict=True)]
+            axes = [_overlap(*axis) for axis in zip(size, scaled, self.crop_size, wanted, strict=True)]
             (top, height, *_), (left, width, *_) = axes
             last = attempt == CROP_ATTEMPTS - 1 or (height, width) == tuple(size)
             if mask is None or self.max_class_share >= 1 or last:
@@ -279,13 +285,23 @@ def _uniform(low: float, high: float) -> float:
     return low + (high - low) * torch.rand(()).item()
 
 
-def _overlap(length: int, scaled: int, crop: int) -> Overlap:
+def _pixel_of_a_class(ids: Tensor) -> list[int] | None:
+    """Row and column of a random pixel of a class drawn from those of a label map `[H, W]`, all alike; None if all is void."""
+    classes = torch.bincount(ids.flatten(), minlength=UNLABELLED)[:UNLABELLED].nonzero()
+    if not len(classes):
+        return None
+    pixels = (ids == classes[torch.randint(len(classes), ())]).nonzero()
+    return pixels[torch.randint(len(pixels), ())].tolist()
+
+
+def _overlap(length: int, scaled: int, crop: int, wanted: int | None = None) -> Overlap:
     """Places a crop at random along an axis.
 
     Args:
         length: side of the picture.
         scaled: length of the whole side at the crop's scale.
         crop: side of the crop.
+        wanted: position that the crop must hold.
 
     Returns:
         Start and length of the part of the picture that the crop shows; start and length of that part in the crop.
@@ -293,4 +309,7 @@ def _overlap(length: int, scaled: int, crop: int) -> Overlap:
     if scaled <= crop:
         return 0, length, int(torch.randint(crop - scaled + 1, ())), scaled
     window = max(1, round(crop * length / scaled))
-    return int(torch.randint(length - window + 1, ())), window, 0, crop
+    first, last = 0, length - window
+    if wanted is not None:
+        first, last = max(first, wanted - window + 1), min(last, wanted)
+    return int(torch.randint(first, last + 1, ())), window, 0, crop

@@ -41,7 +41,7 @@ print(len(found["boxes"]), "objects", sorted({model.config.id2label[index] for i
 """
 SHORTEST = 800  # pixels of the short side, where nothing else is said
 # arguments that only label maps have, and their defaults
-OF_LABEL_MAPS = {"crop_size": 512, "scale_min": 0.5, "scale_max": 2.0}
+OF_LABEL_MAPS = {"crop_size": 512, "scale_min": 0.5, "scale_max": 2.0, "class_crops": 0.0, "class_weights": None}
 
 
 class ObjectDetection(Task):
@@ -84,7 +84,8 @@ class ObjectDetection(Task):
         for name, usual in OF_LABEL_MAPS.items():
             if getattr(args, name) != usual:
                 raise UserError(
-                    f"{name} is for label maps; images for a detector are sized by image_size and image_longest, or square_size."
+                    f"{name} is for label maps; leave it out. Images for a detector are sized by image_size and image_longest, or "
+                    "square_size."
                 )
         short = _shortest(args)
         if args.square_size is None and args.image_longest < max(short):

@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor
 
 from ..data import EvalTransform, TrainTransform, check_one_size, check_sample, collate
 from ..figures.segmentation import comparison_figure, prediction_strip
+from ..losses.ops.segmentation import count_valid
 from ..metrics import SemanticMetrics
 from ..outputs import IGNORE_INDEX, LabelMaps, check_ids
 from ..utils.messages import UserError
@@ -99,12 +100,14 @@ class SemanticSegmentation(Task):
         resized = f"short side to {args.image_size}, then " if args.image_size else ""
         jitter = f", brightness, contrast and saturation jitter {args.color_jitter:g}" if args.color_jitter else ""
         scale = f"scale {args.scale_min:g} to {args.scale_max:g}, crop {args.crop_size} x {args.crop_size}"
-        return f"{resized}{scale}, horizontal flip{jitter}"
+        held = f" ({args.class_crops:.0%} of them around a class of the picture)" if args.class_crops else ""
+        return f"{resized}{scale}{held}, horizontal flip{jitter}"
 
     def train_transform(self, args: Any) -> TrainTransform:
         """Random scale, crop, flip and colours."""
         scale = (args.scale_min, args.scale_max)
-        return TrainTransform(args.crop_size, image_size=args.image_size, scale=scale, jitter=args.color_jitter)
+        options = {"image_size": args.image_size, "jitter": args.color_jitter, "class_crops": args.class_crops}
+        return TrainTransform(args.crop_size, scale=scale, **options)
 
     def processor_size(self, args: Any) -> dict[str, Any]:
         return {"shortest_edge": args.image_size}
@@ -137,8 +140,8 @@ class SemanticSegmentation(Task):
         return LabelMaps(batch["labels"], num_labels, seen=batch.get("seen"))
 
     def denominator(self, targets: LabelMaps) -> Tensor:  # type: ignore[override]
-        """Number of valid pixels."""
-        return (targets.ids != targets.ignore_index).sum()
+        """Number of valid pixels, each counted with the weight of its class."""
+        return count_valid(targets.ids, targets.ignore_index, targets.class_weights)
 
     def with_denominator(self, targets: LabelMaps, denominator: Tensor) -> LabelMaps:  # type: ignore[override]
         return replace(targets, num_valid=denominator)

@@ -12,10 +12,11 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from ..losses.base import check_weight
 from ..losses.recipe import LossOptions, by_teacher, read_losses
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
-from ..utils.yaml import parse_mapping
+from ..utils.yaml import parse_mapping, read_mapping
 from .teachers import named_by, naming
 
 
@@ -34,7 +35,7 @@ OUTCOME = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "bf16", "fp16", "load_best_model_at_end",
     "metric_for_best_model", "crop_size", "image_size", "image_longest", "train_shortest", "square_size", "decay_per", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
     "dataloader_drop_last", "train_sampling_strategy", "layer_decay", "lr_milestones", "ema_decay", "inherit", "group_by_shape",
-    "unlabelled_share",
+    "unlabelled_share", "class_weights", "class_crops",
 )  # fmt: skip
 FINITE = 1e30
 # lowest value, whether it is left out, and highest
@@ -50,7 +51,7 @@ RANGES = {
     (0, False, FINITE): ("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "dataloader_num_workers"),
     (0, False, 2**32 - 1): ("seed", "data_seed"),
     (0, True, 1): ("layer_decay", "unlabelled_share"),
-    (0, False, 1): ("ema_decay", "adam_beta1", "adam_beta2", "color_jitter"),
+    (0, False, 1): ("ema_decay", "adam_beta1", "adam_beta2", "color_jitter", "class_crops"),
 }  # fmt: skip
 OPTIONAL = ("eval_steps", "image_size", "square_size", "save_total_limit", "dataloader_prefetch_factor", "data_seed")
 # arguments that distillation or our own evaluation would ignore, with the value that says nothing
@@ -190,6 +191,17 @@ class BCDConfig(TrainingArguments):
         default=0.5,
         metadata={"help": "Share of a batch that has no labels, where --unlabelled_dir or the like adds such."},
     )
+    class_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of classes in the task loss: auto for the median frequency over a class's own, or a JSON or YAML file or "
+            "mapping {class: weight}."
+        },
+    )
+    class_crops: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training crops that hold a class drawn from the picture's, all alike."},
+    )
     inherit: list[str] | None = field(
         default=None,
         metadata={"help": "Modules that start with the teacher's weights, of the same shapes: [neck, bbox_head]."},
@@ -263,6 +275,10 @@ class BCDConfig(TrainingArguments):
             raise UserError(
                 "log_gradients and `weight: auto` take the gradient of every term, which torch_compile hides; leave one out."
             )
+        if isinstance(self.class_weights, str) and self.class_weights != "auto":
+            self.class_weights = read_mapping(self.class_weights, "class_weights")
+        for name, weight in (self.class_weights if isinstance(self.class_weights, Mapping) else {}).items():
+            check_weight(f"class {name!r}", weight)
         for name in ("lr_milestones", "train_shortest"):
             values = getattr(self, name)
             if values is not None and not (values and all(value > 0 for value in values) and values == sorted(values)):

@@ -78,6 +78,10 @@ def prepare(
     check_task(student, task)
     if to_train:
         check_checkpointing(student.model, args)
+        if args.class_weights is not None and not student.weighs_classes:
+            raise UserError(
+                f"class_weights: {type(student.model).__name__} has a loss of its own, which weighs no classes; leave it out."
+            )
     sizes = []
     if to_train and hasattr(dataset, "with_transform"):  # which brings it to these sizes
         task.check_args(args)

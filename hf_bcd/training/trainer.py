@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..adapters import DenseAdapter, image_processor
 from ..data import TransformedStream, joined
+from ..data.class_weights import class_weights
 from ..outputs import Targets
 from ..stores import Store, StoredTeacher
 from ..stores.store import with_stored
@@ -121,6 +123,8 @@ class BCDTrainer(Trainer):
         evaluated = with_transform(eval_dataset, self.task.eval_transform(processor), args.seed)
         if "data_collator" not in kwargs:
             check_samples(self.task, student.num_labels, train_dataset=train, eval_dataset=evaluated)
+        weights = None if train_dataset is None else class_weights(args.class_weights, train_dataset, student.id2label)
+        self.class_weights = None if weights is None else weights.to(args.device)
         self.has_card, self.terms = False, TermMeans()
         self._restart_clock()
         super().__init__(
@@ -273,7 +277,7 @@ class BCDTrainer(Trainer):
     ) -> Any:
         """Weighted loss of one batch; keeps the unweighted terms for the log."""
         pixel_values = inputs["pixel_values"]
-        targets = self.task.targets(inputs, self.distiller.student.num_labels)
+        targets = self._targets(inputs)
         steps, share = self.current_gradient_accumulation_steps, 1.0
         if num_items_in_batch is not None:  # the mean of a batch, so that ranks and batches have one divisor
             divisor = num_items_in_batch / (self.accelerator.num_processes * steps)
@@ -289,6 +293,10 @@ class BCDTrainer(Trainer):
         self._images += len(pixel_values) * self.accelerator.num_processes
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
+    def _targets(self, inputs: Mapping[str, Any]) -> Targets:
+        targets = self.task.targets(inputs, self.distiller.student.num_labels)
+        return targets if self.class_weights is None else replace(targets, class_weights=self.class_weights)  # type: ignore
+
     def _teacher_output(self, inputs: Mapping[str, Any], targets: Targets) -> Any:
         if self.teacher is None:
             return None
@@ -299,8 +307,7 @@ class BCDTrainer(Trainer):
         """The divisor of the task losses of the whole step, over accumulated batches and ranks."""
         if not batch_samples:
             return None
-        num_labels = self.distiller.student.num_labels
-        counts = [self.task.denominator(self.task.targets(batch, num_labels)) for batch in batch_samples]
+        counts = [self.task.denominator(self._targets(batch)) for batch in batch_samples]
         count = torch.stack(counts).sum().to(device)
         self._step_images = sum(len(batch["pixel_values"]) for batch in batch_samples)
         return self.accelerator.reduce(count, "sum") if self.accelerator.num_processes > 1 else count  # type: ignore

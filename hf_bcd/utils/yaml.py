@@ -3,10 +3,12 @@
 import math
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .files import read_text
 from .messages import UserError
 from .text import shortened
 
@@ -77,6 +79,21 @@ def parse_mapping(text: str, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{key} is {text!r}; expected a mapping such as '{{name: value}}'.")
     return value
+
+
+def read_mapping(source: str, key: str) -> dict[str, Any]:
+    """As `parse_mapping`, of a text or of the JSON or YAML file that it names.
+
+    Raises:
+        UserError: if the file cannot be read, or holds something else.
+    """
+    path = Path(source).expanduser()
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        return parse_mapping(source, key)
+    try:
+        return parse_mapping(read_text(path), f"{key} {source}")
+    except OSError as error:
+        raise UserError(f"{key} {source}: cannot be read ({error.strerror}).") from error
 
 
 def yaml_text(value: Any) -> str:

@@ -209,3 +209,26 @@ def test_evaluation_shows_the_picture_of_the_image_processor(shape, name):
             continue
         mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
         assert torch.equal((pixels.float() - mean * 255) / (std * 255), expected)
+
+
+def test_crops_around_classes_hold_a_rare_one_as_often_as_a_common_one():
+    label = np.zeros((60, 90), np.int64)
+    label[50, 80] = 1
+    sample = {**coordinates(60, 90), "label": label}
+
+    def share(class_crops):
+        seen = []
+        for seed in range(200):
+            torch.manual_seed(seed)
+            labels = plain((16, 16), class_crops=class_crops, max_class_share=1)(sample)["labels"]
+            seen.append(bool((labels == 1).any()))
+        return np.mean(seen)
+
+    assert share(0.0) < 0.2
+    assert 0.4 < share(1.0) < 0.75  # half are drawn around the rare class, some around the other hold it by chance
+    assert share(0.0) < share(0.5) < share(1.0)
+
+
+def test_crops_around_classes_leave_void_pictures_alone():
+    sample = {**coordinates(20, 30), "label": np.full((20, 30), 255)}
+    assert (plain((16, 16), class_crops=1.0)(sample)["labels"] == 255).all()
