@@ -5,6 +5,7 @@
     python scripts/benchmark.py step --side 128   # a whole step with BCD beside teacher and student alone
     python scripts/benchmark.py stored            # a step with a stored teacher beside a plain one and a running one
     python scripts/benchmark.py all --output_dir runs/benchmark
+    python scripts/benchmark.py absorb --student runs/x --teacher runs/x/teacher --data_dir path/to/data  # how much of a loss connectors remove
 
 Prints tables, writes benchmark.json, and for `losses` a plot. Leave the machine alone meanwhile.
 """
@@ -22,6 +23,7 @@ HERE = str(Path(__file__).parent)
 # this folder goes last: its evaluate.py would be taken for the library `evaluate`
 sys.path[:] = [*(path for path in sys.path if path != HERE), HERE]
 
+from benchmarks.absorb import absorb_rows
 from benchmarks.data import data_rows
 from benchmarks.evaluation import evaluation_rows
 from benchmarks.losses import SIZES, boundary_row, relation_rows
@@ -34,6 +36,8 @@ from benchmarks.stored import stored_rows
 from hf_bcd.cli import run
 from hf_bcd.commands.methods import tasks_of
 from hf_bcd.losses import LOSSES
+from hf_bcd.runs.arguments import DataArguments
+from hf_bcd.runs.experiment import load_data
 from hf_bcd.utils.costs import device_name
 from hf_bcd.utils.files import write_json
 
@@ -41,7 +45,7 @@ from hf_bcd.utils.files import write_json
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmarks that the command line names; `argv` is the process's own by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["losses", "methods", "step", "stored", "data", "eval", "all"])
+    parser.add_argument("what", choices=["losses", "methods", "step", "stored", "data", "eval", "absorb", "all"])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
@@ -62,7 +66,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--maps", type=int, default=2000, help="label maps of the evaluation")
     parser.add_argument("--mean_iou", default="mean_iou", help="metric for evaluate.load: Hub name or a local script")
+    parser.add_argument("--student", help="of `absorb`: folder or Hub id of a trained student")
+    parser.add_argument("--teacher", help="of `absorb`: likewise")
+    parser.add_argument("--dataset_name", help="of `absorb`: Hub id or known name of the data")
+    parser.add_argument("--data_dir", help="of `absorb`: folder of the data")
+    parser.add_argument("--image_size", type=int, help="of `absorb`: short side of the pictures")
+    parser.add_argument("--steps", type=int, default=150, help="of `absorb`: training steps of the connectors")
     args = parser.parse_args(argv)
+    if args.what == "absorb" and not (args.student and args.teacher):
+        parser.error("absorb needs --student and --teacher, both trained")
 
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -99,10 +111,17 @@ def _step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     return [*rows, mask_rcnn_row(device, args.repeats, batch, side)]
 
 
+def _absorb(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    train = load_data(DataArguments(dataset_name=args.dataset_name, data_dir=args.data_dir))["train"]
+    sizes = {"crop_size": args.side or 176, "image_size": args.image_size, "use_cpu": device.type == "cpu"}
+    return absorb_rows(args.methods.split(","), args.student, args.teacher, train, sizes, args.steps)
+
+
 RUNS = {
     "losses": _losses,
     "methods": _methods,
     "step": _step,
+    "absorb": _absorb,
     "stored": lambda args, device, dtype: stored_rows(device, args.repeats, args.side or 176),
     "data": lambda args, device, dtype: data_rows(args.repeats),
     "eval": lambda args, device, dtype: evaluation_rows(

@@ -65,6 +65,22 @@ def test_all_benchmarks_write_what_they_measured(small, tmp_path, capsys):
     assert all(name in shown for name in ("median ms", "streamed", "step with BCD", "crop, flip, cached"))
 
 
+def test_connectors_are_trained_on_a_student_that_does_not_move(tmp_path, capsys):
+    for name, seed in (("student", 0), ("teacher", 1)):
+        tiny.tiny_timm(seed=seed).save_pretrained(tmp_path / name)
+    weights = (tmp_path / "student" / "model.safetensors").read_bytes()
+    models = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
+    options = ["--dataset_name", "synthetic", "--side", "48", "--steps", "20", "--methods", "kd,fitnet"]
+    benchmark.main(["absorb", "--device", "cpu", "--output_dir", str(tmp_path), *models, *options])
+    (row,) = json.loads((tmp_path / "benchmark.json").read_text())["absorb"]  # kd trains no connectors
+    assert row["method"] == "fitnet"
+    before, after = row["fitnet/fitnet: before"], row["fitnet/fitnet: after"]
+    assert 0 < after < before
+    assert row["fitnet/fitnet: absorbed"] == pytest.approx(1 - after / before)
+    assert (tmp_path / "student" / "model.safetensors").read_bytes() == weights
+    assert "absorbed" in capsys.readouterr().out
+
+
 def test_a_method_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(ValueError, match="unknown method 'cwdd'. Did you mean 'cwd'"):
         benchmark.main(["methods", "--output_dir", str(tmp_path), "--device", "cpu", "--methods", "kd,cwdd"])
