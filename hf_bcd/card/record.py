@@ -14,7 +14,7 @@ class ModelRecord(NamedTuple):
     `start` is the Hub id of the weights that it rests on, whose terms bind it (of a finished model its own), or `start_words`
     says what it started from instead; both are empty where nobody said. `trained_here` says whether the run trained it, None
     where nobody said; `levels` has the channels of its feature levels; `name` is that of one of several teachers, with which the names
-    of its losses begin.
+    of its losses begin; `views` is how many of each picture a stored teacher saw, 0 for one that ran along.
     """
 
     architecture: str
@@ -25,6 +25,7 @@ class ModelRecord(NamedTuple):
     trained_here: bool | None = None
     levels: Mapping[str, int] = {}
     name: str = ""
+    views: int = 0
 
 
 class DataRecord(NamedTuple):

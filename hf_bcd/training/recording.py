@@ -22,6 +22,7 @@ from ..data.sources.catalog import CATALOG
 from ..losses import DistillationLoss
 from ..losses.modules.schedules import Temperature
 from ..losses.recipe import options_of
+from ..stores import StoredTeacher
 from ..tasks import Task
 from ..utils.costs import device_name
 from .config import BCDConfig
@@ -91,14 +92,19 @@ def record_run(
     parts = parts_of(trainer.teacher)
     names = by_role({name: name for name in parts})
     # a stored one is loaded by nobody else
-    models = {role: part.adapter for role, part in by_role(parts).items()} | models
+    by_roles = by_role(parts)
+    models = {role: part.adapter for role, part in by_roles.items()} | models
+    views = {role: part.store.views for role, part in by_roles.items() if isinstance(part, StoredTeacher)}
     shown = None if data is None else data[results.get("protocol", {}).get("split", "train")]
     picture = None if shown is None else next(iter(shown))["image"]
     return RunRecord(
         repository=repository,
         task=trainer.task.name,
         id2label=student.id2label,
-        models={role: record_model(model, role, recipe, names.get(role, "")) for role, model in models.items()},
+        models={
+            role: record_model(model, role, recipe, names.get(role, ""))._replace(views=views.get(role, 0))
+            for role, model in models.items()
+        },
         data=None if data is None else record_data(data, recipe or {}),
         results=results,
         figures=figures,
