@@ -1,9 +1,13 @@
 """The console script `hf-bcd`, and how every command reports what went wrong."""
 
+import ast
+import inspect
 import io
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 from .utils.messages import UserError
 
@@ -21,6 +25,8 @@ COMMANDS = {
     "convert-mmdet": "convert a detector of mmdetection for transformers",
     "push": "push the finished student of a folder to the Hub",
 }
+# commands that take the arguments of a run: their help is their docstring and these
+OF_RUNS = ("distill", "evaluate", "reinforce")
 
 
 def main() -> None:
@@ -34,10 +40,21 @@ def main() -> None:
         print("\n".join(f"  {command:{width}}  {what}" for command, what in COMMANDS.items()))
     elif name in COMMANDS:
         sys.argv[0] = f"hf-bcd {name}"  # what --help calls the program
-        command = import_module(f".commands.{name.replace('-', '_')}", __package__)
+        module = f"{__package__}.commands.{name.replace('-', '_')}"
+        if name in OF_RUNS and {"-h", "--help"} & set(arguments) and "--help_all" not in arguments:
+            import_module(f"{__package__}.runs.help").print_help(_docstring(module))
+        command = import_module(module)
         run(lambda: command.main(arguments))
     else:
         sys.exit(f"error: no command {name!r}; choose one of {', '.join(COMMANDS)}")
+
+
+def _docstring(module: str) -> str | None:
+    """A module's docstring, read in its file: to import it would take seconds."""
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")), clean=False)
+    return None if text is None else inspect.cleandoc(text)
 
 
 def run(command: Callable[[], None]) -> None:

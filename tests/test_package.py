@@ -40,3 +40,37 @@ def test_public_names_exist_and_unknown_ones_do_not() -> None:
     assert all(getattr(hf_bcd, name) is not None for name in hf_bcd.__all__)
     with pytest.raises(AttributeError, match="no attribute 'BCDTrianer'"):
         _ = hf_bcd.BCDTrianer
+
+
+# what takes seconds to import, and what only training needs
+HEAVY = ("torch", "torchvision", "timm", "datasets", "matplotlib", "scipy", "pandas", "transformers.training_args")
+LISTS_HEAVY = f"""
+import sys
+{{}}
+print("\\n", *[name for name in {HEAVY} if name in sys.modules], end="")
+"""
+CALL = "sys.argv = {}\nfrom hf_bcd.cli import main\ntry: main()\nexcept SystemExit as end: assert not end.code"
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import hf_bcd; dir(hf_bcd)"]
+    + [
+        CALL.format(["hf-bcd", *arguments.split()])
+        for arguments in (
+            "--help",
+            "distill --help",
+            "evaluate -h",
+            "reinforce --help",
+            "methods --help",
+            "study --help",
+            "push --help",
+        )
+    ],
+    ids=lambda code: code.splitlines()[0],
+)
+def test_help_waits_for_no_heavy_import(code: str) -> None:
+    command = [sys.executable, "-W", "error", "-c", LISTS_HEAVY.format(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not done.stdout.splitlines()[-1].strip()

@@ -12,11 +12,6 @@ import logging
 import sys
 from pathlib import Path
 
-from ..runs.study import read_study, run_study
-from ..runs.study_figure import write_methods_figure
-from ..runs.study_report import collect, write_study_report
-from ..training.hardware import limit_threads
-from ..utils.distributed import is_first_process
 from ..utils.messages import UserError
 
 
@@ -30,6 +25,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--part", default="1/1", help="i/n: every n-th run, from the i-th on")
     parser.add_argument("--report_only", action="store_true", help="run nothing; report what is finished")
     args, rest = parser.parse_known_args(argv)
+
+    from ..runs.study import read_study, run_study  # imports torch
+    from ..runs.study_figure import write_methods_figure
+    from ..runs.study_report import collect, write_study_report
+    from ..training.hardware import limit_threads
+    from ..utils.distributed import is_first_process
+
     limit_threads()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for fixed in ("--seed", "--config", "--with_baseline"):

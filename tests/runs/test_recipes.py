@@ -12,13 +12,13 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from hf_bcd.adapters import DenseAdapter, build_adapter
 from hf_bcd.adapters.loading import ModelSpec
-from hf_bcd.commands.methods import tasks_of
 from hf_bcd.data import CATALOG
 from hf_bcd.losses import LOSSES, build_criterion
 from hf_bcd.losses.recipe import ALWAYS_OFFERED
 from hf_bcd.models import TimmDetectionConfig, TimmDetectionModel, TimmSegmentationConfig, TimmSegmentationModel
 from hf_bcd.models.configuration_timm_detection import HEAD_NAMES
 from hf_bcd.runs.arguments import named_teachers, parse_arguments
+from hf_bcd.runs.methods import tasks_of
 from hf_bcd.training.teaching import build_losses, inherit
 
 
