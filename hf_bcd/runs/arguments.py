@@ -19,7 +19,7 @@ from ..utils.types import converted
 from ..utils.yaml import parse_mapping, read_yaml
 from .fields import DataArguments, ModelArguments
 from .help import make_parser, print_help, wants_short_help
-from .recipes import merged, read_recipe
+from .recipes import find_recipe, merged, packaged, read_recipe
 
 
 MAPPINGS = ("student", "teacher", "teacher_training", "dataset_options", "losses", "lr_scheduler_kwargs")
@@ -125,7 +125,7 @@ def read_arguments(
     if recipe is None and config is None and not {"dataset_name", "data_dir", "student"} & set(typed):
         config = default_config
     if recipe is None:
-        recipe = read_recipe(Path(config), RECIPE_KEYS) if config is not None else {}
+        recipe = read_recipe(find_recipe(config), RECIPE_KEYS) if config is not None else {}
     if {"num_train_epochs", "max_steps"} <= set(typed) and typed["max_steps"] > 0:
         raise UserError("--max_steps and --num_train_epochs exclude each other; give one of them.")
     values = merged({key: _converted(key, value) for key, value in recipe.items()}, typed)
@@ -137,6 +137,8 @@ def read_arguments(
             values[key] = None
         if isinstance(text := values.get(key), str) and text.lstrip().startswith("{"):
             values[key] = parse_mapping(text, key)
+    if isinstance(synonyms := values.get("label_synonyms"), str):
+        values["label_synonyms"] = packaged(synonyms)
     if values.get("losses") is None and any(path[0] == "losses" for path, _ in dotted):
         values["losses"] = PRESETS.get(values.get("preset", "stable"))  # a dotted flag changes the losses in force
     for path, text in dotted:

@@ -46,7 +46,10 @@ def make_parser(classes: Sequence[type], description: str | None) -> argparse.Ar
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="YAML recipe; the command line wins over it.")
+    parser.add_argument(
+        "--config",
+        help="YAML recipe: a file, or a name such as camvid/pspnet101_to_pspnet18.yaml; the command line wins over it.",
+    )
     parser.add_argument("--help_all", action="help", help="Also list every inherited training argument.")
     return parser
 
