@@ -1,6 +1,7 @@
 """The console script `hf-bcd`, and how every command reports what went wrong."""
 
 import ast
+import gc
 import inspect
 import io
 import sys
@@ -44,6 +45,7 @@ def main() -> None:
         if name in OF_RUNS and {"-h", "--help"} & set(arguments) and "--help_all" not in arguments:
             import_module(f"{__package__}.runs.help").print_help(_docstring(module))
         command = import_module(module)
+        gc.freeze()  # every training starts with a collection, which would walk over all modules
         run(lambda: command.main(arguments))
     else:
         sys.exit(f"error: no command {name!r}; choose one of {', '.join(COMMANDS)}")
