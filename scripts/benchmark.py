@@ -34,10 +34,10 @@ from benchmarks.step import PAIRS, mask_rcnn_row, step_row
 from benchmarks.stored import stored_rows
 
 from hf_bcd.cli import run
-from hf_bcd.commands.methods import tasks_of
 from hf_bcd.losses import LOSSES
 from hf_bcd.runs.arguments import DataArguments
 from hf_bcd.runs.experiment import load_data
+from hf_bcd.runs.methods import tasks_of
 from hf_bcd.utils.costs import device_name
 from hf_bcd.utils.files import write_json
 

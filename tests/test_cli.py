@@ -1,10 +1,20 @@
 """How commands end: a user's mistake is one line, anything else keeps its traceback."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from hf_bcd.cli import COMMANDS, main, run
 from hf_bcd.hub.errors import HubError
+from hf_bcd.runs import launching
 from hf_bcd.utils.messages import UserError
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def failing(error: BaseException):
@@ -42,3 +52,90 @@ def test_the_console_script_lists_its_commands(
     monkeypatch.setattr("sys.argv", ["hf-bcd", "distil"])
     with pytest.raises(SystemExit, match="no command 'distil'; choose one of distill"):
         main()
+
+
+@pytest.mark.parametrize("written", [["--num_processes", "2"], ["--num-processes=2"]])
+def test_a_command_in_several_processes_is_what_accelerate_launches(
+    written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")  # restored after the test
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 0)
+    monkeypatch.setattr(launching, "launch_command", found.append)
+    monkeypatch.setattr("sys.argv", ["hf-bcd", "study", "mine.yaml", *written, "--part", "1/2"])
+    main()
+    (args,) = found
+    assert (args.num_processes, args.multi_gpu, args.module) == (2, True, True)
+    assert [args.training_script, *args.training_script_args] == ["hf_bcd", "study", "mine.yaml", "--part", "1/2"]
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("number", "devices", "message"),
+    [("0", 0, "at least 1"), ("two", 0, "at least 1"), ("", 0, "at least 1"), ("3", 2, r"has 2 GPU\(s\)")],
+)
+def test_a_wrong_number_of_processes_is_named(
+    number: str, devices: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: devices)
+    with pytest.raises(UserError, match=message):
+        launching.launch("distill", [], number)
+
+
+def test_a_launcher_starts_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="leave one of both out"):
+        launching.launch("distill", [], "2")
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_student_and_end_as_one_does(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hf_bcd", "distill", "--num_processes", "2"]
+    tiny_run = [
+        *(
+            "--config",
+            "synthetic/resnet18_to_resnet10",
+            "--teacher",
+            "null",
+            "--with_baseline",
+            "false",
+            "--output_dir",
+            "runs",
+        ),
+        *(
+            "--max_steps",
+            "1",
+            "--crop_size",
+            "32",
+            "--per_device_train_batch_size",
+            "2",
+            "--dataloader_num_workers",
+            "0",
+        ),
+        *(
+            "--dataset_options",
+            "{size: [32, 48], num_images: {train: 4, validation: 2, test: 2}}",
+            "--report_to",
+            "none",
+        ),
+    ]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*command, *tiny_run, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+
+    done = start()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (
+        "- processes: 2" in (tmp_path / "runs" / "README.md").read_text() and done.stdout.count("import hf_bcd") == 1
+    )
+    wrong = start("--crop_size", "0")
+    assert wrong.returncode == 1 and "error: crop_size is 0" in wrong.stderr

@@ -43,14 +43,18 @@ from ..training.teachers import by_role, naming
 from ..training.teaching import build_losses
 
 
-def main(argv: list[str] | None = None, *, demo: Path | None = None) -> None:
+DEMO = "synthetic/resnet18_to_resnet10.yaml"
+
+
+def main(argv: list[str] | None = None) -> None:
     """Trains what the arguments describe, scores it, reports it and pushes it if asked.
+
+    Where they name neither recipe, data nor student, it is the demo.
 
     Args:
         argv: command line; the process's own by default.
-        demo: recipe to run when the command line names neither recipe, data nor student.
     """
-    recipe = read_arguments(argv, default_config=demo, description=__doc__)
+    recipe = read_arguments(argv, default_config=DEMO, description=__doc__)
     model_args, data_args, config = build_arguments(recipe)
     limit_threads()
     logging.basicConfig(level=logging.INFO if config.should_log else logging.ERROR, format="%(message)s")

@@ -10,8 +10,6 @@ Checkpoints, optimizer states and logs stay here. Log in first with `hf auth log
 import argparse
 from pathlib import Path
 
-from ..hub.pushing import name_in_examples, push_folder, student_files
-
 
 def main(argv: list[str] | None = None) -> None:
     """Pushes the folder that the arguments name; `argv` is the process's own command line by default."""
@@ -26,6 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         show(args.folder, args.repo_id, args.revision)
         return
+
+    from ..hub.pushing import push_folder  # imports torch
+
     commit = push_folder(
         args.folder,
         args.repo_id,
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def show(folder: Path, repo_id: str, revision: str | None) -> None:
     """Prints every file that a push would send with its size now, and the card as it would be sent."""
+    from ..hub.pushing import name_in_examples, student_files
+
     files = student_files(folder)
     for path, file in files.items():
         print(f"{file.stat().st_size:>12,}  {path}")

@@ -4,121 +4,22 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
-
-from transformers import HfArgumentParser
+from typing import Any, get_args, get_type_hints
 
 from ..adapters.loading import ModelSpec
-from ..data.boxes import FORMATS
-from ..training.config import PRESETS, BCDConfig
+from ..training.config import BCDConfig
+from ..training.options import PRESETS
 from ..training.teachers import named_by
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
 from ..utils.types import converted
 from ..utils.yaml import parse_mapping, read_yaml
-from .recipes import merged, read_recipe
-
-
-@dataclass
-class ModelArguments:
-    """Student, teacher and what the run compares."""
-
-    student: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Student: Hub id or folder, or a mapping such as {backbone: mobilenetv2_100, head: fpn}."},
-    )
-    teacher: dict[str, Any] | str | list[Any] | None = field(
-        default=None,
-        metadata={
-            "help": "Teacher, given like the student. A timm backbone is first trained on the same data. A backbone without a "
-            "head, such as facebook/dinov2-base or {backbone: ..., head: none, pretrained: true}, teaches features only. "
-            "Several, all finished: '[A, B]'. None trains the student without one."
-        },
-    )
-    teacher_training: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Training options that differ for a teacher trained here, e.g. {max_steps: 2000}."},
-    )
-    teacher_store: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Stored outputs of a teacher (folder or Hub id of `hf-bcd reinforce`), in the place of the teacher itself; or "
-            "'[A, B]', beside the teachers of --teacher."
-        },
-    )
-    with_baseline: bool = field(
-        default=False, metadata={"help": "Also train the student without its teacher, on the same budget, to compare."}
-    )
-    baseline: str | None = field(
-        default=None, metadata={"help": "Finished student without a teacher to compare with: folder or Hub id."}
-    )
-    label_synonyms: str | None = field(
-        default=None, metadata={"help": "JSON file {class of the data set: [names the teacher may use]}."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that lies in a Hub repository; read it first."}
-    )
-
-
-@dataclass
-class DataArguments:
-    """Which data set, and how its raw columns and labels are read."""
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Name of the catalog (ade20k, cityscapes, ...; see `hf-bcd check -h`), Hub id, or folder."},
-    )
-    data_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Local copy of a data set of the catalog, in its official layout; or a folder of the data set."
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Read training data while training, without storing it; needs max_steps."}
-    )
-    shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Images from which a stream draws at random; all of them stay in memory."}
-    )
-    cache_images: bool = field(
-        default=False, metadata={"help": "Keep decoded training and validation images in memory: for small sets."}
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Image column, if it cannot be recognised."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the masks or boxes, if it cannot be recognised."}
-    )
-    id2label: str | None = field(default=None, metadata={"help": "JSON file with the class names."})
-    reduce_labels: bool = field(default=False, metadata={"help": "Raw label 0 is void and classes start at 1."})
-    ignore_labels: list[int] = field(default_factory=list, metadata={"help": "Raw label ids that are void."})
-    task: str | None = field(
-        default=None, metadata={"help": "object-detection, to read the boxes of a source that has masks too."}
-    )
-    box_format: str | None = field(
-        default=None,
-        metadata={"help": f"How boxes are stored, if it cannot be recognised: {', '.join(FORMATS)}."},
-    )
-    dataset_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further options of the data set, e.g. {size: [96, 128]} for synthetic."}
-    )
-    unlabelled_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of pictures without labels, mixed into every batch; alone: distil without any labels."
-        },
-    )
-    unlabelled_dataset: str | None = field(
-        default=None, metadata={"help": "The same from a Hub data set, or a folder of tables, with an image column."}
-    )
-    label_free: bool = field(
-        default=False, metadata={"help": "Leave the labels of the training split unread: only the teacher teaches."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first training samples only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first samples of each other split."})
+from .fields import DataArguments, ModelArguments
+from .help import make_parser, print_help, wants_short_help
+from .recipes import find_recipe, merged, packaged, read_recipe
 
 
 MAPPINGS = ("student", "teacher", "teacher_training", "dataset_options", "losses", "lr_scheduler_kwargs")
@@ -131,11 +32,6 @@ UNDOABLE = {key for key, hint in TYPES.items() if NoneType in get_args(hint) and
 }
 DEFAULTS = {f.name: f.default for cls in ARGUMENT_CLASSES for f in dataclasses.fields(cls)}
 TRAINING_KEYS = frozenset(f.name for f in dataclasses.fields(BCDConfig) if f.init)
-# inherited arguments that --help shows beside our own
-SHOWN = frozenset((
-    "output_dir", "seed", "bf16", "fp16", "resume_from_checkpoint", "push_to_hub", "gradient_accumulation_steps",
-    "hub_model_id", "hub_private_repo", "hub_revision", "torch_compile",
-))  # fmt: skip
 
 
 def parse_arguments(
@@ -229,7 +125,7 @@ def read_arguments(
     if recipe is None and config is None and not {"dataset_name", "data_dir", "student"} & set(typed):
         config = default_config
     if recipe is None:
-        recipe = read_recipe(Path(config), RECIPE_KEYS) if config is not None else {}
+        recipe = read_recipe(find_recipe(config), RECIPE_KEYS) if config is not None else {}
     if {"num_train_epochs", "max_steps"} <= set(typed) and typed["max_steps"] > 0:
         raise UserError("--max_steps and --num_train_epochs exclude each other; give one of them.")
     values = merged({key: _converted(key, value) for key, value in recipe.items()}, typed)
@@ -241,6 +137,8 @@ def read_arguments(
             values[key] = None
         if isinstance(text := values.get(key), str) and text.lstrip().startswith("{"):
             values[key] = parse_mapping(text, key)
+    if isinstance(synonyms := values.get("label_synonyms"), str):
+        values["label_synonyms"] = packaged(synonyms)
     if values.get("losses") is None and any(path[0] == "losses" for path, _ in dotted):
         values["losses"] = PRESETS.get(values.get("preset", "stable"))  # a dotted flag changes the losses in force
     for path, text in dotted:
@@ -252,20 +150,9 @@ def read_arguments(
 
 def _typed(argv: list[str], description: str | None) -> tuple[dict[str, Any], list[tuple[list[str], str]]]:
     """The arguments that a command line gives, and its dotted ones as paths with their text."""
-    shown = {*BCDConfig.__annotations__, *SHOWN}
-    fields = [(f.name, f.type, f) for f in dataclasses.fields(BCDConfig) if f.name in shown]
-    short = "--help_all" not in argv and {"-h", "--help"} & set(argv)
-    classes = (ModelArguments, DataArguments, dataclasses.make_dataclass("BCDConfig", fields) if short else BCDConfig)
-    parser = _Parser(  # type: ignore[call-arg]
-        classes,  # type: ignore[arg-type]
-        description=description,
-        usage="%(prog)s [--config RECIPE.yaml] [--ARGUMENT VALUE ...]",
-        epilog="Every field of transformers.TrainingArguments is accepted too: --help_all lists them.",
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", help="YAML recipe; the command line wins over it.")
-    parser.add_argument("--help_all", action="help", help="Also list every inherited training argument.")
+    if wants_short_help(argv):
+        print_help(description)
+    parser = make_parser(ARGUMENT_CLASSES, description)
     untyped = object()
     given = argparse.Namespace(**dict.fromkeys((*RECIPE_KEYS, "config"), untyped))
     argv, undone = _undone(argv)
@@ -316,18 +203,6 @@ def _teacher_training(given: dict[str, Any]) -> dict[str, Any]:
         if key not in TRAINING_KEYS:
             raise UserError(unknown_key_message("training argument", key, TRAINING_KEYS))
     return {key: _converted(key, value) for key, value in given.items()}
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:  # the base class prints the usage and ends the process
-        raise UserError(f"{message}.")
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the description's lines and gives every argument one or two."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=119)
 
 
 def _set_nested(values: dict[str, Any], path: list[str], value: Any) -> None:

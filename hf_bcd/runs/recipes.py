@@ -1,5 +1,6 @@
 """Recipes: YAML files of arguments, each of which may start from another."""
 
+import difflib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,40 @@ from typing import Any
 from ..utils.files import read_text
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import read_yaml
+
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def find_recipe(name: str | Path, kind: str = "recipes") -> Path:
+    """The file of a recipe or study: a path, else a name in the package such as `camvid/pspnet101_to_pspnet18.yaml`.
+
+    `examples/recipes/` may stand before the name, as in a checkout, where these folders are links to the package's.
+
+    Args:
+        name: path or name.
+        kind: folder of the package, `recipes` or `studies`.
+
+    Raises:
+        UserError: there is neither; the message has the nearest names.
+    """
+    if (path := Path(name)).is_file():
+        return path
+    folder = PACKAGE / kind
+    inner = path.as_posix().removeprefix(f"examples/{kind}/").removesuffix(".yaml") + ".yaml"
+    known = {one.relative_to(folder).as_posix(): one for one in sorted(folder.rglob("*.yaml"))}
+    if inner in known:
+        return known[inner]
+    near = difflib.get_close_matches(inner, known, n=3, cutoff=0.5)
+    alike = [one for one in known if Path(inner).stem in one][:3]  # the folder is another, or the name goes on
+    hint = ", ".join(dict.fromkeys([*alike, *near]))
+    raise UserError(f"{name}: no such file, nor one of the package's {kind}{f'; near it are {hint}' if hint else ''}.")
+
+
+def packaged(name: str) -> str:
+    """The package's own file for what its recipes call `examples/...`, where there is no such file here; else the name."""
+    inner = PACKAGE / name.removeprefix("examples/")
+    return str(inner) if name.startswith("examples/") and inner.is_file() and not Path(name).is_file() else name
 
 
 def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from .arguments import (
 )
 from .baseline import check_untrained, open_store, prepare_teacher, teacher_key
 from .experiment import alone_in, build_student, evaluate_model, final_split, load_data, name_classes, train_model
-from .recipes import merged, read_recipe
+from .recipes import find_recipe, merged, read_recipe
 from .reinforce import build_reinforcer, make_store
 from .report import write_report
 
@@ -131,7 +131,7 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
       may have its own, or null for a teacher that runs along.
 
     Args:
-        path: YAML file.
+        path: YAML file, or its name in the package.
         output_dir: folder of the study, instead of the file's `output_dir`.
         argv: command-line arguments that win over the file in every run, but for what a run itself sets to null: its
             `teacher: null` remains a baseline.
@@ -140,6 +140,7 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
         UserError: for an unknown key, no runs, an unknown reference or split, seeds that are not distinct integers, or
             arguments of a run that would be refused when it begins.
     """
+    path = find_recipe(path, "studies")
     recipe = read_recipe(path, {*RECIPE_KEYS, *STUDY_KEYS})
     seeds, variations, reference, split, reinforce = (
         recipe.pop(key, None) for key in ("seeds", "runs", "reference", "split", "reinforce")

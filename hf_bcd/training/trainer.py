@@ -35,7 +35,7 @@ from .evaluation import each, evaluate, moved, predict_batch, stacked, with_tran
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
-from .loaders import by_shape, mixed, stored_views, stream_loader
+from .loaders import by_shape, end_workers, mixed, stored_views, stream_loader
 from .optimization import group_parameters, step_down
 from .recording import write_training_card
 from .teachers import loaded, parts_of
@@ -202,6 +202,8 @@ class BCDTrainer(Trainer):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             except UserError as error:  # a picture that cannot be read, hours after the start
                 self._save_and_raise(error)
+            finally:
+                end_workers(self.callback_handler.train_dataloader)
         check_finite(self.terms.read(), self.args, self.state)  # the steps since the last log
         if self.interrupt.requested:
             raise KeyboardInterrupt(

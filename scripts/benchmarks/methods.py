@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from hf_bcd.commands.methods import HEAD_LEVELS, NUM_LABELS, STUDENT, TEACHER, reference_criterion
 from hf_bcd.losses import LOSSES, DistillationCriterion
 from hf_bcd.models import TimmSegmentationConfig
 from hf_bcd.models.heads import PSPHead
 from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
+from hf_bcd.runs.methods import HEAD_LEVELS, NUM_LABELS, STUDENT, TEACHER, reference_criterion
 from hf_bcd.utils.messages import unknown_key_message
 
 from .measuring import compare

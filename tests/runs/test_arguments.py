@@ -1,16 +1,22 @@
 """Recipes, the command line and what wins over what."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
 from PIL import Image
 
 from hf_bcd.adapters.loading import ModelSpec
+from hf_bcd.data.boxes import FORMATS
 from hf_bcd.runs.arguments import build_arguments, named_teachers, parse_arguments, read_arguments
 from hf_bcd.runs.experiment import load_data
-from hf_bcd.training.config import PRESETS
+from hf_bcd.runs.fields import DataArguments
+from hf_bcd.runs.help import SHOWN, shown_options
+from hf_bcd.training.config import BCDConfig
+from hf_bcd.training.options import PRESETS, BCDOptions
 from hf_bcd.utils.messages import UserError
 
 
@@ -390,6 +396,24 @@ def test_help_shows_our_arguments_and_hides_inherited_ones(capsys: pytest.Captur
     assert all(f"--{name}" in text for name in ("student", "teacher", "losses", "crop_size", "output_dir", "config"))
     assert "--torch_empty_cache_steps" not in text and "--help_all" in text
     assert len(text.splitlines()) < 240
+
+
+def test_help_says_of_the_arguments_what_the_parser_takes() -> None:
+    """`--help` reads inherited arguments in the source of transformers, without importing it."""
+    assert dict(BCDOptions.__annotations__).keys() | SHOWN == {f.name for f in dataclasses.fields(shown_options())}
+    real = {f.name: f for f in dataclasses.fields(BCDConfig)}
+    for ours in dataclasses.fields(shown_options()):
+        theirs = real[ours.name]
+        assert (ours.default, ours.default_factory, ours.metadata["help"]) == (
+            theirs.default, theirs.default_factory, theirs.metadata["help"]
+        )  # fmt: skip
+        if ours.name in SHOWN:  # parsers change the types of the others in place
+            assert get_type_hints(BCDConfig)[ours.name] == ours.type
+
+
+def test_help_names_every_format_of_boxes() -> None:
+    (field,) = (f for f in dataclasses.fields(DataArguments) if f.name == "box_format")
+    assert field.metadata["help"].endswith(f": {', '.join(FORMATS)}.")
 
 
 RECIPES = (path for path in (ROOT / "examples" / "recipes").rglob("*.yaml") if not path.name.startswith("_"))

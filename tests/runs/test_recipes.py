@@ -12,14 +12,16 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from hf_bcd.adapters import DenseAdapter, build_adapter
 from hf_bcd.adapters.loading import ModelSpec
-from hf_bcd.commands.methods import tasks_of
 from hf_bcd.data import CATALOG
 from hf_bcd.losses import LOSSES, build_criterion
 from hf_bcd.losses.recipe import ALWAYS_OFFERED
 from hf_bcd.models import TimmDetectionConfig, TimmDetectionModel, TimmSegmentationConfig, TimmSegmentationModel
 from hf_bcd.models.configuration_timm_detection import HEAD_NAMES
-from hf_bcd.runs.arguments import named_teachers, parse_arguments
+from hf_bcd.runs.arguments import named_teachers, parse_arguments, read_arguments
+from hf_bcd.runs.methods import tasks_of
+from hf_bcd.runs.recipes import find_recipe
 from hf_bcd.training.teaching import build_losses, inherit
+from hf_bcd.utils.messages import UserError
 
 
 ROOT = Path(__file__).parents[2]
@@ -253,3 +255,42 @@ def test_methods_of_cascade_mask_rcnn_have_the_numbers_of_the_paper() -> None:
         }
         row = "{} AP of masks and {} of boxes".format(*pairs[method]) if method in pairs else None
         assert "36.5" in first and "41.9" in first and (row or "The paper has no row") in first
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("synthetic/resnet18_to_resnet10.yaml", "recipes"),
+        ("synthetic/resnet18_to_resnet10", "recipes"),
+        ("examples/recipes/synthetic/resnet18_to_resnet10.yaml", "recipes"),
+        ("camvid_cpu.yaml", "studies"),
+        ("examples/studies/camvid_cpu.yaml", "studies"),
+    ],
+)
+def test_recipes_are_found_away_from_the_checkout(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = find_recipe(name, kind)
+    assert found.samefile(
+        ROOT / "hf_bcd" / kind / f"{name.removesuffix('.yaml').removeprefix(f'examples/{kind}/')}.yaml"
+    )
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("")  # a file of the user's wins
+    assert find_recipe(name, kind) == Path(name)
+
+
+def test_a_recipe_that_is_nowhere_has_near_ones_named() -> None:
+    with pytest.raises(UserError, match="near it are .*cityscapes/pspnet101_to_pspnet18.yaml"):
+        find_recipe("pspnet101_to_pspnet18.yaml")
+    with pytest.raises(UserError, match="of the package's studies; near it are camvid_cpu.yaml"):
+        find_recipe("camvid_cpus.yaml", "studies")
+
+
+def test_synonyms_of_the_package_are_found_away_from_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = read_arguments(["--config", "camvid/segformer_b5_to_mobilenetv2_fpn_label_free"])
+    assert Path(values["label_synonyms"]).samefile(ROOT / "hf_bcd" / "studies" / "camvid_cityscapes_names.json")
+    assert read_arguments(["--label_synonyms", "examples/mine.json"])["label_synonyms"] == "examples/mine.json"

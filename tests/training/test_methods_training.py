@@ -8,8 +8,8 @@ import tiny
 from torch.utils.data import Dataset
 
 from hf_bcd import BCDTrainer
-from hf_bcd.commands.methods import tasks_of
 from hf_bcd.losses import LOSSES
+from hf_bcd.runs.methods import tasks_of
 
 
 STEPS = 12

@@ -16,11 +16,11 @@ from transformers import AutoModelForSemanticSegmentation, Trainer, TrainerCallb
 
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel
 from hf_bcd.adapters.loading import ModelSpec
-from hf_bcd.commands.methods import tasks_of
 from hf_bcd.losses import LOSSES
 from hf_bcd.losses.bcd import BCDLoss
 from hf_bcd.runs import baseline, experiment
 from hf_bcd.runs.arguments import RECIPE_KEYS, DataArguments, ModelArguments
+from hf_bcd.runs.methods import tasks_of
 from hf_bcd.runs.recipes import read_recipe
 from hf_bcd.training.callbacks import InterruptCallback
 from hf_bcd.training.checkpoints import last_checkpoint

@@ -1,15 +1,21 @@
 """A training step never waits for the device; optimizers are fused, and convolutions are laid out as they compute."""
 
+import multiprocessing
+from contextlib import nullcontext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from host_sync import no_host_synchronisation
 from torch import nn
+from transformers import TrainerCallback
 
 from hf_bcd import BCDTrainer
 from hf_bcd.training.hardware import is_convolutional
+from hf_bcd.utils.messages import UserError
 
 
 def prepared_step(folder: Path, model: nn.Module, **changes):
@@ -122,3 +128,22 @@ def test_persistent_workers_give_the_samples_of_every_epoch(tmp_path: Path) -> N
     assert losses[0] == losses[1]
     both = [run.evaluate(data[split])["eval_mean_iou"] for split in ("validation", "train", "validation")]
     assert both[0] == both[2] != both[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_worker_outlives_the_training_that_started_it(fails: bool, tmp_path: Path) -> None:
+    """The next training would wait for five seconds until it is killed."""
+    workers: list[BaseProcess] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            workers.extend(multiprocessing.active_children())
+            if fails:
+                raise UserError("a picture that cannot be read")
+
+    run = tiny.trainer(tmp_path, max_steps=1, dataloader_num_workers=1)
+    run.add_callback(Look())
+    with pytest.raises(UserError) if fails else nullcontext():
+        run.train()
+    assert [worker.exitcode for worker in workers] == [0]

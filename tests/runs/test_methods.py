@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from hf_bcd.adapters import build_adapter
-from hf_bcd.commands import methods
+from hf_bcd.commands.methods import main
 from hf_bcd.losses import LOSSES
 from hf_bcd.losses.recipe import options_of
 from hf_bcd.models import TimmSegmentationModel
+from hf_bcd.runs import methods
 from hf_bcd.runs.arguments import parse_arguments
 from hf_bcd.utils.yaml import yaml_text
 
@@ -26,7 +27,7 @@ COSTS = {
 
 
 def test_the_page_in_docs_is_what_the_code_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    methods.main(["--markdown"])
+    main(["--markdown"])
     assert capsys.readouterr().out == (DOCS / "methods.md").read_text(), (
         "write it again: hf-bcd methods --markdown > docs/methods.md"
     )
@@ -50,7 +51,7 @@ def test_the_list_and_the_table_have_each_method_and_its_costs(
 ) -> None:
     (tmp_path / "costs.json").write_text(json.dumps(COSTS))
     monkeypatch.setattr(methods, "COSTS", tmp_path / "costs.json")
-    methods.main([])
+    main([])
     text = capsys.readouterr().out
     assert set(re.findall(r"^(\w+): ", text, re.M)) >= set(LOSSES)
     assert max(map(len, text.splitlines())) <= 118
@@ -75,7 +76,7 @@ def test_extra_parameters_are_counted() -> None:
 def test_a_page_tells_everything_and_its_recipe_is_the_default(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    methods.main([name])
+    main([name])
     cls, text = LOSSES[name], capsys.readouterr().out.rstrip("\n")
     assert text.startswith(f"{name}: {cls.transfers}\n{cls.source}\n") and text.endswith(cls.citation)
     assert cls.checked in " ".join(text.split()) and methods.description(cls) in text
@@ -98,4 +99,4 @@ def test_a_page_tells_everything_and_its_recipe_is_the_default(
 
 def test_an_unknown_method_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown method 'slimsegg'. Did you mean 'slimseg'"):
-        methods.main(["slimsegg"])
+        main(["slimsegg"])
