@@ -17,10 +17,11 @@ logger = logging.getLogger(__name__)
 COUNTED = 1000  # pictures, spread over the split
 
 
-def median_frequency_weights(label_maps: Sequence[Tensor], num_labels: int) -> Tensor:
-    """Weight of each class: the median of the classes' frequencies over its own (Eigen & Fergus, ICCV 2015, Sec. 6.3.2).
+def balancing_weights(label_maps: Sequence[Tensor], num_labels: int) -> Tensor:
+    """Weight of each class: the square root of the classes' median frequency over its own.
 
-    A class's frequency is its share of the labelled pixels of the pictures that it stands in.
+    A class's frequency is its share of the labelled pixels of the pictures that it stands in. Without the root these are the weights
+    of Eigen & Fergus (ICCV 2015, Sec. 6.3.2), which cost pixel accuracy: docs/data.md has both, measured.
 
     Args:
         label_maps: class ids, integer `[H, W]`; ids that are no class are void.
@@ -38,7 +39,7 @@ def median_frequency_weights(label_maps: Sequence[Tensor], num_labels: int) -> T
     known = frequencies > 0
     if not known.any():
         return torch.ones(num_labels)
-    return torch.where(known, frequencies[known].quantile(0.5) / frequencies.clamp_min(1e-12), 1.0).float()
+    return torch.where(known, (frequencies[known].quantile(0.5) / frequencies.clamp_min(1e-12)).sqrt(), 1.0).float()
 
 
 def class_weights(given: str | Mapping[str, float] | None, train: Any, id2label: Mapping[int, str]) -> Tensor | None:
@@ -68,7 +69,7 @@ def class_weights(given: str | Mapping[str, float] | None, train: Any, id2label:
         raise UserError(
             "the training pictures have no labels, so class_weights: auto has nothing to count; leave it out."
         )
-    weights = median_frequency_weights(maps, len(names))
+    weights = balancing_weights(maps, len(names))
     shown = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights.tolist(), strict=True))
     logger.info("class weights, counted in %d pictures: %s", len(maps), shown)
     return weights

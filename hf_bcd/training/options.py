@@ -130,7 +130,7 @@ class BCDOptions:
     class_weights: dict[str, float] | str | None = field(
         default=None,
         metadata={
-            "help": "Weights of classes in the task loss: auto for the median frequency over a class's own, or a JSON or YAML file or "
+            "help": "Weights of classes in the task loss: auto for the root of the median frequency over a class's own, or a JSON or YAML file or "
             "mapping {class: weight}."
         },
     )

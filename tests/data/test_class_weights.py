@@ -2,7 +2,7 @@ import pytest
 import tiny
 import torch
 
-from hf_bcd.data.class_weights import class_weights, median_frequency_weights
+from hf_bcd.data.class_weights import class_weights, balancing_weights
 from hf_bcd.data.labels import UNLABELLED
 from hf_bcd.utils.messages import UserError
 
@@ -17,17 +17,17 @@ def maps():
     return [first, second]
 
 
-def test_a_weight_is_the_median_frequency_over_the_class_own():
-    weights = median_frequency_weights(maps(), 3)
+def test_a_weight_is_the_root_of_the_median_frequency_over_the_class_own():
+    weights = balancing_weights(maps(), 3)
     road, pole = 13 / 16, 3 / 8
     median = (road + pole) / 2
-    torch.testing.assert_close(weights, torch.tensor([median / road, median / pole, 1.0]))
+    torch.testing.assert_close(weights, torch.tensor([median / road, median / pole, 1.0]).sqrt())
 
 
 def test_auto_counts_labelled_pictures_only():
     unlabelled = {"label": torch.full((2, 8), UNLABELLED, dtype=torch.uint8)}
     samples = [unlabelled, *({"label": one} for one in maps())]
-    torch.testing.assert_close(class_weights("auto", samples, NAMES), median_frequency_weights(maps(), 3))
+    torch.testing.assert_close(class_weights("auto", samples, NAMES), balancing_weights(maps(), 3))
     with pytest.raises(UserError, match="no labels, so class_weights: auto has nothing to count"):
         class_weights("auto", [unlabelled], NAMES)
 
