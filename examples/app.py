@@ -28,6 +28,7 @@ from hf_bcd.utils.messages import UserError
 
 
 RADIUS, REPEATS = 3, 5
+HEIGHT = 300  # pixels of a picture on the page
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -97,10 +98,10 @@ def page(first: str = "", second: str = "", trust_remote_code: bool = False) -> 
             one = gr.Textbox(first, label="Student: folder or Hub id", elem_id="first")
             other = gr.Textbox(second, label="Second student, to compare", elem_id="second")
         with gr.Row():
-            picture = gr.Image(type="pil", label="Picture", elem_id="picture")
-            mask = gr.Image(label="Mask", elem_id="mask", format="png")
-            overlay = gr.Image(label="Overlay", elem_id="overlay", format="png")
-            boundary = gr.Image(label="Boundaries", elem_id="boundary", format="png")
+            picture = gr.Image(type="pil", label="Picture", elem_id="picture", height=HEIGHT)
+            mask = gr.Image(label="Mask", elem_id="mask", format="png", height=HEIGHT)
+            overlay = gr.Image(label="Overlay", elem_id="overlay", format="png", height=HEIGHT)
+            boundary = gr.Image(label="Boundaries", elem_id="boundary", format="png", height=HEIGHT)
         button = gr.Button("Run", variant="primary", elem_id="run")
         numbers = gr.Markdown(elem_id="numbers")
         slider = gr.ImageSlider(label="First student | second student (picture | student for one)", elem_id="slider")

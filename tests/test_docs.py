@@ -114,11 +114,6 @@ def test_a_command_takes_the_arguments_that_a_page_gives_it(command: Command, pl
         assert parsed == [[]]
 
 
-HUB_ID = re.compile(
-    r"(?:nvidia|facebook|me|user)/[\w-]+|ade20k|voc2012|pretrained: true|coco/|camvid|detection|synthetic/"
-)
-
-
 @pytest.mark.parametrize("command", OURS, ids=IDS)
 def test_what_cannot_be_run_here_is_marked(command: Command) -> None:
     """Commands that are not marked are run below, or are the demos, which tests/scripts runs."""

@@ -37,7 +37,7 @@ def test_every_cell_runs(notebook: Any, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("HF_TOKEN", raising=False)
     nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = ["".join(str(output) for output in cell.get("outputs", [])) for cell in notebook.cells]
-    assert "my_data" in shown[3] and "8 rows" in shown[3]
+    assert "my_data" in shown[3] and "vehicle" in shown[3]
     assert "baseline" in shown[4] and "student" in shown[4]
     assert "image/png" in shown[5] and "image/png" in shown[6]
     assert "mIoU" in shown[7] and "text/markdown" in shown[8]
