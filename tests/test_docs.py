@@ -98,10 +98,10 @@ def test_a_command_takes_the_arguments_that_a_page_gives_it(command: Command, pl
         return
     module = importlib.import_module(f"hf_bcd.commands.{command.name.replace('-', '_')}")
     parsed: list[list[str]] = []
+    original = argparse.ArgumentParser.parse_known_args
 
-    def parse(self: argparse.ArgumentParser, argv: list[str], *args: object) -> None:
-        _, rest = argparse.ArgumentParser._parse_known_args(self, list(argv), argparse.Namespace(), False)  # type: ignore
-        parsed.append(rest)
+    def parse(self: argparse.ArgumentParser, argv: list[str]) -> None:
+        parsed.append(original(self, argv)[1])
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
