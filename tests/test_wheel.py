@@ -72,7 +72,7 @@ def test_an_installed_wheel_runs_its_commands_away_from_the_checkout(wheel: Path
     for split in ("train", "val"):
         for kind, shape in (("images", (24, 32, 3)), ("masks", (24, 32))):
             (folder := away / "mine" / split / kind).mkdir(parents=True)
-            Image.fromarray(np.zeros(shape, dtype=np.uint8)).save(folder / "a.png")
+            Image.fromarray(np.indices(shape).sum(axis=0).astype(np.uint8) % 2).save(folder / "a.png")
     demo = [
         *("distill", "--config", "synthetic/resnet18_to_resnet10.yaml", "--output_dir", "runs/demo"),
         *("--teacher", "null", "--with_baseline", "false", "--max_steps", "2", "--crop_size", "32"),

@@ -116,6 +116,31 @@ def table(costs: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def paper_index() -> str:
+    """All methods as a page in Markdown: equations, and beside them the options with our defaults, weights and citation."""
+    blocks = [
+        "# Paper index",
+        "Each method's defaults beside the equations that they belong to. `hf-bcd methods KEY` prints the same.",
+    ]
+    for name in sorted(LOSSES):
+        cls, default = LOSSES[name], read_losses({name: {}})[name]
+        texts = argument_help(cls)
+        rows = [(key, yaml_text(value), texts[key]) for key, value in options_of(cls).items()]
+        rows.append(("weight", yaml_text(dict(default.weights)), "a number for each term, or one for all of its own"))
+        rows.append(("decay", yaml_text(default.decays), "whether r(t) multiplies it"))
+        blocks += [
+            f"## {name}",
+            f"Transfers {cls.transfers}. [{cls.source}]({cls.source})",
+            description(cls),
+            *(f"**`{function.__name__}`**: {description(function)}" for function in functions_of(cls)),
+            "| option | default | |\n|---|---|---|\n"
+            + "\n".join(f"| `{a}` | `{b}` | {c.replace('|', chr(92) + '|')} |" for a, b, c in rows),
+            f"Checked: {cls.checked}.",
+            f"```bibtex\n{cls.citation}\n```",
+        ]
+    return "\n\n".join(blocks) + "\n"
+
+
 def summary(name: str, costs: Mapping[str, Any]) -> str:
     """A method in a few lines."""
     cls, row = LOSSES[name], describe(name, costs)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
 
 from ..utils.distributed import is_distributed
 from .checkpoints import last_checkpoint
@@ -149,11 +149,11 @@ def check_finite(values: Mapping[str, float], args: TrainingArguments, state: Tr
 
 
 class PictureCallback(TrainerCallback):
-    """Writes pictures of predictions to TensorBoard after each evaluation.
+    """Gives pictures of predictions to TensorBoard and Trackio after each evaluation.
 
     Args:
         draw: gives pictures, uint8 `[H, W, 3]`.
-        callbacks: the trainer's, among which TensorBoard's is looked for.
+        callbacks: the trainer's, among which those of both are looked for.
     """
 
     def __init__(self, draw: Callable[[], Iterable[np.ndarray]], callbacks: Sequence[TrainerCallback]) -> None:
@@ -162,8 +162,14 @@ class PictureCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        writers = [c.tb_writer for c in self.callbacks if isinstance(c, TensorBoardCallback) and c.tb_writer]
-        if state.is_world_process_zero and writers:
-            for index, picture in enumerate(self.draw()):
-                for writer in writers:
-                    writer.add_image(f"evaluation/{index}", picture, state.global_step, dataformats="HWC")
+        boards = [c.tb_writer for c in self.callbacks if isinstance(c, TensorBoardCallback) and c.tb_writer]
+        tracks = [c._trackio for c in self.callbacks if isinstance(c, TrackioCallback) and c._initialized]
+        if not state.is_world_process_zero or not boards + tracks:
+            return
+        pictures = {f"evaluation/{index}": picture for index, picture in enumerate(self.draw())}
+        for writer in boards:
+            for name, picture in pictures.items():
+                writer.add_image(name, picture, state.global_step, dataformats="HWC")
+        for trackio in tracks:
+            shown = {name: trackio.Image(picture) for name, picture in pictures.items()}
+            trackio.log({**shown, "train/global_step": state.global_step})

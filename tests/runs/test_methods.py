@@ -100,3 +100,12 @@ def test_a_page_tells_everything_and_its_recipe_is_the_default(
 def test_an_unknown_method_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown method 'slimsegg'. Did you mean 'slimseg'"):
         main(["slimsegg"])
+
+
+def test_the_paper_index_has_each_equation_and_default() -> None:
+    text = methods.paper_index()
+    for name, cls in LOSSES.items():
+        part = text.partition(f"## {name}\n")[2].partition("\n## ")[0]
+        assert methods.description(cls) in part and cls.citation in part and cls.source in part
+        for option, default in options_of(cls).items():
+            assert f"| `{option}` | `{yaml_text(default)}` | " in part

@@ -3,6 +3,10 @@
 import math
 import os
 import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import tiny
 import torch
 from adapters.adapter_tiny_models import mobilenet_v2
 from safetensors.torch import load_file
+from torchvision.io import decode_image
 from transformers import AutoModelForSemanticSegmentation, Trainer, TrainerCallback
 
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel
@@ -447,6 +452,32 @@ def test_tensorboard_gets_every_term_and_a_picture_at_each_evaluation(tmp_path: 
         pictures = events.Images(f"evaluation/{index}")
         assert [picture.step for picture in pictures] == [1, 2]
         assert (pictures[0].height, pictures[0].width) == (48, 3 * 64)
+
+
+TRACKED = """
+import sys
+import tiny
+options = {"report_to": "trackio", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "project": "ours"}
+tiny.trainer(sys.argv[1], **options).train()
+"""
+
+
+@pytest.mark.slow
+def test_trackio_gets_every_term_and_a_picture_at_each_evaluation(tmp_path: Path) -> None:
+    pytest.importorskip("trackio", reason="pip install trackio")
+    folder = tmp_path / "trackio"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "TRACKIO_DIR": str(folder), "PYTHONPATH": paths, "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-c", TRACKED, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shapes = [decode_image(str(path)).shape for path in folder.rglob("*.png")]
+    assert shapes == 2 * 3 * [(3, 48, 3 * 64)]
+    (database,) = folder.glob("ours*.db")
+    with closing(sqlite3.connect(database)) as connection:
+        rows = [str(row) for row in connection.execute("select * from metrics")]
+    for name in ("train/loss_task", "train/bcd/context", "eval/mean_iou", "evaluation/2"):
+        assert any(name in row for row in rows), name
 
 
 def test_several_evaluation_sets_by_name(tmp_path: Path) -> None:
