@@ -2,7 +2,7 @@ import pytest
 import tiny
 import torch
 
-from hf_bcd.data.class_weights import class_weights, balancing_weights
+from hf_bcd.data.class_weights import balancing_weights, class_weights
 from hf_bcd.data.labels import UNLABELLED
 from hf_bcd.utils.messages import UserError
 
