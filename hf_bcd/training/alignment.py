@@ -27,7 +27,8 @@ TEACHING_FILE = "teaching.json"
 REACH = 8  # pixels
 SMALLEST_SHIFT = 3  # pixels; models of stride 8 or more are off by less
 LEAST_GAIN, LEAST_ERRORS = 0.01, 3.0  # of agreement, and standard errors over pictures
-MARGIN = 0.05  # of a teacher over always answering the commonest class, below which its answers say nothing of places
+# below either a teacher's answers say nothing of places: of agreement over always answering the commonest class, and of agreement
+MARGIN, LEAST_AGREEMENT = 0.05, 0.5
 PICTURES, BATCH = 16, 8
 
 
@@ -54,7 +55,7 @@ class Alignment(NamedTuple):
     def better(self) -> str | None:
         """What fits better than the answers as they are, beyond chance; None if nothing does."""
         agreement = self.agreement[~self.agreement[:, 0].isnan()]
-        if len(agreement) < 2 or agreement.mean(0).max() < self.commonest + MARGIN:
+        if len(agreement) < 2 or agreement.mean(0).max() < max(self.commonest + MARGIN, LEAST_AGREEMENT):
             return None
         gains = agreement - agreement[:, :1]
         gain, error = gains.mean(0), gains.std(0) / len(gains) ** 0.5

@@ -62,6 +62,15 @@ def test_a_teacher_that_knows_nothing_is_not_taken_for_a_shifted_one(seed: int) 
     assert alignment(torch.randint(0, 8, labels.shape), labels, 8).better() is None
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_teacher_that_is_mostly_wrong_is_not_taken_for_a_shifted_one(seed: int) -> None:
+    """Few steps of training give such teachers, whose noise fits a little better on one of two sides."""
+    labels = answered(seed)[1]
+    wrong = torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) < 0.65
+    classes = torch.where(wrong, (labels + 1) % 8, labels).roll(4, 2)
+    assert alignment(classes, labels, 8).better() is None
+
+
 def test_void_pixels_and_pictures_do_not_count() -> None:
     classes, labels = answered(0)
     labels[0] = 255
