@@ -18,6 +18,7 @@ COMMANDS = {
     "study": "run a grid of recipes, losses and seeds, and compare",
     "doctor": "say what a run's numbers tell about whether distillation can help",
     "export": "export a finished student to ONNX, OpenVINO, ..., in float32 or int8; check and time it",
+    "predict": "run a student or an exported file on pictures, and draw what it finds",
     "convert-mmdet": "convert a detector of mmdetection for transformers",
     "push": "push the finished student of a folder to the Hub",
 }
