@@ -20,8 +20,14 @@ def write(path: Path, source: Path, precision: str, calibration: Iterable[Tensor
         import nncf
 
         pictures = [{"pixel_values": picture.numpy()} for picture in calibration]
-        mixed = nncf.QuantizationPreset.MIXED
-        model = nncf.quantize(model, nncf.Dataset(pictures), preset=mixed, subset_size=len(pictures))
+        attends = any(operation.get_type_name() == "Softmax" for operation in model.get_ops())
+        model = nncf.quantize(
+            model,
+            nncf.Dataset(pictures),
+            preset=nncf.QuantizationPreset.MIXED,
+            model_type=nncf.ModelType.TRANSFORMER if attends else None,
+            subset_size=len(pictures),
+        )
     openvino.save_model(model, path, compress_to_fp16=precision == "float16")
 
 

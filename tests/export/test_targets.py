@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hub.student_folder import finished, finished_timm
@@ -212,9 +211,9 @@ def test_less_precision_may_differ_but_must_be_numbers(precision: str, parity: d
 RUNNABLE = [(form, precision) for form, row in targets.TARGETS.items() if row.runtime for precision in row.precisions]
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_timm(tmp_path_factory.mktemp("run") / "x")
+@pytest.fixture(scope="module", params=[finished_timm, finished], ids=["timm", "segformer"])
+def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return request.param(tmp_path_factory.mktemp("run") / "x")
 
 
 @pytest.mark.slow
@@ -258,4 +257,3 @@ def test_core_ml_is_written_and_marked_as_not_run(student: Path) -> None:
     assert report["parity"] is None and "latency_ms" not in report and report["bytes"] > 0
     with pytest.raises(UserError, match="run on Apple's systems only"):
         students.open_export(student, "coreml", "float32")
-    assert np.isfinite(report["pytorch_bytes"])
