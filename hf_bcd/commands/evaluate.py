@@ -37,14 +37,16 @@ def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--backend", choices=EXTENSIONS)
-    own.add_argument("--precision", choices=PRECISIONS, default="float32")
+    own.add_argument("--precision", choices=PRECISIONS)
     args, argv = own.parse_known_args(argv)
+    if args.precision is not None and args.backend is None:
+        raise UserError(f"--precision {args.precision} is of an exported file; say which one with --backend.")
     folder = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if folder is not None:
         argv += ["--student", folder]
     if args.backend is not None:
         limit_threads()
-        evaluate_export(folder, args.backend, args.precision, argv)
+        evaluate_export(folder, args.backend, args.precision or "float32", argv)
         return
     saved = Path(folder or "", RECIPE)
     recipe = run_recipe(folder) if folder is not None and saved.is_file() and "--config" not in argv else None

@@ -17,6 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from ..hub.exports import EXTENSIONS, PRECISIONS
 from ..runs.predicting import predict_pictures
 from ..training.hardware import limit_threads
+from ..utils.messages import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("pictures", type=Path, help="folder with pictures at any depth, or one picture")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--backend", choices=EXTENSIONS, help="run the file of `hf-bcd export` instead of the weights")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of that file")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of that file; float32 by default")
     parser.add_argument("--image_size", type=int, help="short side to resize to; that of the student's processor")
     parser.add_argument("--tile", type=int, help="cut pictures into tiles of this side, in pixels")
     parser.add_argument("--overlap", type=int, default=64, help="pixels that neighbouring tiles have in common")
@@ -42,13 +43,15 @@ def main(argv: list[str] | None = None) -> None:
         help="run the model's own code",
     )
     args = parser.parse_args(argv)
+    if args.precision is not None and args.backend is None:
+        raise UserError(f"--precision {args.precision} is of an exported file; say which one with --backend.")
     limit_threads()
     content = predict_pictures(
         args.student,
         args.pictures,
         args.output,
         form=args.backend,
-        precision=args.precision,
+        precision=args.precision or "float32",
         image_size=args.image_size,
         tile=args.tile,
         overlap=args.overlap,

@@ -105,18 +105,11 @@ def export_student(
         exportable = LogitsModel(adapter.model, free_size=False)
         written(target, path, exportable, precision, calibration and calibration.at((height, width)), image)
 
-    fixed = (height, width) if fixed_because else None
-    latency: dict[str, float] = {}
+    measured: dict[str, Any] = {"parity": parity or None}
     if target.runtime is not None:
-        file = opened(target, path, fixed, THREADS)
-        if not parity:
-            parity = (
-                compare(file, adapter.model, [image]) if maps else compare_pictures(file, adapter, (height, width))
-            )
-            check_parity(path, parity, precision)
-        seconds = timed_alone({target.runtime: (file, image), "pytorch": (adapter.model, image)})
-        latency = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
-        repeats = len(seconds["pytorch"])
+        file = opened(target, path, (height, width) if fixed_because else None, THREADS)
+        measured = measure(target.runtime, file, adapter, image, parity)
+        check_parity(path, measured["parity"], precision)
     files = files_of(path)
     report = {
         "format": form,
@@ -136,8 +129,7 @@ def export_student(
             "image_std": [round(value, 6) for value in adapter.image_std.flatten().tolist()],
         },
         "outputs": list(adapter.exported),
-        "parity": parity or None,
-        **({"latency_ms": latency, "repeats": repeats} if latency else {}),
+        **measured,
         "calibration": {"images": len(calibration), "source": calibration.source} if calibration else None,
         "device": device_name(torch.device("cpu")),
         "threads": THREADS,
@@ -146,6 +138,19 @@ def export_student(
     }
     write_json(folder / report_file(form, precision), report)
     return folder, report
+
+
+def measure(
+    runtime: str, file: OpenedFile, adapter: DenseAdapter, image: Tensor, parity: dict[str, Any]
+) -> dict[str, Any]:
+    """How a file answers beside its model, where `parity` does not say so yet, and how long both take, for the report."""
+    if not parity and adapter.exported == ("logits",):
+        parity = compare(file, adapter.model, [image])
+    elif not parity:
+        parity = compare_pictures(file, adapter, (image.shape[-2], image.shape[-1]))
+    seconds = timed_alone({runtime: (file, image), "pytorch": (adapter.model, image)})
+    latency = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    return {"parity": parity, "latency_ms": latency, "repeats": len(seconds["pytorch"])}
 
 
 def open_export(folder: Path, form: str, precision: str) -> tuple[OpenedFile, dict[str, Any]]:

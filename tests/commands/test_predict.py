@@ -91,6 +91,11 @@ def test_an_exported_file_answers_in_place_of_the_weights(
         )
 
 
+def test_a_precision_without_a_file_is_refused(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--precision int8 is of an exported file; say which one with --backend"):
+        main(["x", str(pictures), "--output", str(tmp_path / "out"), "--precision", "int8"])
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -165,6 +165,8 @@ def test_evaluate_scores_an_exported_file_on_the_data_of_its_run(
     assert "test" in (student / "README.md").read_text()
     with pytest.raises(UserError, match="name the folder of the student first"):
         evaluate.main(["--backend", "onnx"])
+    with pytest.raises(UserError, match="--precision int8 is of an exported file; say which one with --backend"):
+        evaluate.main([str(student), "--precision", "int8"])
 
 
 # ---- distill --export ------------------------------------------------------------------------------------------------
