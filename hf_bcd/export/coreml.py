@@ -12,7 +12,7 @@ from ..utils.messages import UserError
 @torch.no_grad()
 def write(path: Path, model: nn.Module, precision: str, calibration: Iterable[Tensor], example: Tensor) -> None:
     """Writes a package for pictures as the example `[1, 3, H, W]`."""
-    import coremltools
+    import coremltools  # type: ignore[import-not-found]
 
     program = torch.export.export(model, (example,), strict=False).run_decompositions({})
     kinds = coremltools.precision

@@ -13,12 +13,12 @@ def write(path: Path, model: nn.Module, precision: str, calibration: Iterable[Te
     int8 is Google's quantiser: weights with a scale for each channel, activations with static ones; input and output stay
     float32.
     """
-    import litert_torch
+    import litert_torch  # type: ignore[import-not-found]
 
     litert_torch.convert(model, (example,)).export(str(path))
     if precision == "float32":
         return
-    from ai_edge_quantizer import quantizer, recipe
+    from ai_edge_quantizer import quantizer, recipe  # type: ignore[import-not-found]
 
     tool = quantizer.Quantizer(str(path), recipe.static_wi8_ai8())
     name = next(iter(_interpreter(path, 1).get_signature_list()))
@@ -41,6 +41,6 @@ def open_file(path: Path, threads: int | None = None) -> Callable[[Tensor], dict
 
 
 def _interpreter(path: Path, threads: int):
-    from ai_edge_litert.interpreter import Interpreter
+    from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found]
 
     return Interpreter(model_path=str(path), num_threads=threads)

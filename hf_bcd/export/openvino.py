@@ -1,7 +1,9 @@
 """OpenVINO: files for Intel's CPUs, GPUs and NPUs, and for ARM."""
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +15,11 @@ def write(path: Path, source: Path, precision: str, calibration: Iterable[Tensor
     int8 is nncf's static quantisation: symmetric weights with a scale for each channel, and activations with a zero point,
     which those of SegFormer, MobileNetV3 and others without a ReLU need.
     """
-    import openvino
+    openvino: Any = import_module("openvino")
 
     model = openvino.convert_model(source)
     if precision == "int8":
-        import nncf
+        import nncf  # type: ignore[import-not-found]
 
         pictures = [{"pixel_values": picture.numpy()} for picture in calibration]
         attends = any(operation.get_type_name() == "Softmax" for operation in model.get_ops())
@@ -33,7 +35,7 @@ def write(path: Path, source: Path, precision: str, calibration: Iterable[Tensor
 
 def open_file(path: Path, threads: int | None = None) -> Callable[[Tensor], dict[str, Tensor]]:
     """A file under OpenVINO on the CPU: from `pixel_values` to all outputs by name, computed in float32 or int8."""
-    import openvino
+    openvino: Any = import_module("openvino")
 
     # newer CPUs would compute in bfloat16 otherwise, whatever the file says
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
