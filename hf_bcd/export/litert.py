@@ -18,12 +18,14 @@ def write(path: Path, model: nn.Module, precision: str, calibration: Iterable[Te
     litert_torch.convert(model, (example,)).export(str(path))
     if precision == "float32":
         return
-    from ai_edge_quantizer import quantizer, recipe  # type: ignore[import-not-found]
+    from ai_edge_quantizer import qtyping, quantizer, recipe  # type: ignore[import-not-found]
 
     tool = quantizer.Quantizer(str(path), recipe.static_wi8_ai8())
-    name = next(iter(_interpreter(path, 1).get_signature_list()))
-    inputs = _interpreter(path, 1).get_signature_list()[name]["inputs"]
-    scales = tool.calibrate({name: [{inputs[0]: picture.numpy()} for picture in calibration]})
+    for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
+        tool.update_quantization_recipe(".*", end, algorithm_key="no_quantize")
+    ((signature, ends),) = _interpreter(path, 1).get_signature_list().items()
+    (name,) = ends["inputs"]
+    scales = tool.calibrate({signature: [{name: picture.numpy()} for picture in calibration]})
     tool.quantize(scales).export_model(str(path), overwrite=True)
 
 
