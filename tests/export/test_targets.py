@@ -242,11 +242,7 @@ def test_a_file_answers_like_its_student(
     assert found.shape == expected.shape and found.dtype == torch.float32
     error = float((found - expected).abs().max() / expected.abs().max())
     assert error < {"float32": 1e-4, "float16": 2e-2, "int8": 0.3}[precision]
-    assert (error == 0) is False or precision == "float32"
-    if precision != "float32":
-        assert (
-            report["bytes"] < 0.75 * students.files_of(folder / model_file("onnx"))[0].stat().st_size or form != "onnx"
-        )
+    assert error > 0 or precision == "float32", "nothing was rounded"
 
 
 @pytest.mark.slow
