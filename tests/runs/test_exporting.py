@@ -169,6 +169,16 @@ def test_evaluate_scores_an_exported_file_on_the_data_of_its_run(
         evaluate.main([str(student), "--precision", "int8"])
 
 
+def test_a_file_that_nothing_has_run_says_so_in_the_card(student: Path) -> None:
+    report = written_by_hand(student, "coreml", "float32", runtime=None, title="Core ML", calibration=None)
+    del report["latency_ms"]
+    (student / report_file("coreml")).write_text(json.dumps(report))
+    mention_exports(student)
+    card = (student / "README.md").read_text()
+    assert "| `coreml/model.mlpackage` | float32 | 1.0 | not run |  |" in card
+    assert "Nobody has run `coreml/model.mlpackage` yet: Core ML files run on other machines." in card
+
+
 # ---- distill --export ------------------------------------------------------------------------------------------------
 
 
