@@ -22,7 +22,8 @@ COMMANDS = {
     "benchmark": "measure speed and memory of losses, steps, data and metrics",
     "study": "run a grid of recipes, losses and seeds, and compare",
     "doctor": "say what a run's numbers tell about whether distillation can help",
-    "export": "export a finished student to ONNX, check and time it",
+    "export": "export a finished student to ONNX, OpenVINO, ..., in float32 or int8; check and time it",
+    "predict": "run a student or an exported file on pictures, and draw what it finds",
     "convert-mmdet": "convert a detector of mmdetection for transformers",
     "push": "push the finished student of a folder to the Hub",
 }

@@ -13,7 +13,7 @@ from transformers import AutoModelForSemanticSegmentation, PreTrainedModel, Segf
 
 from hf_bcd.adapters.loading import drop_foreign_code
 from hf_bcd.commands import distill, evaluate
-from hf_bcd.export.onnx import export_student
+from hf_bcd.export.students import export_student
 
 
 DATA = {
@@ -72,7 +72,7 @@ def test_an_export_of_a_strangers_folder_runs_no_code(
     tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = hostile(tiny.tiny_segformer(), tmp_path / "a", marker)
-    monkeypatch.setattr("hf_bcd.export.onnx.check_runs", lambda model, image: 1 / 0)  # what follows takes seconds
+    monkeypatch.setattr("hf_bcd.export.students.check_runs", lambda model, image: 1 / 0)  # what follows takes seconds
     with pytest.raises(ZeroDivisionError):
         export_student(folder)
     assert not marker.exists()

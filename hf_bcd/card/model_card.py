@@ -13,7 +13,7 @@ from ..utils.text import one_line, redacted
 from .escaping import escape_markdown, render
 from .licences import licence_of, student_licence
 from .record import RANDOM, RunRecord
-from .usage import onnx_section
+from .usage import export_sections
 
 
 STUDENTS = {"baseline": "student, not distilled", "student": "student, distilled"}
@@ -46,7 +46,7 @@ def write_card(folder: Path, record: RunRecord) -> None:
         "rows": headline_rows(record, scored),
         "classes": class_rows(record),
         "worst": worst_classes(record),
-        "onnx": onnx_section(folder, record.repository),
+        "exports": export_sections(folder, record.repository),
         "licences": licences,
         "restricted": [name for name, terms in licences.items() if terms is not None and not terms.commercial],
         "chosen_licence": metadata.get("license_name") or metadata.get("license"),

@@ -1,4 +1,4 @@
-"""The card's examples of use, of which those of PyTorch run here first, on the saved folder; and its section on ONNX."""
+"""The card's examples of use, of which those of PyTorch run here first, on the saved folder; and its sections on exports."""
 
 import io
 import json
@@ -8,22 +8,24 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 
-from ..hub.pushing import read_export
+from ..hub.exports import read_exports
 from ..models import MODEL_TYPES
+from ..tasks import TASKS
 from ..utils.files import write_text
 from ..utils.text import one_line
-from .escaping import render
+from .escaping import escape_markdown, render
 
 
 logger = logging.getLogger(__name__)
 
-ONNX_SECTION = re.compile(r"^## ONNX\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
-AFTER_ONNX = re.compile(r"^## How it was |\Z", re.MULTILINE)
+EXPORT_SECTIONS = re.compile(r"^## (?:ONNX|Exported files)\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+AFTER_EXPORTS = re.compile(r"^## How it was |\Z", re.MULTILINE)
 
 
 def usage_snippets(folder: Path, repository: str, templates: Sequence[str], picture: Image.Image | None) -> list[str]:
@@ -68,19 +70,47 @@ def _trust(folder: Path) -> str:
     return ", trust_remote_code=True" if _model_type(folder) in MODEL_TYPES else ""
 
 
-def onnx_section(folder: Path, repository: str) -> str:
-    """The section about a student's export, loaded by the name `repository`; empty if its weights have none."""
-    report = read_export(folder)
-    return render("onnx.md", report=report, model=json.dumps(repository), trust=_trust(folder)) if report else ""
+def export_sections(folder: Path, repository: str) -> str:
+    """The sections about a student's exports, loaded by the name `repository`; empty if its weights have none."""
+    reports = read_exports(folder)
+    onnx = next((one for one in reports if (one["format"], one["precision"]) == ("onnx", "float32")), None)
+    parts = [render("onnx.md", report=onnx, model=json.dumps(repository), trust=_trust(folder))] if onnx else []
+    return "\n\n".join([*parts, *([exports_table(reports)] if reports else [])])
 
 
-def mention_export(folder: Path) -> None:
-    """Brings that section in a student's README.md up to date; does nothing without a card."""
+def exports_table(reports: Sequence[dict[str, Any]]) -> str:
+    """The section with a row for each file: its size, its latency, and its score beside that of the student."""
+    splits = dict.fromkeys(
+        (split, one["dataset"]) for report in reports for split, one in report.get("scores", {}).items()
+    )
+    score = next(
+        (
+            s
+            for task in TASKS.values()
+            for s in task.scores
+            for r in reports
+            for one in r.get("scores", {}).values()
+            if s.key in one["file"]
+        ),
+        None,
+    )
+    cells = []
+    for report in reports:
+        found = [report.get("scores", {}).get(split) for split, _ in splits]
+        texts = [
+            [score.text(one[name][score.key]) if one and score else "" for name in ("file", "pytorch")]
+            for one in found
+        ]
+        cells.append([text for pair in texts for text in pair])
+    titles = [f"{score.label}, {escape_markdown(split)}" for split, _ in splits] if score else []
+    return render("exports.md", reports=reports, titles=titles, cells=cells)
+
+
+def mention_exports(folder: Path) -> None:
+    """Brings these sections in a student's README.md up to date; does nothing without a card."""
     path = folder / "README.md"
     if path.is_file():
-        card, section = (
-            ONNX_SECTION.sub("", path.read_text(encoding="utf-8")),
-            onnx_section(folder, folder.resolve().name),
-        )
-        place = next(AFTER_ONNX.finditer(card)).start()
-        write_text(path, f"{card[:place].rstrip()}\n\n{section}\n\n{card[place:]}".rstrip() + "\n")
+        card = EXPORT_SECTIONS.sub("", path.read_text(encoding="utf-8"))
+        sections = export_sections(folder, folder.resolve().name)
+        place = next(AFTER_EXPORTS.finditer(card)).start()
+        write_text(path, f"{card[:place].rstrip()}\n\n{sections}\n\n{card[place:]}".rstrip() + "\n")

@@ -21,6 +21,9 @@ from huggingface_hub import CommitInfo
 from ..adapters import DenseAdapter, read_synonyms
 from ..adapters.loading import load_adapter
 from ..card.usage import fill
+from ..data import DenseDatasets
+from ..export.targets import parse_target
+from ..hub.exports import model_file
 from ..runs.arguments import DataArguments, ModelArguments, build_arguments, named_teachers, read_arguments
 from ..runs.baseline import check_untrained, load_baseline, prepare_baseline, prepare_teachers
 from ..runs.experiment import (
@@ -33,6 +36,7 @@ from ..runs.experiment import (
     name_classes,
     train_model,
 )
+from ..runs.exporting import export_run, write_recipe
 from ..runs.report import metrics_table, write_report
 from ..stores import Store
 from ..training.checkpoints import read_state
@@ -41,6 +45,8 @@ from ..training.hardware import limit_threads
 from ..training.hub import HubCallback
 from ..training.teachers import by_role, naming
 from ..training.teaching import build_losses
+from ..utils.text import shortened
+from .export import summary
 
 
 DEMO = "synthetic/resnet18_to_resnet10.yaml"
@@ -70,6 +76,7 @@ def distill(
     if (checkpoint := checkpoint_of(config, "student")) is not None:
         read_state(Path(checkpoint))  # a wrong one fails before hours of teacher training
     config.check_teachers(list(named_teachers(model_args)))
+    exported = model_args.export and parse_target(model_args.export)
     data = name_classes(model_args, load_data(data_args))
     student = build_student(model_args, config, data)
     baseline = load_baseline(model_args, data)
@@ -101,8 +108,24 @@ def distill(
                 scores[name] = evaluate_model(model, config, data[split], synonyms)
     if config.should_save:
         print(metrics_table(scores, trainer.task))
+        write_recipe(Path(str(config.output_dir)), recipe)
         write_report(trainer, found, scores, data, split, recipe)
+        if exported:
+            export_finished(*exported, data, config)
         call = fill(trainer.task.call, Path(str(config.output_dir)), str(config.output_dir))
         print(f"import hf_bcd\nfrom transformers import pipeline\n{call}")
     if config.push_to_hub and isinstance(commit := trainer.push_to_hub(), CommitInfo):  # None on further ranks
         print(f"pushed: {commit.commit_url}")
+
+
+def export_finished(form: str, precision: str, data: DenseDatasets, config: BCDConfig) -> None:
+    """Exports the student of a run that has just ended, and scores the file; a failure is a line, since the student stands."""
+    folder = str(config.output_dir)
+    try:
+        written, report = export_run(folder, form, precision, data, config)
+        print(f"{written / model_file(form, precision)}: {summary(report)}")
+    except Exception as error:
+        logging.warning(
+            "the student lies in %s, but was not exported: %s; try again with: hf-bcd export %s --format %s --precision %s",
+            folder, shortened(error), folder, form, precision,
+        )  # fmt: skip

@@ -2,17 +2,26 @@
 
     accelerate launch scripts/evaluate.py --student runs/demo --dataset_name synthetic
     accelerate launch scripts/evaluate.py --student me/segformer-b0-bcd --data_dir path/to/data --image_size 512
+    hf-bcd evaluate runs/x                                          # on the data of its own run
+    hf-bcd evaluate runs/x --backend onnx --precision int8          # the file of `hf-bcd export`, beside its student
 
 `--image_size` is the short side that images are resized to; by default that of the model's own image processor, if it
-keeps their aspect ratio, else none; detectors that take squares have `--square_size` instead. Writes `<output_dir>/evaluation.json` and prints the same numbers.
+keeps their aspect ratio, else none; detectors that take squares have `--square_size` instead. Writes `<output_dir>/evaluation.json` and prints the same numbers;
+those of an exported file go into its report and the student's card.
 """
 
+import argparse
 import logging
+import sys
 from pathlib import Path
 
 from ..adapters.loading import ModelSpec, load_adapter, saved_size
-from ..runs.arguments import parse_arguments
+from ..card.usage import mention_exports
+from ..export.students import open_export
+from ..hub.exports import EXTENSIONS, PRECISIONS
+from ..runs.arguments import build_arguments, read_arguments
 from ..runs.experiment import evaluate_model, final_split, load_data
+from ..runs.exporting import RECIPE, data_arguments, run_recipe, score_export
 from ..runs.report import metrics_table, protocol
 from ..tasks import task_of
 from ..training.hardware import fit_loaders, limit_threads
@@ -25,7 +34,23 @@ logger = logging.getLogger(__name__)
 
 def main(argv: list[str] | None = None) -> None:
     """Scores the model that the arguments name; `argv` is the process's own command line by default."""
-    model_args, data_args, config = parse_arguments(argv, description=__doc__)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--backend", choices=EXTENSIONS)
+    own.add_argument("--precision", choices=PRECISIONS)
+    args, argv = own.parse_known_args(argv)
+    if args.precision is not None and args.backend is None:
+        raise UserError(f"--precision {args.precision} is of an exported file; say which one with --backend.")
+    folder = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if folder is not None:
+        argv += ["--student", folder]
+    if args.backend is not None:
+        limit_threads()
+        evaluate_export(folder, args.backend, args.precision or "float32", argv)
+        return
+    saved = Path(folder or "", RECIPE)
+    recipe = run_recipe(folder) if folder is not None and saved.is_file() and "--config" not in argv else None
+    model_args, data_args, config = build_arguments(read_arguments(argv, recipe=recipe, description=__doc__))
     limit_threads()
     fit_loaders(config)
     if model_args.student is None:
@@ -54,3 +79,26 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", result)
         print(metrics_table({spec.name_or_path: scores}, task_of(data[split])))
+
+
+def evaluate_export(folder: str | None, form: str, precision: str, argv: list[str]) -> None:
+    """Scores an exported file of a student's folder beside the student, and writes both where the card finds them."""
+    if folder is None or not Path(folder).is_dir():
+        raise UserError(f"name the folder of the student first, as in: hf-bcd evaluate runs/x --backend {form}")
+    open_export(Path(folder), form, precision)  # before any data are read
+    found = data_arguments(folder, argv)
+    if found is None:
+        raise UserError(
+            f"{folder} does not say which data it was made with; name them with --data_dir or --dataset_name."
+        )
+    data_args, config, synonyms = found
+    data = load_data(data_args, for_training=False)
+    split = final_split(data)
+    if split is None:
+        raise UserError(f"no labelled evaluation split; the data set has {', '.join(data)}.")
+    report = score_export(Path(folder), form, precision, data[split], config, synonyms)
+    mention_exports(Path(folder))
+    scores, task = report["scores"][data[split].split], task_of(data[split])
+    print(metrics_table({f"{form} {precision}": scores["file"], "pytorch": scores["pytorch"]}, task))
+    if "argmax_agreement" in scores:
+        print(f"same class at {100 * scores['argmax_agreement']:.2f} % of the pixels of {scores['images']} pictures")

@@ -23,16 +23,20 @@ class LogitsModel(nn.Module):
     Pyramid pooling becomes two matrix products, since an exported `adaptive_avg_pool2d` only runs at the size it was
     exported with. TensorFlow's padding becomes an attribute of the convolution: computed from the size, it makes the
     shapes of a deep network terms so large that exporting does not come to an end. The model itself stays as it is.
+
+    Args:
+        model: the model.
+        free_size: whether height and width are to stay open; else convolutions compute their padding as they do.
     """
 
     outputs: tuple[str, ...] = ("logits",)
     free_batch: ClassVar[bool] = True
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, free_size: bool = True):
         super().__init__()
         self.model = copy.deepcopy(model)
         # MobileNetV2 of transformers computes its padding from the size, unless its configuration says no
-        tensorflow = getattr(model.config, "tf_padding", False)
+        tensorflow = free_size and getattr(model.config, "tf_padding", False)
         if tensorflow:
             self.model.config.tf_padding = False
         for layer in self.model.modules():
@@ -40,7 +44,7 @@ class LogitsModel(nn.Module):
             if isinstance(bins, int) and bins > 1:
                 vars(layer).update(forward=partial(average_bins, bins=bins))
             elif isinstance(layer, nn.Conv2d) and (
-                type(layer) is Conv2dSame or (tensorflow and max(layer.stride) > 1)
+                (free_size and type(layer) is Conv2dSame) or (tensorflow and max(layer.stride) > 1)
             ):
                 padded = partial(same_convolution, layer, list(layer.stride))
                 # with stride and kernel 1, so that whoever pads for this layer adds nothing

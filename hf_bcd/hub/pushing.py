@@ -1,6 +1,5 @@
 """Pushing a finished student, or a checkpoint to resume from, to the Hub: which files, and what if it fails."""
 
-import hashlib
 import json
 import logging
 import re
@@ -17,6 +16,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..utils.text import redacted, shortened
 from .errors import HubError, cause_of, explained
+from .exports import read_exports
 
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,6 @@ WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
 STUDENT_FILES = [
     "config.json", "preprocessor_config.json", "README.md", "results.json", "model.safetensors.index.json", "figures/*",
 ]  # fmt: skip
-# where transformers.js, Optimum and the Hub's viewers look; weights of more than 1.5 GB lie apart
-ONNX_MODEL, ONNX_REPORT = "onnx/model.onnx", "onnx/export.json"
 PYTHON_BLOCK = re.compile(r"^```python\n.*?^```$", re.DOTALL | re.MULTILINE)
 LOADED_NAME = re.compile(r'(\bmodel=|\.from_pretrained\(|\bhf_hub_download\()"[^"\n]*"(, revision="[^"\n]*")?')
 
@@ -188,7 +186,7 @@ def _bounded_waiting() -> Iterator[None]:
 
 
 def student_files(folder: Path, token: str | None = None, *, finished: bool = True) -> dict[str, Path]:
-    """Files of a student by path in the repository: model, processor, code, card, results, figures, ONNX.
+    """Files of a student by path in the repository: model, processor, code, card, results, figures, exports.
 
     Checkpoints, optimizer states and logs are left out. In a `finished` run's folder there must be a card.
 
@@ -215,8 +213,8 @@ def student_files(folder: Path, token: str | None = None, *, finished: bool = Tr
     classes = [str(value) for value in config.get("auto_map", {}).values()]
     modules = {f"{name.split('.')[0]}.py" for name in classes if "--" not in name}
     modules |= {Path(file).name for name in modules & {*found} for file in get_relative_import_files(folder / name)}
-    export = [ONNX_MODEL, f"{ONNX_MODEL}.data", ONNX_REPORT] if read_export(folder) else []
-    wanted = [*weights, *STUDENT_FILES, *modules, *export]
+    exports = [name for report in read_exports(folder) for name in report["files"]]
+    wanted = [*weights, *STUDENT_FILES, *modules, *exports]
     names = filter_repo_objects(found, allow_patterns=wanted, ignore_patterns="*.part")
     files = {name: folder / name for name in sorted(names)}
     for file in files.values():
@@ -259,25 +257,6 @@ def _local_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     for name, inner in items:
         if name != "id2label":
             yield from _local_paths(inner, f"{key}.{name}".lstrip("."))
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a student's weights; tells whether an export belongs to them."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("model*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def read_export(folder: Path) -> dict[str, Any] | None:
-    """The report on a student's export to ONNX; None if there is none, it failed, or the weights have changed since."""
-    if not (folder / ONNX_REPORT).is_file():
-        return None
-    report = json.loads((folder / ONNX_REPORT).read_text(encoding="utf-8"))
-    if report["weights_sha256"] == weights_digest(folder):
-        return report
-    logger.warning("%s belongs to other weights and is left out; run `hf-bcd export` again.", folder / ONNX_MODEL)
-    return None
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------

@@ -364,6 +364,19 @@ def evaluate_model(
             common.
     """
     adapter = adapt(model, task_of(data).name)
+    fit_classes(adapter, data, label_synonyms)
+    scores = evaluate(adapter.to(config.device), data, config)
+    return {name: value for name, value in scores.items() if name != "num_samples"}
+
+
+def fit_classes(
+    adapter: DenseAdapter, data: DenseDataset, label_synonyms: str | Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """Has a model predict in a split's classes.
+
+    Raises:
+        UserError: as `evaluate_model`.
+    """
     check_task(adapter, task_of(data))
     if (label_map := adapter.match(data.id2label, read_synonyms(label_synonyms))).missing:
         if len(label_map.teacher) != len(label_map.student):
@@ -373,5 +386,3 @@ def evaluate_model(
                 "--label_synonyms file which of its classes stand for these."
             )
         adopt_labels(adapter.model, data.id2label)
-    scores = evaluate(adapter.to(config.device), data, config)
-    return {name: value for name, value in scores.items() if name != "num_samples"}

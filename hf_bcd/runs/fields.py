@@ -37,6 +37,10 @@ class ModelArguments:
     baseline: str | None = field(
         default=None, metadata={"help": "Finished student without a teacher to compare with: folder or Hub id."}
     )
+    export: str | None = field(
+        default=None,
+        metadata={"help": "File to export the finished student to, such as onnx-int8 (see `hf-bcd export -h`)."},
+    )
     label_synonyms: str | None = field(
         default=None, metadata={"help": "JSON file {class of the data set: [names the teacher may use]}."}
     )

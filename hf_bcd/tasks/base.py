@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
@@ -212,3 +213,24 @@ class Task(ABC):
             prediction: what the adapter's `predict` gave for it.
             num_labels: number of classes.
         """
+
+    def mask(self, prediction: Any, num_labels: int) -> Image.Image | None:
+        """A prediction as a picture whose values are class ids; None where it is no map."""
+        return None
+
+    @abstractmethod
+    def overlay(
+        self, image: Image.Image, prediction: Any, id2label: Mapping[int, str], least_score: float
+    ) -> Image.Image:
+        """A picture with a prediction drawn over it.
+
+        Args:
+            image: in RGB.
+            prediction: what the adapter's `predict` gave, at the picture's size.
+            id2label: names of the classes.
+            least_score: objects below it are not drawn.
+        """
+
+    @abstractmethod
+    def said(self, prediction: Any, id2label: Mapping[int, str], least_score: float) -> dict[str, Any]:
+        """A prediction for JSON: by class its part of the pixels, or a list of `objects`; `classes` has the ids that occur."""

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
 from ..data import BoxEvalTransform, BoxTrainTransform, collate_boxes
 from ..data.detection import check_box_sample
 from ..figures.detection import detection_figure, detection_strip
+from ..figures.predictions import box_overlay
 from ..metrics.detection import DetectionMetrics
 from ..outputs import Objects
 from ..utils.messages import UserError
@@ -28,6 +30,7 @@ for found in detect({{ picture }}, threshold=0.5):  # a path, an address or a PI
 """
 TENSORS = """\
 import torch
+from PIL import Image
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
@@ -196,6 +199,17 @@ class ObjectDetection(Task):
         height, width = (int(side) for side in sample["orig_size"])
         image = torch.nn.functional.interpolate(sample["pixel_values"][None].float(), (height, width), mode="bilinear")
         return detection_strip(image[0].round().to(torch.uint8), sample, prediction, num_labels)
+
+    def overlay(
+        self, image: Image.Image, prediction: Mapping[str, Any], id2label: Mapping[int, str], least_score: float
+    ) -> Image.Image:
+        return box_overlay(image, prediction, id2label, least_score)
+
+    def said(self, prediction: Mapping[str, Any], id2label: Mapping[int, str], least_score: float) -> dict[str, Any]:
+        columns = [prediction[key].tolist() for key in ("scores", "labels", "boxes")]
+        kept = [one for one in zip(*columns, strict=True) if one[0] >= least_score]
+        objects = [{"label": id2label[label], "score": score, "box": box} for score, label, box in kept]
+        return {"objects": objects, "classes": sorted({label for _, label, _ in kept})}
 
 
 def _shortest(args: Any) -> list[int]:

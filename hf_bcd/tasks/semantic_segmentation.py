@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
 from ..data import EvalTransform, TrainTransform, check_one_size, check_sample, collate
+from ..figures.predictions import label_overlay, palette_picture
 from ..figures.segmentation import comparison_figure, prediction_strip
 from ..losses.ops.segmentation import count_valid
 from ..metrics import SemanticMetrics
@@ -179,3 +181,19 @@ class SemanticSegmentation(Task):
 
     def picture(self, sample: Mapping[str, Any], prediction: Tensor, num_labels: int) -> np.ndarray:
         return prediction_strip(sample["pixel_values"], sample["labels"], prediction.cpu(), num_labels)
+
+    def mask(self, prediction: Any, num_labels: int) -> Image.Image:
+        return palette_picture(np.asarray(prediction), num_labels)
+
+    def overlay(
+        self, image: Image.Image, prediction: Any, id2label: Mapping[int, str], least_score: float
+    ) -> Image.Image:
+        return label_overlay(image, np.asarray(prediction), len(id2label))
+
+    def said(self, prediction: Any, id2label: Mapping[int, str], least_score: float) -> dict[str, Any]:
+        ids, counts = np.unique(np.asarray(prediction), return_counts=True)
+        parts = (counts / counts.sum()).tolist()
+        return {
+            "pixels": {id2label[index]: part for index, part in zip(ids.tolist(), parts, strict=True)},
+            "classes": ids.tolist(),
+        }

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -58,6 +59,33 @@ def evaluate(
     if kept is None:
         metric.gather()
     return {**metric.compute(), "num_samples": len(samples)}
+
+
+def evaluate_together(
+    models: Mapping[str, DenseAdapter], dataset: Any, args: BCDConfig
+) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """Scores of several models that are shown the same pictures, as `evaluate` computes them, but by this process only.
+
+    Returns:
+        The scores by model, and the part of the pixels of label maps to which all give the same class; None of detections.
+    """
+    task, (first, *_) = task_of(dataset), models.values()
+    processor = image_processor(first, **task.processor_size(args))
+    samples = with_transform(dataset, task.eval_transform(processor), args.seed)
+    metrics = {name: task.metric(model.num_labels) for name, model in models.items()}
+    same = total = 0
+    for model in models.values():
+        model.to(args.device).eval()
+    for batch in tqdm(part_of_process(samples, task, args, whole=True), desc="Evaluation", disable=args.disable_tqdm):
+        batch = {name: moved(value, args) for name, value in batch.items()}
+        predictions = {name: predict_batch(model, task, batch) for name, model in models.items()}
+        for name, found in predictions.items():
+            task.score(metrics[name], found, batch)
+        for one, *others in zip(*predictions.values(), strict=True):
+            if isinstance(one, Tensor):
+                same += int(torch.stack([one == other for other in others]).all(0).sum())
+                total += one.numel()
+    return {name: metric.compute() for name, metric in metrics.items()}, same / total if total else None
 
 
 def predict_batch(model: DenseAdapter, task: Task, batch: Mapping[str, Any]) -> list[Any]:

@@ -13,16 +13,18 @@ from adapters.adapter_tiny_models import images
 from torch import Tensor
 
 from hf_bcd.adapters import build_adapter, image_processor
-from hf_bcd.card.usage import mention_export
+from hf_bcd.card.usage import mention_exports
 from hf_bcd.commands.export import main
 from hf_bcd.export import onnx as export
+from hf_bcd.export import parity as comparing
+from hf_bcd.export import students
 from hf_bcd.utils.masks import encode
 from hf_bcd.utils.messages import UserError
 
 
-onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 for name in ("onnx", "onnxscript"):
-    pytest.importorskip(name, reason="the extra `export` is not installed")
+    pytest.importorskip(name, reason="the extra `onnx` is not installed")
 
 
 @pytest.mark.slow
@@ -35,7 +37,7 @@ def test_the_file_finds_what_the_model_finds(name: str, tmp_path: Path) -> None:
     fixed_because, parity = export.write_detector(path, adapter, size)
     assert fixed_because == "detectors are exported for one picture of one size"
     assert parity["sizes"] == [size] and parity["detections"] >= 3
-    assert parity["matched"] == parity["detections"] == parity["onnx_detections"]
+    assert parity["matched"] == parity["detections"] == parity["file_detections"]
     assert parity["max_pixels"] <= 0.5 and parity["max_score"] <= 1e-3
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (put,), outputs = session.get_inputs(), session.get_outputs()
@@ -83,8 +85,8 @@ def test_what_counts_as_the_same_detection(case: str) -> None:
     adapter = SimpleNamespace(
         model=lambda **_: None, detections=lambda outputs, sizes: [next(given)], finds_masks=False
     )
-    parity = export.compare_detections(SimpleNamespace(outputs=lambda _: {}), adapter, [torch.zeros(1, 3, 64, 64)])
-    assert (parity["detections"], parity["onnx_detections"], parity["matched"]) == counts
+    parity = comparing.compare_detections(lambda _: {}, adapter, [torch.zeros(1, 3, 64, 64)])
+    assert (parity["detections"], parity["file_detections"], parity["matched"]) == counts
 
 
 def test_masks_must_be_the_same_too() -> None:
@@ -96,7 +98,7 @@ def test_masks_must_be_the_same_too() -> None:
         adapter = SimpleNamespace(
             model=lambda **_: None, detections=lambda outputs, sizes, given=given: [next(given)], finds_masks=True
         )
-        parity = export.compare_detections(SimpleNamespace(outputs=lambda _: {}), adapter, [torch.zeros(1, 3, 64, 64)])
+        parity = comparing.compare_detections(lambda _: {}, adapter, [torch.zeros(1, 3, 64, 64)])
         assert parity["matched"] == matched and parity["min_mask_iou"] == 1  # of those that are matched
 
 
@@ -106,7 +108,7 @@ def test_a_model_that_is_sure_of_nothing_is_compared_by_its_best() -> None:
     adapter = SimpleNamespace(
         model=lambda **_: None, detections=lambda outputs, sizes: [next(given)], finds_masks=False
     )
-    parity = export.compare_detections(SimpleNamespace(outputs=lambda _: {}), adapter, [torch.zeros(1, 3, 64, 64)])
+    parity = comparing.compare_detections(lambda _: {}, adapter, [torch.zeros(1, 3, 64, 64)])
     assert (parity["detections"], parity["matched"]) == (2, 1)
 
 
@@ -118,22 +120,23 @@ def test_a_detector_of_small_things_is_compared_on_finer_pictures(
 
     def compared(model: Any, adapter: Any, pictures: Any) -> dict[str, Any]:
         shown.append(float(torch.cat(pictures).diff(dim=-1).abs().mean()))
-        found = int(finest and len(shown) == len(export.BLOBS) - 1)
-        return {"detections": found, "onnx_detections": found, "matched": found}
+        found = int(finest and len(shown) == len(comparing.BLOBS) - 1)
+        return {"detections": found, "file_detections": found, "matched": found}
 
-    for name, value in (("save", lambda *_: None), ("OnnxModel", lambda path: None), ("compare_detections", compared)):
-        monkeypatch.setattr(export, name, value)
+    for name in ("save", "open_file"):
+        monkeypatch.setattr(export, name, lambda *_: None)
+    monkeypatch.setattr(comparing, "compare_detections", compared)
     _, parity = export.write_detector(tmp_path / "x", build_adapter(tiny_detector("gfl")), (64, 64))
-    assert parity["detections"] == finest and len(shown) == len(export.BLOBS) - finest and sorted(shown) == shown
+    assert parity["detections"] == finest and len(shown) == len(comparing.BLOBS) - finest and sorted(shown) == shown
 
 
 def test_a_file_that_finds_something_else_is_an_error_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parity = {"sizes": [(64, 64)], "detections": 3, "onnx_detections": 3, "matched": 2}
+    parity = {"sizes": [(64, 64)], "detections": 3, "file_detections": 3, "matched": 2}
     monkeypatch.setattr(export, "save", lambda path, *_: path.touch())
-    monkeypatch.setattr(export, "compare_detections", lambda *_: parity)
-    monkeypatch.setattr(export, "OnnxModel", lambda path: None)
+    monkeypatch.setattr(export, "compare_pictures", lambda *_: parity)
+    monkeypatch.setattr(export, "open_file", lambda path: None)
     with pytest.raises(UserError, match="does not find what the model finds.*The file is kept"):
         export.write_detector(tmp_path / "model.onnx", build_adapter(tiny_detector("gfl")), (64, 64))
     assert (tmp_path / "model.onnx").is_file()
@@ -148,7 +151,7 @@ def test_report_card_and_command_speak_of_boxes(
     adapter.model.save_pretrained(folder)
     image_processor(adapter, shortest_edge=None, square_size=96).save_pretrained(folder)
     (folder / "README.md").write_text("# A student\n\n## How it was distilled\n\nLong.\n")
-    monkeypatch.setattr(export, "SECONDS", 0.0)
+    monkeypatch.setattr(students, "SECONDS", 0.0)
     main([str(folder)])
     printed = capsys.readouterr().out
     report: dict[str, Any] = json.loads((folder / "onnx" / "export.json").read_text())
@@ -158,13 +161,13 @@ def test_report_card_and_command_speak_of_boxes(
         assert words in printed
     assert "batch: free" not in printed
 
-    mention_export(folder)
+    mention_exports(folder)
     card = (folder / "README.md").read_text()
     assert card.count("## ONNX\n") == 1 and "`logits` and `pred_boxes` in DETR's form" in card
     assert f"Of {count} detections in random images, {count} are those of PyTorch" in card and "logits on" not in card
-    report["parity"] |= {"detections": 0, "onnx_detections": 0, "matched": 0}
+    report["parity"] |= {"detections": 0, "file_detections": 0, "matched": 0}
     (folder / "onnx" / "export.json").write_text(json.dumps(report))
-    mention_export(folder)
+    mention_exports(folder)
     unsure = (folder / "README.md").read_text()
     assert "so that the file was not compared with PyTorch. Latency" in unsure and "Of 0 detections" not in unsure
     example = card.split("```python\n")[-1].split("```")[0].replace('"x"', json.dumps(str(folder)))

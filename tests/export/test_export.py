@@ -23,16 +23,20 @@ from transformers import PreTrainedModel
 
 from hf_bcd import TimmSegmentationModel
 from hf_bcd.adapters import build_adapter
-from hf_bcd.card.usage import mention_export, onnx_section
+from hf_bcd.card.usage import export_sections, mention_exports
 from hf_bcd.commands.export import main
 from hf_bcd.export import onnx as export
+from hf_bcd.export import parity as comparing
+from hf_bcd.export import students, targets
 from hf_bcd.export.exportable import LogitsModel, convolve_same, to_onnx, why_fixed
-from hf_bcd.hub.pushing import name_in_examples, read_export, student_files
+from hf_bcd.hub.exports import read_export
+from hf_bcd.hub.pushing import name_in_examples, student_files
+from hf_bcd.utils.messages import UserError
 
 
-onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 for name in ("onnx", "onnxscript"):
-    pytest.importorskip(name, reason="the extra `export` is not installed")
+    pytest.importorskip(name, reason="the extra `onnx` is not installed")
 
 ROOT = Path(__file__).parents[2]
 INFERENCE = ROOT / "examples" / "inference.py"
@@ -129,7 +133,7 @@ def test_families_with_a_fixed_size_say_so(build: Callable[[], PreTrainedModel],
 )
 def test_what_cannot_be_exported_is_refused(build: Callable[[], PreTrainedModel], side: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        export.check_runs(build_adapter(build().eval()), torch.randn(1, 3, side, side))
+        students.check_runs(build_adapter(build().eval()), torch.randn(1, 3, side, side))
 
 
 # ---- Toys that show one thing each -----------------------------------------------------------------------------------
@@ -204,6 +208,7 @@ def test_a_file_is_free_then_fixed_then_an_error_and_kept(
     found = [{"max_difference": value, "max_logit": 1.0, "argmax_agreement": 1.0} for value in differences]
     monkeypatch.setattr(export, "save", save)
     monkeypatch.setattr(export, "compare", lambda *_: found.pop(0))
+    monkeypatch.setattr(export, "open_file", lambda path: None)
     adapter, path = build_adapter(tiny_segformer()), tmp_path / "model.onnx"
     if fixed_because != "":
         assert export.write_model(path, adapter, (32, 32))[0] == fixed_because
@@ -219,7 +224,7 @@ def test_a_file_is_free_then_fixed_then_an_error_and_kept(
 )
 def test_what_counts_as_the_same(difference: float, largest: float, agreement: float, same: bool) -> None:
     parity = {"max_difference": difference, "max_logit": largest, "argmax_agreement": agreement}
-    assert export.agrees(parity) == same
+    assert comparing.agrees(parity) == same
 
 
 # ---- A student's folder ----------------------------------------------------------------------------------------------
@@ -231,9 +236,9 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = finished_timm(tmp_path_factory.mktemp("run") / "x")
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\n## How it was distilled\n\nLong.\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "SECONDS", 0.0)
+        patch.setattr(students, "SECONDS", 0.0)
         main([str(folder)])
-    mention_export(folder)
+    mention_exports(folder)
     return folder
 
 
@@ -255,18 +260,21 @@ def test_the_command_says_what_came_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     report = {
+        "format": "onnx", "runtime": "onnxruntime", "threads": 1, "pytorch_bytes": 3_500_000,
         "size": [48, 64], "fixed_because": "a reason", "opset": 18, "bytes": 2_500_000,
         "parity": {"max_difference": 2e-6, "max_logit": 3.0, "argmax_agreement": 1.0},
         "latency_ms": {"onnxruntime": 1.23, "pytorch": 4.56},
     }  # fmt: skip
     asked: dict = {}
     monkeypatch.setattr(
-        "hf_bcd.commands.export.export_student", lambda *_, **options: asked.update(options) or (tmp_path, report)
+        "hf_bcd.commands.export.export_run", lambda *_, **options: asked.update(options) or (tmp_path, report)
     )
     main(["me/x", "--trust_remote_code", "--revision", "v2"])
-    assert asked == {"size": None, "revision": "v2", "trust_remote_code": True}
+    assert asked == {
+        "size": None, "revision": "v2", "trust_remote_code": True, "output_dir": None, "calibration_images": 200
+    }  # fmt: skip
     printed, fixed = capsys.readouterr().out, "fixed at 48 x 64, because a reason"
-    for words in ("model.onnx: 2.5 MB", fixed, "2.0e-06", "100.00 %", "1.2 ms, PyTorch 4.6"):
+    for words in ("model.onnx: 2.5 MB, PyTorch 3.5 MB, opset 18", fixed, "2.0e-06", "100.00 %", "1.2 ms, PyTorch 4.6"):
         assert words in printed
 
 
@@ -291,8 +299,8 @@ def test_the_card_mentions_the_export_once_and_its_example_runs(
 @pytest.mark.slow
 def test_the_card_says_how_to_feed_a_file_of_one_size(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.loads((student / "onnx" / "export.json").read_text()) | {"fixed_because": "windows are fixed"}
-    monkeypatch.setattr("hf_bcd.card.usage.read_export", lambda folder: report)
-    section = onnx_section(student, "me/x")
+    monkeypatch.setattr("hf_bcd.card.usage.read_exports", lambda folder: [report])
+    section = export_sections(student, "me/x")
     assert "images must have 48 x 64 pixels, because windows are fixed." in section
     assert 'do_resize=True, size={"height": 48, "width": 64}, return_tensors="np")' in section
 
@@ -310,7 +318,7 @@ def test_a_push_takes_the_export_along_unless_it_is_of_other_weights(
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     try:
         with caplog.at_level(logging.WARNING):
-            assert read_export(student) is None and onnx_section(student, "me/x") == ""
+            assert read_export(student) is None and export_sections(student, "me/x") == ""
             assert not any(path.startswith("onnx/") for path in student_files(student))
         assert "belongs to other weights and is left out" in caplog.text
     finally:
@@ -321,7 +329,7 @@ def test_the_size_is_the_one_that_was_measured_then_that_of_the_processor(tmp_pa
     folder, adapter = finished(tmp_path / "x"), build_adapter(tiny_segformer())
 
     def size() -> tuple[int, int]:
-        return export.student_size(str(folder), adapter)
+        return students.student_size(str(folder), adapter)
 
     assert size() == (48, 64)
     for processor, expected in (
@@ -335,13 +343,15 @@ def test_the_size_is_the_one_that_was_measured_then_that_of_the_processor(tmp_pa
     cost = {"student": {"size": [360, 480]}, "teacher": {"size": [720, 960]}}
     (folder / "results.json").write_text(json.dumps({"protocol": {"cost": cost}}))
     assert size() == (360, 480)
-    assert export.student_size(str(folder), build_adapter(dpt())) == (96, 96)
+    assert students.student_size(str(folder), build_adapter(dpt())) == (96, 96)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else True)
-    with pytest.raises(ValueError, match="export needs onnxscript: pip install onnx onnxscript onnxruntime"):
-        export.export_student("x")
+    monkeypatch.setattr(targets, "find_spec", lambda name: None if name in ("onnxscript", "nncf") else True)
+    with pytest.raises(UserError, match=r"^ONNX needs onnxscript: pip install 'hf_bcd\[onnx\]'$"):
+        students.export_student("x")
+    with pytest.raises(UserError, match=r"^OpenVINO needs onnxscript, nncf: pip install 'hf_bcd\[openvino\]'$"):
+        students.export_student("x", form="openvino", precision="int8")
 
 
 # ---- The example -----------------------------------------------------------------------------------------------------
@@ -367,7 +377,7 @@ def test_the_example_draws_the_same_with_and_without_onnx(
     assert (drawn[0] == drawn[1]).all(-1).mean() > 0.99
 
     folder = finished_timm(tmp_path / "x")  # the same with a file of one size
-    adapter = export.load_adapter(str(folder)).eval()
+    adapter = students.load_adapter(str(folder)).eval()
     (folder / "onnx").mkdir()
     export.save(folder / "onnx" / "model.onnx", LogitsModel(adapter.model), adapter, (32, 96), "it is a test")
     assert overlay(folder, monkeypatch, "--onnx").shape == (50, 70, 3)

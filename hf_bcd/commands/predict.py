@@ -1,0 +1,61 @@
+"""Runs a student, or an exported file of it, on pictures and draws what it finds.
+
+    hf-bcd predict runs/x pictures/ --output out/
+    hf-bcd predict runs/x pictures/ --output out/ --backend onnx --precision int8
+    hf-bcd predict me/x aerial.tif --output out/ --tile 512 --overlap 64
+
+Writes `out/masks` (PNG whose values are class ids), `out/overlays`, `out/contact_sheet.png` and `out/predictions.json`. Tiles
+are cut at the picture's own resolution and blended where they overlap; the picture itself is decoded as a whole, which takes
+about 13 bytes a pixel with its map and overlay.
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers.hf_argparser import string_to_bool
+
+from ..hub.exports import EXTENSIONS, PRECISIONS
+from ..runs.predicting import predict_pictures
+from ..training.hardware import limit_threads
+from ..utils.messages import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Predicts what the arguments name; `argv` is the process's own command line by default."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("student", help="output folder of a finished run, or Hub id")
+    parser.add_argument("pictures", type=Path, help="folder with pictures at any depth, or one picture")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--backend", choices=EXTENSIONS, help="run the file of `hf-bcd export` instead of the weights")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of that file; float32 by default")
+    parser.add_argument("--image_size", type=int, help="short side to resize to; that of the student's processor")
+    parser.add_argument("--tile", type=int, help="cut pictures into tiles of this side, in pixels")
+    parser.add_argument("--overlap", type=int, default=64, help="pixels that neighbouring tiles have in common")
+    parser.add_argument("--threshold", type=float, default=0.5, help="score from which an object is drawn and listed")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="run the model's own code",
+    )
+    args = parser.parse_args(argv)
+    if args.precision is not None and args.backend is None:
+        raise UserError(f"--precision {args.precision} is of an exported file; say which one with --backend.")
+    limit_threads()
+    content = predict_pictures(
+        args.student,
+        args.pictures,
+        args.output,
+        form=args.backend,
+        precision=args.precision or "float32",
+        image_size=args.image_size,
+        tile=args.tile,
+        overlap=args.overlap,
+        least_score=args.threshold,
+        trust_remote_code=args.trust_remote_code,
+    )
+    print(f"{args.output}: {len(content['pictures'])} pictures")

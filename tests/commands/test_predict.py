@@ -1,0 +1,114 @@
+"""`hf-bcd predict`: masks hold ids, overlays and a sheet show them, for maps and boxes, from weights and files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapters.adapter_tiny_detectors import LABELS, tiny_detector
+from hub.student_folder import finished
+from PIL import Image
+from transformers import DeformableDetrImageProcessor
+
+from hf_bcd.adapters.loading import load_adapter
+from hf_bcd.commands.predict import main
+from hf_bcd.export.opened import OpenedFile
+from hf_bcd.runs import predicting
+from hf_bcd.utils.messages import UserError
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder, generator = tmp_path / "pictures", np.random.default_rng(0)
+    (folder / "more").mkdir(parents=True)
+    for name, size in (("a.jpg", (50, 70)), ("more/b.png", (96, 64))):
+        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def test_a_folder_gives_masks_overlays_a_sheet_and_numbers(pictures: Path, tmp_path: Path) -> None:
+    student, out = finished(tmp_path / "x"), tmp_path / "out"
+    main([str(student), str(pictures), "--output", str(out), "--image_size", "48"])
+    content = json.loads((out / "predictions.json").read_text())
+    assert list(content["pictures"]) == ["a.jpg", "more/b.png"] and content["backend"] == "pytorch"
+    adapter = load_adapter(str(student)).eval()
+    transform = predicting.shown_as_saved(str(student), adapter, predicting.TASKS[adapter.task], 48, False)
+    for name, size in (("a", (50, 70)), ("more/b", (96, 64))):
+        with Image.open(out / "masks" / f"{name}.png") as mask, Image.open(out / "overlays" / f"{name}.png") as drawn:
+            ids, said = np.asarray(mask), content["pictures"][f"{name}.{'jpg' if name == 'a' else 'png'}"]
+            assert mask.mode == "P" and drawn.mode == "RGB" and drawn.size == mask.size == size[::-1]
+        with Image.open(pictures / f"{name}.{'jpg' if name == 'a' else 'png'}") as picture:
+            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        (expected,) = adapter.predict(transform.show(pixels)[None], [size])
+        np.testing.assert_array_equal(ids, expected.numpy())
+        assert sum(said["pixels"].values()) == pytest.approx(1) and said["classes"] == np.unique(ids).tolist()
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 100
+
+
+def test_a_single_picture_and_tiles(pictures: Path, tmp_path: Path) -> None:
+    student, out = finished(tmp_path / "x"), tmp_path / "out"
+    main([str(student), str(pictures / "a.jpg"), "--output", str(out), "--tile", "64", "--overlap", "16"])
+    with Image.open(out / "masks" / "a.png") as mask:
+        assert mask.size == (70, 50) and np.asarray(mask).max() < 8
+
+
+def test_boxes_are_drawn_and_listed(pictures: Path, tmp_path: Path) -> None:
+    student, out = tmp_path / "x", tmp_path / "out"
+    tiny_detector("retinanet", LABELS).save_pretrained(student)
+    DeformableDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(student)
+    main([str(student), str(pictures), "--output", str(out), "--threshold", "0"])
+    objects = json.loads((out / "predictions.json").read_text())["pictures"]["a.jpg"]["objects"]
+    assert objects and {*objects[0]} == {"label", "score", "box"} and not (out / "masks").exists()
+    with Image.open(out / "overlays" / "a.png") as drawn, Image.open(pictures / "a.jpg") as picture:
+        assert drawn.size == picture.size and not np.array_equal(np.asarray(drawn), np.asarray(picture))
+    with pytest.raises(UserError, match="--tile is for label maps, but .* is for object detection"):
+        main([str(student), str(pictures), "--output", str(out), "--tile", "128"])
+
+
+def test_an_exported_file_answers_in_place_of_the_weights(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, out = finished(tmp_path / "x"), tmp_path / "out"
+
+    def run(pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = torch.zeros(1, 8, 12, 16)
+        logits[:, 5] = 1
+        return {"logits": logits}
+
+    asked: list[Any] = []
+    file = OpenedFile(run, size=(48, 64), one_by_one=True)
+    monkeypatch.setattr(predicting, "open_export", lambda *given: asked.append(given) or (file, {}))
+    main([str(student), str(pictures), "--output", str(out), "--backend", "onnx", "--precision", "int8"])
+    assert asked == [(student, "onnx", "int8")]
+    content = json.loads((out / "predictions.json").read_text())
+    assert [one["pixels"] for one in content["pictures"].values()] == [{"pole": 1.0}] * 2
+    with pytest.raises(UserError, match="the file takes pictures of 48 x 64 pixels only; leave --tile out"):
+        main(
+            [str(student), str(pictures), "--output", str(out), "--backend", "onnx", "--tile", "32", "--overlap", "8"]
+        )
+
+
+def test_a_precision_without_a_file_is_refused(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--precision int8 is of an exported file; say which one with --backend"):
+        main(["x", str(pictures), "--output", str(tmp_path / "out"), "--precision", "int8"])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "holds no pictures"),
+        (["a.png", "a.jpg"], "would give the same file of predictions"),
+        (None, "no such file"),
+    ],
+)
+def test_pictures_that_cannot_be_named_are_refused(names: list[str] | None, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    if names is not None:
+        folder.mkdir()
+        for name in names:
+            Image.new("RGB", (8, 8)).save(folder / name)
+    with pytest.raises(UserError, match=message):
+        main(["x", str(folder), "--output", str(tmp_path / "out")])
