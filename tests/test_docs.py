@@ -89,8 +89,13 @@ def test_a_command_takes_the_arguments_that_a_page_gives_it(command: Command, pl
         place_of = arguments.index("--num_processes")
         del arguments[place_of : place_of + 2]
     if command.name in OF_RUNS:
-        own = {"--views": 1, "--push_to_hub": 1, "--with_images": 0} if command.name == "reinforce" else {}
-        for option, values in own.items():
+        own = {
+            "reinforce": {"--views": 1, "--push_to_hub": 1, "--with_images": 0},
+            "evaluate": {"--backend": 1, "--precision": 1},
+        }
+        if command.name == "evaluate" and not arguments[0].startswith("-"):
+            del arguments[0]
+        for option, values in own.get(command.name, {}).items():
             if option in arguments:
                 start = arguments.index(option)
                 del arguments[start : start + 1 + values]
@@ -118,7 +123,7 @@ def test_a_command_takes_the_arguments_that_a_page_gives_it(command: Command, pl
 def test_what_cannot_be_run_here_is_marked(command: Command) -> None:
     """Commands that are not marked are run below, or are the demos, which tests/scripts runs."""
     if "needs" in command.needs:
-        assert re.search(r"needs (the Hub|a GPU|CamVid|COCO)", command.needs)
+        assert re.search(r"needs (the Hub|a GPU|CamVid|COCO|a finished run)", command.needs)
     else:
         run_here = command.page == "first_steps" or command.name == "check"
         demo = not command.arguments or "synthetic/" in " ".join(command.arguments)

@@ -41,10 +41,12 @@ def read_export(folder: Path, form: str = "onnx", precision: str = "float32") ->
     path = folder / report_file(form, precision)
     if not path.is_file():
         return None
-    report = dict(read_json(path))
+    report, model = dict(read_json(path)), folder / model_file(form, precision)
+    if "files" not in report:
+        logger.warning("%s is the report of an earlier version and is left out; run `hf-bcd export` again.", path)
+        return None
     if report["weights_sha256"] == weights_digest(folder):
         return report
-    model = folder / model_file(form, precision)
     logger.warning("%s belongs to other weights and is left out; run `hf-bcd export` again.", model)
     return None
 

@@ -325,6 +325,14 @@ def test_a_push_takes_the_export_along_unless_it_is_of_other_weights(
         weights.write_bytes(content)
 
 
+def test_a_report_of_an_earlier_version_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "export.json").write_text('{"weights_sha256": null, "bytes": 3}')
+    with caplog.at_level(logging.WARNING):
+        assert read_export(tmp_path) is None
+    assert "is the report of an earlier version and is left out; run `hf-bcd export` again" in caplog.text
+
+
 def test_the_size_is_the_one_that_was_measured_then_that_of_the_processor(tmp_path: Path) -> None:
     folder, adapter = finished(tmp_path / "x"), build_adapter(tiny_segformer())
 
