@@ -46,8 +46,8 @@ def absorb_rows(
     for name in methods:
         with tempfile.TemporaryDirectory() as folder:
             args = BCDConfig(folder, losses={name: {}}, report_to="none", disable_tqdm=True, **sizes)
-            models = (load_adapter(ModelSpec(one), task=task.name) for one in (student, teacher))
-            ours, theirs, criterion = prepare(*models, args, train)
+            own, other = (load_adapter(ModelSpec(one), task=task.name) for one in (student, teacher))
+            ours, theirs, criterion = prepare(own, other, args, train)
             connectors = [parameter for parameter in criterion.parameters() if parameter.requires_grad]
             if not connectors:
                 continue
