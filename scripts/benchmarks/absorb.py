@@ -48,6 +48,7 @@ def absorb_rows(
             args = BCDConfig(folder, losses={name: {}}, report_to="none", disable_tqdm=True, **sizes)
             own, other = (load_adapter(ModelSpec(one), task=task.name) for one in (student, teacher))
             ours, theirs, criterion = prepare(own, other, args, train)
+            assert theirs is not None
             connectors = [parameter for parameter in criterion.parameters() if parameter.requires_grad]
             if not connectors:
                 continue
