@@ -104,7 +104,8 @@ def describe_jobs(study: Study, file: Path, argv: Sequence[str], jobs: Jobs) -> 
     blocks.append(
         f"# together {_cost(total, jobs)}, at {jobs.steps_per_second:g} steps per second and {SETUP_MINUTES} minutes of each job "
         f"beside its steps.\n# A job that is stopped goes on where it was, by the same command. When all are done: "
-        f"hf-bcd study {file} --report_only --output_dir FOLDER, with {jobs.storage} copied to FOLDER."
+        f"hf-bcd study {shlex.join([str(file), '--report_only', '--output_dir', 'FOLDER', *arguments])}, with {jobs.storage} "
+        "copied to FOLDER."
     )
     return "\n\n".join(blocks)
 

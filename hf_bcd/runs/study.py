@@ -49,6 +49,8 @@ STUDY_KEYS = ("seeds", "runs", "reference", "split", "reinforce")
 SPLITS = ("train", "validation", "test")
 NAME = r"\w[\w.+-]{,99}"
 RESULT_FILE = "study.json"
+# arguments that do not decide how a run comes out: where it lies, which may have moved since, and what it shows
+SILENT = {"hub_token", "output_dir", "disable_tqdm", "report_to"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Run:
         there, here = ({**content, "reinforce": stored} for content, stored in (
             (result["arguments"], result.get("reinforce")), (self.arguments, self.reinforce)
         ))  # fmt: skip
-        for key in sorted({*here, *there} - {"hub_token"}):  # which earlier versions wrote
+        for key in sorted({*here, *there} - SILENT):
             found, expected = there.get(key), json.loads(json.dumps(here.get(key)))
             if found != expected:
                 raise UserError(

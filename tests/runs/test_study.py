@@ -213,6 +213,13 @@ def test_a_finished_run_of_another_recipe_is_no_result(tmp_path: Path) -> None:
         changed.result()
 
 
+def test_a_finished_run_is_one_wherever_it_lies_and_whatever_it_showed(tmp_path: Path) -> None:
+    given = {"seed": 1, "output_dir": "/runs/there/a/seed_1", "disable_tqdm": True, "report_to": "none"}
+    run = finished(tmp_path, "a", 1, {"mean_iou": 0.5}, arguments=given)
+    moved = Run("a", 1, "a", run.folder, {"seed": 1, "output_dir": str(run.folder)})
+    assert moved.result()["scores"]["mean_iou"] == 0.5
+
+
 @pytest.mark.slow
 def test_a_study_trains_each_run_once_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.tiny_timm().save_pretrained(tmp_path / "teacher")
