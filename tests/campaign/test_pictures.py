@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import pytest
 import wrong_pictures as cases
-from outcome import told
+from campaign_outcome import told
 
 
 @pytest.fixture(autouse=True)
