@@ -471,7 +471,10 @@ def test_trackio_gets_every_term_and_a_picture_at_each_evaluation(tmp_path: Path
     command = [sys.executable, "-c", TRACKED, str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    sizes = [Image.open(path).size for path in folder.rglob("*.png")]
+    sizes = []
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as picture:
+            sizes.append(picture.size)
     assert sizes == 2 * 3 * [(3 * 64, 48)]
     (database,) = folder.glob("ours*.db")
     with closing(sqlite3.connect(database)) as connection:
