@@ -124,7 +124,7 @@ def export_finished(form: str, precision: str, data: DenseDatasets, config: BCDC
     try:
         written, report = export_run(folder, form, precision, data, config)
         print(f"{written / model_file(form, precision)}: {summary(report)}")
-    except Exception as error:
+    except Exception as error:  # whatever a converter raises, the finished run stands
         logging.warning(
             "the student lies in %s, but was not exported: %s; try again with: hf-bcd export %s --format %s --precision %s",
             folder, shortened(error), folder, form, precision,

@@ -13,11 +13,10 @@ run's data, which its `recipe.yaml` names, or options of data as in `hf-bcd dist
 import argparse
 from typing import Any
 
-from transformers.hf_argparser import string_to_bool
-
 from ..export.targets import TARGETS, target_of
 from ..hub.exports import EXTENSIONS, PRECISIONS, model_file
 from ..runs.exporting import CALIBRATION_IMAGES, data_arguments, export_run, load_run_data
+from ..runs.help import add_trust_argument
 from ..tasks import TASKS
 from ..utils.messages import UserError
 
@@ -41,14 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", help="folder to write to; the student's own, or runs/<name> for a Hub id")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="size to check and time with")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument(
-        "--trust_remote_code",
-        type=string_to_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="run the model's own code",
-    )
+    add_trust_argument(parser)
     args, rest = parser.parse_known_args(argv)
     if args.size is not None and min(args.size) < 1:
         raise UserError(f"--size is {args.size[0]} x {args.size[1]}; height and width must be at least 1 pixel.")

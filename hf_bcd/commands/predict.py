@@ -12,9 +12,8 @@ about 13 bytes a pixel with its map and overlay.
 import argparse
 from pathlib import Path
 
-from transformers.hf_argparser import string_to_bool
-
 from ..hub.exports import EXTENSIONS, PRECISIONS
+from ..runs.help import add_trust_argument
 from ..runs.predicting import predict_pictures
 from ..training.hardware import limit_threads
 from ..utils.messages import UserError
@@ -34,14 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tile", type=int, help="cut pictures into tiles of this side, in pixels")
     parser.add_argument("--overlap", type=int, default=64, help="pixels that neighbouring tiles have in common")
     parser.add_argument("--threshold", type=float, default=0.5, help="score from which an object is drawn and listed")
-    parser.add_argument(
-        "--trust_remote_code",
-        type=string_to_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="run the model's own code",
-    )
+    add_trust_argument(parser)
     args = parser.parse_args(argv)
     if args.precision is not None and args.backend is None:
         raise UserError(f"--precision {args.precision} is of an exported file; say which one with --backend.")

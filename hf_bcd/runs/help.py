@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers.hf_argparser import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from ..training.options import BCDOptions
 from ..utils.messages import UserError
@@ -52,6 +52,12 @@ def make_parser(classes: Sequence[type], description: str | None) -> argparse.Ar
     )
     parser.add_argument("--help_all", action="help", help="Also list every inherited training argument.")
     return parser
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--trust_remote_code`, with or without a truth value, to the parser of a command on a finished student."""
+    words = "run the model's own code"
+    parser.add_argument("--trust_remote_code", type=string_to_bool, nargs="?", const=True, default=False, help=words)
 
 
 def wants_short_help(argv: Sequence[str]) -> bool:

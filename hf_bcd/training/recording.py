@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import timm
+from torch import Tensor
 from transformers import TrainerState
 
 from ..adapters import DenseAdapter, LabelMap
@@ -53,6 +54,7 @@ class TrainedRun(Protocol):
     state: TrainerState
     optimizer: Any
     train_dataset: Any
+    class_weights: Tensor | None
 
     @property
     def distiller(self) -> Distiller: ...
@@ -220,6 +222,15 @@ def class_words(found: LabelMap | None) -> str:
     return f"{total - len(found.missing)} of {total} are mapped to the teacher's {len(found.teacher)}{lacking}"
 
 
+def class_weight_words(trainer: TrainedRun) -> str:
+    """The weight of each class in the supervised loss, and where it comes from."""
+    names, weights = trainer.distiller.student.id2label.values(), trainer.class_weights
+    assert weights is not None
+    shown = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, weights.tolist(), strict=True))
+    counted = "root of the median frequency over a class's own" if trainer.args.class_weights == "auto" else "as given"
+    return f"{shown} ({counted})"
+
+
 def schedule_words(trainer: TrainedRun, augmented: bool = True) -> dict[str, str]:
     """How the student was trained; `augmented` says whether its samples went through our augmentation."""
     args, warmup = trainer.args, trainer.args.get_warmup_steps(trainer.state.max_steps)
@@ -236,6 +247,7 @@ def schedule_words(trainer: TrainedRun, augmented: bool = True) -> dict[str, str
         "optimizer": f"{optimizer} ({options})" if options else str(optimizer),
         "learning rate": f"{args.learning_rate:g}, {scheduler} schedule"
         + (f" after {warmup} step{'s' * (warmup > 1)} of warm-up" if warmup else ""),
+        **({} if trainer.class_weights is None else {"weights of classes": class_weight_words(trainer)}),
         "gradient clipping": f"norm {args.max_grad_norm:g}" if args.max_grad_norm else "none",
         "weight decay": f"{args.weight_decay:g}",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from hf_bcd import BCDConfig, BCDTrainer
 from hf_bcd.losses.ops.segmentation import segmentation_loss
+from hf_bcd.training.recording import schedule_words
 from hf_bcd.utils.messages import UserError
 
 
@@ -64,6 +65,19 @@ def test_a_file_is_read_once_and_its_content_decides(tmp_path):
         config(tmp_path, class_weights=str(tmp_path / "none.json"))
     with pytest.raises(UserError, match="weight of class 'pole' is -1"):
         config(tmp_path, class_weights="{pole: -1}")
+
+
+def test_the_card_says_what_was_weighed(tmp_path):
+    train = tiny.scenes()["train"]
+    for given, words in ((WEIGHTS, "8 (as given)"), ("auto", "root of the median frequency"), (None, "")):
+        run = BCDTrainer(
+            model=tiny.tiny_timm(), args=config(tmp_path, max_steps=1, class_weights=given), train_dataset=train
+        )
+        run.train()
+        said = schedule_words(run).get("weights of classes", "")
+        assert words in said and (given is None) == (said == "")
+        weights = {} if given is None else dict(zip(tiny.ID2LABEL.values(), run.class_weights.tolist(), strict=True))
+        assert all(f"{name} {weight:.3g}" in said for name, weight in weights.items())
 
 
 def test_who_cannot_weigh_classes_says_so(tmp_path):
