@@ -14,9 +14,10 @@ import jinja2
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 
-from ..hub.exports import read_exports
+from ..hub.exports import BEFORE, read_exports
 from ..models import MODEL_TYPES
 from ..tasks import TASKS
+from ..tasks.base import Score
 from ..utils.files import write_text
 from ..utils.text import one_line
 from .escaping import escape_markdown, render
@@ -103,7 +104,24 @@ def exports_table(reports: Sequence[dict[str, Any]]) -> str:
         ]
         cells.append([text for pair in texts for text in pair])
     titles = [f"{score.label}, {escape_markdown(split)}" for split, _ in splits] if score else []
-    return render("exports.md", reports=reports, titles=titles, cells=cells)
+    gains = [words for report in reports if score for words in gain_words(report, score)]
+    return render("exports.md", reports=reports, titles=titles, cells=cells, gains=gains)
+
+
+def gain_words(report: dict[str, Any], score: Score) -> list[str]:
+    """What quantised steps brought a file on each split that it was scored on."""
+    found = []
+    for split, before in report.get(BEFORE, {}).items():
+        lost, texts = [], []
+        for one in (before, report["scores"][split]):
+            own, file = (score.scale * one[name][score.key] for name in ("pytorch", "file"))
+            lost.append(own - file)
+            texts.append(f"{own:.2f} in PyTorch and {file:.2f} in int8")
+        found.append(
+            f"`{report['file']}` is of a student whose last steps were quantised: {score.title} on the {split} split was {texts[0]} before them "
+            f"and is {texts[1]} now, so that int8 lost {lost[0]:.2f} points before and {lost[1]:.2f} after."
+        )
+    return found
 
 
 def mention_exports(folder: Path) -> None:

@@ -45,6 +45,7 @@ from ..training.hardware import limit_threads
 from ..training.hub import HubCallback
 from ..training.teachers import by_role, naming
 from ..training.teaching import build_losses
+from ..utils.messages import UserError
 from ..utils.text import shortened
 from .export import summary
 
@@ -76,7 +77,7 @@ def distill(
     if (checkpoint := checkpoint_of(config, "student")) is not None:
         read_state(Path(checkpoint))  # a wrong one fails before hours of teacher training
     config.check_teachers(list(named_teachers(model_args)))
-    exported = model_args.export and parse_target(model_args.export)
+    exported = target_to_export(model_args, config)
     data = name_classes(model_args, load_data(data_args))
     student = build_student(model_args, config, data)
     baseline = load_baseline(model_args, data)
@@ -116,6 +117,20 @@ def distill(
         print(f"import hf_bcd\nfrom transformers import pipeline\n{call}")
     if config.push_to_hub and isinstance(commit := trainer.push_to_hub(), CommitInfo):  # None on further ranks
         print(f"pushed: {commit.commit_url}")
+
+
+def target_to_export(args: ModelArguments, config: BCDConfig) -> tuple[str, str] | None:
+    """Format and precision that the finished student is exported to; with quantised steps an int8 file shows what they brought.
+
+    Raises:
+        UserError: a package is missing, or the student is quantised and the file is not.
+    """
+    if args.export is None:
+        return parse_target("onnx-int8") if config.quantize else None
+    form, precision = parse_target(args.export)
+    if config.quantize and precision != config.quantize:
+        raise UserError(f"quantize is for int8 files, but export is {args.export}: say --export {form}-int8.")
+    return form, precision
 
 
 def export_finished(form: str, precision: str, data: DenseDatasets, config: BCDConfig) -> None:

@@ -14,7 +14,7 @@ import argparse
 from typing import Any
 
 from ..export.targets import TARGETS, target_of
-from ..hub.exports import EXTENSIONS, PRECISIONS, model_file
+from ..hub.exports import BEFORE, EXTENSIONS, PRECISIONS, model_file
 from ..runs.exporting import CALIBRATION_IMAGES, data_arguments, export_run, load_run_data
 from ..runs.help import add_trust_argument
 from ..tasks import TASKS
@@ -91,6 +91,8 @@ def summary(report: dict[str, Any]) -> str:
         lines += [f"latency at {height} x {width}: {own:.1f} ms, PyTorch {latency['pytorch']:.1f} ms ({threads})"]
     for split, scores in report.get("scores", {}).items():
         lines += [f"{split} split of {scores['dataset']}: {in_words(scores)}"]
+        if before := report.get(BEFORE, {}).get(split):
+            lines += [f"the student before its quantised steps: {in_words(before)}"]
     return "\n".join(lines)
 
 

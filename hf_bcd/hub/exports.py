@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 EXTENSIONS = {"onnx": "onnx", "openvino": "xml", "litert": "tflite", "executorch": "pte", "coreml": "mlpackage"}
 PRECISIONS = ("float32", "float16", "int8")
+BEFORE = "scores_before_quantised_steps"  # in a report: as `scores`, of the student as it was before
 
 
 def model_file(form: str, precision: str = "float32") -> str:

@@ -220,5 +220,5 @@ def derive_config(config: BCDConfig, role: str, changes: Mapping[str, Any]) -> B
         changes = {"max_steps": -1, **changes}
     # `Trainer.push_to_hub` leaves names with an underscore out
     folder = Path(config.output_dir or ".") / f"_{role}"
-    own = {"output_dir": str(folder), "push_to_hub": False, "run_name": None}
+    own = {"output_dir": str(folder), "push_to_hub": False, "run_name": None, "quantize": None}
     return dataclasses.replace(copy.deepcopy(config), **{**changes, **own})  # checks and converts every value again

@@ -16,10 +16,11 @@ from ..export.calibration import Calibration
 from ..export.opened import running
 from ..export.students import export_student, open_export
 from ..export.targets import target_of
-from ..hub.exports import report_file
+from ..hub.exports import BEFORE, report_file
 from ..tasks import task_of
 from ..training.config import BCDConfig
 from ..training.evaluation import evaluate_together
+from ..training.quantization import FOLDER
 from ..utils.files import numbers, write_json, write_text
 from ..utils.messages import UserError
 from ..utils.yaml import yaml_text
@@ -44,12 +45,16 @@ def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
     write_text(folder / RECIPE, "".join(f"{key}: {yaml_text(value)}\n" for key, value in said.items()))
 
 
+def saved_recipe(folder: str) -> dict[str, Any]:
+    """What a run was asked for; empty where its folder does not say."""
+    saved = Path(folder) / RECIPE
+    return dict(read_recipe(saved, RECIPE_KEYS)) if saved.is_file() else {}
+
+
 def run_recipe(folder: str) -> dict[str, Any]:
     """The part of a run's recipe that decides about the pictures of an evaluation; empty where there is none."""
-    saved = Path(folder) / RECIPE
-    said = read_recipe(saved, RECIPE_KEYS) if saved.is_file() else {}
     keys = {*DataArguments.__dataclass_fields__, *SHOWN} - {*LEFT_OUT}
-    return {key: value for key, value in said.items() if key in keys}
+    return {key: value for key, value in saved_recipe(folder).items() if key in keys}
 
 
 def data_arguments(folder: str, argv: Sequence[str]) -> tuple[DataArguments, BCDConfig, str | None] | None:
@@ -94,6 +99,8 @@ def export_run(
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a student, see `export_student`, and scores file and student on the validation split where there is one.
 
+    Of a student with quantised steps, what it was before them is exported to int8 and scored as well: what they brought.
+
     Args:
         folder: the student's folder or Hub id.
         form: format of the file.
@@ -123,6 +130,12 @@ def export_run(
         split = next((name for name in ("validation", "test") if name in data), None)
         if split is not None and written == Path(folder):
             report = score_export(written, form, precision, data[split], config, synonyms)
+            before = written / FOLDER
+            if precision == saved_recipe(folder).get("quantize") and before.is_dir():
+                same = {**options, "size": report["size"], "calibration_images": calibration_images}
+                _, found = export_run(str(before), form, precision, data, config, synonyms=synonyms, **same)
+                report[BEFORE] = found["scores"]
+                write_json(written / report_file(form, precision), report)
     mention_exports(written)
     return written, report
 

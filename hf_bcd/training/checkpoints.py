@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 DISTILLER_FILE = "distiller.safetensors"
 STUDENT = "student."  # before the names of weights that an average is of
+QUANTIZER = "quantizer."  # before those of ranges
 KEY_FILE = "run_key.json"
 ANYWAY = (
     " Resume with the same options, data and processes, start anew in another folder, or add --resume_anyway true."
@@ -231,8 +232,11 @@ def load_student(distiller: Distiller, folder: Path) -> None:
     try:
         state = load_file(path)
         own = {name.removeprefix(STUDENT): state.pop(name) for name in list(state) if name.startswith(STUDENT)}
+        ranges = {name.removeprefix(QUANTIZER): state.pop(name) for name in list(state) if name.startswith(QUANTIZER)}
         if distiller.average is not None:
             distiller.student.load_state_dict(own)
+        if distiller.quantizer is not None:
+            distiller.quantizer.load_state_dict(ranges)
         distiller.criterion.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path} belongs to other losses or another teacher than this run's: {error}") from error
@@ -273,8 +277,10 @@ def load_optimizer(load: Callable[[], None], optimizer: Any, scheduler: Any, che
 
 
 def criterion_state(distiller: Distiller) -> dict[str, Tensor]:
-    """State that losses keep across steps, and the weights that an average is of; empty where there is nothing."""
+    """State that losses keep across steps, the weights that an average is of, and the ranges of quantised steps."""
     state = distiller.criterion.state_dict()
     if distiller.average is not None:
         state |= {f"{STUDENT}{name}": tensor for name, tensor in distiller.student.state_dict().items()}
+    if distiller.quantizer is not None:
+        state |= {f"{QUANTIZER}{name}": tensor for name, tensor in distiller.quantizer.state_dict().items()}
     return {name: tensor.contiguous().clone() for name, tensor in state.items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
@@ -18,6 +19,7 @@ from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
 from ..utils.yaml import parse_mapping, read_mapping
 from .options import MAX_STEPS, POLYNOMIAL, PRESETS, BCDOptions
+from .quantization import steps_before
 from .teachers import named_by, naming
 
 
@@ -28,7 +30,7 @@ OUTCOME = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "bf16", "fp16", "load_best_model_at_end",
     "metric_for_best_model", "crop_size", "image_size", "image_longest", "train_shortest", "square_size", "decay_per", "scale_min", "scale_max", "color_jitter", "seed", "data_seed",
     "dataloader_drop_last", "train_sampling_strategy", "layer_decay", "lr_milestones", "ema_decay", "inherit", "group_by_shape",
-    "unlabelled_share", "class_weights", "class_crops",
+    "unlabelled_share", "class_weights", "class_crops", "quantize",
 )  # fmt: skip
 FINITE = 1e30
 # lowest value, whether it is left out, and highest
@@ -46,6 +48,12 @@ RANGES = {
     (0, True, 1): ("layer_decay", "unlabelled_share"),
     (0, False, 1): ("ema_decay", "adam_beta1", "adam_beta2", "color_jitter", "class_crops"),
 }  # fmt: skip
+# what cannot be had with quantised steps
+NOT_QUANTIZED = {
+    "ema_decay": "an average of the weights would mix in those from before them",
+    "load_best_model_at_end": "the best model may be one from before them",
+    "torch_compile": "it hides the layers from them",
+}
 OPTIONAL = ("eval_steps", "image_size", "square_size", "save_total_limit", "dataloader_prefetch_factor", "data_seed")
 # arguments that distillation or our own evaluation would ignore, with the value that says nothing
 UNUSED = {
@@ -135,6 +143,11 @@ class BCDConfig(BCDOptions, TrainingArguments):
                 raise UserError(f"{name} is {values}; give numbers above 0 in ascending order.")
         if self.unlabelled_share == 1:
             raise UserError("unlabelled_share is 1; it must be less, or leave all labels out (`--label_free true`).")
+        if self.quantize not in (None, "int8"):
+            raise UserError(unknown_key_message("quantize", self.quantize, ["int8"]))
+        for name, reason in (NOT_QUANTIZED if self.quantize else {}).items():
+            if getattr(self, name):
+                raise UserError(f"quantize and {name} exclude each other: {reason}. Leave one out.")
         if self.scale_min > self.scale_max:
             raise UserError(f"scale_min {self.scale_min} exceeds scale_max {self.scale_max}.")
 
@@ -209,9 +222,13 @@ class BCDConfig(BCDOptions, TrainingArguments):
             raise UserError("max_steps is 0; train for at least one step, or score a model with hf-bcd evaluate.")
         if self.max_steps < -1:
             raise UserError(f"max_steps is {self.max_steps}; it must be at least 1, or -1 to count num_train_epochs.")
-        if self.max_steps > 0 and (warmup := self.get_warmup_steps(self.max_steps)) >= self.max_steps:
+        if self.quantize and self.max_steps == 1:
+            raise UserError("quantize takes the last steps of several, but max_steps is 1.")
+        first = steps_before(self.max_steps) if self.quantize else self.max_steps
+        if self.max_steps > 0 and (warmup := self.get_warmup_steps(first)) >= first:
+            left_out = f" ({self.max_steps - first} of them are quantised)" if self.quantize else ""
             raise UserError(
-                f"warmup_steps {self.warmup_steps} takes {warmup} of {self.max_steps} max_steps; lower it."
+                f"warmup_steps {self.warmup_steps} takes {warmup} of {self.max_steps} max_steps{left_out}; lower it."
             )
         for name, expected in UNUSED.items():
             if (given := getattr(self, name)) not in (expected, [] if expected is None else expected):
@@ -241,9 +258,14 @@ class BCDConfig(BCDOptions, TrainingArguments):
                 f"optim_args {self.optim_args!r} sets {', '.join(sorted(given))}, which optim {OptimizerNames(self.optim).value} would ignore."
             )
         try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 0, 2, self.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
+            schedule = get_scheduler(self.lr_scheduler_type, optimizer, 0, 2, self.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
         except Exception as error:  # schedules check their own arguments, each by its own errors
             raise UserError(
                 f"lr_scheduler_type {SchedulerType(self.lr_scheduler_type).value} cannot be built with lr_scheduler_kwargs "
                 f"{self.lr_scheduler_kwargs} ({shortened(error)})."
             ) from error
+        if self.quantize and not isinstance(schedule, LambdaLR):
+            raise UserError(
+                f"quantize begins a schedule again that follows from the step, which {SchedulerType(self.lr_scheduler_type).value} does not; "
+                "choose another lr_scheduler_type."
+            )

@@ -9,6 +9,7 @@ from ..adapters import DenseAdapter
 from ..losses import DistillationCriterion
 from ..outputs import DenseOutput, Targets
 from .optimization import WeightAverage
+from .quantization import FakeQuantizer
 
 
 class Distiller(nn.Module):
@@ -18,17 +19,22 @@ class Distiller(nn.Module):
         student: adapted student.
         criterion: weighted losses with their connectors.
         ema_decay: of an average of the student's weights, which is kept beside them; 0 for none.
+        quantize: whether steps may be quantised, see `FakeQuantizer`.
     """
 
     student: DenseAdapter
     criterion: DistillationCriterion
     average: WeightAverage | None
+    quantizer: FakeQuantizer | None
 
-    def __init__(self, student: DenseAdapter, criterion: DistillationCriterion, ema_decay: float = 0.0) -> None:
+    def __init__(
+        self, student: DenseAdapter, criterion: DistillationCriterion, ema_decay: float = 0.0, quantize: bool = False
+    ) -> None:
         super().__init__()
         self.student = student
         self.criterion = criterion
         self.average = WeightAverage(student, ema_decay) if ema_decay else None
+        self.quantizer = FakeQuantizer(student) if quantize else None
 
     @property
     def finished(self) -> DenseAdapter:
@@ -40,6 +46,8 @@ class Distiller(nn.Module):
         self.criterion.after_step()
         if self.average is not None:
             self.average.update(self.student, step)
+        if self.quantizer is not None:
+            self.quantizer.after_step()
 
     def forward(
         self,

@@ -127,6 +127,13 @@ class BCDOptions:
         default=0.5,
         metadata={"help": "Share of a batch that has no labels, where --unlabelled_dir or the like adds such."},
     )
+    quantize: str | None = field(
+        default=None,
+        metadata={
+            "help": "int8: the last tenth of the steps compute with int8 weights and activations, at a tenth of the learning rate, so that the "
+            "exported student (--export onnx-int8 by default) loses less."
+        },
+    )
     class_weights: dict[str, float] | str | None = field(
         default=None,
         metadata={

@@ -29,6 +29,7 @@ from ..utils.costs import device_name
 from .config import BCDConfig
 from .distiller import Distiller
 from .hub import HubCallback
+from .quantization import RATE, steps_before
 from .teachers import Teacher, Teachers, by_role, parts_of
 
 
@@ -231,6 +232,14 @@ def class_weight_words(trainer: TrainedRun) -> str:
     return f"{shown} ({counted})"
 
 
+def quantization_words(trainer: TrainedRun) -> str:
+    """The quantised steps at the end of a run."""
+    total = trainer.state.max_steps
+    return (
+        f"the last {total - steps_before(total)} steps with fake int8, from {RATE * trainer.args.learning_rate:g} to 0"
+    )
+
+
 def schedule_words(trainer: TrainedRun, augmented: bool = True) -> dict[str, str]:
     """How the student was trained; `augmented` says whether its samples went through our augmentation."""
     args, warmup = trainer.args, trainer.args.get_warmup_steps(trainer.state.max_steps)
@@ -248,6 +257,7 @@ def schedule_words(trainer: TrainedRun, augmented: bool = True) -> dict[str, str
         "learning rate": f"{args.learning_rate:g}, {scheduler} schedule"
         + (f" after {warmup} step{'s' * (warmup > 1)} of warm-up" if warmup else ""),
         **({} if trainer.class_weights is None else {"weights of classes": class_weight_words(trainer)}),
+        **({"quantisation": quantization_words(trainer)} if args.quantize else {}),
         "gradient clipping": f"norm {args.max_grad_norm:g}" if args.max_grad_norm else "none",
         "weight decay": f"{args.weight_decay:g}",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",

@@ -82,6 +82,10 @@ def prepare(
             raise UserError(
                 f"class_weights: {type(student.model).__name__} has a loss of its own, which weighs no classes; leave it out."
             )
+        if args.quantize and student.exported != ("logits",):
+            raise UserError(
+                f"quantize: int8 files hold label maps only, and {type(student.model).__name__} is for {task.title}; leave it out."
+            )
     sizes = []
     if to_train and hasattr(dataset, "with_transform"):  # which brings it to these sizes
         task.check_args(args)

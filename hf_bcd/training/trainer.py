@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from ..stores import Store, StoredTeacher
 from ..stores.store import with_stored
 from ..tasks import task_of
 from ..utils.messages import UserError
-from . import checkpoints
+from . import checkpoints, quantization
 from .alignment import check_teachers
 from .callbacks import DistillationCallback, FiniteCallback, InterruptCallback, PictureCallback, check_finite
 from .config import BCDConfig
@@ -106,7 +107,7 @@ class BCDTrainer(Trainer):
             model, teacher, args, reference, label_synonyms, to_train=train_dataset is not None
         )
         check_label_free(train_dataset, self.teacher, student, args)
-        distiller: Any = synchronized(Distiller(student, criterion, args.ema_decay), args)
+        distiller: Any = synchronized(Distiller(student, criterion, args.ema_decay, bool(args.quantize)), args)
         processor = processing_class or image_processor(student, **self.task.processor_size(args))
         if "optimizers" not in kwargs:
             kwargs.setdefault("optimizer_cls_and_kwargs", fused(*self.get_optimizer_cls_and_kwargs(args), args))
@@ -151,6 +152,10 @@ class BCDTrainer(Trainer):
             self.hub,
         ):
             self.add_callback(callback)
+        if distiller.quantizer is not None:
+            folder = Path(self.args.output_dir or ".") / quantization.FOLDER
+            save = partial(checkpoints.save_student, distiller, folder, self.processing_class)
+            self.add_callback(quantization.QuantizationCallback(distiller.quantizer, save))
 
     @property
     def distiller(self) -> Distiller:
@@ -323,8 +328,12 @@ class BCDTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule, which `lr_milestones` lower."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        """The schedule, which `lr_milestones` lower, and which begins again for quantised steps."""
+        given, total = self.lr_scheduler is not None, num_training_steps
+        first = quantization.steps_before(total) if self.args.quantize else total
+        scheduler = super().create_scheduler(first, optimizer)
+        if first < total and not given:
+            quantization.restarted(scheduler, first, total)
         if self.args.lr_milestones:
             unit = 1 if self.args.max_steps > 0 else num_training_steps / self.args.num_train_epochs
             step_down(scheduler, self.args.lr_milestones, unit)

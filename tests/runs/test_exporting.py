@@ -19,6 +19,7 @@ from hf_bcd.export import students, targets
 from hf_bcd.export.opened import OpenedFile
 from hf_bcd.hub.exports import report_file
 from hf_bcd.runs import exporting
+from hf_bcd.runs.arguments import ModelArguments
 from hf_bcd.runs.exporting import calibration_of, data_arguments, export_run, score_export, write_recipe
 from hf_bcd.training.evaluation import evaluate as score
 from hf_bcd.utils.messages import UserError
@@ -203,7 +204,7 @@ def test_an_unknown_export_is_refused_before_training(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the exporter and the quantiser
-def test_one_command_ends_with_an_int8_file_in_the_card(
+def test_one_command_ends_with_an_int8_file_and_what_quantised_steps_brought(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -214,7 +215,7 @@ def test_one_command_ends_with_an_int8_file_in_the_card(
     folder = tmp_path / "run"
     distill.main(
         command_line(
-            dataset_name="synthetic", dataset_options=options, student=student, max_steps=2, output_dir=folder, export="onnx-int8",
+            dataset_name="synthetic", dataset_options=options, student=student, max_steps=2, output_dir=folder, quantize="int8",
         )
     )  # fmt: skip
     report = json.loads((folder / "onnx" / "export_int8.json").read_text())
@@ -222,4 +223,22 @@ def test_one_command_ends_with_an_int8_file_in_the_card(
     assert report["scores"]["validation"]["images"] == 2
     card = (folder / "README.md").read_text()
     assert "| `onnx/model_int8.onnx` | int8 |" in card and "mIoU (%), validation" in card
-    assert "model_int8.onnx" in capsys.readouterr().out and (folder / "recipe.yaml").is_file()
+    assert (folder / "recipe.yaml").is_file()
+    before = report["scores_before_quantised_steps"]["validation"]
+    assert before["images"] == 2 and before["pytorch"] != report["scores"]["validation"]["pytorch"]
+    assert "the last 1 steps with fake int8" in card
+    mean = f"mIoU on the validation split was {100 * before['pytorch']['mean_iou']:.2f} in PyTorch and"
+    assert f"`onnx/model_int8.onnx` is of a student whose last steps were quantised: {mean}" in card
+    printed = capsys.readouterr().out
+    assert "model_int8.onnx" in printed and "the student before its quantised steps: mIoU" in printed
+
+
+def test_quantised_steps_want_an_int8_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(targets, "find_spec", lambda name: True)
+    plain, quantised = config(tmp_path), config(tmp_path, quantize="int8")
+    assert distill.target_to_export(ModelArguments(), plain) is None
+    assert distill.target_to_export(ModelArguments(export="onnx"), plain) == ("onnx", "float32")
+    assert distill.target_to_export(ModelArguments(), quantised) == ("onnx", "int8")
+    assert distill.target_to_export(ModelArguments(export="openvino-int8"), quantised) == ("openvino", "int8")
+    with pytest.raises(UserError, match="quantize is for int8 files, but export is onnx: say --export onnx-int8"):
+        distill.target_to_export(ModelArguments(export="onnx"), quantised)
