@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_bcd import BCDConfig, BCDTrainer
+from hf_bcd.export import onnx
 from hf_bcd.runs.baseline import derive_config
 from hf_bcd.training.quantization import FOLDER, FakeQuantizer, fake_input, fake_weight, restarted, steps_before
 from hf_bcd.training.recording import quantization_words
@@ -111,6 +112,40 @@ def ranges_of_a_rank() -> list[Tensor]:
 def test_all_processes_have_the_ranges_of_all(tmp_path: Path) -> None:
     for found in run_ranks(tmp_path, ranges_of_a_rank):
         assert [float(one) for one in found] == [-2, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the exporter and the quantiser
+def test_the_student_computes_as_its_int8_file_will(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="the extra `onnx` is not installed")
+    torch.manual_seed(0)
+    # ReLU6 gives student and file the same ranges: others differ by a little, and so does what rounding does then
+    blocks = [(nn.Conv2d(8 if i else 3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6()) for i in range(6)]
+    student = nn.Sequential(*(layer for block in blocks for layer in block), nn.Conv2d(8, 4, 1))
+    pictures = torch.randn(8, 3, 16, 16).split(1)
+    for layer in student:
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.constant_(layer.weight, 4.0)
+    for _ in range(20):
+        student(torch.cat(pictures))  # statistics of BatchNorm
+    student.eval()
+    names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
+    torch.onnx.export(
+        student, (pictures[0],), tmp_path / "model.onnx", dynamo=True, external_data=False, verbose=False, **names
+    )
+    onnx.write(tmp_path / "model_int8.onnx", tmp_path / "model.onnx", "int8", pictures)
+    file, quantizer = onnx.open_file(tmp_path / "model_int8.onnx"), FakeQuantizer(student)
+    for layer in student:
+        layer.train(isinstance(layer, nn.Conv2d))
+    with torch.no_grad():
+        plain = student(torch.cat(pictures))
+        quantizer.active = True
+        for _ in range(2):  # the first time finds the ranges
+            fake = student(torch.cat(pictures))
+    stored = torch.cat([file(picture)["logits"] for picture in pictures])
+    error, without = (float((one - stored).square().mean()) for one in (fake, plain))
+    assert 0 < error < 0.25 * without
 
 
 # ---- A run -----------------------------------------------------------------------------------------------------------
