@@ -130,7 +130,7 @@ class BCDOptions:
     quantize: str | None = field(
         default=None,
         metadata={
-            "help": "int8: the last tenth of the steps compute with int8 weights and activations, at a tenth of the learning rate, so that the "
+            "help": "int8: the last tenth of the steps compute with int8 weights and activations, at a hundredth of the learning rate, so that the "
             "exported student (--export onnx-int8 by default) loses less."
         },
     )

@@ -162,7 +162,7 @@ def test_a_tenth_of_the_steps_is_quantised_and_the_schedule_begins_again() -> No
         optimizer.step()
         schedule.step()
     assert rates[:18] == pytest.approx([1 - step / 18 for step in range(18)])
-    assert rates[18:] == pytest.approx([0.1, 0.05, 0.0])
+    assert rates[18:] == pytest.approx([0.01, 0.005, 0.0])
 
 
 OPTIONS = {"max_steps": 4, "quantize": "int8", "losses": {"bcd": {}, "kd": {}}, "gradient_accumulation_steps": 2}
@@ -182,7 +182,7 @@ def test_a_run_keeps_the_student_before_and_ends_with_a_plain_one(tmp_path: Path
     assert (tmp_path / "whole" / FOLDER / "preprocessor_config.json").is_file() and before.keys() == weights.keys()
     assert all(torch.equal(before[name], weights[name]) for name in weights)  # step 3 is the last one before
     assert any(not torch.equal(before[name], tensor) for name, tensor in run.student.state_dict().items())
-    assert quantization_words(run) == "the last 1 steps with fake int8, from 0.001 to 0"
+    assert quantization_words(run) == "the last 1 steps with fake int8, from 0.0001 to 0"
 
 
 def test_quantised_steps_resume_bit_for_bit(tmp_path: Path) -> None:
