@@ -184,9 +184,8 @@ class Store:
             "unlabelled": getattr(dataset, "num_unlabelled", 0),
             **transform,
         }
-        found = {key: self.content.get(key) for key in ("images", "classes", "task", "unlabelled")} | self.content[
-            "transform"
-        ]
+        found = {key: self.content.get(key) for key in ("images", "classes", "task", "unlabelled")}
+        found |= {"views_version": 1} | self.content["transform"]  # before the versions there was one
         expected = json.loads(json.dumps(expected))
         wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
         if wrong:

@@ -172,6 +172,17 @@ def test_another_transform_is_named(stored: Path, tmp_path: Path, changes: Any, 
         trainer(tmp_path, Store(stored), BCD, **changes)
 
 
+def test_views_of_other_code_are_named(copied: Path, tmp_path: Path) -> None:
+    content = json.loads((copied / "store.json").read_text())
+    assert content["transform"].pop("views_version") == 1
+    (copied / "store.json").write_text(json.dumps(content))
+    trainer(tmp_path, Store(copied), BCD)  # older than the number
+    content["transform"]["views_version"] = 0
+    (copied / "store.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="views_version is 0 there and 1 here"):
+        trainer(tmp_path, Store(copied), BCD)
+
+
 def test_other_pictures_and_classes_are_named(stored: Path, tmp_path: Path) -> None:
     data = scenes(train=6)["train"]
     with pytest.raises(UserError, match="unlabelled is 0 there and 8 here"):
