@@ -20,7 +20,7 @@ from ..data import DenseDatasets
 from ..data.dataset import TransformedDataset
 from ..losses import DistillationCriterion
 from ..stores.codecs import Column
-from ..stores.needs import check_storable, read_by, tensors_of
+from ..stores.needs import check_storable, columns_of, read_by, tensors_of
 from ..stores.store import FORMAT, STATE_FILE, fingerprint
 from ..stores.writing import begin, choose, write_shards
 from ..tasks import Task, task_of
@@ -92,12 +92,7 @@ class Reinforcer:
             for criterion in self.criteria:
                 found |= read_by(criterion, output, targets, student)
             return found
-        known = tensors_of(output)
-        for criterion in self.criteria:
-            for name, loss in criterion.by_name().items():
-                if any(key not in known for key in names):
-                    known |= loss.digest(criterion.seen_by(name, output), targets) or {}
-        return {name: known[name] for name in names}
+        return columns_of(self.criteria, output, targets, names)
 
     def state(self) -> dict[str, Tensor]:
         """What the losses' student sides need of their teacher sides."""

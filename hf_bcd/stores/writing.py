@@ -26,6 +26,8 @@ MAX_DENSE_CLASSES, TOP_CLASSES = 64, 16
 MAX_DIVERGENCE = 0.01  # nat, of the relations' rows
 RANKS = (8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224)
 PRECISIONS = ("compact", "half", "exact")
+KL_OF_CLASSES, KL_OF_ROWS = "KL of the classes, nat", "KL of the relations' rows, nat"
+RELATIVE = "relative root mean square"
 
 
 class Chosen(NamedTuple):
@@ -67,21 +69,23 @@ def choose(name: str, samples: Sequence[Tensor], precision: str = "compact") -> 
 
 def _measured(name: str, column: Column, samples: Sequence[Tensor]) -> Chosen:
     """Mean loss of a codec over samples, in the measure of what the tensor is for."""
-    kind, errors = name.rpartition("/")[2], []
+    errors = []
     for x in samples:
         x = x.float().cpu()
         parts = column.unpack(column.pack(x))
-        kept = column.restore({part: value[None] for part, value in parts.items()})[0]
-        if kind == "relation":
-            errors.append(row_divergence(x, kept))
-        elif name == "logits":
-            errors.append(
-                F.kl_div(kept.log_softmax(0), x.log_softmax(0), log_target=True, reduction="sum") / x[0].numel()
-            )
-        else:
-            errors.append((x - kept).square().mean().sqrt() / x.square().mean().sqrt().clamp_min(1e-12))
-    measure = {"relation": "KL of the relations' rows, nat"}.get(kind, "relative root mean square")
-    return Chosen(column, torch.stack(errors).mean().item(), "KL of the classes, nat" if name == "logits" else measure)
+        errors.append(lost(name, x, column.restore({part: value[None] for part, value in parts.items()})[0]))
+    measure = KL_OF_CLASSES if name == "logits" else KL_OF_ROWS if name.endswith("/relation") else RELATIVE
+    return Chosen(column, torch.stack(errors).mean().item(), measure)
+
+
+def lost(name: str, exact: Tensor, kept: Tensor) -> Tensor:
+    """How far what is kept of a column's tensor `[C, h, w]` or `[h, w]` is from it, a scalar in the column's measure."""
+    if name.endswith("/relation"):
+        return row_divergence(exact, kept)
+    if name == "logits":
+        divergence = F.kl_div(kept.log_softmax(0), exact.log_softmax(0), log_target=True, reduction="sum")
+        return divergence / exact[0].numel()
+    return (exact - kept).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-12)
 
 
 def begin(folder: Path, content: Mapping[str, Any]) -> list[Path]:
