@@ -299,7 +299,7 @@ class StoredTeacher:
             if not loss.digested:
                 continue
             made, wanted = self.store.content["losses"].get(name), json.loads(json.dumps(loss.digested))
-            if made != wanted:
+            if made is None or made != {key: wanted.get(key) for key in made}:  # an older store names fewer
                 there = "was made without it" if made is None else f"has it with {made}"
                 raise UserError(
                     f"loss {name!r} has the options {wanted}, but the stored teacher {self.store.source} {there}. Use these "
