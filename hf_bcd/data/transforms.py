@@ -25,6 +25,8 @@ from .masks import transform_masks
 PADDING = {tv_tensors.Image: [124, 116, 104], tv_tensors.Mask: IGNORE_INDEX}
 LUMA = np.array([0.299, 0.587, 0.114])
 CROP_ATTEMPTS = 10
+VIEWS_VERSION = 1
+"""What a seed, a view and an index give; raised with every change of it, since stores hold no pictures of their views."""
 
 Overlap = tuple[int, int, int, int]
 

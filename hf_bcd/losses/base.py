@@ -131,6 +131,15 @@ class DistillationLoss(nn.Module, ABC):
         """
         return None
 
+    def lost(self, exact: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
+        """What the loss notices of a codec of its digest: KL divergence in nat, a scalar.
+
+        Args:
+            exact: as `digest` gives it.
+            kept: what a store gives back of it.
+        """
+        raise NotImplementedError
+
     @property
     def digested(self) -> dict[str, Any]:
         """The options that decide what `digest` gives."""

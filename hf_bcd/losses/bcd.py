@@ -1,6 +1,7 @@
 """Boundary and context distillation (BCD), https://huggingface.co/papers/2401.13174."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -12,7 +13,7 @@ from ..outputs import DenseOutput, Objects, Targets
 from ..utils.messages import UserError
 from .base import CalibrationBatches, DistillationLoss, Pair, Progress, check_positive
 from .boundary import Mode, boundary_divergence, boundary_strength, check_mode, different_neighbour, spatial_divergence
-from .context import literal_relation, related, relation_map
+from .context import literal_relation, related, relation_map, row_divergence
 from .modules.aggregate import Readout, SelfRelationHead, StudentHead, TeacherHead, boundary_share
 from .modules.schedules import Temperature
 from .ops.functional import at_least_float32, grid_size, resize, spatial_size
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 TeacherHeadKind = Literal["calibrated", "orthogonal", "logits"]
 Regions = Literal["instances", "classes"]
-BOUNDARY, RELATION = "bcd/boundary", "bcd/relation"
+BOUNDARY, RELATION, LEVELS = "bcd/boundary", "bcd/relation", "bcd/levels/"
 
 # without any labels: share of positions of the stride-8 grid with another class less than 3 away. Labels have 0.44 on CamVid at
 # 480x360 and 0.32 on two pictures of ADE20K at 683x512.
@@ -122,7 +123,7 @@ class BCDLoss(DistillationLoss):
         line_offsets(radius)  # fails here, not at the first step
         self.mode: Mode = mode
         self.teacher_head_kind: TeacherHeadKind = teacher_head
-        self.radius, self.kappa, self.stride = radius, kappa, stride
+        self.radius, self.kappa, self.stride, self.reduced_channels = radius, kappa, stride, reduced_channels
         self.student_head = StudentHead(pair.student, **widths)
         if teacher_head == "logits":
             self.needs = frozenset({"features", "scores"})
@@ -140,34 +141,52 @@ class BCDLoss(DistillationLoss):
         mask = targets.valid(size)
         student_features = self.student_head.aggregate(student.features, size)
         with record_function("bcd/teacher"):
-            known = teacher.digest if BOUNDARY in teacher.digest else self._reduced(teacher, size, mask)
+            known = self._known(teacher, size, mask)
         with record_function("bcd/boundary"):
             boundary = self._boundary(student, student_features, known[BOUNDARY], mask)
         with record_function("bcd/context"):
             context = self._context(student_features, known[RELATION], mask)
         return {"boundary": boundary, "context": context}
 
-    def _reduced(self, teacher: DenseOutput, size: tuple[int, int], mask: Tensor) -> dict[str, Tensor]:
+    def _known(self, teacher: DenseOutput, size: tuple[int, int], mask: Tensor) -> dict[str, Tensor]:
         """The teacher's boundary map, and its features as `_context` takes them."""
+        if RELATION in teacher.digest:  # of an older store
+            return dict(teacher.digest)
+        if BOUNDARY in teacher.digest:
+            return {BOUNDARY: teacher.digest[BOUNDARY], RELATION: self._relations(teacher.digest, size)}
         features = self.teacher_head(teacher.features, size)
         relations = features if self.mode == "paper" else relation_map(features)
         return {BOUNDARY: self.teacher_boundary(teacher, features, mask), RELATION: relations}
 
     @torch.no_grad()
+    def _relations(self, digest: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+        levels = {name: digest[LEVELS + name] for name in self.teacher_head.aggregate.reduce}
+        return relation_map(self.teacher_head.aggregate.fused(levels, size))
+
+    @torch.no_grad()
     def digest(self, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor] | None:
-        """The hard boundary map `[B, h, w]` and features `[B, C, h, w]` whose inner products are the relations.
+        """The hard boundary map `[B, h, w]`, and the levels that the teacher's head fuses: far fewer numbers than it makes of them.
 
         None for the printed equations, which normalise the teacher's features over the batch.
         """
         if self.mode == "paper":
             return None
         size = grid_size(targets.size, self.stride)
-        return self._reduced(teacher, size, targets.valid(size))
+        aggregate = self.teacher_head.aggregate
+        levels = aggregate.narrowed(teacher.features, size)
+        boundary = self.teacher_boundary(teacher, aggregate.fused(levels, size), targets.valid(size))
+        return {BOUNDARY: boundary} | {LEVELS + name: level for name, level in levels.items()}
+
+    @torch.no_grad()
+    def lost(self, exact: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
+        first, second = (self._relations(digest, spatial_size(exact[BOUNDARY])) for digest in (exact, kept))
+        return torch.stack([row_divergence(*pair) for pair in zip(first, second, strict=True)]).mean()
 
     @property
     def digested(self) -> dict[str, Any]:
         names = ("mode", "teacher_head_kind", "radius", "stride", "boundary_regions")
-        return {name: getattr(self, name) for name in names} | {"channels": self.teacher_head.readout.in_channels}
+        widths = {"channels": self.teacher_head.readout.in_channels, "reduced_channels": self.reduced_channels}
+        return {name: getattr(self, name) for name in names} | widths
 
     def _boundary(self, student: DenseOutput, features: Tensor, hard_teacher: Tensor, mask: Tensor) -> Tensor:
         tau = self.boundary_temperature.value.clone()  # autograd keeps it, and `after_step` writes in place

@@ -1,5 +1,6 @@
 """Context distillation, Eq. 4 and 5 of the BCD paper (https://huggingface.co/papers/2401.13174)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -87,3 +88,23 @@ def context_distillation_loss(
     _check_same_grid(student, teacher)
     student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
     return tau**2 * literal_relation(student, teacher, tau=tau, mask=mask).mean()
+
+
+def row_divergence(exact: Tensor, kept: Tensor, block: int = 1024) -> Tensor:
+    """Mean KL divergence in nat between the relations of positions before and after a codec, a scalar.
+
+    Args:
+        exact: features `[C, h, w]`, whose inner products are the relation; row softmaxes without the diagonal.
+        kept: features `[C', h, w]` of the same positions.
+        block: rows at a time.
+    """
+    first, second = exact.flatten(1).mT, kept.flatten(1).mT
+    total, count = first.new_zeros(()), len(first)
+    for start in range(0, count, block):
+        logs = []
+        for x in (first, second):
+            gram = x[start : start + block] @ x.mT
+            gram[torch.arange(len(gram)), torch.arange(start, start + len(gram))] = -torch.inf
+            logs.append(gram.log_softmax(1))
+        total += F.kl_div(*(log.nan_to_num(neginf=-1e4) for log in reversed(logs)), log_target=True, reduction="sum")
+    return total / count

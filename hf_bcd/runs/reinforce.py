@@ -20,9 +20,9 @@ from ..data import DenseDatasets
 from ..data.dataset import TransformedDataset
 from ..losses import DistillationCriterion
 from ..stores.codecs import Column
-from ..stores.needs import check_storable, read_by, tensors_of
+from ..stores.needs import check_storable, columns_of, read_by, tensors_of
 from ..stores.store import FORMAT, STATE_FILE, fingerprint
-from ..stores.writing import begin, choose, write_shards
+from ..stores.writing import Chosen, begin, choose, choose_together, write_shards
 from ..tasks import Task, task_of
 from ..training.config import BCDConfig
 from ..training.evaluation import moved
@@ -92,12 +92,7 @@ class Reinforcer:
             for criterion in self.criteria:
                 found |= read_by(criterion, output, targets, student)
             return found
-        known = tensors_of(output)
-        for criterion in self.criteria:
-            for name, loss in criterion.by_name().items():
-                if any(key not in known for key in names):
-                    known |= loss.digest(criterion.seen_by(name, output), targets) or {}
-        return {name: known[name] for name in names}
+        return columns_of(self.criteria, output, targets, names)
 
     def state(self) -> dict[str, Tensor]:
         """What the losses' student sides need of their teacher sides."""
@@ -194,7 +189,7 @@ def make_store(
     config, dataset = reinforcer.config, reinforcer.dataset
     fit_loaders(config)
     measured = measure(reinforcer, columns)
-    chosen = {name: choose(name, samples, precision) for name, samples in measured.items()}
+    chosen = choose_codecs(reinforcer, measured, precision)
     content = describe(reinforcer, views) | {
         "columns": {
             name: {"codec": one.column.codec, "shape": list(one.column.shape), "error": float(f"{one.error:.4g}"), "measure": one.measure}
@@ -217,6 +212,27 @@ def make_store(
         there = write_shards(paths, total, rows_of, rank=config.process_index, ranks=config.world_size)
     if there:
         logger.warning("%s: %d of %d files were there already", folder, there, len(paths))
+
+
+def choose_codecs(
+    reinforcer: Reinforcer, measured: Mapping[str, Sequence[Tensor]], precision: str
+) -> dict[str, Chosen]:
+    """The codec of each tensor of `measured`; of levels that a loss fuses, by what it makes of them."""
+    found = dict[str, Chosen]()
+    if precision == "compact":
+        losses = {name: loss for criterion in reinforcer.criteria for name, loss in criterion.by_name().items()}
+        for name, loss in losses.items():
+            own = {key: samples for key, samples in measured.items() if key.startswith(f"{name}/")}
+            levels = [key for key in own if key.startswith(f"{name}/levels/")]
+            if not levels:
+                continue
+
+            def divergence(exact: Any, kept: Any, loss: Any = loss) -> Tensor:
+                device = reinforcer.config.device
+                return loss.lost(*({key: x.to(device) for key, x in one.items()} for one in (exact, kept)))
+
+            found |= choose_together(own, levels, divergence)
+    return {name: found.get(name) or choose(name, samples, precision) for name, samples in measured.items()}
 
 
 def measure(reinforcer: Reinforcer, columns: Sequence[str] = ()) -> dict[str, list[Tensor]]:

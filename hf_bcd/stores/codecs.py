@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..utils.messages import UserError
@@ -22,7 +21,7 @@ Shape = tuple[int, ...]
 Parts = dict[str, Tensor]
 SCORE_STEP = 0.25  # of logits, at least: a finer one costs bytes, and moves no distribution by 0.01 nat
 LOG_STEP = 0.125  # of log-probabilities
-RELATION_STEP = 0.0625  # of relation features, whose norm is 4 for 256 channels; adds 0.003 nat
+RELATION_STEP = 0.0625  # of relation features, in stores that have these
 COMPRESSION = 9  # of zstd: a third smaller than the default's, and as fast to read
 LEVELS = 127
 
@@ -55,15 +54,14 @@ def _dequantised(parts: Parts, shape: Shape) -> Tensor:
     return torch.addcmul(parts["middle"][..., None, None], parts["x"].float(), parts["step"][..., None, None])
 
 
-def principal(x: Tensor, rank: int) -> Parts:
-    """`[C, h, w]` by its own first `rank` principal directions, which keep the inner products of positions best.
+def even(x: Tensor, step: float) -> Parts:
+    """`[C, h, w]` in even steps, the same of all channels, so that weak ones cost few bits; wider ones where 127 do not reach."""
+    step_ = (x.abs().amax() / LEVELS).clamp_min(step)
+    return {"x": (x / step_).round().to(torch.int8), "step": step_.view(1)}
 
-    All have one step, so that weak directions cost few bits.
-    """
-    positions = x.flatten(1).mT.double()
-    _, vectors = torch.linalg.eigh(positions.mT @ positions)  # ascending
-    projected = (positions @ vectors[:, -rank:].flip(1)).mT.float().unflatten(1, x.shape[1:])
-    return {"x": (projected / RELATION_STEP).round().clamp(-LEVELS, LEVELS).to(torch.int8)}
+
+def _no_longer(x: Tensor) -> Parts:
+    raise UserError("the codec principal is only read; make the store again in another folder.")
 
 
 def top_classes(logits: Tensor, count: int) -> Parts:
@@ -106,18 +104,24 @@ def _scaled(shape: Shape) -> dict[str, tuple[Any, Shape]]:
 
 
 def codec_of(name: str) -> Codec:
-    """The codec of a name: `exact`, `half`, `int8`, `scores`, `bits`, `principal:RANK` or `top:COUNT`.
+    """The codec of a name: `exact`, `half`, `int8`, `scores`, `bits`, `even:STEP` or `top:COUNT`; in older stores `principal:RANK`.
 
     Raises:
         UserError: for any other name.
     """
     kind, _, number = name.partition(":")
+    if kind == "even" and is_positive(number):
+        return Codec(
+            lambda shape: {"x": (np.int8, shape), "step": (np.float32, (1,))},
+            partial(even, step=float(number)),
+            lambda parts, shape: parts["x"].float() * parts["step"][..., None, None],
+        )
     if kind in ("principal", "top") and number.isdigit() and int(number):
         count = int(number)
         if kind == "principal":
             return Codec(
                 lambda shape: {"x": (np.int8, (count, *shape[1:]))},
-                partial(principal, rank=count),
+                _no_longer,
                 lambda parts, shape: parts["x"].float() * RELATION_STEP,
             )
 
@@ -128,8 +132,15 @@ def codec_of(name: str) -> Codec:
 
         return Codec(layout, partial(top_classes, count=count), _all_classes)
     if name not in CODECS:
-        raise UserError(f"{name!r} is no codec; choose one of {', '.join(CODECS)}, principal:RANK, top:COUNT.")
+        raise UserError(f"{name!r} is no codec; choose one of {', '.join(CODECS)}, even:STEP, top:COUNT.")
     return CODECS[name]
+
+
+def is_positive(number: str) -> bool:
+    try:
+        return 0 < float(number) < float("inf")
+    except ValueError:
+        return False
 
 
 CODECS = {
@@ -186,6 +197,11 @@ class Column:
         """The tensors `[B, *shape]` of a batch's parts, float32, on the parts' device."""
         return codec_of(self.codec).restore(dict(parts), self.shape)
 
+    def kept(self, x: Tensor) -> Tensor:
+        """What comes back of a tensor `[*shape]`."""
+        parts = self.unpack(self.pack(x))
+        return self.restore({name: part[None] for name, part in parts.items()})[0]
+
     @property
     def _layout(self) -> dict[str, tuple[Any, Shape]]:
         return codec_of(self.codec).layout(self.shape)
@@ -204,23 +220,3 @@ def unfiltered(array: np.ndarray) -> np.ndarray:
     if array.itemsize > 1 or array.ndim < 2:
         return array.copy()
     return np.add.accumulate(array.view(np.uint8), axis=-1, dtype=np.uint8).view(array.dtype)
-
-
-def row_divergence(exact: Tensor, kept: Tensor, block: int = 1024) -> Tensor:
-    """Mean KL divergence in nat between the relations of positions before and after a codec, a scalar.
-
-    Args:
-        exact: features `[C, h, w]`, whose inner products are the relation; row softmaxes without the diagonal.
-        kept: features `[C', h, w]` of the same positions.
-        block: rows at a time.
-    """
-    first, second = exact.flatten(1).mT, kept.flatten(1).mT
-    total, count = first.new_zeros(()), len(first)
-    for start in range(0, count, block):
-        logs = []
-        for x in (first, second):
-            gram = x[start : start + block] @ x.mT
-            gram[torch.arange(len(gram)), torch.arange(start, start + len(gram))] = -torch.inf
-            logs.append(gram.log_softmax(1))
-        total += F.kl_div(*(log.nan_to_num(neginf=-1e4) for log in reversed(logs)), log_target=True, reduction="sum")
-    return total / count

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..losses import DistillationCriterion
 from ..losses.base import DistillationLoss
+from ..losses.criterion import teacher_of
 from ..outputs import DenseOutput, Targets
 from ..utils.messages import UserError
 
@@ -77,6 +78,30 @@ def read_by(
             with torch.enable_grad():  # some losses take the gradient of a term
                 copy.deepcopy(loss)(criterion.seen_by(name, student), noted, targets)
     return found | {name: tensor for name, tensor in tensors_of(output).items() if name in names}
+
+
+def columns_of(
+    criteria: Iterable[DistillationCriterion],
+    output: DenseOutput,
+    targets: Targets,
+    names: Iterable[str],
+    teacher: str = "",
+) -> dict[str, Tensor]:
+    """Columns of a store from a teacher's output, by name: those of `names` that it or the losses give.
+
+    Args:
+        criteria: with the losses that digest it.
+        output: of the teacher.
+        targets: of the same images.
+        names: of the columns.
+        teacher: its name, where the criteria have losses of several.
+    """
+    known, names = tensors_of(output), list(names)
+    for criterion in criteria:
+        for name, loss in criterion.by_name().items():
+            if teacher_of(name) == teacher and any(key not in known for key in names):
+                known |= loss.digest(criterion.seen_by(name, output), targets) or {}
+    return {name: known[name] for name in names if name in known}
 
 
 def output_like(output: DenseOutput, criterion: DistillationCriterion) -> DenseOutput:

@@ -184,9 +184,8 @@ class Store:
             "unlabelled": getattr(dataset, "num_unlabelled", 0),
             **transform,
         }
-        found = {key: self.content.get(key) for key in ("images", "classes", "task", "unlabelled")} | self.content[
-            "transform"
-        ]
+        found = {key: self.content.get(key) for key in ("images", "classes", "task", "unlabelled")}
+        found |= {"views_version": 1} | self.content["transform"]  # before the versions there was one
         expected = json.loads(json.dumps(expected))
         wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
         if wrong:
@@ -226,8 +225,12 @@ class StoredViews(TransformedDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample, with the parts of each teacher's output for it under `stored`."""
-        sample = super().__getitem__(index)
-        view = sample["index"], int(self._epoch), sample["pixel_values"]
+        return self.stored_view(index, int(self._epoch))
+
+    def stored_view(self, index: int, number: int) -> dict[str, Any]:
+        """As `[index]`, of the view with a number."""
+        sample = self.view(index, number)
+        view = sample["index"], number, sample["pixel_values"]
         return {**sample, "stored": {name: store.read(*view) for name, store in self.stores.items()}}
 
 
@@ -296,7 +299,7 @@ class StoredTeacher:
             if not loss.digested:
                 continue
             made, wanted = self.store.content["losses"].get(name), json.loads(json.dumps(loss.digested))
-            if made != wanted:
+            if made is None or made != {key: wanted.get(key) for key in made}:  # an older store names fewer
                 there = "was made without it" if made is None else f"has it with {made}"
                 raise UserError(
                     f"loss {name!r} has the options {wanted}, but the stored teacher {self.store.source} {there}. Use these "
@@ -305,12 +308,14 @@ class StoredTeacher:
             own = {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
             loss.load_state_dict(own, strict=False)
 
+    @torch.no_grad()
+    def tensors(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The columns of the store for a training batch, on its device."""
+        return {name: self.store.columns[name].restore(parts) for name, parts in batch["stored"][self.name].items()}
+
     def for_batch(self, batch: Mapping[str, Any], pixel_mask: Tensor | None = None) -> DenseOutput:
         """The teacher's output for a training batch, on its device."""
-        with torch.no_grad():
-            tensors = {
-                name: self.store.columns[name].restore(parts) for name, parts in batch["stored"][self.name].items()
-            }
+        tensors = self.tensors(batch)
         digest = {
             name: x for name, x in tensors.items() if name.partition("/")[0] not in ("logits", "features", "pyramid")
         }

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..utils.files import read_json, write_json
 from ..utils.messages import UserError
 from ..utils.text import shortened
-from .codecs import Column, row_divergence
+from .codecs import Column
 from .store import SHARD, STORE_FILE
 
 
@@ -23,9 +24,11 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_SHARD = 256
 MAX_DENSE_CLASSES, TOP_CLASSES = 64, 16
-MAX_DIVERGENCE = 0.01  # nat, of the relations' rows
-RANKS = (8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224)
+MAX_DIVERGENCE = 0.01  # nat, of what a loss makes of its levels
+STEPS = tuple(2 ** (1 - number / 6) for number in range(43))  # of the levels' root mean square: from 2 to 1/64
 PRECISIONS = ("compact", "half", "exact")
+KL_OF_CLASSES, KL_OF_ROWS = "KL of the classes, nat", "KL of what the loss makes of it, nat"
+RELATIVE = "relative root mean square"
 
 
 class Chosen(NamedTuple):
@@ -43,45 +46,66 @@ def choose(name: str, samples: Sequence[Tensor], precision: str = "compact") -> 
         name: of the column.
         samples: the tensor `[C, h, w]` or `[h, w]` of some views.
         precision: `compact`; `half` for float16 or `exact` for float32 of all that is no map of bits.
-
-    Raises:
-        UserError: no rank keeps relations to within `MAX_DIVERGENCE`.
     """
-    shape, kind = tuple(samples[0].shape), name.rpartition("/")[2]
-    if kind == "boundary":
+    shape = tuple(samples[0].shape)
+    if name.endswith("/boundary"):
         return _measured(name, Column("bits", shape), samples)
     if precision != "compact":
         return _measured(name, Column(precision, shape), samples)
-    if kind == "relation":
-        ranks = [rank for rank in RANKS if rank < shape[0]] + [shape[0]]
-        for rank in ranks:
-            found = _measured(name, Column(f"principal:{rank}", shape), samples)
-            if found.error <= MAX_DIVERGENCE:
-                return found
-        return found
     if name == "logits":
         top = shape[0] > MAX_DENSE_CLASSES
         return _measured(name, Column(f"top:{TOP_CLASSES}" if top else "scores", shape), samples)
     return _measured(name, Column("int8", shape), samples)
 
 
+def choose_together(
+    samples: Mapping[str, Sequence[Tensor]],
+    names: Sequence[str],
+    divergence: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor],
+) -> dict[str, Chosen]:
+    """The widest step for several levels of which a loss makes one thing, so that this moves by `MAX_DIVERGENCE` at most.
+
+    Args:
+        samples: tensors of some views, by name.
+        names: of the levels `[C, h, w]` among them.
+        divergence: what the loss makes of the exact and the kept tensors of a view, each `[1, ...]`, in nat.
+    """
+    squares = [(x.float().square().sum(), x.numel()) for name in names for x in samples[name]]
+    scale = float((sum(x for x, _ in squares) / sum(count for _, count in squares)) ** 0.5) or 1.0
+    views = [dict(zip(samples, one, strict=True)) for one in zip(*samples.values(), strict=True)]
+    errors = dict[int, float]()
+
+    def columns(place: int) -> dict[str, Column]:
+        return {name: Column(f"even:{scale * STEPS[place]:.4g}", tuple(samples[name][0].shape)) for name in names}
+
+    def error(place: int) -> float:
+        found = []
+        for view in views:
+            kept = {name: column.kept(view[name])[None] for name, column in columns(place).items()}
+            exact = {name: x[None].float().cpu() for name, x in view.items()}
+            found.append(divergence(exact, exact | kept).cpu())
+        errors[place] = torch.stack(found).mean().item()
+        return errors[place]
+
+    place = bisect_left(range(len(STEPS) - 1), True, key=lambda place: error(place) <= MAX_DIVERGENCE)
+    found = errors[place] if place in errors else error(place)
+    return {name: Chosen(column, found, KL_OF_ROWS) for name, column in columns(place).items()}
+
+
 def _measured(name: str, column: Column, samples: Sequence[Tensor]) -> Chosen:
     """Mean loss of a codec over samples, in the measure of what the tensor is for."""
-    kind, errors = name.rpartition("/")[2], []
+    errors = []
     for x in samples:
-        x = x.float().cpu()
-        parts = column.unpack(column.pack(x))
-        kept = column.restore({part: value[None] for part, value in parts.items()})[0]
-        if kind == "relation":
-            errors.append(row_divergence(x, kept))
-        elif name == "logits":
-            errors.append(
-                F.kl_div(kept.log_softmax(0), x.log_softmax(0), log_target=True, reduction="sum") / x[0].numel()
-            )
-        else:
-            errors.append((x - kept).square().mean().sqrt() / x.square().mean().sqrt().clamp_min(1e-12))
-    measure = {"relation": "KL of the relations' rows, nat"}.get(kind, "relative root mean square")
-    return Chosen(column, torch.stack(errors).mean().item(), "KL of the classes, nat" if name == "logits" else measure)
+        errors.append(lost(name, x.float().cpu(), column.kept(x)))
+    return Chosen(column, torch.stack(errors).mean().item(), KL_OF_CLASSES if name == "logits" else RELATIVE)
+
+
+def lost(name: str, exact: Tensor, kept: Tensor) -> Tensor:
+    """How far what is kept of a column's tensor `[C, h, w]` or `[h, w]` is from it, a scalar in the column's measure."""
+    if name == "logits":
+        divergence = F.kl_div(kept.log_softmax(0), exact.log_softmax(0), log_target=True, reduction="sum")
+        return divergence / exact[0].numel()
+    return (exact - kept).square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-12)
 
 
 def begin(folder: Path, content: Mapping[str, Any]) -> list[Path]:

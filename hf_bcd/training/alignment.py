@@ -14,6 +14,7 @@ from ..stores import StoredTeacher
 from ..tasks import Task
 from ..utils.files import write_json
 from ..utils.messages import UserError
+from .agreement import check_agreement
 from .config import BCDConfig
 from .distiller import Distiller
 from .evaluation import evaluated, moved
@@ -117,6 +118,8 @@ def check_teachers(
                 write_teaching(found, Path(args.output_dir or "."), distiller.student.id2label)
                 written = True
             if isinstance(one, StoredTeacher):
+                if getattr(dataset.dataset, "labelled", None) == 0:
+                    check_agreement(one, dataset, task, args, distiller.criterion, collate)
                 batch = moved(collate([dataset[0]]), args)
                 targets = task.targets(batch, distiller.student.num_labels)
                 with evaluated(distiller), torch.no_grad():

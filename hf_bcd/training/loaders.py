@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 
 from ..data import TransformedStream
 from ..data.dataset import TransformedDataset
+from ..data.transforms import VIEWS_VERSION
 from ..stores import Store, StoredViews
 from ..tasks import Task
 from ..utils.messages import UserError
@@ -208,8 +209,9 @@ def stored_views(stores: Mapping[str, Store], dataset: Any, task: Task, args: BC
 
 
 def view_options(task: Task, args: BCDConfig) -> dict[str, Any]:
-    """The training arguments that decide what a view shows."""
-    return {name: getattr(args, name) for name in VIEW_NAMES} | {"augmentation": task.augmentation(args)}
+    """What decides what a view shows: training arguments, and the version of the code that heeds them."""
+    options = {name: getattr(args, name) for name in VIEW_NAMES}
+    return options | {"augmentation": task.augmentation(args), "views_version": VIEWS_VERSION}
 
 
 def spread_samples(dataset: Any, count: int) -> list[Any]:

@@ -1,11 +1,13 @@
 """Codecs: what comes back, what it costs, and that nothing depends on the batch."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
-from hf_bcd.losses.context import relation_map
-from hf_bcd.stores.codecs import Column, filtered, row_divergence, unfiltered
-from hf_bcd.stores.writing import MAX_DIVERGENCE, choose
+from hf_bcd.losses.context import relation_map, row_divergence
+from hf_bcd.stores.codecs import Column, filtered, unfiltered
+from hf_bcd.stores.writing import MAX_DIVERGENCE, choose, choose_together
 from hf_bcd.utils.messages import UserError
 
 
@@ -62,16 +64,35 @@ def test_above_64_classes_the_largest_are_kept_and_the_rest_has_its_mass() -> No
     assert (rest - (1 - x.softmax(0).gather(0, top.indices).sum(0))).abs().max() < 0.05
 
 
-def test_relations_keep_the_rows_to_a_hundredth_of_a_nat_and_turn_freely() -> None:
-    features = relation_map(torch.randn(1, 32, 4, 12, 10).sum(2) + 3 * smooth(32, (12, 10)))[0]
-    found = choose("bcd/relation", [features])
-    rank = int(found.column.codec.partition(":")[2])
-    assert 8 <= rank <= 32
-    assert found.error <= MAX_DIVERGENCE
-    kept = there_and_back(found.column, features)[0]
-    assert kept.shape == (rank, 12, 10)  # fewer channels, whose inner products are the same
-    ours, theirs = (x.flatten(1).mT @ x.flatten(1) for x in (features, kept))
-    assert (ours - theirs).abs().max() < 0.1 * ours.abs().max()
+def test_levels_share_the_widest_step_that_moves_their_relations_by_a_hundredth_of_a_nat() -> None:
+    levels = {"fine": [3 * smooth(16, (12, 10), seed) for seed in range(2)], "coarse": [smooth(8, (12, 10), 5)] * 2}
+    views: list[int] = []
+
+    def divergence(exact: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        views.append(len(exact))
+        joined = [relation_map(torch.cat([x["fine"], x["coarse"]], 1))[0] for x in (exact, kept)]
+        return row_divergence(*joined)
+
+    found = choose_together(levels, list(levels), divergence)
+    steps = {float(one.column.codec.partition(":")[2]) for one in found.values()}
+    assert len(steps) == 1
+    assert 0 < next(iter(found.values())).error <= MAX_DIVERGENCE
+    wider = {name: Column(f"even:{1.15 * next(iter(steps))}", one.column.shape) for name, one in found.items()}
+    moved = [
+        divergence({name: x[view][None] for name, x in levels.items()},
+                   {name: wider[name].kept(x[view])[None] for name, x in levels.items()}) for view in range(2)
+    ]  # fmt: skip
+    assert torch.stack(moved).mean() > MAX_DIVERGENCE
+    assert len(views) < 20
+
+
+def test_even_steps_are_off_by_half_of_one_and_widen_where_127_do_not_reach() -> None:
+    x = smooth(3, (6, 8))
+    assert (Column("even:0.25", (3, 6, 8)).kept(x) - x).abs().max() <= 0.1251
+    x[0, 0, 0] = 1000.0
+    kept = Column("even:0.25", (3, 6, 8)).kept(x)
+    assert kept[0, 0, 0] == pytest.approx(1000)
+    assert (kept - x).abs().max() <= 1000 / 127 / 2 + 1e-3
 
 
 def test_row_divergence_agrees_with_a_plain_loop() -> None:
@@ -88,7 +109,7 @@ def test_row_divergence_agrees_with_a_plain_loop() -> None:
 
 def test_a_row_does_not_depend_on_the_others() -> None:
     x = torch.stack([smooth(8, (6, 6), seed) for seed in range(3)])
-    for codec in ("half", "int8", "scores", "principal:4", "top:3"):
+    for codec in ("half", "int8", "scores", "even:0.3", "top:3"):
         column = Column(codec, (8, 6, 6))
         together = there_and_back(column, *x)
         assert torch.equal(together, torch.cat([there_and_back(column, one) for one in x])), codec
@@ -99,3 +120,5 @@ def test_views_of_other_sizes_and_unknown_codecs_are_refused() -> None:
         Column("exact", (3, 4, 4)).pack(torch.zeros(3, 5, 5))
     with pytest.raises(UserError, match="'zip' is no codec"):
         Column("zip", (3, 4, 4)).pack(torch.zeros(3, 4, 4))
+    with pytest.raises(UserError, match="'even:nan' is no codec"):
+        Column("even:nan", (3, 4, 4)).pack(torch.zeros(3, 4, 4))

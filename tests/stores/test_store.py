@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hf_bcd.adapters import adapt
 from hf_bcd.runs.arguments import ModelArguments
 from hf_bcd.runs.reinforce import Reinforcer, build_reinforcer, make_store
 from hf_bcd.stores import Store, StoredTeacher, writing
+from hf_bcd.stores.codecs import filtered
 from hf_bcd.tasks import task_of
 from hf_bcd.utils.messages import UserError
 
@@ -85,8 +87,9 @@ def test_a_lossless_store_gives_what_the_teacher_gives_bit_for_bit(tmp_path: Pat
         level = next(iter(found.features))
         assert torch.equal(found.logits, expected["logits"])
         assert torch.equal(found.features[level], expected[f"features/{level}"])
-        for key in ("bcd/boundary", "bcd/relation"):
-            assert torch.equal(found.digest[key], expected[key].float()), key
+        assert found.digest.keys() == {key for key in expected if key.startswith("bcd/")}
+        for key, x in found.digest.items():
+            assert torch.equal(x, expected[key].float()), key
 
 
 def test_losses_of_a_lossless_store_equal_those_of_the_teacher(tmp_path: Path) -> None:
@@ -110,7 +113,8 @@ def test_a_compact_store_is_small_and_close(stored: Path, tmp_path: Path) -> Non
     store = Store(stored)
     codecs = {name: column.codec.partition(":")[0] for name, column in store.columns.items()}
     assert codecs == {
-        "bcd/boundary": "bits", "bcd/relation": "principal", "logits": "scores", "features/stride_32": "int8",
+        "bcd/boundary": "bits", "logits": "scores", "features/stride_32": "int8",
+        **{f"bcd/levels/stride_{stride}": "even" for stride in (4, 8, 16, 32)},
     }  # fmt: skip
     assert all(column["error"] < 0.02 for column in store.content["columns"].values())
     run = trainer(tmp_path, store, {**BCD, "cwd": {}})
@@ -172,6 +176,17 @@ def test_another_transform_is_named(stored: Path, tmp_path: Path, changes: Any, 
         trainer(tmp_path, Store(stored), BCD, **changes)
 
 
+def test_views_of_other_code_are_named(copied: Path, tmp_path: Path) -> None:
+    content = json.loads((copied / "store.json").read_text())
+    assert content["transform"].pop("views_version") == 1
+    (copied / "store.json").write_text(json.dumps(content))
+    trainer(tmp_path, Store(copied), BCD)  # older than the number
+    content["transform"]["views_version"] = 0
+    (copied / "store.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="views_version is 0 there and 1 here"):
+        trainer(tmp_path, Store(copied), BCD)
+
+
 def test_other_pictures_and_classes_are_named(stored: Path, tmp_path: Path) -> None:
     data = scenes(train=6)["train"]
     with pytest.raises(UserError, match="unlabelled is 0 there and 8 here"):
@@ -194,8 +209,10 @@ def test_losses_that_need_a_running_teacher_are_refused(stored: Path, tmp_path: 
 
 
 def test_options_that_the_store_was_not_made_for_are_named(stored: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="loss 'bcd' has the options .*'radius': 2"):
-        trainer(tmp_path, Store(stored), {"bcd": {**BCD["bcd"], "radius": 2}})
+    for other in ({"radius": 2}, {"reduced_channels": 4}):
+        ((key, value),) = other.items()
+        with pytest.raises(UserError, match=f"loss 'bcd' has the options .*'{key}': {value}"):
+            trainer(tmp_path, Store(stored), {"bcd": {**BCD["bcd"], **other}})
     trainer(
         tmp_path, Store(stored), {"bcd": {**BCD["bcd"], "kappa": 1.0, "weight": {"boundary": 1}}}
     )  # the student's side
@@ -254,6 +271,39 @@ def test_what_is_no_store_is_refused(copied: Path, tmp_path: Path) -> None:
     (copied / "store.json").write_text(json.dumps(content | {"format": 99}))
     with pytest.raises(UserError, match="format 99, but this version reads 1"):
         Store(copied)
+
+
+def test_stores_that_keep_relation_features_are_read(tmp_path: Path) -> None:
+    """As they were made before levels were kept: `principal:r` in steps of 1/16, and options without `reduced_channels`."""
+    make_store(tmp_path / "s", reinforcer(tmp_path, BCD), VIEWS, "exact")
+    new, old = Store(tmp_path / "s"), Path(shutil.copytree(tmp_path / "s", tmp_path / "old"))
+    run = trainer(tmp_path / "a", new, BCD)
+    bcd = run.distiller.criterion.by_name()["bcd"]
+    packed = []
+    for row in new.table:
+        parts = {name: column.unpack(row[name]) for name, column in new.columns.items()}
+        kept = {name: new.columns[name].restore({"x": one["x"][None]}) for name, one in parts.items()}
+        levels = (bcd._relations(kept, kept["bcd/boundary"].shape[-2:])[0] * 16).round().to(torch.int8).numpy()
+        packed.append(pyarrow.Codec("zstd").compress(filtered(levels).tobytes(), asbytes=True))
+    names = [name for name in new.columns if name != "bcd/boundary"]
+
+    def change(table: Any) -> Any:
+        return table.drop_columns(names).append_column("bcd/relation", pyarrow.array(packed, pyarrow.binary()))
+
+    rewritten(old, change)
+    content = json.loads((old / "store.json").read_text())
+    kept = {"codec": "principal:16", "shape": [16, *levels.shape[1:]], "error": 0.01, "measure": "KL"}
+    content["columns"] = {"bcd/boundary": content["columns"]["bcd/boundary"], "bcd/relation": kept}
+    del content["losses"]["bcd"]["reduced_channels"]
+    (old / "store.json").write_text(json.dumps(content))
+    values = []
+    for each in (run, trainer(tmp_path / "b", Store(old), BCD)):
+        each.distiller.load_state_dict(run.distiller.state_dict())
+        batch = each.data_collator([each.train_dataset[index] for index in range(4)])
+        each.current_gradient_accumulation_steps = 1
+        values.append(each.compute_loss(each.distiller.eval(), batch).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-2)
+    assert values[0] != values[1]
 
 
 def test_a_run_goes_on_with_the_same_store_only(stored: Path, tmp_path: Path) -> None:

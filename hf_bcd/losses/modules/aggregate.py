@@ -35,15 +35,29 @@ class FeatureAggregator(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
         """Aggregates `[B, C_k, h_k, w_k]` levels to `[B, channels, *size]` in float32 (or float64)."""
-        reduced = []
+        return self.fused(self.narrowed(features, size), size)
+
+    def narrowed(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """The levels as small as `fused` takes them: resized if they are finer than `size`, reduced if they are wider then."""
+        found = {}
         for name, convolution in self.reduce.items():
             level = at_least_float32(features[name])
             # a 1x1 convolution and a resize commute: do first what leaves fewer positions
-            if level.shape[-2] * level.shape[-1] > size[0] * size[1]:
-                reduced.append(convolution(resize(level, size)))
-            else:
-                reduced.append(resize(convolution(level), size))
+            level = resize(level, size) if level.shape[-2] * level.shape[-1] > size[0] * size[1] else level
+            found[name] = convolution(level) if _narrows(convolution) else level
+        return found
+
+    def fused(self, levels: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+        """Aggregates what `narrowed` gives."""
+        reduced = [
+            resize(levels[name] if _narrows(convolution) else convolution(levels[name]), size)
+            for name, convolution in self.reduce.items()
+        ]
         return self.fuse(torch.cat(reduced, dim=1))
+
+
+def _narrows(convolution: nn.Module) -> bool:
+    return convolution.in_channels > convolution.out_channels  # type: ignore[operator]
 
 
 class StudentHead(nn.Module):
