@@ -127,6 +127,10 @@ class Targets(Protocol):
         """Which positions of a grid over the images count: boolean `[B, h, w]`, False where void or padded."""
         ...
 
+    def weights(self, size: tuple[int, int]) -> Tensor:
+        """How much each position of a grid counts beside others: `[B, h, w]`, float32 >= 0, 0 where void or padded."""
+        ...
+
     def class_masks(self, size: tuple[int, int]) -> Tensor:
         """Where each class is on a grid over the images: `[B, K, h, w]`, boolean or in 0..1, 0 where void or padded."""
         ...
@@ -144,7 +148,7 @@ class LabelMaps:
             and accumulated batches with unequal void shares give the gradient of one large batch if all divide by the same.
         seen: pixels that distillation looks at, boolean `[B, H, W]`, where some pictures have no labels: all of theirs but for
             padding, and of the others those that are not void. By default those that are not void.
-        class_weights: weight of each class's pixels in task losses `[K]`; None for 1.
+        class_weights: weight of each class's pixels in task losses `[K]`, and in losses that ask for `weights`; None for 1.
 
     Raises:
         UserError: on the CPU, if an id is neither a class nor `ignore_index`.
@@ -172,6 +176,16 @@ class LabelMaps:
     def valid(self, size: tuple[int, int]) -> Tensor:
         """Positions that are not void, or `seen`, nearest neighbours: boolean `[B, *size]`."""
         return resize_nearest(self.ids != self.ignore_index if self.seen is None else self.seen, size)
+
+    def weights(self, size: tuple[int, int]) -> Tensor:
+        """Weights of the classes, nearest neighbours, 1 where there is no label: float32 `[B, *size]`, 0 where not `valid`."""
+        valid = self.valid(size)
+        if self.class_weights is None:
+            return valid.float()
+        ids = resize_nearest(self.ids, size).long()
+        void = ids == self.ignore_index
+        weights = self.class_weights.float()[ids.masked_fill(void, 0)].masked_fill(void, 1)
+        return weights.masked_fill(~valid, 0)
 
     def labelled(self) -> "LabelMaps":
         """The same for losses that compare with labels: pictures without any are void."""
@@ -217,6 +231,10 @@ class Objects:
         crowds = self.inside(self.crowds, size) if self.masks is None else self.covered(self.crowd_masks, size)
         void, seen = (torch.stack([one.any(0) for one in some]) for some in (crowds, self.objects(size)))
         return valid & (seen | ~void)
+
+    def weights(self, size: tuple[int, int]) -> Tensor:
+        """1 where `valid`, else 0: float32 `[B, *size]`."""
+        return self.valid(size).float()
 
     def class_masks(self, size: tuple[int, int]) -> Tensor:
         """Masks, or filled boxes, of each class: boolean `[B, K, *size]`; none where void."""

@@ -8,7 +8,7 @@ from adapters.adapter_tiny_detectors import objects
 from host_sync import no_host_synchronisation
 from torch import Tensor
 
-from hf_bcd.outputs import Objects, box_areas, one_hot, resize_nearest
+from hf_bcd.outputs import LabelMaps, Objects, box_areas, one_hot, resize_nearest
 from hf_bcd.utils.masks import pack
 
 
@@ -132,3 +132,13 @@ def test_a_crowds_mask_is_void_where_no_object_is() -> None:
         masks=[pack(thing)], crowd_masks=[pack(crowd)],
     )  # fmt: skip
     assert torch.equal(one.valid((16, 32)), thing | ~crowd) and torch.equal(one.class_masks((16, 32))[0], thing)
+
+
+def test_weights_are_those_of_the_classes_where_there_is_a_label() -> None:
+    ids = torch.tensor([[[0, 1], [2, 255]], [[255, 255], [255, 255]]])
+    plain, weights = LabelMaps(ids, 3), torch.tensor([0.5, 2.0, 4.0])
+    assert torch.equal(plain.weights((2, 2)), plain.valid((2, 2)).float())
+    assert LabelMaps(ids, 3, class_weights=weights).weights((2, 2))[0].tolist() == [[0.5, 2], [4, 0]]
+    seen = torch.tensor([[[True, True], [True, False]], [[True, True], [True, False]]])  # the second has no labels
+    assert LabelMaps(ids, 3, seen=seen, class_weights=weights).weights((2, 2))[1].tolist() == [[1, 1], [1, 0]]
+    assert torch.equal(targets().weights((4, 8)), targets().valid((4, 8)).float())

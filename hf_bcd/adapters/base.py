@@ -24,7 +24,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # of what a loss may need, what both models must have
 OF_BOTH = frozenset(
     {
-        "logits", "scores", "pyramid", "dense", "distributions", "tower", "queries", "mask_queries", "corners", "classes", "boxes",
+        "logits", "pyramid", "dense", "distributions", "tower", "queries", "mask_queries", "corners", "classes", "boxes",
         "final_boxes",
     }
 )  # fmt: skip
@@ -160,7 +160,7 @@ class DenseAdapter(nn.Module, ABC):
     @property
     def offers(self) -> frozenset[str]:
         """What losses may need of this model as a teacher, see `DistillationLoss.needs`."""
-        return frozenset({"features", "logits", "scores", *(["head"] if self.head_levels else [])})
+        return frozenset({"features", "logits", *(["head"] if self.head_levels else [])})
 
     def offers_with(self, teacher: "DenseAdapter") -> frozenset[str]:
         """What losses may need of the two models, if this one is the student."""

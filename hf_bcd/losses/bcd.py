@@ -12,7 +12,14 @@ from torch.profiler import record_function
 from ..outputs import DenseOutput, Objects, Targets
 from ..utils.messages import UserError
 from .base import CalibrationBatches, DistillationLoss, Pair, Progress, check_positive
-from .boundary import Mode, boundary_divergence, boundary_strength, check_mode, different_neighbour, spatial_divergence
+from .boundary import (
+    Mode,
+    boundary_divergence,
+    boundary_strength,
+    check_mode,
+    different_neighbour,
+    score_boundary_loss,
+)
 from .context import literal_relation, related, relation_map, row_divergence
 from .modules.aggregate import Readout, SelfRelationHead, StudentHead, TeacherHead, boundary_share
 from .modules.schedules import Temperature
@@ -74,7 +81,8 @@ class BCDLoss(DistillationLoss):
     Args:
         mode: `stable` (default) or `paper`, the equations as printed.
         teacher_head: `calibrated` fits the boundary readout to the teacher's classes before training; `orthogonal`
-            leaves it random ("only the student is trained"); `logits` takes boundaries from class scores on both sides.
+            leaves it random ("only the student is trained"); `logits` has no readout: how class scores change around each
+            position is compared, `score_boundary_loss`, which reaches decoder and classifier too.
         radius: radius of the boundary lines, in positions of the stride-8 grid.
         kappa: width of the student's boundary sigmoid.
         temperature: temperature of the relations at the start.
@@ -126,7 +134,8 @@ class BCDLoss(DistillationLoss):
         self.radius, self.kappa, self.stride, self.reduced_channels = radius, kappa, stride, reduced_channels
         self.student_head = StudentHead(pair.student, **widths)
         if teacher_head == "logits":
-            self.needs = frozenset({"features", "scores"})
+            self.needs = frozenset({"features", "logits"})
+            self.weights = {"boundary": 1.0, "context": 1.0}
             self.student_head.readout.requires_grad_(False)  # unused: DDP waits for gradients of all that require them
         self.teacher_head = TeacherHead(pair.teacher, **widths, seed=pair.seed)
         self.student_relation = self.teacher_relation = None
@@ -143,7 +152,10 @@ class BCDLoss(DistillationLoss):
         with record_function("bcd/teacher"):
             known = self._known(teacher, size, mask)
         with record_function("bcd/boundary"):
-            boundary = self._boundary(student, student_features, known[BOUNDARY], mask)
+            if self.teacher_head_kind == "logits":
+                boundary = self._among_scores(student, teacher, targets)
+            else:
+                boundary = self._boundary(student_features, known[BOUNDARY], mask)
         with record_function("bcd/context"):
             context = self._context(student_features, known[RELATION], mask)
         return {"boundary": boundary, "context": context}
@@ -188,16 +200,17 @@ class BCDLoss(DistillationLoss):
         widths = {"channels": self.teacher_head.readout.in_channels, "reduced_channels": self.reduced_channels}
         return {name: getattr(self, name) for name in names} | widths
 
-    def _boundary(self, student: DenseOutput, features: Tensor, hard_teacher: Tensor, mask: Tensor) -> Tensor:
+    @staticmethod
+    def _among_scores(student: DenseOutput, teacher: DenseOutput, targets: Targets) -> Tensor:
+        size = spatial_size(teacher.logits)
+        weights = targets.weights(size)
+        return score_boundary_loss(student.logits, teacher.logits, mask=targets.valid(size), weights=weights)
+
+    def _boundary(self, features: Tensor, hard_teacher: Tensor, mask: Tensor) -> Tensor:
         tau = self.boundary_temperature.value.clone()  # autograd keeps it, and `after_step` writes in place
-        if self.teacher_head_kind == "logits":
-            logits = resize(at_least_float32(student.logits), spatial_size(mask))
-            soft = class_affinity_boundary(logits, self.radius, mask)
-            divergence = spatial_divergence(soft, hard_teacher, tau=tau, mask=mask)
-        else:
-            field = self.student_head.boundary_field(features, mask)
-            strength, theta = boundary_strength(field, self.radius, mask), self.teacher_head.theta
-            divergence = boundary_divergence(strength, hard_teacher, theta, self.kappa, tau, mask, self.mode)
+        field = self.student_head.boundary_field(features, mask)
+        strength, theta = boundary_strength(field, self.radius, mask), self.teacher_head.theta
+        divergence = boundary_divergence(strength, hard_teacher, theta, self.kappa, tau, mask, self.mode)
         peak = self._peak(hard_teacher, mask, tau)
         self.boundary_temperature.observe(peak, mask.flatten(1).any(dim=1))  # one softmax an image
         return tau**2 * divergence.mean()

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..utils.messages import UserError
-from .ops.functional import at_least_float32, divergence, full_precision
+from .ops.functional import at_least_float32, divergence, full_precision, on_teacher_grid, weighted_means
 from .ops.path import line_ends, path_range
+from .ops.windows import window_divergence
 
 
 Mode = Literal["stable", "paper"]
@@ -93,6 +94,27 @@ def boundary_distillation_loss(
     hard_teacher = (boundary_strength(teacher, radius, mask) > theta).to(teacher.dtype)
     strength = boundary_strength(student, radius, mask)
     return tau**2 * boundary_divergence(strength, hard_teacher, theta, kappa, tau, mask, mode).mean()
+
+
+@full_precision
+def score_boundary_loss(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Boundary distillation among class scores: how the score of each class changes around each position.
+
+    `mean over images and, weighted, over positions of sum over classes of KL(softmax(t) ‖ softmax(s))`, the softmaxes over 3 x 3
+    windows of positions. Ours; not in the paper.
+
+    Args:
+        student: class scores `[B, K, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
+        weights: of positions, `[B, h', w']` >= 0; by default 1 where `mask` is True.
+
+    Returns:
+        Scalar >= 0 in nat, float32 or float64; 0 if the scores of each class differ by a constant.
+    """
+    student, teacher, mask = on_teacher_grid(student, teacher, mask)
+    weights = mask.to(student.dtype) if weights is None else weights
+    return weighted_means(window_divergence(student, teacher, mask).sum(dim=1), weights).mean()
 
 
 def boundary_divergence(

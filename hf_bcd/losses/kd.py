@@ -4,29 +4,31 @@ from torch import Tensor
 
 from ..outputs import DenseOutput, Targets
 from .base import DistillationLoss, Pair, check_positive
-from .ops.functional import divergence, full_precision, image_means, on_teacher_grid, spatial_size
+from .ops.functional import divergence, full_precision, on_teacher_grid, spatial_size, weighted_means
 
 
 @full_precision
 def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """Pixel-wise knowledge distillation.
 
-    `temperature² · mean over images and valid pixels of KL(softmax(z_teacher / T) ‖ softmax(z_student / T))` over
+    `temperature² · mean over images and, weighted by `mask`, over pixels of KL(softmax(z_teacher / T) ‖ softmax(z_student / T))` over
     classes.
 
     Args:
-        student: class scores `[B, K, h, w]`; `teacher` and `mask` are as in `on_teacher_grid`.
+        student: class scores `[B, K, h, w]`; `teacher` is as in `on_teacher_grid`.
+        mask: weights `[B, h', w']` >= 0 of the teacher's grid, or booleans; None for all alike.
         temperature: T, > 0.
 
     Returns:
         Scalar >= 0 in nat, 0 for equal scores; float32 or float64.
     """
     student, teacher, mask = on_teacher_grid(student, teacher, mask)
-    return temperature**2 * image_means(divergence(student, teacher, dim=1, tau=temperature), mask).mean()
+    pixels = divergence(student, teacher, dim=1, tau=temperature)
+    return temperature**2 * weighted_means(pixels, mask.to(pixels.dtype)).mean()
 
 
 class KDLoss(DistillationLoss):
-    """`kd_loss` between the logits of two models.
+    """`kd_loss` between the logits of two models; pixels weigh as in the task loss (`class_weights`).
 
     Args:
         temperature: T; 1 as in CIRKD's comparison, whose reduction and weight are these as well.
@@ -44,5 +46,5 @@ class KDLoss(DistillationLoss):
         self.temperature = temperature
 
     def forward(self, student: DenseOutput, teacher: DenseOutput, targets: Targets) -> dict[str, Tensor]:
-        mask = targets.valid(spatial_size(teacher.logits))
+        mask = targets.weights(spatial_size(teacher.logits))
         return {"kd": kd_loss(student.logits, teacher.logits, temperature=self.temperature, mask=mask)}

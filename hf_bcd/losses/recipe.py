@@ -50,11 +50,10 @@ LOSSES: dict[str, type[DistillationLoss]] = {
 }  # fmt: skip
 # every student and teacher offer these of what a loss may need, see `DistillationLoss.needs`; and all of label maps
 OFFERED_BY_ALL = frozenset({"features", "labels", "task_loss"})
-ALWAYS_OFFERED = OFFERED_BY_ALL | {"logits", "scores"}
+ALWAYS_OFFERED = OFFERED_BY_ALL | {"logits"}
 # of what a loss may need, the words that say what it is
 NEEDS = {
     "logits": "scores of each pixel, which are compared class by class",
-    "scores": "of each pixel",
     "head": "that of the teacher as a function of its feature levels, which SegFormer, UperNet and timm segmenters have",
     "task_loss": "with its graph, which torch_compile hides",
     "boxes": "true boxes",

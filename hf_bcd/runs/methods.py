@@ -28,7 +28,7 @@ PYRAMID = {f"p{level}": FeatureSpec(256, 2**level) for level in range(3, 8)}
 # what models of each task can offer to losses
 TASK_OFFERS = {
     "segmentation": ALWAYS_OFFERED | {"head"},
-    "detection": OFFERED_BY_ALL | (OF_BOTH - {"logits", "scores", "mask_queries", "final_boxes"}),
+    "detection": OFFERED_BY_ALL | (OF_BOTH - {"logits", "mask_queries", "final_boxes"}),
     "instances": OFFERED_BY_ALL | {"pyramid", "boxes", "classes", "mask_queries", "final_boxes"},
 }
 NUM_LABELS = 21

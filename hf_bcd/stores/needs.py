@@ -14,7 +14,7 @@ from ..outputs import DenseOutput, Targets
 from ..utils.messages import UserError
 
 
-STORED = frozenset({"features", "logits", "scores", "classes", "pyramid", "labels", "boxes", "task_loss"})
+STORED = frozenset({"features", "logits", "classes", "pyramid", "labels", "boxes", "task_loss"})
 """What losses may need of a stored teacher, or beside it; the rest is a part of the teacher that runs."""
 
 
@@ -70,7 +70,7 @@ def read_by(
         if (digest := loss.digest(seen, targets)) is not None:
             found |= digest
             continue
-        if {"logits", "scores", "classes"} & loss.needs and output.logits is not None:
+        if {"logits", "classes"} & loss.needs and output.logits is not None:
             names.add("logits")
         if "features" in loss.needs:
             prefix = "pyramid" if name in criterion.pyramids else "features"

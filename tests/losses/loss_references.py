@@ -90,6 +90,9 @@ class Regions:
     def valid(self, size: tuple[int, int]) -> Tensor:
         return resize_nearest(self.mask, size)
 
+    def weights(self, size: tuple[int, int]) -> Tensor:
+        return self.valid(size).float()
+
     def class_masks(self, size: tuple[int, int]) -> Tensor:
         return F.adaptive_avg_pool2d(self.masks, size) * self.valid(size)[:, None]
 
@@ -218,6 +221,21 @@ def boundary_loss(
             soft_student = 1 / (1 + np.exp(-(strength - theta) / kappa))
             total += divergence(softmax(hard_teacher[m] / tau), softmax(soft_student[m] / tau))
     return tau**2 * total / len(student)
+
+
+def score_boundary(student: np.ndarray, teacher: np.ndarray, mask: np.ndarray, weights: np.ndarray) -> float:
+    """Mean over images of the weighted mean over positions of how scores of all classes differ in windows of 3 x 3."""
+    means = []
+    for ours, theirs, valid, weight in zip(student, teacher, mask, weights, strict=True):
+        total = 0.0
+        for y, x in zip(*np.nonzero(valid), strict=True):
+            near = [(v, u) for v in (y - 1, y, y + 1) for u in (x - 1, x, x + 1)]
+            near = [(v, u) for v, u in near if 0 <= v < valid.shape[0] and 0 <= u < valid.shape[1] and valid[v, u]]
+            for a, b in zip(ours, theirs, strict=True):
+                p, q = (softmax(np.array([field[place] for place in near])) for field in (b, a))
+                total += weight[y, x] * divergence(p, q)
+        means.append(total / weight[valid].sum() if valid.any() else 0.0)
+    return float(np.mean(means))
 
 
 def relation_rows(x: np.ndarray, valid: list[int], tau: float) -> list[np.ndarray]:

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import loss_references as reference
@@ -9,6 +10,7 @@ from loss_references import dense_output, outputs_of, pair_of, randn, random_lab
 
 from hf_bcd.losses import BCDLoss, context_distillation_loss
 from hf_bcd.losses.bcd import class_affinity_boundary
+from hf_bcd.losses.boundary import score_boundary_loss
 from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
 
 
@@ -70,22 +72,10 @@ def test_terms_equal_plain_loops(mode, teacher_head):
     mask = (targets.ids != 255)[:, 4::8, 4::8]  # the pixel under the centre of each stride-8 position
     s, t = (aggregate(o.features, state, f"{p}_head", 8) for o, p in ((student, "student"), (teacher, "teacher")))
     if teacher_head == "logits":
-        boundaries = []
-        for image in range(2):
-            small = [
-                F.interpolate(o.logits[image : image + 1], (8, 8), mode="bilinear")[0] for o in (student, teacher)
-            ]
-            p = small[0].softmax(dim=0).double().numpy()
-            m = mask[image].numpy()
-            hard = reference.class_boundary(small[1].argmax(dim=0).numpy(), m, 3)
-            soft = np.zeros((8, 8))
-            for y, x in np.ndindex(8, 8):
-                for dy, dx in reference.disc(3):
-                    v, u = y + dy, x + dx
-                    if 0 <= v < 8 and 0 <= u < 8 and m[v, u]:
-                        soft[y, x] = max(soft[y, x], 1 - p[:, y, x] @ p[:, v, u])
-            boundaries.append(reference.divergence(reference.softmax(hard[m] / 1.5), reference.softmax(soft[m] / 1.5)))
-        boundary = 1.5**2 * sum(boundaries) / 2
+        grid = teacher.logits.shape[-2:]
+        seen = targets.valid(grid).numpy()
+        small = F.interpolate(student.logits, grid, mode="bilinear"), teacher.logits
+        boundary = reference.score_boundary(*(x.double().numpy() for x in small), seen, seen.astype(float))
     else:
         z_student, z_teacher = (
             (x * state[f"{p}_head.readout.weight"]).sum(dim=1) + state[f"{p}_head.readout.bias"]
@@ -143,6 +133,21 @@ def test_a_teacher_run_under_inference_mode_is_accepted():
     assert student.features["stride_4"].grad is not None
 
 
+def test_boundaries_among_scores_reach_the_scores_and_weigh_classes():
+    loss, (student, teacher, targets) = make_loss(teacher_head="logits"), make_batch()
+    student.logits.requires_grad_()
+    found = loss(student, teacher, targets)["boundary"]
+    (gradient,) = torch.autograd.grad(found, student.logits)
+    assert gradient.abs().sum(1).bool().any() and loss.weights == {"boundary": 1.0, "context": 1.0}
+    weights = torch.tensor([0.0, 0.0, 3.0, 0.0])
+    weighed = loss(student, teacher, dataclasses.replace(targets, class_weights=weights))["boundary"]
+    only = LabelMaps(torch.where(targets.ids == 2, 2, 255), NUM_LABELS).valid(teacher.logits.shape[-2:])
+    mask = targets.valid(teacher.logits.shape[-2:])
+    expected = score_boundary_loss(student.logits, teacher.logits, mask=mask, weights=only.float())
+    torch.testing.assert_close(weighed, expected)
+    assert abs(float(weighed.detach()) - float(found.detach())) > 1e-3
+
+
 def test_targets_count_by_their_void_only():
     loss, (student, teacher, targets) = make_loss(), make_batch()
     ids, void = targets.ids, targets.ids == 255
@@ -184,7 +189,7 @@ def test_calibration_sets_theta_to_the_share_of_the_teachers_own_boundaries(radi
     assert marked.mean().item() == pytest.approx(share, abs=0.05)
 
 
-@KINDS
+@pytest.mark.parametrize(("mode", "teacher_head"), [("stable", "calibrated"), ("paper", "calibrated")])
 @pytest.mark.parametrize("counted", [slice(0, 2), slice(0, 1)], ids=["both", "second void"])
 def test_temperature_statistics(mode, teacher_head, counted):
     loss, (student, teacher, targets) = make_loss(mode, teacher_head), make_batch()

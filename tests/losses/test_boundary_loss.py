@@ -7,7 +7,8 @@ import torch
 from loss_references import randn, random_mask
 
 from hf_bcd.losses import boundary_distillation_loss, boundary_strength
-from hf_bcd.losses.boundary import different_neighbour, pair_differences, spatial_divergence
+from hf_bcd.losses.boundary import different_neighbour, pair_differences, score_boundary_loss, spatial_divergence
+from hf_bcd.losses.ops.windows import window_divergence
 
 
 MODES = pytest.mark.parametrize("mode", ["stable", "paper"])
@@ -128,3 +129,49 @@ def test_straight_through_gradient_of_paper_mode():
 def test_different_grids_are_an_error_that_names_both():
     with pytest.raises(ValueError, match=r"\(1, 4, 4\).*\(1, 4, 5\)"):
         boundary_distillation_loss(torch.zeros(1, 4, 4), torch.zeros(1, 4, 5))
+
+
+# --- among class scores ------------------------------------------------------------------------------------------------
+
+
+def test_score_boundaries_equal_plain_loops_and_weigh_positions():
+    student, teacher, mask = randn(2, 3, 5, 6, seed=1), randn(2, 3, 5, 6, seed=2), random_mask(2, 5, 6)
+    mask[1] = False
+    weights = torch.rand(2, 5, 6, dtype=torch.float64)
+    for given in (mask.double(), weights):
+        expected = reference.score_boundary(student.numpy(), teacher.numpy(), mask.numpy(), (given * mask).numpy())
+        found = score_boundary_loss(student, teacher, mask=mask, weights=given * mask)
+        assert found.item() == pytest.approx(expected, rel=1e-12)
+    without = score_boundary_loss(student, teacher, mask=mask)
+    assert without.item() == pytest.approx(
+        score_boundary_loss(student, teacher, mask=mask, weights=mask.double()).item()
+    )
+
+
+def test_a_step_of_one_class_by_hand():
+    # the teacher's second class is ln 3 higher at the last of three positions in a row, the student's is even
+    teacher = torch.zeros(1, 2, 1, 3, dtype=torch.float64)
+    teacher[0, 1, 0, 2] = math.log(3)
+    found = window_divergence(torch.zeros_like(teacher), teacher, torch.ones(1, 1, 3, dtype=torch.bool))
+    three, two = (
+        math.log(3) - 0.95027054,
+        math.log(2) - 0.56233514,
+    )  # less the entropies of (1, 1, 3) / 5 and (1, 3) / 4
+    assert found[0, 0].abs().max() < 1e-15
+    assert found[0, 1, 0].tolist() == pytest.approx([0, three, two], abs=1e-8)
+
+
+def test_only_differences_within_a_class_count_and_far_scores_stay_finite():
+    teacher, mask = randn(1, 3, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool)
+    shifted = teacher + torch.tensor([5.0, -3.0, 100.0], dtype=torch.float64)[:, None, None]
+    assert score_boundary_loss(shifted, teacher, mask=mask).item() == pytest.approx(0, abs=1e-12)
+    far = (1e4 * randn(1, 3, 4, 4, seed=3)).float().requires_grad_()
+    loss = score_boundary_loss(far, teacher.float(), mask=mask)
+    assert torch.isfinite(loss) and torch.isfinite(gradient(loss, far)).all()
+    assert score_boundary_loss(far, teacher.float(), mask=torch.zeros_like(mask)) == 0
+
+
+def test_gradients_of_windows():
+    teacher, mask = randn(1, 2, 4, 5, seed=1), random_mask(1, 4, 5)
+    student = randn(1, 2, 4, 5, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: window_divergence(x, teacher, mask), (student,))

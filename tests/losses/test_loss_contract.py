@@ -176,7 +176,7 @@ def test_it_says_what_it_is(name, options):
     assert isinstance(loss, DistillationLoss) and cls.__name__.removesuffix("Loss").lower() == name
     assert cls.citation.lstrip().startswith("@") and cls.source.startswith("https://")
     assert cls.transfers and cls.checked and cls.keeps in {"", "discriminator", "memory"}
-    assert loss.needs and loss.needs <= {"logits", "scores", "features", "labels", "task_loss", "head"}
+    assert loss.needs and loss.needs <= {"logits", "features", "labels", "task_loss", "head"}
     assert all(isinstance(value, float) and value > 0 for value in loss.weights.values())
 
 

@@ -7,7 +7,10 @@ from adapters.adapter_tiny_models import mask2former
 from torch.nn import functional as F
 
 from hf_bcd import BCDConfig, BCDTrainer
+from hf_bcd.losses import KDLoss
+from hf_bcd.losses.base import Pair
 from hf_bcd.losses.ops.segmentation import segmentation_loss
+from hf_bcd.outputs import DenseOutput, LabelMaps
 from hf_bcd.training.recording import schedule_words
 from hf_bcd.utils.messages import UserError
 
@@ -93,3 +96,15 @@ def test_who_cannot_weigh_classes_says_so(tmp_path):
             args=config(tmp_path, class_weights="auto", crop_size=512),
             train_dataset=tiny.boxes()["train"],
         )
+
+
+def test_kd_weighs_pixels_as_the_task_does() -> None:
+    logits, labels = torch.randn(2, 2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    labels[0, 0] = 255
+    weights = torch.tensor([1.0, 5.0, 0.5])
+    student, teacher = (DenseOutput({}, one) for one in logits)
+    loss = KDLoss(Pair({}, {}, 3, ()))
+    found = loss(student, teacher, LabelMaps(labels, 3, class_weights=weights))["kd"]
+    kept = weights[labels.masked_fill(labels == 255, 0)] * (labels != 255)
+    pixels = F.kl_div(logits[0].log_softmax(1), logits[1].softmax(1), reduction="none").sum(1)
+    torch.testing.assert_close(found, ((pixels * kept).sum((1, 2)) / kept.sum((1, 2))).mean())
