@@ -4,7 +4,7 @@
     python examples/app.py runs/x
     python examples/app.py runs/x me/segformer-b0-bcd --port 7860
 
-Each student is a folder or a Hub id of a model of label maps. `--trust_remote_code` runs code that lies in a Hub repository.
+Each student is a folder or a Hub id: of label maps, boxes or masks of objects. `--trust_remote_code` runs code that lies in a Hub repository.
 """
 
 import argparse
@@ -18,55 +18,59 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from PIL import Image
-from transformers import AutoImageProcessor
+from torchvision.transforms.v2 import functional as TF
 
 from hf_bcd.adapters import DenseAdapter
 from hf_bcd.adapters.loading import load_adapter
-from hf_bcd.figures.segmentation import colorize, palette
 from hf_bcd.losses.bcd import class_affinity_boundary
+from hf_bcd.runs.predicting import shown_as_saved
+from hf_bcd.tasks import TASKS, Task
+from hf_bcd.training.evaluation import on_cpu
 from hf_bcd.utils.messages import UserError
 
 
 RADIUS, REPEATS = 3, 5
+LEAST_SCORE = 0.5  # of an object that is shown
 HEIGHT = 300  # pixels of a picture on the page
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @lru_cache(maxsize=4)
-def load(name: str, trust_remote_code: bool) -> tuple[DenseAdapter, Any]:
-    """A student with its image processor."""
-    adapter = load_adapter(name, trust_remote_code=trust_remote_code).to(DEVICE).eval()
-    return adapter, AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+def load(name: str, trust_remote_code: bool) -> tuple[DenseAdapter, Task, Any]:
+    """A student, its task and the transform that shows it a picture."""
+    adapter = load_adapter(name, trust_remote_code=trust_remote_code).float().to(DEVICE).eval()
+    task = TASKS[adapter.task]
+    return adapter, task, shown_as_saved(name, adapter, task, None, trust_remote_code)
 
 
 @torch.no_grad()
 def look(name: str, picture: Image.Image, trust_remote_code: bool) -> dict[str, Any]:
-    """Mask, overlay and boundaries of a picture, uint8 `[H, W, 3]`, with the classes found and milliseconds a pass."""
-    adapter, processor = load(name, trust_remote_code)
-    pixel_values = processor(picture, return_tensors="pt")["pixel_values"].to(DEVICE)
+    """Mask, overlay and boundaries of a picture, uint8 `[H, W, 3]`, with the classes found and milliseconds a pass.
+
+    Detectors and models of instances have boxes and masks over the picture, no map of classes and no boundaries of it.
+    """
+    adapter, task, transform = load(name, trust_remote_code)
+    shown = transform.show(TF.pil_to_tensor(picture))[None].to(DEVICE)
     seconds = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
-        outputs = adapter.model(pixel_values)
+        outputs = adapter(shown)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    logits = getattr(outputs, "logits", None)
-    if logits is None or logits.ndim != 4:
-        raise UserError(f"{name} is no model of label maps; python examples/inference.py draws boxes and masks.")
     size = (picture.height, picture.width)
-    full = torch.nn.functional.interpolate(logits.float(), size, mode="bilinear")
-    classes = full.argmax(dim=1)[0].cpu().numpy()
-    mask = colorize(classes, palette(logits.shape[1]))
-    valid = torch.ones_like(logits[:, 0], dtype=torch.bool)
-    boundary = class_affinity_boundary(logits, RADIUS, valid)[:, None]
-    boundary = torch.nn.functional.interpolate(boundary, size, mode="bilinear")[0, 0].clamp(0, 1).cpu().numpy()
-    pixels = np.asarray(picture)
+    found = on_cpu(adapter.predict(shown, [size])[0])
+    mask, boundary = task.mask(found, len(adapter.id2label)), None
+    if mask is not None and outputs.logits is not None:
+        valid = torch.ones_like(outputs.logits[:, 0], dtype=torch.bool)
+        field = class_affinity_boundary(outputs.logits, RADIUS, valid)[:, None]
+        field = torch.nn.functional.interpolate(field, size, mode="bilinear")[0, 0].clamp(0, 1).cpu().numpy()
+        boundary = (255 * colormaps["inferno"](field)[..., :3]).astype(np.uint8)
     return {
-        "mask": mask,
-        "overlay": (0.5 * pixels + 0.5 * mask).astype(np.uint8),
-        "boundary": (255 * colormaps["inferno"](boundary)[..., :3]).astype(np.uint8),
-        "classes": [adapter.id2label[index] for index in np.unique(classes)],
+        "mask": None if mask is None else np.asarray(mask.convert("RGB")),
+        "overlay": np.asarray(task.overlay(picture, found, adapter.id2label, LEAST_SCORE)),
+        "boundary": boundary,
+        "classes": [adapter.id2label[index] for index in task.said(found, adapter.id2label, LEAST_SCORE)["classes"]],
         "milliseconds": 1000 * statistics.median(seconds[1:]),  # the first pass allocates
     }
 

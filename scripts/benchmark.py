@@ -6,6 +6,7 @@
     python scripts/benchmark.py stored            # a step with a stored teacher beside a plain one and a running one
     python scripts/benchmark.py all --output_dir runs/benchmark
     python scripts/benchmark.py absorb --student runs/x --teacher runs/x/teacher --data_dir path/to/data  # how much of a loss connectors remove
+    python scripts/benchmark.py boundaries --teacher runs/x/teacher --data_dir path/to/data  # how much of a crop is boundary to BCD
 
 Prints tables, writes benchmark.json, and for `losses` a plot. Leave the machine alone meanwhile.
 """
@@ -24,6 +25,7 @@ HERE = str(Path(__file__).parent)
 sys.path[:] = [*(path for path in sys.path if path != HERE), HERE]
 
 from benchmarks.absorb import absorb_rows
+from benchmarks.boundaries import boundary_shares
 from benchmarks.data import data_rows
 from benchmarks.evaluation import evaluation_rows
 from benchmarks.losses import SIZES, boundary_row, relation_rows
@@ -45,7 +47,9 @@ from hf_bcd.utils.files import write_json
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmarks that the command line names; `argv` is the process's own by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["losses", "methods", "step", "stored", "data", "eval", "absorb", "all"])
+    parser.add_argument(
+        "what", choices=["losses", "methods", "step", "stored", "data", "eval", "absorb", "boundaries", "all"]
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
@@ -67,14 +71,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--maps", type=int, default=2000, help="label maps of the evaluation")
     parser.add_argument("--mean_iou", default="mean_iou", help="metric for evaluate.load: Hub name or a local script")
     parser.add_argument("--student", help="of `absorb`: folder or Hub id of a trained student")
-    parser.add_argument("--teacher", help="of `absorb`: likewise")
-    parser.add_argument("--dataset_name", help="of `absorb`: Hub id or known name of the data")
-    parser.add_argument("--data_dir", help="of `absorb`: folder of the data")
-    parser.add_argument("--image_size", type=int, help="of `absorb`: short side of the pictures")
+    parser.add_argument("--teacher", help="of `absorb` and `boundaries`: likewise")
+    parser.add_argument("--dataset_name", help="of both: Hub id or known name of the data")
+    parser.add_argument("--data_dir", help="of both: folder of the data")
+    parser.add_argument("--image_size", type=int, help="of both: short side of the pictures, for the first of --sides")
+    parser.add_argument("--sides", default="176,352,512", help="of `boundaries`: sizes of crops")
+    parser.add_argument("--radius", type=int, default=3, help="of `boundaries`: option of bcd")
+    parser.add_argument("--stride", type=int, default=8, help="of `boundaries`: likewise")
     parser.add_argument("--steps", type=int, default=150, help="of `absorb`: training steps of the connectors")
     args = parser.parse_args(argv)
     if args.what == "absorb" and not (args.student and args.teacher):
         parser.error("absorb needs --student and --teacher, both trained")
+    if args.what == "boundaries" and not args.teacher:
+        parser.error("boundaries needs a trained --teacher")
 
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -117,11 +126,20 @@ def _absorb(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
     return absorb_rows(args.methods.split(","), args.student, args.teacher, train, sizes, args.steps)
 
 
+def _boundaries(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    data = load_data(DataArguments(dataset_name=args.dataset_name, data_dir=args.data_dir))
+    sides, path = [int(side) for side in args.sides.split(",")], args.output_dir / "boundaries.png"
+    cpu, options = {"use_cpu": device.type == "cpu"}, {"radius": args.radius, "stride": args.stride}
+    image_size = args.image_size or sides[0]
+    return boundary_shares(args.teacher, data, sides, image_size, options, cpu, path, args.repeats)
+
+
 RUNS = {
     "losses": _losses,
     "methods": _methods,
     "step": _step,
     "absorb": _absorb,
+    "boundaries": _boundaries,
     "stored": lambda args, device, dtype: stored_rows(device, args.repeats, args.side or 176),
     "data": lambda args, device, dtype: data_rows(args.repeats),
     "eval": lambda args, device, dtype: evaluation_rows(

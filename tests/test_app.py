@@ -18,10 +18,13 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import tiny
+import transformers
+from adapters.adapter_tiny_detectors import LABELS, tiny_detector
 from PIL import Image
 
 from hf_bcd.adapters import adapt, image_processor
 from hf_bcd.figures.segmentation import palette
+from hf_bcd.runs.predicting import predict_pictures
 
 
 APP = Path(__file__).parent.parent / "examples" / "app.py"
@@ -131,6 +134,33 @@ def test_two_students_are_run_and_compared(address: str, picture: Path, browser:
     assert len(browser.find_elements(By.CSS_SELECTOR, "#slider img")) == 2
     shown = np.asarray(Image.open(tmp_path / "app.png").convert("RGB"))
     assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 50, "the page is blank"
+
+
+PROCESSORS = {
+    "retinanet": transformers.DeformableDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}),
+    "rf_detr-masks": transformers.RfDetrImageProcessor(size={"height": 64, "width": 64}),
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_boxes_and_masks_of_objects_are_drawn_as_predict_draws_them(
+    kind: str, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_detector(kind, LABELS).save_pretrained(tmp_path)
+    PROCESSORS[kind].save_pretrained(tmp_path)
+    spec = importlib.util.spec_from_file_location("app", APP)
+    assert spec is not None and spec.loader is not None
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    monkeypatch.setattr(app, "LEAST_SCORE", 0.0)  # weights are random
+    mask, overlay, boundary, (left, right), table = app.show(str(tmp_path), "", Image.open(picture), False)
+    pixels = np.asarray(Image.open(picture))
+    assert mask is None and boundary is None and overlay.shape == pixels.shape
+    assert np.array_equal(left, pixels) and np.array_equal(right, overlay) and not np.array_equal(overlay, pixels)
+    out = tmp_path / "out"
+    predict_pictures(str(tmp_path), picture, out, least_score=0.0, quiet=True)
+    np.testing.assert_array_equal(overlay, np.asarray(Image.open(out / "overlays" / picture.name)))
+    assert any(label in table for label in LABELS.values())
 
 
 def test_a_mistake_is_a_message_on_the_page(address: str, picture: Path, browser: Any) -> None:

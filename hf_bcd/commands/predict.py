@@ -5,8 +5,9 @@
     hf-bcd predict me/x aerial.tif --output out/ --tile 512 --overlap 64
 
 Writes `out/masks` (PNG whose values are class ids), `out/overlays`, `out/contact_sheet.png` and `out/predictions.json`. Tiles
-are cut at the picture's own resolution and blended where they overlap; the picture itself is decoded as a whole, which takes
-about 13 bytes a pixel with its map and overlay.
+are cut at the picture's own resolution and blended where they overlap; overlays then have at most 4096 pixels a side. After
+`pip install 'hf_bcd[large]'`, tiles of JPEG, PNG and TIFF files are read as they are needed, so that pictures may be larger than
+memory; other files, and all without it, are decoded as a whole, 3 bytes a pixel.
 """
 
 import argparse

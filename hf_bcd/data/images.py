@@ -34,9 +34,8 @@ def read_image(file: str | Path | bytes | Image.Image, name: str, *, exact: bool
     try:
         content = file if isinstance(file, bytes) else Path(file).read_bytes()
         image = Image.open(io.BytesIO(content))
-        tile: Any = image.tile[0] if getattr(image, "tile", None) else ("", "")
-        codec, form = tile[0], tile[-1]
-        pages = _pages(image) if image.format == "TIFF" else 1
+        codec, form = packing(image)
+        pages = pages_of(image)
         image.load()
         if exact and image.format == "PNG":
             Image.open(io.BytesIO(content)).verify()  # checksums, which decoding does not look at
@@ -48,28 +47,41 @@ def read_image(file: str | Path | bytes | Image.Image, name: str, *, exact: bool
     except (OSError, SyntaxError, ValueError) as error:
         said = "in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UserError(f"{name}: cannot be decoded as an image ({said}). Replace or remove the file.") from error
-    if pages > 1:
-        raise UserError(
-            f"{name}: a stack of {pages} pages of {image.width}x{image.height} (width x height), of which pipelines would read "
-            "the first. Store each page as a file of its own."
-        )
-    form = str(form[0] if isinstance(form, tuple) and form else form)  # how the file packs its values
-    if ";16" in form and not image.mode.startswith("I"):
-        raise UserError(
-            f"{name}: {image.mode} with 16 bits a channel, of which decoding here loses the low ones. Store photographs "
-            "with 8 bits a channel, scaled by the range that their values really have, and masks as one channel of ids."
-        )
+    check_packing(image, form, pages, name)
     return _exact(image, codec, form, content, name) if exact else image
 
 
-def _pages(image: Any) -> int:
+def packing(image: Any) -> tuple[str, str]:
+    """Codec of a file, and how it packs its values; to be asked before the values are loaded."""
+    tile: Any = image.tile[0] if getattr(image, "tile", None) else ("", "")
+    codec, form = tile[0], tile[-1]
+    return codec, str(form[0] if isinstance(form, tuple) and form else form)
+
+
+def pages_of(image: Any) -> int:
     """Pages of a TIFF file that are as large as its first; smaller ones are previews of it."""
+    if image.format != "TIFF":
+        return 1
     sizes = [image.size]
     for page in range(1, image.n_frames):
         image.seek(page)
         sizes.append(image.size)
     image.seek(0)
     return sizes.count(sizes[0])
+
+
+def check_packing(image: Image.Image, form: str, pages: int, name: str) -> None:
+    """Refuses a stack of pages, and colours of 16 bits."""
+    if pages > 1:
+        raise UserError(
+            f"{name}: a stack of {pages} pages of {image.width}x{image.height} (width x height), of which pipelines would read "
+            "the first. Store each page as a file of its own."
+        )
+    if ";16" in form and not image.mode.startswith("I"):
+        raise UserError(
+            f"{name}: {image.mode} with 16 bits a channel, of which decoding here loses the low ones. Store photographs "
+            "with 8 bits a channel, scaled by the range that their values really have, and masks as one channel of ids."
+        )
 
 
 def _exact(image: Image.Image, codec: str, form: str, content: bytes, name: str) -> Image.Image:
@@ -98,14 +110,19 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image)
         pixels = values.clip(0, 255).astype(np.uint8)
         if not np.array_equal(values, pixels):
-            raise UserError(
-                f"{name}: {values.dtype} values from {values.min():g} to {values.max():g}, but models take 8 bits, 0 to 255. "
-                "Store the images so, all scaled by the one range that they are measured in; pipelines would clip them."
-            )
+            raise no_bytes(name, values.dtype, values.min(), values.max())
         image = Image.fromarray(pixels)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def no_bytes(name: str, dtype: Any, low: float, high: float) -> UserError:
+    """The error of values that are not whole numbers in 0..255."""
+    return UserError(
+        f"{name}: {dtype} values from {low:g} to {high:g}, but models take 8 bits, 0 to 255. "
+        "Store the images so, all scaled by the one range that they are measured in; pipelines would clip them."
+    )
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -1,6 +1,9 @@
 """Pictures of what a model says about pictures without a truth."""
 
-from collections.abc import Mapping, Sequence
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,51 @@ SHEET_WIDTH = 400  # pixels of a panel
 def palette_picture(labels: np.ndarray, num_labels: int) -> Image.Image:
     """A map of ids `[H, W]` as a picture whose stored values are the ids, shown in the classes' colours."""
     picture = Image.fromarray(labels.astype(np.uint8))
+    picture.putpalette(palette_bytes(num_labels))
+    return picture
+
+
+def palette_bytes(num_labels: int) -> bytes:
+    """The colours of 256 ids, black beyond the classes."""
     colours = np.zeros((256, 3), np.uint8)
     colours[:num_labels] = palette(num_labels)
-    picture.putpalette(colours.flatten().tolist())
-    return picture
+    return colours.tobytes()
+
+
+@contextmanager
+def palette_file(path: Path, width: int, height: int, num_labels: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """A PNG like that of `palette_picture`, written some rows at a time; it gets its name when it is whole.
+
+    Args:
+        path: file to write.
+        width: pixels of a row.
+        height: how many rows will be written.
+        num_labels: number of classes.
+
+    Yields:
+        A function that writes the next rows of ids, uint8 `[rows, width]`.
+    """
+    part, packed = path.with_name(f"{path.name}.part"), zlib.compressobj()
+    try:
+        with part.open("wb") as file:
+
+            def chunk(kind: bytes, content: bytes) -> None:
+                file.write(struct.pack(">I", len(content)) + kind + content)
+                file.write(struct.pack(">I", zlib.crc32(content, zlib.crc32(kind))))
+
+            def write(rows: np.ndarray) -> None:
+                lines = np.pad(rows, ((0, 0), (1, 0)))  # each row says that it is stored as it is
+                chunk(b"IDAT", packed.compress(lines.tobytes()))
+
+            file.write(b"\x89PNG\r\n\x1a\n")
+            chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0))  # 8 bits, palette
+            chunk(b"PLTE", palette_bytes(num_labels))
+            yield write
+            chunk(b"IDAT", packed.flush())
+            chunk(b"IEND", b"")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def label_overlay(image: Image.Image, labels: np.ndarray, num_labels: int) -> Image.Image:

@@ -13,13 +13,14 @@ from tqdm.auto import tqdm
 
 from ..adapters import DenseAdapter, image_processor
 from ..adapters.loading import ModelSpec, load_adapter, saved_size
-from ..data.images import read_image, to_rgb, upright
+from ..data.rows import DecodedRows, VipsRows, open_rows
 from ..data.sources.layouts import EXTENSIONS
 from ..data.unlabelled import picture_files
 from ..export.opened import running
 from ..export.students import open_export
-from ..figures.predictions import contact_sheet
+from ..figures.predictions import contact_sheet, palette_file
 from ..tasks import TASKS, Task
+from ..tasks.semantic_segmentation import pixels_said
 from ..training.evaluation import on_cpu
 from ..utils.files import write_json
 from ..utils.messages import UserError
@@ -29,6 +30,7 @@ from .tiles import check_tiles, predict_tiled
 logger = logging.getLogger(__name__)
 
 ON_SHEET = 8
+LARGEST_OVERLAY = 4096  # pixels of a side, with tiles
 
 
 def predict_pictures(
@@ -50,8 +52,8 @@ def predict_pictures(
     `masks/` has palette PNGs whose values are class ids, `overlays/` the pictures with classes, boxes or masks over them,
     `contact_sheet.png` some of both, `predictions.json` the classes and what was found in each picture.
 
-    A picture is decoded as a whole, 3 bytes a pixel, and its map and overlay take about 10 more. Without tiles, the logits of the
-    whole picture come on top; with tiles, those of one row of tiles.
+    Without tiles, a picture is decoded as a whole, and its logits, map and overlay lie in memory. With tiles, its rows are read as
+    they are needed if pyvips is installed, the map is written as it is found, and the overlay has at most 4096 pixels a side.
 
     Args:
         source: the student's folder or Hub id.
@@ -98,19 +100,20 @@ def predict_pictures(
     spread = {index * len(files) // ON_SHEET for index in range(ON_SHEET)}
     sheet, present = [], set[int]()
     for number, path in enumerate(tqdm(files, desc="Pictures", disable=quiet)):
-        image = decoded(path, tile is not None)
-        size, name = (image.height, image.width), path.relative_to(root)
+        name = path.relative_to(root)
         if tile is not None:
-            found: Any = predict_tiled(adapter, np.asarray(image), tile, overlap)
+            file = placed(output_dir / "masks" / name)
+            image, found, counts = predict_rows(adapter, open_rows(path), file, tile, overlap, quiet)
+            said = pixels_said(counts, adapter.id2label)
         else:
+            image = DecodedRows(path).image
             pixels = transform.show(TF.pil_to_tensor(image))[None].to(adapter.image_mean.device)
-            (found,) = adapter.predict(pixels, [size])
-            found = on_cpu(found)
-        if (mask := task.mask(found, len(adapter.id2label))) is not None:
-            mask.save(placed(output_dir / "masks" / name))
+            found: Any = on_cpu(adapter.predict(pixels, [(image.height, image.width)])[0])
+            said = task.said(found, adapter.id2label, least_score)
+            if (mask := task.mask(found, len(adapter.id2label))) is not None:
+                mask.save(placed(output_dir / "masks" / name))
         drawn = task.overlay(image, found, adapter.id2label, least_score)
         drawn.save(placed(output_dir / "overlays" / name))
-        said = task.said(found, adapter.id2label, least_score)
         if number in spread:
             sheet.append((str(name), smaller(image), smaller(drawn)))
             present |= set(said["classes"])
@@ -150,14 +153,27 @@ def shown_as_saved(source: str, adapter: DenseAdapter, task: Task, image_size: i
     return task.eval_transform(image_processor(adapter, **task.processor_size(args)))
 
 
-def decoded(path: Path, large: bool) -> Image.Image:
-    """A picture in RGB as viewers show it; a `large` one also beyond Pillow's limit, since the user has named it."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None if large else limit
-    try:
-        return to_rgb(upright(read_image(path, str(path))), str(path))
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+def predict_rows(
+    adapter: DenseAdapter, picture: DecodedRows | VipsRows, file: Path, tile: int, overlap: int, quiet: bool
+) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    """Writes the label map of a large picture row by row.
+
+    Returns:
+        Picture and map, made smaller if they have more than 4096 pixels a side, and how many pixels each class has.
+    """
+    factor = -(-max(picture.width, picture.height) // LARGEST_OVERLAY)
+    counts, kept, top = np.zeros(256, np.int64), [], 0
+    with (
+        palette_file(file, picture.width, picture.height, len(adapter.id2label)) as write,
+        tqdm(total=picture.height, desc=file.stem, unit="row", leave=False, disable=quiet) as bar,
+    ):
+        for rows in predict_tiled(adapter, picture, tile, overlap):
+            write(rows)
+            counts += np.bincount(rows.ravel(), minlength=256)
+            kept.append(rows[-top % factor :: factor, ::factor])
+            top += len(rows)
+            bar.update(len(rows))
+    return picture.reduced(factor), np.concatenate(kept), counts
 
 
 def placed(path: Path) -> Path:

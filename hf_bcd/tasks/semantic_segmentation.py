@@ -51,6 +51,16 @@ print(classes.shape, [model.config.id2label[index] for index in classes.unique()
 """
 
 
+def pixels_said(counts: np.ndarray, id2label: Mapping[int, str]) -> dict[str, Any]:
+    """What `Task.said` says of a label map of which `counts[c]` pixels have class c."""
+    ids = np.flatnonzero(counts)
+    parts = (counts[ids] / counts.sum()).tolist()
+    return {
+        "pixels": {id2label[index]: part for index, part in zip(ids.tolist(), parts, strict=True)},
+        "classes": ids.tolist(),
+    }
+
+
 class SemanticSegmentation(Task):
     """Label maps: samples have `labels` `[H, W]`, and an adapter's `predict` gives maps of the same size."""
 
@@ -191,9 +201,4 @@ class SemanticSegmentation(Task):
         return label_overlay(image, np.asarray(prediction), len(id2label))
 
     def said(self, prediction: Any, id2label: Mapping[int, str], least_score: float) -> dict[str, Any]:
-        ids, counts = np.unique(np.asarray(prediction), return_counts=True)
-        parts = (counts / counts.sum()).tolist()
-        return {
-            "pixels": {id2label[index]: part for index, part in zip(ids.tolist(), parts, strict=True)},
-            "classes": ids.tolist(),
-        }
+        return pixels_said(np.bincount(np.asarray(prediction).ravel()), id2label)

@@ -1,6 +1,7 @@
 """`hf-bcd predict`: masks hold ids, overlays and a sheet show them, for maps and boxes, from weights and files."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from transformers import DeformableDetrImageProcessor
 
 from hf_bcd.adapters.loading import load_adapter
 from hf_bcd.commands.predict import main
+from hf_bcd.data import rows
 from hf_bcd.export.opened import OpenedFile
+from hf_bcd.figures.predictions import palette_file, palette_picture
 from hf_bcd.runs import predicting
+from hf_bcd.runs.tiles import predict_tiled
 from hf_bcd.utils.messages import UserError
 
 
@@ -53,6 +57,39 @@ def test_a_single_picture_and_tiles(pictures: Path, tmp_path: Path) -> None:
     main([str(student), str(pictures / "a.jpg"), "--output", str(out), "--tile", "64", "--overlap", "16"])
     with Image.open(out / "masks" / "a.png") as mask:
         assert mask.size == (70, 50) and np.asarray(mask).max() < 8
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_tiles_write_one_mask_with_and_without_libvips(
+    installed: bool, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed and find_spec("pyvips") is None:
+        pytest.skip("pyvips is not installed")
+    student, out = finished(tmp_path / "x"), tmp_path / "out"
+    monkeypatch.setattr(rows.importlib.util, "find_spec", lambda name: find_spec(name) if installed else None)
+    monkeypatch.setattr(predicting, "LARGEST_OVERLAY", 30)
+    main([str(student), str(pictures), "--output", str(out), "--tile", "32", "--overlap", "8"])
+    adapter = load_adapter(str(student)).eval()
+    content = json.loads((out / "predictions.json").read_text())
+    for name, shrunk in (("a.jpg", (24, 17)), ("more/b.png", (16, 24))):
+        picture = predicting.DecodedRows(pictures / name)
+        expected = np.concatenate(list(predict_tiled(adapter, picture, 32, 8)))
+        path = (out / "masks" / name).with_suffix(".png")
+        with Image.open(path) as mask, Image.open((out / "overlays" / name).with_suffix(".png")) as drawn:
+            assert mask.mode == "P" and drawn.size == shrunk
+            np.testing.assert_array_equal(np.asarray(mask), expected)
+            palette = palette_picture(expected, adapter.num_labels).getpalette()
+            assert palette is not None and mask.getpalette() == palette
+        ids, counts = np.unique(expected, return_counts=True)
+        said = content["pictures"][name]
+        assert said["classes"] == ids.tolist() and [*said["pixels"].values()] == (counts / expected.size).tolist()
+
+
+def test_a_mask_is_never_seen_half_written(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), palette_file(tmp_path / "a.png", 4, 4, 3) as write:
+        write(np.zeros((2, 4), np.uint8))
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
 
 
 def test_boxes_are_drawn_and_listed(pictures: Path, tmp_path: Path) -> None:

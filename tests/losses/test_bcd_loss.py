@@ -243,3 +243,21 @@ def test_inspect_shows_what_is_compared(mode, teacher_head):
     assert set(shown["teacher_boundary"].unique().tolist()) <= {0.0, 1.0}
     assert 0 <= shown["student_boundary"].min() and shown["student_boundary"].max() <= 1
     assert not any(x.requires_grad for x in shown.values())
+
+
+@pytest.mark.parametrize(("teacher_head", "reaches_scores"), [("calibrated", False), ("logits", True)])
+def test_gradients_reach_the_levels_and_the_connector_and_no_more(teacher_head, reaches_scores):
+    """The table of docs/bcd.md."""
+    loss = make_loss(teacher_head=teacher_head)
+    student, teacher, targets = make_batch()
+    parts = [*student.features.values(), student.logits, *teacher.features.values(), teacher.logits]
+    for part in parts:
+        part.requires_grad_()
+    sum(loss(student, teacher, targets).values()).backward()
+    assert all(level.grad.abs().sum() > 0 for level in student.features.values())
+    assert (student.logits.grad is not None) == reaches_scores
+    assert all(part.grad is None for part in parts[len(student.features) + 1 :])
+    trained = [name for name, parameter in loss.named_parameters() if parameter.grad is not None]
+    assert all(name.startswith("student_head.") for name in trained)
+    assert ("student_head.readout.weight" in trained) == (not reaches_scores)
+    assert "student_head.aggregate.fuse.weight" in trained

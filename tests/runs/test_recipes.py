@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    RfDetrConfig,
+    RfDetrDinov2Config,
+    RfDetrForInstanceSegmentation,
+    SwinConfig,
+)
 
 from hf_bcd.adapters import DenseAdapter, build_adapter
 from hf_bcd.adapters.loading import ModelSpec
@@ -79,6 +86,26 @@ def published_mask2former(name: str) -> DenseAdapter:
     return build_adapter(model, task="instance-segmentation")
 
 
+def published_rf_detr(name: str) -> DenseAdapter:
+    """Likewise an RF-DETR with masks."""
+    size, layers, queries = {"small": (384, 4, 100), "medium": (432, 5, 200)}[name.split("-")[3]]
+    backbone = RfDetrDinov2Config(
+        hidden_size=384,
+        num_attention_heads=6,
+        image_size=size,
+        patch_size=12,
+        num_windows=2,
+        out_features=["stage3", "stage6", "stage9", "stage12"],
+    )
+    options: dict[str, Any] = {"decoder_layers": layers, "num_queries": queries, "d_model": 256, "num_labels": 80}
+    with torch.device("meta"):
+        model = RfDetrForInstanceSegmentation(RfDetrConfig(backbone_config=backbone, **options))
+    return build_adapter(model, task="instance-segmentation")
+
+
+PUBLISHED = {"mask2former_l_to_t": published_mask2former, "rfdetr_seg_m_to_s": published_rf_detr}
+
+
 def parse(recipe: Path):
     return parse_arguments(["--config", str(recipe), "--use_cpu", "true", "--report_to", "none"])
 
@@ -100,7 +127,7 @@ def test_a_recipe_describes_a_run(recipe: Path) -> None:
     ):
         spec = ModelSpec.parse(given or "", role)
         if spec.name_or_path:
-            assert re.fullmatch(r"(nvidia|facebook|ustc-community|PekingU)/[a-zA-Z0-9_-]+", spec.name_or_path)
+            assert re.fullmatch(r"(nvidia|facebook|ustc-community|PekingU|Roboflow)/[a-zA-Z0-9_-]+", spec.name_or_path)
         elif spec.backbone != "espnet":
             assert adapter_of(json.dumps(given), 5).feature_specs
     assert config.max_steps > 0 or config.num_train_epochs > 0
@@ -205,6 +232,7 @@ INSTANCE_MODELS = {
         "tat",
     },  # fmt: skip
     "mask2former_l_to_t": {"bcd", "pkd", "query_kd"},
+    "rfdetr_seg_m_to_s": {"bcd", "pkd", "query_kd"},
 }
 
 
@@ -230,11 +258,13 @@ def test_a_detectors_recipe_differs_from_its_base_in_its_losses_which_can_be_bui
             and config.output_dir == f"runs/coco/{recipe.stem}"
         )
         pair = (models.student, models.teacher)
-        if isinstance(models.student, dict) or base.startswith("mask2former"):
+        if isinstance(models.student, dict) or base in PUBLISHED:
             student, teacher = (
-                published_mask2former(given) if isinstance(given, str) else adapter_of(json.dumps(given), 80)
+                PUBLISHED[base](given) if isinstance(given, str) else adapter_of(json.dumps(given), 80)
                 for given in pair
             )
+            if config.square_size is not None:
+                assert all(config.square_size % one.size_multiple == 0 for one in (student, teacher))
             with torch.device("meta"):
                 build_losses(student, teacher, config)
                 inherit(student, teacher, config.inherit or ())  # which refuses what the two have not in common

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from PIL import Image
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
@@ -79,6 +80,18 @@ def test_connectors_are_trained_on_a_student_that_does_not_move(tmp_path, capsys
     assert row["fitnet/fitnet: absorbed"] == pytest.approx(1 - after / before)
     assert (tmp_path / "student" / "model.safetensors").read_bytes() == weights
     assert "absorbed" in capsys.readouterr().out
+
+
+def test_the_share_of_boundary_is_measured_at_each_size(tmp_path):
+    tiny.tiny_timm().save_pretrained(tmp_path / "teacher")
+    options = ["--dataset_name", "synthetic", "--sides", "48,96", "--repeats", "2", "--output_dir", str(tmp_path)]
+    benchmark.main(["boundaries", "--device", "cpu", "--teacher", str(tmp_path / "teacher"), *options])
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["boundaries"]
+    assert [(row["crop_size"], row["image_size"], row["positions"]) for row in rows] == [(48, 48, 36), (96, 96, 144)]
+    assert all(0 < row["map"] < 0.5 and 0 < row["classes"] < 0.5 < row["labels"] < 1 for row in rows)
+    assert rows[1]["labels"] < rows[0]["labels"]  # the same scenes on a finer grid
+    with Image.open(tmp_path / "boundaries.png") as picture:
+        assert picture.width > 2 * picture.height
 
 
 def test_a_method_that_does_not_exist_is_named(tmp_path):
