@@ -41,6 +41,15 @@ class Distiller(nn.Module):
         """The student as it is scored and saved: the average of its weights where there is one."""
         return self.student if self.average is None else self.average.student
 
+    def train(self, mode: bool = True) -> "Distiller":
+        """As in any module; in quantised steps BatchNorm keeps its statistics, since files have it folded into convolutions."""
+        super().train(mode)
+        if mode and self.quantizer is not None and self.quantizer.active:
+            for module in self.student.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
     def after_step(self, step: int) -> None:
         """Ends optimizer step `step`."""
         self.criterion.after_step()

@@ -2,7 +2,7 @@
 
 torch's own operators for fake quantisation, in hooks: torchao's workflows for training take linear layers only, or a traced
 graph, which is no model of transformers any more. In the files BatchNorm is folded into convolutions; its factor changes
-the scale of a channel and not its steps, so that weights are quantised before it here. Length and rate are those
+the scale of a channel and not its steps, so that weights are quantised before it here; its statistics stay. Length and rate are those
 that NVIDIA recommends with Wu et al., "Integer Quantization for Deep Learning Inference" (arXiv:2004.09602): a tenth of the steps,
 from a hundredth of the learning rate.
 """
