@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..utils.distributed import is_distributed
@@ -99,8 +98,8 @@ def _after(layer: nn.Module, inputs: Any, output: Any) -> None:
     layer.__dict__.pop("weight", None)
 
 
-def restarted(scheduler: LambdaLR, first: int, total: int) -> None:
-    """Lets a schedule of `first` steps begin again at a hundredth of its highest rate, and fall to 0 at `total`."""
+def restarted(scheduler: Any, first: int, total: int) -> None:
+    """Lets a schedule of `first` steps, a `LambdaLR`, begin again at a hundredth of its highest rate, and fall to 0 at `total`."""
 
     def shape(before: Callable[[int], float], step: int) -> float:
         return before(step) if step < first else RATE * max(0, total - step) / (total - first)
