@@ -352,7 +352,7 @@ def test_losses_that_need_more_are_refused_with_those_that_serve():
             num_labels=8,
             offers=student.offers_with(teacher),
         )
-    with pytest.raises(UserError, match="needs features, scores, but|needs scores, but"):
+    with pytest.raises(UserError, match="needs features, logits, but|needs logits, but"):
         build_criterion(
             {"bcd": {"teacher_head": "logits"}}, student.feature_specs, teacher.feature_specs, num_labels=8,
             offers=student.offers_with(teacher),
