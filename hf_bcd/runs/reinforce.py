@@ -319,7 +319,7 @@ def describe(reinforcer: Reinforcer, views: int) -> dict[str, Any]:
             "repo_id": adapter.repo_id,
             "revision": adapter.revision,
             "fingerprint": teacher.fingerprint,
-            "has_classes": "scores" in adapter.offers,
+            "has_classes": "logits" in adapter.offers,
             "synonyms": reinforcer.synonyms,
             "image_mean": adapter.image_mean.flatten().tolist(),
             "image_std": adapter.image_std.flatten().tolist(),

@@ -60,7 +60,6 @@ BY_PILLOW: dict[str, Any] = {
     "hole.gif": lambda path: scene().quantize(37).save(path, transparency=3),
     "a.webp": lambda path: scene().save(path),
     "cmyk.jpg": lambda path: scene().convert("CMYK").save(path),
-    "ycbcr.tif": lambda path: scene().convert("YCbCr").save(path),
 }
 
 
