@@ -168,6 +168,8 @@ class BCDLoss(DistillationLoss):
             return {BOUNDARY: teacher.digest[BOUNDARY], RELATION: self._relations(teacher.digest, size)}
         features = self.teacher_head(teacher.features, size)
         relations = features if self.mode == "paper" else relation_map(features)
+        if self.teacher_head_kind == "logits":  # whose boundaries are no map
+            return {RELATION: relations}
         return {BOUNDARY: self.teacher_boundary(teacher, features, mask), RELATION: relations}
 
     @torch.no_grad()
