@@ -112,14 +112,14 @@ def gain_words(report: dict[str, Any], score: Score) -> list[str]:
     """What quantised steps brought a file on each split that it was scored on."""
     found = []
     for split, before in report.get(BEFORE, {}).items():
-        lost, texts = [], []
+        changes, texts = [], []
         for one in (before, report["scores"][split]):
             own, file = (score.scale * one[name][score.key] for name in ("pytorch", "file"))
-            lost.append(own - file)
+            changes.append(file - own)
             texts.append(f"{own:.2f} in PyTorch and {file:.2f} in int8")
         found.append(
             f"`{report['file']}` is of a student whose last steps were quantised: {score.title} on the {split} split was {texts[0]} before them "
-            f"and is {texts[1]} now, so that int8 lost {lost[0]:.2f} points before and {lost[1]:.2f} after."
+            f"and is {texts[1]} now, so that int8 changed it by {changes[0]:+.2f} points before and changes it by {changes[1]:+.2f} now."
         )
     return found
 
