@@ -1,6 +1,6 @@
 """`python -m hf_bcd` is `hf-bcd`; `accelerate launch -m hf_bcd distill ...` runs it in several processes."""
 
-from .cli import main
+from .commands import main
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from benchmarks.plot import plot_relation
 from benchmarks.step import PAIRS, mask_rcnn_row, step_row
 from benchmarks.stored import stored_rows
 
-from hf_bcd.cli import run
+from hf_bcd.commands import run
 from hf_bcd.losses import LOSSES
 from hf_bcd.runs.arguments import DataArguments
 from hf_bcd.runs.experiment import load_data

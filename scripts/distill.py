@@ -1,7 +1,6 @@
 """Distils a small segmentation model from a large one; without arguments, the demo. `--help` says more."""
 
-from hf_bcd.cli import run
-from hf_bcd.commands import distill
+from hf_bcd.commands import distill, run
 
 
 if __name__ == "__main__":

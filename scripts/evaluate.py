@@ -1,7 +1,6 @@
 """Scores a segmentation model on a labelled data set; `--help` says more."""
 
-from hf_bcd.cli import run
-from hf_bcd.commands import evaluate
+from hf_bcd.commands import evaluate, run
 
 
 if __name__ == "__main__":

@@ -109,8 +109,7 @@ def begin(folder: Path, more: list[str], *, dies_at: int | None = None, counts: 
         output = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        from hf_bcd.cli import run
-        from hf_bcd.commands import distill
+        from hf_bcd.commands import distill, run
 
         changes = audited(folder, dies_at)
         run(lambda: distill.main([*ARGUMENTS, "--output_dir", str(folder), *more]))

@@ -1,7 +1,6 @@
 """Pushes the finished student of a run's output folder to the Hub; `--help` says more."""
 
-from hf_bcd.cli import run
-from hf_bcd.commands import push
+from hf_bcd.commands import push, run
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from mkdocs.structure.files import File, Files
 
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "hf_bcd" / "studies" / "results"
-FROM_DOCS = "../hf_bcd/studies/results/"
+RESULTS = ROOT / "hf_bcd" / "examples" / "studies" / "results"
+FROM_DOCS = "../hf_bcd/examples/studies/results/"
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -1,7 +1,6 @@
 """Runs a grid of recipes, losses and seeds, and reports it. `--help` says more."""
 
-from hf_bcd.cli import run
-from hf_bcd.commands import study
+from hf_bcd.commands import run, study
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_bcd.cli import COMMANDS, OF_RUNS
+from hf_bcd.commands import COMMANDS, OF_RUNS
 from hf_bcd.runs.arguments import build_arguments, read_arguments
 
 

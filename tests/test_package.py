@@ -55,7 +55,7 @@ import sys
 {{}}
 print("\\n", *[name for name in {HEAVY} if name in sys.modules], end="")
 """
-CALL = "sys.argv = {}\nfrom hf_bcd.cli import main\ntry: main()\nexcept SystemExit as end: assert not end.code"
+CALL = "sys.argv = {}\nfrom hf_bcd.commands import main\ntry: main()\nexcept SystemExit as end: assert not end.code"
 
 
 @pytest.mark.parametrize(

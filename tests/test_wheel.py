@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 DRIVER = """
 import json, sys
 import hf_bcd
-from hf_bcd.cli import main
+from hf_bcd.commands import main
 
 print(hf_bcd.__file__)
 for arguments in json.loads(sys.argv[1]):
@@ -56,7 +56,7 @@ def test_the_wheel_holds_what_is_no_code(wheel: Path) -> None:
     kinds = {".yaml", ".json", ".bib", ".typed"}
     package = ROOT / "hf_bcd"
     data = {path for path in package.rglob("*") if path.suffix in kinds or path.parent.name == "templates"}
-    results = package / "studies" / "results"  # measured, for the documentation
+    results = package / "examples" / "studies" / "results"  # measured, for the documentation
     expected = {path.relative_to(ROOT).as_posix() for path in data if path.is_file() and results not in path.parents}
     assert expected <= names and len(expected) > 100
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "docs/")) or "/results/" in name]

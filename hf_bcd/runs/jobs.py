@@ -11,7 +11,7 @@ from ..utils.files import read_text
 from ..utils.messages import UserError
 from ..utils.yaml import read_yaml
 from .arguments import build_arguments
-from .recipes import PACKAGE, find_recipe
+from .recipes import EXAMPLES, find_recipe
 from .study import Run, Study
 
 
@@ -125,8 +125,8 @@ def _steps(run: Run) -> int:
 def _study_of_job(file: Path) -> tuple[str, list[str]]:
     """How a job names the study, and the volume it lies in: the package's own need none."""
     found = find_recipe(file, "studies").resolve()
-    if found.is_relative_to(PACKAGE):
-        return found.relative_to(PACKAGE / "studies").as_posix(), []
+    if found.is_relative_to(EXAMPLES):
+        return found.relative_to(EXAMPLES / "studies").as_posix(), []
     chain = [found]  # and the recipes that it starts from
     while base := (read_yaml(read_text(chain[-1]), str(chain[-1])) or {}).get("base"):
         chain.append((chain[-1].parent / base).resolve())

@@ -10,7 +10,7 @@ from ..utils.messages import UserError, unknown_key_message
 from ..utils.yaml import read_yaml
 
 
-PACKAGE = Path(__file__).parents[1]
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def find_recipe(name: str | Path, kind: str = "recipes") -> Path:
@@ -27,7 +27,7 @@ def find_recipe(name: str | Path, kind: str = "recipes") -> Path:
     """
     if (path := Path(name)).is_file():
         return path
-    folder = PACKAGE / kind
+    folder = EXAMPLES / kind
     inner = path.as_posix().removeprefix(f"examples/{kind}/").removesuffix(".yaml") + ".yaml"
     known = {one.relative_to(folder).as_posix(): one for one in sorted(folder.rglob("*.yaml"))}
     if inner in known:
@@ -40,7 +40,7 @@ def find_recipe(name: str | Path, kind: str = "recipes") -> Path:
 
 def packaged(name: str) -> str:
     """The package's own file for what its recipes call `examples/...`, where there is no such file here; else the name."""
-    inner = PACKAGE / name.removeprefix("examples/")
+    inner = EXAMPLES.parent / name
     return str(inner) if name.startswith("examples/") and inner.is_file() and not Path(name).is_file() else name
 
 

@@ -13,8 +13,8 @@ import pytest
 from hub.server import MARKER_TOKEN, OTHER_TOKEN, HubServer
 from huggingface_hub import close_session
 
-from hf_bcd.cli import run
 from hf_bcd.commands import push as command
+from hf_bcd.commands import run
 
 
 @pytest.fixture

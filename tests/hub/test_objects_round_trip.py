@@ -57,7 +57,7 @@ for kind in sys.argv[1:]:
 # both in one process, because importing takes seconds
 DISTILL = """
 import json, sys
-from hf_bcd.cli import run
+from hf_bcd.commands import run
 from hf_bcd.commands import distill
 
 for argv in json.loads(sys.argv[1]):

@@ -65,7 +65,7 @@ AutoModelForSemanticSegmentation.from_pretrained("saved-again", trust_remote_cod
 # several command lines in one process, because each process spends seconds on imports; it ends as the last of them does
 TRY = """
 import json, os, sys
-from hf_bcd.cli import run
+from hf_bcd.commands import run
 from hf_bcd.commands import distill
 
 token = os.environ.pop("HF_TOKEN", "")

@@ -11,7 +11,7 @@ from hub.server import HubServer
 
 REINFORCE = """
 import sys
-from hf_bcd.cli import main
+from hf_bcd.commands import main
 
 common = [
     "--crop_size", "32", "--max_steps", "3", "--dataloader_num_workers", "0", "--disable_tqdm", "true", "--report_to", "none",

@@ -303,7 +303,7 @@ def test_recipes_are_found_away_from_the_checkout(
     monkeypatch.chdir(tmp_path)
     found = find_recipe(name, kind)
     assert found.samefile(
-        ROOT / "hf_bcd" / kind / f"{name.removesuffix('.yaml').removeprefix(f'examples/{kind}/')}.yaml"
+        ROOT / "hf_bcd" / "examples" / kind / f"{name.removesuffix('.yaml').removeprefix(f'examples/{kind}/')}.yaml"
     )
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("")  # a file of the user's wins
@@ -322,5 +322,7 @@ def test_synonyms_of_the_package_are_found_away_from_the_checkout(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     values = read_arguments(["--config", "camvid/segformer_b5_to_mobilenetv2_fpn_label_free"])
-    assert Path(values["label_synonyms"]).samefile(ROOT / "hf_bcd" / "studies" / "camvid_cityscapes_names.json")
+    assert Path(values["label_synonyms"]).samefile(
+        ROOT / "hf_bcd" / "examples" / "studies" / "camvid_cityscapes_names.json"
+    )
     assert read_arguments(["--label_synonyms", "examples/mine.json"])["label_synonyms"] == "examples/mine.json"

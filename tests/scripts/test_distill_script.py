@@ -19,8 +19,7 @@ from processes import exit_code
 from safetensors.torch import load_file
 
 from hf_bcd import BCDTrainer
-from hf_bcd.cli import run
-from hf_bcd.commands import distill
+from hf_bcd.commands import distill, run
 
 
 ROOT = Path(__file__).parent.parent.parent
