@@ -53,6 +53,21 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
+def checkpoint_to_resume(given: str | bool | None, folder: str | Path) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` names; True asks for the last whole one of the output folder.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    if given is True:
+        given = last_checkpoint(folder)
+        if given is None:
+            raise UserError(f"no checkpoint to resume from in {folder}.")
+    if given and not Path(given).is_dir():
+        raise UserError(f"resume_from_checkpoint is {given!r}, which is no folder.")
+    return Path(given) if given else None
+
+
 def read_state(checkpoint: Path) -> TrainerState:
     """The state of a checkpoint's trainer, after a look at every file: a damaged one is named before anything is trained.
 

@@ -20,6 +20,9 @@ from .config import BCDConfig
 from .loaders import part_of_process
 
 
+NUM_PICTURES = 4
+
+
 def evaluate(
     model: DenseAdapter,
     dataset: Any,
@@ -94,6 +97,17 @@ def predict_batch(model: DenseAdapter, task: Task, batch: Mapping[str, Any]) -> 
     if isinstance(pixel_values, Tensor):
         return model.predict(pixel_values, sizes)
     return [model.predict(one[None], [size])[0] for one, size in zip(pixel_values, sizes, strict=True)]
+
+
+def pictures(model: DenseAdapter, dataset: Any, args: BCDConfig) -> Iterator[np.ndarray]:
+    """Input, truth and prediction of the first pictures of a transformed data set, or of the first of several."""
+    dataset = next(iter(dataset.values())) if isinstance(dataset, Mapping) else dataset
+    task = task_of(dataset)
+    model.eval()
+    for sample in (dataset[index] for index in range(min(NUM_PICTURES, len(dataset)))):
+        batch = {name: moved(value, args) for name, value in task.collate([sample]).items()}
+        (prediction,) = predict_batch(model, task, batch)
+        yield task.picture(sample, prediction, model.num_labels)
 
 
 def on_cpu(value: Any) -> Any:

@@ -37,10 +37,11 @@ def fused(cls: Any, options: dict[str, Any], args: TrainingArguments) -> tuple[A
     return cls, options
 
 
-def lay_out(model: nn.Module) -> None:
-    """Puts the weights of a convolutional model in channels-last order, in which convolutions compute, in place."""
-    if is_convolutional(model):
-        model.to(memory_format=torch.channels_last)
+def lay_out(*models: Any) -> None:
+    """Puts the weights of convolutional models in channels-last order, in which convolutions compute, in place."""
+    for model in models:
+        if isinstance(model, nn.Module) and is_convolutional(model):  # a stored teacher is none
+            model.to(memory_format=torch.channels_last)
 
 
 def is_convolutional(model: nn.Module) -> bool:

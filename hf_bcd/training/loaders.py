@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from ..data import TransformedStream
 from ..data.dataset import TransformedDataset
 from ..data.transforms import VIEWS_VERSION
-from ..stores import Store, StoredViews
+from ..stores import Store, StoredTeacher, StoredViews
+from ..stores.store import with_stored
 from ..tasks import Task
 from ..utils.messages import UserError
 from .config import BCDConfig
@@ -188,6 +189,14 @@ def with_masks(dataset: Any) -> Any:
     find = getattr(getattr(dataset, "dataset", None), "with_masks", None)
     masked = find() if find else None
     return dataset if masked is None else TransformedDataset(masked, dataset.transform, dataset.seed)
+
+
+def with_stores(dataset: Any, parts: Mapping[str, Any], task: Task, args: BCDConfig) -> tuple[Any, Callable[..., Any]]:
+    """Transformed training samples with what is stored of their teachers, and the function that makes batches of them."""
+    stores = {name: part.store for name, part in parts.items() if isinstance(part, StoredTeacher)}
+    if not stores or dataset is None:
+        return dataset, task.collate
+    return stored_views(stores, dataset, task, args), with_stored(task.collate)
 
 
 def stored_views(stores: Mapping[str, Store], dataset: Any, task: Task, args: BCDConfig) -> StoredViews:

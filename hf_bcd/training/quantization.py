@@ -9,6 +9,7 @@ from a hundredth of the learning rate.
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,10 +113,10 @@ class QuantizationCallback(TrainerCallback):
 
     Args:
         quantizer: of the student.
-        save: saves it.
+        save: saves it in a folder.
     """
 
-    def __init__(self, quantizer: FakeQuantizer, save: Callable[[], None]) -> None:
+    def __init__(self, quantizer: FakeQuantizer, save: Callable[[Path], None]) -> None:
         self.quantizer, self.save = quantizer, save
 
     def on_step_begin(
@@ -123,7 +124,7 @@ class QuantizationCallback(TrainerCallback):
     ) -> None:
         first = steps_before(state.max_steps)
         if state.global_step == first and state.is_world_process_zero:
-            self.save()
+            self.save(Path(args.output_dir or ".") / FOLDER)
         self.quantizer.active = state.global_step >= first
 
     def on_train_end(

@@ -1,5 +1,6 @@
-"""Running means of loss terms that cost no wait for the device until they are read."""
+"""Running means of loss terms that cost no wait for the device until they are read, and the time that steps took."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -75,3 +76,20 @@ class TermMeans:
             }
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged; remove it, and the first logged means are of fewer steps.") from error
+
+
+class Clock:
+    """Pictures and seconds of training since the last log."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins anew: what was before, such as an evaluation, is not training time."""
+        self.images, self.begun = 0, time.perf_counter()
+
+    def read(self, before: float) -> dict[str, float]:
+        """Pictures a second since the last log, and `train_seconds` in all with the seconds `before` it; begins anew."""
+        images, seconds = self.images, time.perf_counter() - self.begun
+        self.restart()
+        return {"images_per_second": round(images / seconds, 2), "train_seconds": round(before + seconds, 3)}

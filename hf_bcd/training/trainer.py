@@ -3,15 +3,13 @@
 import copy
 import logging
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
@@ -23,8 +21,7 @@ from ..adapters import DenseAdapter, image_processor
 from ..data import TransformedStream, joined
 from ..data.class_weights import class_weights
 from ..outputs import Targets
-from ..stores import Store, StoredTeacher
-from ..stores.store import with_stored
+from ..stores import Store
 from ..tasks import task_of
 from ..utils.messages import UserError
 from . import checkpoints, quantization
@@ -32,21 +29,20 @@ from .alignment import check_teachers
 from .callbacks import DistillationCallback, FiniteCallback, InterruptCallback, PictureCallback, check_finite
 from .config import BCDConfig
 from .distiller import Distiller
-from .evaluation import each, evaluate, moved, predict_batch, stacked, with_transform
+from .evaluation import each, evaluate, pictures, stacked, with_transform
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
 from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
-from .loaders import by_shape, end_workers, mixed, stored_views, stream_loader
+from .loaders import by_shape, end_workers, mixed, stream_loader, with_stores
 from .optimization import group_parameters, step_down
 from .recording import write_training_card
 from .teachers import loaded, parts_of
 from .teaching import calibrate, check_label_free, prepare
-from .terms import TermMeans
+from .terms import Clock, TermMeans
 
 
 logger = logging.getLogger(__name__)
 
-NUM_PICTURES = 4
 GivenTeacher = PreTrainedModel | DenseAdapter | Store | str
 
 
@@ -92,9 +88,7 @@ class BCDTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = copy.copy(args) if args is not None else BCDConfig(output_dir="trainer_output")
-        args._n_gpu = min(
-            args.n_gpu, 1
-        )  # nn.DataParallel cannot carry the teacher's outputs; launch several processes
+        args._n_gpu = min(args.n_gpu, 1)  # nn.DataParallel cannot carry the teacher's outputs
         fit_loaders(args)
         refuse(kwargs)
         train_dataset, eval_dataset = joined(train_dataset), each(joined, eval_dataset)
@@ -115,19 +109,17 @@ class BCDTrainer(Trainer):
         if train_dataset is not None:
             self.hub.prepare()
         args.push_to_hub = False  # the callback does; the base class would push pickled arguments
-        train = with_transform(train_dataset, self.task.train_transform(args), args.seed)
-        collate: Any = self.task.collate
-        parts = parts_of(self.teacher)
-        stores = {name: part.store for name, part in parts.items() if isinstance(part, StoredTeacher)}
-        if stores and train_dataset is not None:
-            train, collate = stored_views(stores, train, self.task, args), with_stored(collate)
+        parts, train = (
+            parts_of(self.teacher),
+            with_transform(train_dataset, self.task.train_transform(args), args.seed),
+        )
+        train, collate = with_stores(train, parts, self.task, args)
         evaluated = with_transform(eval_dataset, self.task.eval_transform(processor), args.seed)
         if "data_collator" not in kwargs:
             check_samples(self.task, student.num_labels, train_dataset=train, eval_dataset=evaluated)
         weights = None if train_dataset is None else class_weights(args.class_weights, train_dataset, student.id2label)
         self.class_weights = None if weights is None else weights.to(args.device)
-        self.has_card, self.terms = False, TermMeans()
-        self._restart_clock()
+        self.has_card, self.terms, self.clock = False, TermMeans(), Clock()
         super().__init__(
             model=distiller,
             args=args,
@@ -139,22 +131,22 @@ class BCDTrainer(Trainer):
         )
         # on a CPU it pays in training, and finished models are compared with their exports pixel by pixel
         if args.device.type == "cuda" or (args.device.type == "cpu" and train_dataset is not None):
-            for module in (self.distiller.student, self.distiller.finished, *parts.values()):
-                if isinstance(module, nn.Module):
-                    lay_out(module)
+            lay_out(self.distiller.student, self.distiller.finished, *parts.values())
         self.interrupt = InterruptCallback()
         trained = {name: p for name, p in self.distiller.named_parameters() if p.requires_grad}
         for callback in (
             DistillationCallback(distiller, self.train_dataset, args.decays_by_epoch(self.task.decay_per)),
             FiniteCallback(self.terms, trained),
             self.interrupt,
-            PictureCallback(self._pictures, self.callback_handler.callbacks),
+            PictureCallback(
+                lambda: pictures(self.distiller.finished, self.eval_dataset, self.args),
+                self.callback_handler.callbacks,
+            ),
             self.hub,
         ):
             self.add_callback(callback)
         if distiller.quantizer is not None:
-            folder = Path(self.args.output_dir or ".") / quantization.FOLDER
-            save = partial(checkpoints.save_student, distiller, folder, self.processing_class)
+            save = partial(checkpoints.save_student, distiller, processor=self.processing_class)
             self.add_callback(quantization.QuantizationCallback(distiller.quantizer, save))
 
     @property
@@ -183,28 +175,23 @@ class BCDTrainer(Trainer):
             UserError: if there is no such checkpoint, or it lies beyond the end of this run.
         """
         settle_early_stopping(self.args, self.callback_handler.callbacks, self.task.scores[0].key)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoints.last_checkpoint(self.args.output_dir or ".")
-            if resume_from_checkpoint is None:
-                raise UserError(f"no checkpoint to resume from in {self.args.output_dir}.")
-        if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint).is_dir():
-            raise UserError(f"resume_from_checkpoint is {resume_from_checkpoint!r}, which is no folder.")
+        checkpoint = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir or ".")
         check_teachers(self.teacher, self.train_dataset, self.task, self.args, self.distiller, self.data_collator)
-        if not resume_from_checkpoint:
-            self.calibrate()
-        elif (output := self._load_finished(Path(resume_from_checkpoint))) is not None:
-            return output
         self.terms.reset()
-        if resume_from_checkpoint:
-            self.terms.load(Path(resume_from_checkpoint), self.args.device)
-        self._restart_clock()
+        if checkpoint is None:
+            self.calibrate()
+        elif (output := self._load_finished(checkpoint)) is not None:
+            return output
+        else:
+            self.terms.load(checkpoint, self.args.device)
+        self.clock.restart()
         with (
             self.interrupt.listening(),
             single_values_accepted(self.student),
             checkpoints.disk_checked(self.args.output_dir),
         ):
             try:
-                output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+                output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             except UserError as error:  # a picture that cannot be read, hours after the start
                 self._save_and_raise(error)
             finally:
@@ -240,10 +227,8 @@ class BCDTrainer(Trainer):
         if state is None:
             return None
         # the first rank wrote it
-        state.is_local_process_zero, state.is_world_process_zero = (
-            self.is_local_process_zero(),
-            self.is_world_process_zero(),
-        )
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
         self.state = state
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best or str(checkpoint))
@@ -297,7 +282,7 @@ class BCDTrainer(Trainer):
             share=share,
         )
         self.terms.add({**outputs["terms"], "loss": outputs["loss"].detach()}, steps)
-        self._images += len(pixel_values) * self.accelerator.num_processes
+        self.clock.images += len(pixel_values) * self.accelerator.num_processes
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _targets(self, inputs: Mapping[str, Any]) -> Targets:
@@ -354,36 +339,15 @@ class BCDTrainer(Trainer):
 
         Maps are `[N, H, W]` if all pictures have one size, else lists; detections are lists of mappings.
         """
-        kept: list[tuple[Any, Any]] | None = (
-            None if prediction_loss_only else []
-        )  # which `evaluate` sets, `predict` not
+        kept: Any = None if prediction_loss_only else []  # which `evaluate` sets, `predict` not
         self._eval_dataloaders = {}  # of persistent workers the base class would hand out this one again for other data
-        distiller, processor = self.distiller, self.processing_class
-        scores = evaluate(
-            distiller.finished,
-            dataloader.dataset,
-            self.args,
-            processor=processor,  # type: ignore[arg-type]
-            description=description,
-            kept=kept,
-        )
+        options: Any = {"processor": self.processing_class, "description": description, "kept": kept}
+        scores = evaluate(self.distiller.finished, dataloader.dataset, self.args, **options)
         number = scores.pop("num_samples")
-        self._restart_clock()  # what it takes is not training time
+        self.clock.restart()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         predictions, truth = (None, None) if kept is None else map(stacked, zip(*kept, strict=True))
         return EvalLoopOutput(predictions, truth, metrics, number)  # type: ignore[arg-type]
-
-    def _pictures(self) -> Iterator[np.ndarray]:
-        """Input, truth and prediction of the first evaluation images."""
-        dataset: Any = self.eval_dataset
-        if isinstance(dataset, dict):  # several by name
-            dataset = next(iter(dataset.values()))
-        student = self.distiller.finished.eval()
-        for index in range(min(NUM_PICTURES, len(dataset))):
-            sample = dataset[index]
-            batch = {name: moved(value, self.args) for name, value in self.task.collate([sample]).items()}
-            (prediction,) = predict_batch(student, self.task, batch)
-            yield self.task.picture(sample, prediction, student.num_labels)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Adds every loss term and the throughput to the logged means; lists are no curves.
@@ -396,15 +360,9 @@ class BCDTrainer(Trainer):
             means = self.terms.read()
             self.terms.reset()
             check_finite(means, self.args, self.state)
-            now = time.perf_counter()
-            logs |= means  # its `loss` too: that of the base class forgets the steps before a checkpoint
-            logs["images_per_second"] = round(self._images / (now - self._clock), 2)
-            logs["train_seconds"] = round(self.train_seconds + now - self._clock, 3)
-            self._images, self._clock = 0, now
+            # its `loss` too: that of the base class forgets the steps before a checkpoint
+            logs |= means | self.clock.read(self.train_seconds)
         super().log(logs, start_time)
-
-    def _restart_clock(self) -> None:
-        self._images, self._clock = 0, time.perf_counter()
 
     @property
     def train_seconds(self) -> float:
