@@ -72,6 +72,7 @@ TYPES = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a name", Sequence: "a list of names",
     NoneType: "null",
 }  # fmt: skip
+COMMON = ("weight", "decay", "features", "optional")  # options of every loss
 LARGEST = 2**16  # of a number in an option: beyond it there is no tensor, or no end of time
 # a loss is built for these once, on the meta device, before anybody knows the models: its options must suit one of them
 _LEVELS = {name: FeatureSpec(1, 8) for name in ("stem", "stride_4", "stride_8", "stride_16", "stride_32")}
@@ -94,6 +95,7 @@ class LossOptions:
     decays: bool
     measured: bool  # whether weights are measured in training, after which `weights` no longer hold
     pyramid: bool = False  # whether its features are the levels of a detector's neck
+    optional: bool = False  # whether it is left out where student and teacher cannot serve it
 
     def build(self, pair: Pair) -> DistillationLoss:
         """The loss between two models."""
@@ -129,7 +131,7 @@ def by_teacher(losses: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     Raises:
         UserError: some losses belong to a teacher and others to none, or a teacher has none.
     """
-    options = {"weight", "decay", "features"}.union(*(options_of(cls) for cls in LOSSES.values()))
+    options = set(COMMON).union(*(options_of(cls) for cls in LOSSES.values()))
 
     def of_teacher(key: Any, value: Any) -> bool:
         if key in LOSSES or not isinstance(value, Mapping) or not value:
@@ -153,13 +155,24 @@ def by_teacher(losses: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {str(key): value for key, value in losses.items()}
 
 
+def served(losses: Losses, offers: frozenset[str]) -> dict[str, LossOptions]:
+    """The losses without optional ones that need what student and teacher do not offer."""
+    return {name: loss for name, loss in read_losses(losses).items() if not loss.optional or loss.needs <= offers}
+
+
 def check_needs(losses: Losses, offers: frozenset[str]) -> None:
-    """Refuses losses that need what student and teacher do not offer.
+    """Refuses losses that need what student and teacher do not offer, unless they are optional.
 
     Raises:
-        UserError: names the loss, what it needs and what to do.
+        UserError: names the loss, what it needs and what to do; or there is no loss left.
     """
-    for name, loss in read_losses(losses).items():
+    found = served(losses, offers)
+    if losses and not found:
+        raise UserError(
+            f"all of the losses {', '.join(losses)} are optional, and student and teacher serve none of them. "
+            f"Choose another loss: {', '.join(others_that_serve(offers))}."
+        )
+    for name, loss in found.items():
         if missing := sorted(loss.needs - offers):
             others = others_that_serve(offers)
             words = "; ".join(f"`{need}`: {NEEDS[need]}" for need in missing if need in NEEDS)
@@ -202,8 +215,9 @@ def build_criterion(
 
     Args:
         losses: name -> options of that loss, plus `weight` (a number for its own terms, one for each, or for some losses
-            `auto`), `decay` (whether r(t) multiplies it) and `features` (`backbone`, or `pyramid`: of a detector), e.g. `{"bcd": {"radius": 5, "weight": {"boundary": 3, "context": 1}}}`;
-            or what `read_losses` made of it.
+            `auto`), `decay` (whether r(t) multiplies it), `features` (`backbone`, or `pyramid`: of a detector) and `optional`
+            (whether it is left out where `offers` lack what it needs), e.g.
+            `{"bcd": {"radius": 5, "weight": {"boundary": 3, "context": 1}}}`; or what `read_losses` made of it.
         student_specs: feature levels of the student.
         teacher_specs: feature levels of the teacher.
         num_labels: number of the student's classes.
@@ -215,8 +229,8 @@ def build_criterion(
     Raises:
         UserError: as `read_losses` and `check_needs`, or for a level that the models do not have.
     """
-    parsed = read_losses(losses)
-    check_needs(parsed, offers)
+    check_needs(losses, offers)
+    parsed = served(losses, offers)
     levels = tuple(teacher_specs if head_levels is None else head_levels)
     pair = Pair(student_specs, teacher_specs, num_labels, levels, seed)
     return _criterion(parsed, pair, replace(pair, student=pyramids[0], teacher=pyramids[1]))
@@ -260,19 +274,16 @@ def _read(name: str, given: Mapping[str, Any] | LossOptions | None) -> LossOptio
         raise UserError(f"options of loss {name!r} are {given!r}; they must be a mapping, as in {{weight: 2}}.")
     cls = LOSSES[name]
     options = dict(cls.nested) | dict(given or {})
-    weight, decay, features = (
-        options.pop("weight", {}),
-        options.pop("decay", None),
-        options.pop("features", cls.features),
-    )
+    optional: Any = options.pop("optional", False)
+    decay: Any = options.pop("decay", None)
+    weight = options.pop("weight", {})
+    features = options.pop("features", cls.features)
     if features not in ("backbone", "pyramid"):
         raise UserError(f"features of loss {name!r} is {features!r}; choose backbone or pyramid.")
     parameters = _parameters(cls)
     for key, value in options.items():
         if key not in parameters:
-            raise UserError(
-                unknown_key_message(f"option of loss {name!r}", key, {*parameters, "weight", "decay", "features"})
-            )
+            raise UserError(unknown_key_message(f"option of loss {name!r}", key, {*parameters, *COMMON}))
         if key in cls.nested:
             if not (isinstance(value, Mapping) and value):
                 raise UserError(f"{key} of loss {name!r} is {value!r}; it must map losses to options: {{ifvd: {{}}}}.")
@@ -282,15 +293,16 @@ def _read(name: str, given: Mapping[str, Any] | LossOptions | None) -> LossOptio
     pyramid = features == "pyramid"
     probe = _probe(name, cls, options, pyramid)
     decay = probe.decays if decay is None else decay
-    if not isinstance(decay, bool):
-        raise UserError(f"decay of loss {name!r} is {decay!r}; it must be true or false.")
+    for key, value in (("decay", decay), ("optional", optional)):
+        if not isinstance(value, bool):
+            raise UserError(f"{key} of loss {name!r} is {value!r}; it must be true or false.")
     measured = weight == "auto"
     if measured and not probe.shares:
         others = ", ".join(other for other, cls in LOSSES.items() if cls.shares)
         raise UserError(f"weight of loss {name!r} is 'auto', which only {others} can have; give it a number.")
     weights = _term_weights(name, probe, {} if measured else weight)
     needs = probe.needs | ({"pyramid"} if pyramid else set())
-    return LossOptions(name, cls, options, needs, weights, decay, measured, pyramid)
+    return LossOptions(name, cls, options, needs, weights, decay, measured, pyramid, optional)
 
 
 def _probe(name: str, cls: type[DistillationLoss], options: Mapping[str, Any], pyramid: bool) -> DistillationLoss:

@@ -140,7 +140,9 @@ def read_arguments(
     if isinstance(synonyms := values.get("label_synonyms"), str):
         values["label_synonyms"] = packaged(synonyms)
     if values.get("losses") is None and any(path[0] == "losses" for path, _ in dotted):
-        values["losses"] = PRESETS.get(values.get("preset", "stable"))  # a dotted flag changes the losses in force
+        values["losses"] = PRESETS.get(
+            values.get("preset", BCDConfig.preset)
+        )  # a dotted flag changes the losses in force
     for path, text in dotted:
         _set_nested(values, path, read_yaml(text, "--" + ".".join(path)))
     if isinstance(values.get("teacher_training"), dict):

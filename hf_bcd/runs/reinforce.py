@@ -30,7 +30,7 @@ from ..training.hardware import fit_loaders, lay_out
 from ..training.loaders import spread_samples, view_options
 from ..training.recording import record_model
 from ..training.teachers import short_name
-from ..training.teaching import build_losses, calibrate, freeze
+from ..training.teaching import build_losses, calibrate, freeze, lacking
 from ..utils.messages import UserError, unknown_key_message
 from .arguments import ModelArguments
 from .baseline import prepare_teacher
@@ -153,7 +153,7 @@ def build_reinforcer(
     variants = [config] if recipes is None else [dataclasses.replace(config, losses=dict(own)) for own in recipes]
     criteria = []
     for variant in variants:
-        criterion = build_losses(student, teacher, variant).to(config.device)
+        criterion = build_losses(student, teacher, variant, lacking(frozen)).to(config.device)
         check_storable(criterion.by_name().items())
         if criterion.needs_calibration:
             calibrate(criterion, frozen, dataset, task, config, split.num_labels)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "joint": {"cwd": {"optional": True}, "bcd": {}},
     "stable": {"bcd": {}},
     "paper": {"bcd": {"mode": "paper", "teacher_head": "orthogonal", "weight": {"boundary": 10.0, "context": 50.0}}},
 }
@@ -65,10 +66,11 @@ class BCDOptions:
     )
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "No parameter is unused."})
 
-    preset: Literal["stable", "paper"] = field(
-        default="stable",
+    preset: Literal["joint", "stable", "paper"] = field(
+        default="joint",
         metadata={
-            "help": "Losses where `losses` says nothing: ours, or the paper's equations with alpha 10, beta 50."
+            "help": "Losses where `losses` says nothing: CWD, if teacher and student have the same classes, and BCD; BCD; or "
+            "BCD by the paper's equations with alpha 10, beta 50."
         },
     )
     losses: dict[str, Any] | str | None = field(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 from ..adapters import DenseAdapter, FrozenTeacher, LabelMap, adapt, match_labels, read_synonyms
 from ..losses import DistillationCriterion, build_criterion
 from ..losses.criterion import join_teachers, teacher_of
-from ..losses.recipe import OFFERED_BY_ALL, check_needs, others_that_serve
+from ..losses.recipe import OFFERED_BY_ALL, check_needs, others_that_serve, served
 from ..stores import StoredTeacher
 from ..tasks import TASKS, Task, task_of
 from ..utils.messages import UserError
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # fixed, so that the teacher's head depends neither on the training batch nor on the number of ranks
 CALIBRATION_BATCH = 8
+BY_CLASS = frozenset({"logits", "classes"})  # of what losses may need, what is compared class by class
 Synonyms = str | Path | Mapping[str, Sequence[str]] | None
 Given = PreTrainedModel | DenseAdapter | StoredTeacher
 
@@ -112,7 +113,7 @@ def prepare(
             check_losses(part.adapter, part.label_map, own)
             if to_train:
                 inherit(student, part.adapter, args.inherit or ())
-            criteria[name] = build_losses(student, part.adapter, own)
+            criteria[name] = build_losses(student, part.adapter, own, lacking(part))
             if isinstance(part, StoredTeacher):
                 part.check(criteria[name])
     criterion = join_teachers(criteria) if several else criteria[""]
@@ -137,15 +138,27 @@ def _frozen(
     return freeze(adapter, student.id2label, args, synonyms)
 
 
-def build_losses(student: DenseAdapter, teacher: DenseAdapter, args: BCDConfig) -> DistillationCriterion:
-    """The losses between two models; a `UserError` says which option or level is wrong."""
+def build_losses(
+    student: DenseAdapter, teacher: DenseAdapter, args: BCDConfig, lacks: frozenset[str] = frozenset()
+) -> DistillationCriterion:
+    """The losses between two models; a `UserError` says which option or level is wrong.
+
+    Args:
+        student: adapted student.
+        teacher: adapted teacher.
+        args: the losses.
+        lacks: see `lacking`.
+    """
+    offers = offers_of(teacher, args, student) - lacks
+    for name in args.loss_options.keys() - served(args.loss_options, offers):
+        logger.info("the losses are without %s, which this teacher and student cannot serve", name)
     return build_criterion(
         args.loss_options,
         student.feature_specs,
         teacher.feature_specs,
         num_labels=student.num_labels,
         seed=args.seed,
-        offers=offers_of(teacher, args, student),
+        offers=offers,
         head_levels=teacher.head_levels,
         pyramids=(student.pyramid_specs, teacher.pyramid_specs),
     )
@@ -286,6 +299,13 @@ def offers_of(teacher: DenseAdapter, args: BCDConfig, student: DenseAdapter | No
     return (OFFERED_BY_ALL | offers) - ({"task_loss"} if args.torch_compile else set())
 
 
+def lacking(teacher: Teacher) -> frozenset[str]:
+    """What losses may need and a teacher lacks for these data: scores where it misses a class, or no store keeps them."""
+    complete = teacher.label_map is None or teacher.label_map.is_complete
+    stored = not isinstance(teacher, StoredTeacher) or "logits" in teacher.store.columns
+    return (frozenset() if complete else BY_CLASS) | (frozenset() if stored else {"logits"})
+
+
 def check_label_free(dataset: Any, teacher: Teacher | Teachers | None, student: DenseAdapter, args: BCDConfig) -> None:
     """Refuses what a training set without any labels cannot serve.
 
@@ -322,10 +342,9 @@ def check_losses(teacher: DenseAdapter, label_map: LabelMap | None, args: BCDCon
         UserError: if one of them cannot be computed; names the losses that can.
     """
     check_needs(args.loss_options, offers_of(teacher, args))
-    by_class = {"logits", "classes"}
-    concerned = [name for name, loss in args.loss_options.items() if by_class & loss.needs]
+    concerned = [name for name, loss in args.loss_options.items() if BY_CLASS & loss.needs and not loss.optional]
     if concerned and label_map is not None and not label_map.is_complete:
-        others = others_that_serve(offers_of(teacher, args) - by_class)
+        others = others_that_serve(offers_of(teacher, args) - BY_CLASS)
         raise UserError(
             f"the teacher has no class for {', '.join(label_map.missing)}, but the losses {', '.join(concerned)} compare "
             "class scores. Say in a --label_synonyms file which of the teacher's classes stand for these, or distil "

@@ -100,8 +100,8 @@ def kind_of(name: str, option: str) -> str:
     cls = LOSSES[name]
     if option in cls.nested:
         return "losses"
-    if option in ("weight", "decay"):
-        return {"weight": "a number", "decay": "true or false"}[option]
+    if option in ("weight", "decay", "optional"):
+        return {"weight": "a number"}.get(option, "true or false")
     annotation = str(inspect.signature(cls).parameters[option].annotation)
     kinds = {"float": "a number", "int": "a whole number", "Sequence": "a list of names"}
     return next((kind for word, kind in kinds.items() if word in annotation), "a name")
@@ -110,7 +110,7 @@ def kind_of(name: str, option: str) -> str:
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_no_wrong_value_passes_any_option_and_the_message_names_both(name):
     tried = 0
-    for option in [*options_of(LOSSES[name]), "weight", "decay"]:
+    for option in [*options_of(LOSSES[name]), "weight", "decay", "optional"]:
         for value in WRONG[kind_of(name, option)]:
             if (option == "weight" and value == {}) or (value is None and option == "background"):
                 continue  # the defaults
@@ -154,6 +154,20 @@ def test_losses_that_serve_are_named_with_the_option_that_makes_them_so():
         check_needs({"kd": {}}, detectors)
     with pytest.raises(UserError, match=r"another loss: (?!.*crosskd).*cwd \(on: features\)"):
         check_needs({"kd": {}}, detectors - {"tower"})
+
+
+def test_an_optional_loss_is_left_out_where_nothing_serves_it():
+    losses = {"cwd": {"optional": True}, "bcd": {}}
+    offers = {"with": ALWAYS_OFFERED, "without": ALWAYS_OFFERED - {"logits"}}
+    built = {key: build_criterion(losses, SPECS, SPECS, num_labels=3, offers=x) for key, x in offers.items()}
+    assert {key: list(criterion.losses) for key, criterion in built.items()} == {
+        "with": ["cwd", "bcd"],
+        "without": ["bcd"],
+    }
+    with pytest.raises(UserError, match="loss 'cwd' needs logits"):
+        check_needs({"cwd": {}, "bcd": {}}, offers["without"])
+    with pytest.raises(UserError, match=r"losses cwd are optional, .* none of them.*\bbcd\b"):
+        build_criterion({"cwd": {"optional": True}}, SPECS, SPECS, num_labels=3, offers=offers["without"])
 
 
 def test_no_hint_where_nothing_is_near():

@@ -380,7 +380,9 @@ def test_a_dotted_flag_changes_the_losses_in_force() -> None:
     paper = read_arguments(["--data_dir", "x", "--preset", "paper", "--losses.bcd.radius", "5"])["losses"]
     assert paper["bcd"]["mode"] == "paper" and paper["bcd"]["radius"] == 5
     added = read_arguments(["--data_dir", "x", "--losses.cwd.temperature", "2"])["losses"]
-    assert added == {"bcd": {}, "cwd": {"temperature": 2}} and "radius" not in PRESETS["paper"]["bcd"]
+    assert (
+        added == {"bcd": {}, "cwd": {"optional": True, "temperature": 2}} and "radius" not in PRESETS["paper"]["bcd"]
+    )
 
 
 def test_without_arguments_the_default_recipe_is_in_force(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import tiny
 import torch
 from adapters.adapter_tiny_models import mask2former
 from torch import nn
-from transformers import PreTrainedModel, SegformerConfig, SegformerModel
+from transformers import PreTrainedModel, ResNetBackbone, ResNetConfig, SegformerConfig, SegformerModel
 
 from hf_bcd import BCDTrainer, SemanticMetrics
 from hf_bcd.adapters import adapt
@@ -24,6 +24,8 @@ from hf_bcd.losses.recipe import LOSSES
 from hf_bcd.runs.arguments import ModelArguments
 from hf_bcd.runs.baseline import prepare_teacher
 from hf_bcd.runs.experiment import evaluate_model
+from hf_bcd.runs.reinforce import build_reinforcer, make_store
+from hf_bcd.stores import Store
 from hf_bcd.tasks import semantic_segmentation
 
 
@@ -144,6 +146,27 @@ def test_features_alone_are_distilled_where_classes_are_missing(
     assert run.teacher is not None and not run.teacher.shares_labels and run.teacher.num_labels == 11
     run.train()
     assert all(math.isfinite(value) for value in tiny.history(run, "bcd/boundary") + tiny.history(run, "bcd/context"))
+
+
+def test_by_default_scores_are_compared_where_the_teacher_has_the_classes(tmp_path: Path) -> None:
+    lacking = superset(tiny.tiny_segformer())
+    rename(lacking, [*EXTRA, *list(tiny.ID2LABEL.values())[:-1], "lorry"])
+    config = tiny.config(tmp_path / "store", losses={"bcd": {}}, crop_size=32)
+    own, stages = adapt(tiny.tiny_segformer()), ["stage1", "stage2", "stage3", "stage4"]
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8] * 4, "depths": [1] * 4}
+    make_store(tmp_path / "store", build_reinforcer(ModelArguments(), config, tiny.scenes(), teacher=own), 1)
+    teachers: dict[str, Any] = {
+        "same classes": tiny.tiny_segformer(seed=1),
+        "a class less": lacking,
+        "features only": ResNetBackbone(ResNetConfig(**sizes, layer_type="basic", out_features=stages)),
+        "a store of bcd only": Store(tmp_path / "store"),
+    }
+    found = {}
+    for name, teacher in teachers.items():
+        run = tiny.trainer(tmp_path / "run", teacher=teacher, crop_size=32)
+        found[name] = list(run.distiller.criterion.losses)
+    assert found.pop("same classes") == ["cwd", "bcd"]
+    assert set(map(tuple, found.values())) == {("bcd",)} and len(found) == 3
 
 
 class ClassScores(BCDLoss):

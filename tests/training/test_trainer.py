@@ -328,7 +328,7 @@ def test_ctrl_c_leaves_a_resumable_folder(tmp_path: Path) -> None:
 
 
 def test_terms_are_logged_and_sum_to_the_loss(tmp_path: Path) -> None:
-    run = tiny.trainer(tmp_path, max_steps=4, logging_steps=2)
+    run = tiny.trainer(tmp_path, losses={"bcd": {}}, max_steps=4, logging_steps=2)
     run.train()
     logs = [entry for entry in run.state.log_history if "loss_task" in entry]
     assert len(logs) == 2
@@ -587,7 +587,7 @@ def test_a_run_can_go_on_with_another_learning_rate(tmp_path: Path, caplog: pyte
     [
         ({"optim": "adamw_torch"}, "checkpoint-1 belongs to another optimizer than AdamW: it has no step"),
         ({"model": lambda: tiny.tiny_timm((8, 8, 16, 32))}, "checkpoint-1 holds another student than this run's"),
-        ({"teacher": lambda: tiny.tiny_timm(seed=1)}, "distiller.safetensors is missing.*losses bcd keep"),
+        ({"teacher": lambda: tiny.tiny_timm(seed=1)}, "distiller.safetensors is missing.*losses cwd, bcd keep"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
