@@ -15,7 +15,8 @@ import logging
 import sys
 from pathlib import Path
 
-from ..adapters.loading import ModelSpec, load_adapter, saved_size
+from ..adapters.loading import load_adapter, saved_size
+from ..adapters.specs import ModelSpec
 from ..card.usage import mention_exports
 from ..export.students import open_export
 from ..hub.exports import EXTENSIONS, PRECISIONS

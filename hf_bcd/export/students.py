@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from ..adapters import DenseAdapter
-from ..adapters.loading import ModelSpec, load_adapter, saved_size
+from ..adapters.loading import load_adapter, saved_size
+from ..adapters.specs import ModelSpec
 from ..hub.exports import model_file, read_export, report_file, weights_digest
 from ..utils.costs import device_name, time_forward, weight_bytes
 from ..utils.files import write_json

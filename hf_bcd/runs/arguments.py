@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from ..adapters.loading import ModelSpec
+from ..adapters.specs import ModelSpec
 from ..training.config import BCDConfig
 from ..training.options import PRESETS
 from ..training.teachers import named_by

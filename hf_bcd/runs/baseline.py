@@ -15,7 +15,8 @@ from transformers import set_seed
 from transformers.utils.hub import cached_file
 
 from ..adapters import DenseAdapter, adapt, read_synonyms
-from ..adapters.loading import ModelSpec, build_model, commit_of, load_adapter
+from ..adapters.loading import build_model, commit_of, load_adapter
+from ..adapters.specs import ModelSpec
 from ..data import DenseDataset, DenseDatasets
 from ..hub.errors import explained
 from ..stores import Store

@@ -15,7 +15,8 @@ from huggingface_hub.utils import WeakFileLock
 from transformers import PreTrainedModel, set_seed
 
 from ..adapters import DenseAdapter, adapt, image_processor, read_synonyms
-from ..adapters.loading import ModelSpec, build_model, class_names_of
+from ..adapters.loading import build_model, class_names_of
+from ..adapters.specs import ModelSpec
 from ..data import (
     DenseDataset,
     DenseDatasets,

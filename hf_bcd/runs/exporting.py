@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters import DenseAdapter, image_processor
-from ..adapters.loading import ModelSpec, load_adapter
+from ..adapters.loading import load_adapter
+from ..adapters.specs import ModelSpec
 from ..card.usage import mention_exports
 from ..data import DenseDataset, DenseDatasets
 from ..export.calibration import Calibration

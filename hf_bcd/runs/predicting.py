@@ -12,7 +12,8 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 from ..adapters import DenseAdapter, image_processor
-from ..adapters.loading import ModelSpec, load_adapter, saved_size
+from ..adapters.loading import load_adapter, saved_size
+from ..adapters.specs import ModelSpec
 from ..data.rows import DecodedRows, VipsRows, open_rows
 from ..data.sources.layouts import EXTENSIONS
 from ..data.unlabelled import picture_files

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..adapters import DenseAdapter, FrozenTeacher, read_synonyms
-from ..adapters.loading import ModelSpec
+from ..adapters.specs import ModelSpec
 from ..data import DenseDatasets
 from ..data.dataset import TransformedDataset
 from ..losses import DistillationCriterion

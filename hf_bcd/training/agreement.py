@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..adapters import FrozenTeacher
-from ..adapters.loading import ModelSpec, load_adapter
+from ..adapters.loading import load_adapter
+from ..adapters.specs import ModelSpec
 from ..losses import DistillationCriterion
 from ..stores import StoredTeacher, StoredViews
 from ..stores.needs import columns_of

@@ -13,7 +13,7 @@ from transformers import TrainerState
 
 from ..adapters import DenseAdapter, LabelMap
 from ..adapters.base import REPO_ID
-from ..adapters.loading import ModelSpec
+from ..adapters.specs import ModelSpec
 from ..card.escaping import shareable_recipe
 from ..card.model_card import write_card
 from ..card.record import RANDOM, DataRecord, ModelRecord, RunRecord

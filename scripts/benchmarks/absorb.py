@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_bcd.adapters.loading import ModelSpec, load_adapter
+from hf_bcd.adapters.loading import load_adapter
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.losses.criterion import DistillationCriterion
 from hf_bcd.outputs import DenseOutput, Targets
 from hf_bcd.tasks import task_of

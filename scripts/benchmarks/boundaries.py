@@ -11,7 +11,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from hf_bcd.adapters import FrozenTeacher
-from hf_bcd.adapters.loading import ModelSpec, load_adapter
+from hf_bcd.adapters.loading import load_adapter
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.figures.bcd import boundary_figure
 from hf_bcd.losses.bcd import BOUNDARY, BCDLoss, regions_of
 from hf_bcd.losses.boundary import different_neighbour

@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NA
 
 from hf_bcd.adapters import DenseAdapter, FrozenTeacher, adapt, backbones, build_adapter, describe
 from hf_bcd.adapters.backbones import is_backbone, spread_layers
-from hf_bcd.adapters.loading import ModelSpec, load_adapter, load_model
+from hf_bcd.adapters.loading import load_adapter, load_model
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.commands import distill
 from hf_bcd.losses import build_criterion
 from hf_bcd.losses.base import Pair

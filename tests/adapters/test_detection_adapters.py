@@ -34,9 +34,10 @@ from transformers import AutoImageProcessor
 
 from hf_bcd.adapters import FrozenTeacher, adapt, build_adapter, image_processor
 from hf_bcd.adapters.detection import DetectionAdapter, detr_labels, picture_sizes
-from hf_bcd.adapters.loading import ModelSpec, build_model, load_adapter
+from hf_bcd.adapters.loading import build_model, load_adapter
 from hf_bcd.adapters.mask2former import Mask2FormerAdapter
 from hf_bcd.adapters.mask_queries import Mask2FormerInstanceAdapter
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.data import BoxEvalTransform
 from hf_bcd.outputs import DenseOutput, Objects
 from hf_bcd.utils.masks import decode, unpack

@@ -18,7 +18,8 @@ from torch._utils import ExceptionWrapper
 from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from hf_bcd.adapters import adapt, read_synonyms
-from hf_bcd.adapters.loading import ModelSpec, build_model, load_adapter
+from hf_bcd.adapters.loading import build_model, load_adapter
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.commands import check, distill, evaluate, export, push, study
 from hf_bcd.data import load_dense_dataset
 from hf_bcd.models import TimmSegmentationModel

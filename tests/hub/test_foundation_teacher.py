@@ -9,7 +9,8 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 
 READ = """
-from hf_bcd.adapters.loading import ModelSpec, load_adapter
+from hf_bcd.adapters.loading import load_adapter
+from hf_bcd.adapters.specs import ModelSpec
 for revision in (None, "v1"):
     adapter = load_adapter(ModelSpec("tester/foundation", revision), to_teach=True)
     first = adapter.model.embeddings.cls_token.flatten()[0].item()

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from hf_bcd.adapters import build_adapter
-from hf_bcd.adapters.loading import ModelSpec, build_model
+from hf_bcd.adapters.loading import build_model
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.models import EspNetConfig, EspNetForSemanticSegmentation
 from hf_bcd.models.modeling_espnet import FEATURE_CHANNELS, EspModule
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from hf_bcd.adapters.loading import ModelSpec
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.data.boxes import FORMATS
 from hf_bcd.runs.arguments import build_arguments, named_teachers, parse_arguments, read_arguments
 from hf_bcd.runs.experiment import load_data

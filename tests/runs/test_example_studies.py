@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_bcd.adapters import read_synonyms
-from hf_bcd.adapters.loading import ModelSpec
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.data import CATALOG
 from hf_bcd.losses import LOSSES
 from hf_bcd.runs.arguments import build_arguments, parse_arguments

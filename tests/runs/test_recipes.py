@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_bcd.adapters import DenseAdapter, build_adapter
-from hf_bcd.adapters.loading import ModelSpec
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.data import CATALOG
 from hf_bcd.losses import LOSSES, build_criterion
 from hf_bcd.losses.recipe import ALWAYS_OFFERED

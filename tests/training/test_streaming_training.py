@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from hf_bcd import BCDTrainer
-from hf_bcd.adapters.loading import ModelSpec
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.data import DenseDatasets
 from hf_bcd.runs.arguments import DataArguments, parse_arguments
 from hf_bcd.runs.baseline import recipe_of, train_or_reuse

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, ResNetBackbone, ResNetConfig, Segforme
 
 from hf_bcd import BCDTrainer, SemanticMetrics
 from hf_bcd.adapters import adapt
-from hf_bcd.adapters.loading import ModelSpec, build_model
+from hf_bcd.adapters.loading import build_model
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.commands import distill
 from hf_bcd.losses.bcd import BCDLoss
 from hf_bcd.losses.recipe import LOSSES

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation, Trainer, TrainerCallback
 
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel
-from hf_bcd.adapters.loading import ModelSpec
+from hf_bcd.adapters.specs import ModelSpec
 from hf_bcd.losses import LOSSES
 from hf_bcd.losses.bcd import BCDLoss
 from hf_bcd.runs import baseline, experiment
