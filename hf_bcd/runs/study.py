@@ -308,10 +308,11 @@ class Shared:
         They are the run's own; or those of a run that has them among more, if it has all that their losses read.
         """
         agreeing = [
-            live_teachers(*build_arguments(one.arguments)[::2])
+            live_teachers(args, config)
             for one in self.study.runs
             if (one.seed, one.reinforce) == (run.seed, run.reinforce)
             and all(one.arguments.get(key) == run.arguments.get(key) for key in VIEW_NAMES)
+            for args, _, config in [build_arguments(one.arguments)]
         ]
 
         def grouped(teachers: Live) -> dict[str, tuple[ModelArguments, BCDConfig, list[dict[str, Any]]]]:
