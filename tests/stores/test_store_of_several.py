@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from hf_bcd import BCDTrainer
 from hf_bcd.adapters import adapt
@@ -133,6 +135,21 @@ def test_losses_of_stored_teachers_equal_those_of_live_ones(tmp_path: Path) -> N
         batch = run.data_collator([run.train_dataset[index] for index in range(4)])
         values.append(run.compute_loss(run.distiller.eval(), batch).item())
     assert values[0] == values[1]
+
+
+def test_each_teachers_losses_get_what_is_kept_for_them(stored: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stored, tmp_path / "s"))
+    state = load_file(folder / "losses.safetensors")
+    assert {name.partition(".")[0] for name in state} == {"seg/bcd", "timm/bcd"}
+    changed = {name: x + 1 if name.startswith("timm/") and x.is_floating_point() else x for name, x in state.items()}
+    save_file(changed, folder / "losses.safetensors")
+    losses = trainer(tmp_path / "r", Store(folder)).distiller.criterion.by_name()
+    alone = trainer(tmp_path / "a", Store.open(folder / "timm"), LOSSES["timm"]).distiller.criterion.by_name()
+    for key, x in changed.items():
+        name, _, part = key.partition(".")
+        assert torch.equal(losses[name].state_dict()[part].cpu(), x), key
+        if name == "timm/bcd":
+            assert torch.equal(alone["bcd"].state_dict()[part].cpu(), x), key
 
 
 def test_an_interrupted_store_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
