@@ -26,23 +26,41 @@ SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "1
 
 
 def write_store_card(
-    folder: Path, content: Mapping[str, Any], scores: Mapping[str, Any], size: int, repo_id: str | None = None
+    folder: Path,
+    content: Mapping[str, Any],
+    teachers: Mapping[str, Mapping[str, Any]],
+    scores: Mapping[str, Mapping[str, Any]],
+    size: int,
+    repo_id: str | None = None,
 ) -> None:
     """Writes README.md of a store.
 
     Args:
         folder: of the store.
-        content: its `store.json`.
-        scores: `split` and `scores` of the teacher, where they were measured.
+        content: its `store.json`, with the columns of all teachers.
+        teachers: what it says of each teacher, by name; "" for a single one.
+        scores: `split` and `scores` of teachers by name, where they were measured.
         size: bytes of its files.
         repo_id: the name by which readers load it; a placeholder by default.
     """
-    made, task, known = content["teacher"], TASKS[content["task"]], CATALOG.get(content["dataset"])
-    start = made["repo_id"]
-    terms = licence_of(start) if start else None
-    teacher = escape_markdown(made["name"])
-    if start:
-        teacher = hub_link(start) + (f" @ {made['revision'][:12]}" if made["revision"] else "")
+    task, known = TASKS[content["task"]], CATALOG.get(content["dataset"])
+    first = task.scores[0]
+    made = {name: one["teacher"] for name, one in teachers.items()}
+    starts = [one["repo_id"] for one in made.values() if one["repo_id"]]
+    terms = {name: licence_of(one["repo_id"]) if one["repo_id"] else None for name, one in made.items()}
+    shown = [
+        {
+            "name": name,
+            "link": teacher_link(made[name]),
+            "dtype": made[name]["dtype"],
+            "losses": one["losses"],
+            "terms": terms[name],
+            "score": f"{first.title} {first.text(scores[name]['scores'][first.key])} on the split {scores[name]['split']}"
+            if name in scores
+            else "",
+        }
+        for name, one in teachers.items()
+    ]
     rows = content["images"] * content["views"]
     pictures = (folder / "pictures").is_dir()
     configs = [
@@ -50,7 +68,7 @@ def write_store_card(
     ]
     if pictures:
         configs.append({"config_name": "pictures", "data_files": [{"split": "train", "path": "pictures/*.parquet"}]})
-    licence: dict[str, Any] = dict(student_licence([terms])) if start else {}
+    licence: dict[str, Any] = dict(student_licence(list(terms.values()))) if starts else {}
     metadata = DatasetCardData(
         **licence,
         task_categories=[task.pipeline_tag],
@@ -58,12 +76,11 @@ def write_store_card(
             "hf_bcd",
             "knowledge-distillation",
             "stored-teacher",
-            *([f"teacher:{one_line(start)}"] if start else []),
+            *(f"teacher:{one_line(start)}" for start in starts),
         ],
         size_categories=[next((words for most, words in SIZES if rows < most), "n>10M")],
         configs=configs,
     )
-    first = task.scores[0]
     name = repo_id or "path/to/store"
     keys = ("image_size", "crop_size", "scale_min", "scale_max", "color_jitter", "square_size")
     arguments = ", ".join(
@@ -79,8 +96,7 @@ def write_store_card(
         metadata=metadata.to_yaml(),
         name=name.rpartition("/")[2] if repo_id else "Stored teacher",
         content=content,
-        teacher=teacher,
-        terms=terms,
+        teachers=shown,
         pictures=pictures,
         page=known and known.source,
         data_licence=known and known.licence,
@@ -88,8 +104,12 @@ def write_store_card(
         snippet=SNIPPET.format(name=json.dumps(name), loaded=loaded, arguments=arguments),
         size=size,
         bytes_a_view=size / rows,
-        scores=f"{first.title} {first.text(scores['scores'][first.key])} on the split {scores['split']}"
-        if scores
-        else "",
     )
     write_text(folder / "README.md", text)
+
+
+def teacher_link(made: Mapping[str, Any]) -> str:
+    """A teacher in Markdown: its repository and commit, or its kind."""
+    if not made["repo_id"]:
+        return escape_markdown(made["name"])
+    return hub_link(made["repo_id"]) + (f" @ {made['revision'][:12]}" if made["revision"] else "")

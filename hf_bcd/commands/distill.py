@@ -25,7 +25,14 @@ from ..data import DenseDatasets
 from ..export.targets import parse_target
 from ..hub.exports import model_file
 from ..runs.arguments import DataArguments, ModelArguments, build_arguments, named_teachers, read_arguments
-from ..runs.baseline import check_untrained, load_baseline, prepare_baseline, prepare_teachers
+from ..runs.baseline import (
+    STORED_KEYS,
+    check_untrained,
+    load_baseline,
+    prepare_baseline,
+    prepare_teachers,
+    with_stored_teachers,
+)
 from ..runs.experiment import (
     alone_in,
     build_student,
@@ -76,6 +83,8 @@ def distill(
     """Trains, scores, reports and pushes; `recipe` is what the arguments were built from, for the card."""
     if (checkpoint := checkpoint_of(config, "student")) is not None:
         read_state(Path(checkpoint))  # a wrong one fails before hours of teacher training
+    model_args = with_stored_teachers(model_args, config.hub_token)
+    recipe = {**recipe, **{key: getattr(model_args, key) for key in STORED_KEYS if key in recipe}}
     config.check_teachers(list(named_teachers(model_args)))
     exported = target_to_export(model_args, config)
     data = name_classes(model_args, load_data(data_args))

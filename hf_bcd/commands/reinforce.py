@@ -6,11 +6,11 @@
 
 --views N          augmented views of each picture (8)
 --precision P      compact, half (float16) or exact (float32)
---columns C ...    further tensors to store: logits, features/<level>, pyramid/<level>
+--columns C ...    further tensors to store: logits, features/<level>, pyramid/<level>; of several teachers <teacher>/logits ...
 --with_images      also store the pictures and their label maps, as the configuration `pictures`
 --push_to_hub ID   push the store as a data set, with its card
 
-The recipe's losses and training transform decide what is stored. Several processes write one store: `accelerate launch -m hf_bcd
+The recipe's losses and training transform decide what is stored. Several teachers, '[A, B]', fill one store with columns each. Several processes write one store: `accelerate launch -m hf_bcd
 reinforce ...`. A store that was interrupted goes on with the same command.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from ..hub.pushing import prepare_repository, push_store
 from ..runs.arguments import parse_arguments
 from ..runs.experiment import alone_in, load_data, name_classes
-from ..runs.reinforce import build_reinforcer, make_store
+from ..runs.reinforce import build_reinforcers, make_store
 from ..runs.store_report import describe_store, score_teacher, summary, write_pictures
 from ..stores.writing import PRECISIONS
 from ..training.hardware import limit_threads
@@ -40,11 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, config = parse_arguments(rest, description=__doc__)
     if own.views < 1:
         raise UserError(f"--views is {own.views}; store at least one view of each picture.")
-    if isinstance(model_args.teacher, list):
-        raise UserError(
-            f"--teacher is a list of {len(model_args.teacher)}, but a store is of one teacher: make one for each, in a folder that is "
-            "called as the teacher, and distil with --teacher_store '[stores/a, stores/b]'."
-        )
+    model_args.teacher_store = None  # a recipe may name the store that it is trained with
     if config.output_dir is None:
         raise UserError("no --output_dir: name the folder of the store.")
     limit_threads()
@@ -60,13 +56,14 @@ def main(argv: list[str] | None = None) -> None:
         )
     with alone_in(folder, config):
         data = name_classes(model_args, load_data(data_args))
-        reinforcer = build_reinforcer(model_args, config, data)
-        make_store(folder, reinforcer, own.views, own.precision, own.columns)
-        score_teacher(folder, reinforcer, data)
+        parts = build_reinforcers(model_args, config, data)
+        make_store(folder, parts, own.views, own.precision, own.columns)
+        for name, part in parts.items():
+            score_teacher(folder, part, data, name)
         if not config.should_save:
             return
         if own.with_images:
-            write_pictures(folder, reinforcer)
+            write_pictures(folder, next(iter(parts.values())))
         describe_store(folder, repo_id)
         print(summary(folder))
         if repo_id is not None:

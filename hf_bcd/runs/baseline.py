@@ -23,7 +23,7 @@ from ..stores import Store
 from ..tasks import task_of
 from ..training.checkpoints import data_key, differences
 from ..training.config import OUTCOME, BCDConfig
-from ..training.teachers import naming
+from ..training.teachers import naming, short_name
 from ..training.teaching import build_losses, check_losses, check_task
 from ..utils.files import read_json, write_json
 from ..utils.messages import UserError
@@ -35,6 +35,7 @@ from .experiment import check_sizes, train_model
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.json"
+STORED_KEYS = ("teacher", "teacher_store")  # arguments that `with_stored_teachers` may change
 
 
 def check_untrained(args: ModelArguments, config: BCDConfig, data: DenseDatasets, student: DenseAdapter) -> None:
@@ -62,6 +63,24 @@ def prepare_teachers(args: ModelArguments, config: BCDConfig, data: DenseDataset
             assert one is not None
             found[name] = one
     return found
+
+
+def with_stored_teachers(args: ModelArguments, token: str | None = None) -> ModelArguments:
+    """The arguments with each teacher named that a store of several holds.
+
+    Such a store stands for a single teacher beside it, or for those of a list that it holds, unless stores are a list too.
+    """
+    given = args.teacher_store
+    stores = [given] if isinstance(given, str) else given or []
+    found = [source for one in stores for source in Store.sources_of(one, token)]
+    if found == stores:
+        return args
+    live = args.teacher
+    if isinstance(given, str):
+        held = {short_name(one) for one in found}
+        specs = [(one, ModelSpec.parse(one, "teacher")) for one in live] if isinstance(live, list) else []
+        live = [one for one, spec in specs if short_name(str(spec.name_or_path or spec.backbone)) not in held] or None
+    return dataclasses.replace(args, teacher=live, teacher_store=found)
 
 
 def open_store(args: ModelArguments, config: BCDConfig) -> Store | None:

@@ -28,7 +28,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Stored outputs of a teacher (folder or Hub id of `hf-bcd reinforce`), in the place of the teacher itself; or "
-            "'[A, B]', beside the teachers of --teacher."
+            "'[A, B]', beside the teachers of --teacher. A store of several gives all; STORE/NAME is one of them."
         },
     )
     with_baseline: bool = field(

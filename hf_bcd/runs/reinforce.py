@@ -21,7 +21,7 @@ from ..data.dataset import TransformedDataset
 from ..losses import DistillationCriterion
 from ..stores.codecs import Column
 from ..stores.needs import check_storable, columns_of, read_by, tensors_of
-from ..stores.store import FORMAT, STATE_FILE, fingerprint
+from ..stores.store import FORMAT, FORMAT_OF_SEVERAL, STATE_FILE, fingerprint, prefix_of
 from ..stores.writing import Chosen, begin, choose, choose_together, write_shards
 from ..tasks import Task, task_of
 from ..training.config import BCDConfig
@@ -29,10 +29,10 @@ from ..training.evaluation import moved
 from ..training.hardware import fit_loaders, lay_out
 from ..training.loaders import spread_samples, view_options
 from ..training.recording import record_model
-from ..training.teachers import short_name
+from ..training.teachers import naming, short_name
 from ..training.teaching import build_losses, calibrate, freeze, lacking
 from ..utils.messages import UserError, unknown_key_message
-from .arguments import ModelArguments
+from .arguments import ModelArguments, named_teachers
 from .baseline import prepare_teacher
 from .experiment import build_student
 
@@ -162,6 +162,15 @@ def build_reinforcer(
     return Reinforcer(frozen, criteria, dataset, config, split.num_labels, synonyms, shown)
 
 
+def build_reinforcers(args: ModelArguments, config: BCDConfig, data: DenseDatasets) -> dict[str, Reinforcer]:
+    """As `build_reinforcer`, of each teacher that the arguments name, by its name; "" for a single one."""
+    found = dict[str, Reinforcer]()
+    for name, own in (named_teachers(args) or {"": args}).items():
+        with naming(name):
+            found[name] = build_reinforcer(own, config, data)
+    return found
+
+
 def name_in_losses(args: ModelArguments, config: BCDConfig) -> str:
     """The name by which the losses of a recipe for several teachers know one of them; a `UserError` if they do not."""
     spec = ModelSpec.parse(args.teacher or "", "teacher")
@@ -172,40 +181,57 @@ def name_in_losses(args: ModelArguments, config: BCDConfig) -> str:
 
 
 def make_store(
-    folder: Path, reinforcer: Reinforcer, views: int, precision: str = "compact", columns: Sequence[str] = ()
+    folder: Path,
+    reinforcer: Reinforcer | Mapping[str, Reinforcer],
+    views: int,
+    precision: str = "compact",
+    columns: Sequence[str] = (),
 ) -> None:
     """Writes a store, or goes on with one that was interrupted.
 
     Args:
         folder: created where missing.
-        reinforcer: teacher and losses.
+        reinforcer: teacher and losses; of several teachers by name, for the same views of the same pictures.
         views: number of views of each picture.
         precision: one of `PRECISIONS`.
-        columns: further tensors to store, by their names: `logits`, `features/<level>`, `pyramid/<level>`.
+        columns: further tensors to store, by their names: `logits`, `features/<level>`, `pyramid/<level>`; of several teachers with
+            `<teacher>/` before it.
 
     Raises:
         UserError: the folder holds another store, a column does not exist, or views differ in size.
     """
-    config, dataset = reinforcer.config, reinforcer.dataset
+    parts = reinforcer if isinstance(reinforcer, Mapping) else {"": reinforcer}
+    first = next(iter(parts.values()))
+    config, dataset = first.config, first.dataset
+    if unknown := [name for name in columns if "" not in parts and name.partition("/")[0] not in parts]:
+        raise UserError(f"--columns names {unknown[0]!r}; write the teacher first, as in {next(iter(parts))}/logits.")
     fit_loaders(config)
-    measured = measure(reinforcer, columns)
-    chosen = choose_codecs(reinforcer, measured, precision)
-    content = describe(reinforcer, views) | {
-        "columns": {
-            name: {"codec": one.column.codec, "shape": list(one.column.shape), "error": float(f"{one.error:.4g}"), "measure": one.measure}
-            for name, one in chosen.items()
-        }
-    }  # fmt: skip
+    chosen, groups, state = dict[str, dict[str, Column]](), dict[str, dict[str, Any]](), dict[str, Tensor]()
+    for name, part in parts.items():
+        prefix = prefix_of(name)
+        with naming(name):
+            own = measure(part, [key.removeprefix(prefix) for key in columns if key.startswith(prefix)])
+            found = choose_codecs(part, own, precision)
+        chosen[name] = {key: one.column for key, one in found.items()}
+        groups[name] = describe_teacher(part) | {
+            "columns": {
+                key: {"codec": one.column.codec, "shape": list(one.column.shape), "error": float(f"{one.error:.4g}"), "measure": one.measure}
+                for key, one in found.items()
+            }
+        }  # fmt: skip
+        state |= {prefix + key: x for key, x in part.state().items()}
+    several = {"format": FORMAT_OF_SEVERAL, "teachers": groups}
+    content = describe(first, views) | groups.get("", several)
     folder.mkdir(parents=True, exist_ok=True)
     with config.main_process_first(desc="beginning the store") if config.world_size > 1 else nullcontext():
-        if (state := reinforcer.state()) and config.should_save and not (folder / STATE_FILE).is_file():
+        if state and config.should_save and not (folder / STATE_FILE).is_file():
             save_file(state, folder / STATE_FILE, metadata={"format": "pt"})
         paths = begin(folder, content)
     total = views * len(dataset)
     with tqdm(total=total, desc="Teacher on views", disable=config.disable_tqdm or not config.should_save) as bar:
 
         def rows_of(rows: range) -> Iterator[dict[str, Any]]:
-            for row in records(reinforcer, {name: one.column for name, one in chosen.items()}, rows):
+            for row in records(parts, chosen, rows):
                 bar.update(config.world_size)
                 yield row
 
@@ -259,25 +285,31 @@ def measure(reinforcer: Reinforcer, columns: Sequence[str] = ()) -> dict[str, li
     return found
 
 
-def records(reinforcer: Reinforcer, columns: Mapping[str, Column], rows: range) -> Iterator[dict[str, Any]]:
-    """The rows of a store."""
-    config, names = reinforcer.config, reinforcer.dataset.dataset
+def records(
+    parts: Mapping[str, Reinforcer], columns: Mapping[str, Mapping[str, Column]], rows: range
+) -> Iterator[dict[str, Any]]:
+    """The rows of a store: each view is made once, whatever the number of teachers that look at it."""
+    first = next(iter(parts.values()))
+    config, dataset = first.config, first.dataset
+    flat = {prefix_of(name) + key: column for name, own in columns.items() for key, column in own.items()}
     loader = DataLoader(
-        Views(reinforcer.dataset, rows),
+        Views(dataset, rows),
         batch_size=config.per_device_train_batch_size,
-        collate_fn=_Keeping(reinforcer.task),
+        collate_fn=_Keeping(first.task),
         num_workers=config.dataloader_num_workers,
     )
     place = rows.start
     for prints, batch in loader:
-        with torch.no_grad():
-            tensors = reinforcer.tensors(moved(batch, config), list(columns))
-        tensors = {name: x.float().cpu() for name, x in tensors.items()}
+        batch, tensors = moved(batch, config), dict[str, Tensor]()
+        for name, part in parts.items():
+            with torch.no_grad():
+                own = part.tensors(batch, list(columns[name]))
+            tensors |= {prefix_of(name) + key: x.float().cpu() for key, x in own.items()}
         for number, (checksum, thumbnail) in enumerate(prints):
-            view, index = divmod(place, len(reinforcer.dataset))
-            row = {"index": index, "view": view, "image": image_name(names, index)}
+            view, index = divmod(place, len(dataset))
+            row = {"index": index, "view": view, "image": image_name(dataset.dataset, index)}
             row |= {"checksum": checksum, "thumbnail": thumbnail}
-            yield row | {name: column.pack(tensors[name][number]) for name, column in columns.items()}
+            yield row | {name: column.pack(tensors[name][number]) for name, column in flat.items()}
             place += 1
 
 
@@ -297,11 +329,8 @@ def image_name(split: Any, index: int) -> str:
 
 
 def describe(reinforcer: Reinforcer, views: int) -> dict[str, Any]:
-    """`store.json` but for its columns."""
+    """`store.json` but for what it says of a teacher."""
     split: Any = reinforcer.dataset.dataset
-    adapter, teacher = reinforcer.teacher.adapter, reinforcer.teacher
-    model: Any = adapter.model
-    settings = model.config.to_dict() | {"architectures": [type(model).__name__]}
     return {
         "format": FORMAT,
         "task": split.task,
@@ -312,6 +341,16 @@ def describe(reinforcer: Reinforcer, views: int) -> dict[str, Any]:
         "seed": reinforcer.config.seed,
         "classes": list(split.id2label.values()),
         "transform": view_options(reinforcer.task, reinforcer.config),
+        "versions": {name: version(name) for name in ("hf_bcd", "torch", "torchvision", "transformers")},
+    }
+
+
+def describe_teacher(reinforcer: Reinforcer) -> dict[str, Any]:
+    """What `store.json` says of a teacher, but for its columns."""
+    adapter, teacher = reinforcer.teacher.adapter, reinforcer.teacher
+    model: Any = adapter.model
+    settings = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    return {
         "teacher": {
             "name": record_model(adapter, "teacher").architecture,
             "class": type(model).__name__,
@@ -326,5 +365,4 @@ def describe(reinforcer: Reinforcer, views: int) -> dict[str, Any]:
             "dtype": str(teacher.dtype or model.dtype).removeprefix("torch."),
         },
         "losses": reinforcer.digested(),
-        "versions": {name: version(name) for name in ("hf_bcd", "torch", "torchvision", "transformers")},
     }

@@ -9,16 +9,16 @@ from PIL import Image
 
 from ..card.store_card import write_store_card
 from ..data import DenseDataset, DenseDatasets
-from ..stores.store import SCORES_FILE, Store
+from ..stores.store import Store, scores_file
 from ..utils.files import read_json, write_json
 from ..utils.messages import UserError
 from .experiment import evaluate_model, final_split
 from .reinforce import Reinforcer
 
 
-def score_teacher(folder: Path, reinforcer: Reinforcer, data: DenseDatasets) -> None:
-    """Writes the teacher's scores on the split of final numbers beside a store, so that runs can report them."""
-    split, path = final_split(data), folder / SCORES_FILE
+def score_teacher(folder: Path, reinforcer: Reinforcer, data: DenseDatasets, name: str = "") -> None:
+    """Writes a teacher's scores on the split of final numbers beside a store, so that runs can report them."""
+    split, path = final_split(data), folder / scores_file(name)
     label_map = reinforcer.teacher.label_map
     if split is None or path.is_file() or label_map is None or not label_map.is_complete:
         return
@@ -44,8 +44,11 @@ def summary(folder: Path) -> str:
 def describe_store(folder: Path, repo_id: str | None = None) -> None:
     """Writes the card of a finished store."""
     store = Store(folder)
-    scores = read_json(folder / SCORES_FILE) if (folder / SCORES_FILE).is_file() else {}
-    write_store_card(folder, store.content, scores, sum(path.stat().st_size for path in store.shards), repo_id)
+    paths = {name: folder / scores_file(name) for name in store.teachers}
+    scores = {name: read_json(path) for name, path in paths.items() if path.is_file()}
+    teachers = {name: part.content for name, part in store.parts.items()}
+    size = sum(path.stat().st_size for path in store.shards)
+    write_store_card(folder, store.content, teachers, scores, size, repo_id)
 
 
 def write_pictures(folder: Path, reinforcer: Reinforcer) -> None:

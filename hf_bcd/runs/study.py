@@ -36,7 +36,7 @@ from .arguments import (
     named_teachers,
     read_arguments,
 )
-from .baseline import check_untrained, open_store, prepare_teacher, teacher_key
+from .baseline import STORED_KEYS, check_untrained, open_store, prepare_teacher, teacher_key, with_stored_teachers
 from .experiment import alone_in, build_student, evaluate_model, final_split, load_data, name_classes, train_model
 from .recipes import find_recipe, merged, read_recipe
 from .reinforce import build_reinforcer, make_store
@@ -49,6 +49,7 @@ STUDY_KEYS = ("seeds", "runs", "reference", "split", "reinforce")
 SPLITS = ("train", "validation", "test")
 NAME = r"\w[\w.+-]{,99}"
 RESULT_FILE = "study.json"
+Live = Mapping[str, tuple[ModelArguments, BCDConfig]]
 # arguments that do not decide how a run comes out: where it lies, which may have moved since, and what it shows
 SILENT = {"hub_token", "output_dir", "disable_tqdm", "report_to"}
 
@@ -204,7 +205,7 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             if seed == seeds[0]:
                 try:
                     model_args, _, config = build_arguments({**given, **fixed})  # now, not after the runs before it
-                    config.check_teachers(list(named_teachers(model_args)))
+                    config.check_teachers(list(named_teachers(with_stored_teachers(model_args, token))))
                 except UserError as error:
                     raise UserError(f"{path}: run {name!r}: {error}") from error
             lists = any(isinstance(given.get(key), list) for key in ("teacher", "teacher_store"))  # which add up
@@ -265,58 +266,65 @@ class Shared:
                 self.teachers[name] = model
             return self.teachers[name], self._score(self.teachers[name], key, folder, args, config, data[split])
 
-    def store(
-        self, run: Run, args: ModelArguments, config: BCDConfig, data: DenseDatasets, teacher: DenseAdapter
-    ) -> Store:
-        """What is stored of one of a run's teachers: once for all runs of the same teacher, views and data."""
-        assert run.reinforce is not None
-        own = copy.deepcopy(config)
-        own.seed, own.data_seed = BCDConfig.seed, None
-        recipes = self._recipes(run, args, config)
+    def stored(self, run: Run, live: Live, data: DenseDatasets, split: str) -> dict[str, Store]:
+        """What is stored of a run's live teachers, by their names: in one store, made once for all runs of the same views and data."""
+        if run.reinforce is None or not live:
+            return {}
+        groups, keys, own = self._groups(run, live), dict[str, Any](), dict[str, BCDConfig]()
+        for name, (args, config, recipes) in groups.items():
+            own[name] = copy.deepcopy(config)
+            own[name].seed, own[name].data_seed = BCDConfig.seed, None
+            keys[name] = {"teacher": teacher_key(args, own[name], data), "losses": recipes}
+        first = next(iter(own.values()))
         key = {
-            "teacher": teacher_key(args, own, data), "views": view_options(task_of(data["train"]), own), **run.reinforce,
-            "losses": recipes, **data_key(data["train"]),
+            **keys.get("", {"teachers": keys}), "views": view_options(task_of(data["train"]), first), **run.reinforce,
+            **data_key(data["train"]),
         }  # fmt: skip
         folder = self.study.folder / "stores" / digest(key)
-        own.output_dir = str(folder)
-        with alone_in(folder, config, wait=True):
+        with alone_in(folder, first, wait=True):
             try:
-                return Store(folder)
+                store = Store(folder)
             except UserError:  # not there, or not finished
-                args = dataclasses.replace(args, student=None)
-                reinforcer = build_reinforcer(args, own, data, recipes, copy.deepcopy(teacher))
-                make_store(folder, reinforcer, run.reinforce["views"], run.reinforce["precision"])
-                return Store(folder)
+                parts = {}
+                for name, (args, config, recipes) in groups.items():
+                    with naming(name):
+                        teacher, _ = self.teacher(args, config, data, split)
+                        own[name].output_dir = str(folder)
+                        args = dataclasses.replace(args, student=None)
+                        parts[name] = build_reinforcer(args, own[name], data, recipes, copy.deepcopy(teacher))
+                make_store(folder, parts, run.reinforce["views"], run.reinforce["precision"])
+                store = Store(folder)
+        names = {
+            name: group
+            for name, (args, _) in live.items()
+            for group in groups
+            if groups[group][0].teacher == args.teacher
+        }
+        return {name: store.parts[group] for name, group in names.items()}
 
-    def _recipes(self, run: Run, args: ModelArguments, config: BCDConfig) -> list[dict[str, Any]]:
-        """The losses that one store serves: a run's, and those of the others that agree with it in what is stored.
+    def _groups(self, run: Run, live: Live) -> dict[str, tuple[ModelArguments, BCDConfig, list[dict[str, Any]]]]:
+        """The teachers of the store that serves a run, with the losses of all runs that read it.
 
-        `args` and `config` are those of the store's teacher.
+        They are the run's own; or those of a run that has them among more, if it has all that their losses read.
         """
+        agreeing = [
+            live_teachers(args, config)
+            for one in self.study.runs
+            if (one.seed, one.reinforce) == (run.seed, run.reinforce)
+            and all(one.arguments.get(key) == run.arguments.get(key) for key in VIEW_NAMES)
+            for args, _, config in [build_arguments(one.arguments)]
+        ]
 
-        def losses_of(own: BCDConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-            plain: dict[str, Any] = dict(own.loss_parts[""])
-            kept = {
-                name: {key: x for key, x in (plain[name] or {}).items() if key not in ("weight", "decay")}
-                for name, loss in own.loss_options.items()
-                if loss.cls.digest is not DistillationLoss.digest
-            }
-            return plain, kept
+        def grouped(teachers: Live) -> dict[str, tuple[ModelArguments, BCDConfig, list[dict[str, Any]]]]:
+            return {name: (*pair, served_losses(agreeing, *pair)) for name, pair in teachers.items()}
 
-        found = []
-        for one in self.study.runs:
-            if one.seed != run.seed or one.reinforce != run.reinforce:
-                continue
-            if any(one.arguments.get(key) != run.arguments.get(key) for key in VIEW_NAMES):
-                continue
-            theirs, _, options = build_arguments(one.arguments)
-            for name, own in named_teachers(theirs).items():
-                if own.teacher == args.teacher and own.teacher_store is None:
-                    found.append(losses_of(options.for_teacher(name)))
-        first = next((kept for _, kept in found if kept), {})
-        mine = losses_of(config)[1] or first
-        joined = [plain for plain, kept in found if kept == mine or (not kept and mine == first)]
-        return [recipe for place, recipe in enumerate(joined) if recipe not in joined[:place]]
+        mine = grouped(live)
+        larger = [grouped(teachers) for teachers in agreeing if len(teachers) > len(mine)]
+        wanted = [(args.teacher, recipes) for args, _, recipes in mine.values()]
+        fitting = [
+            one for one in larger if all(pair in [(x.teacher, r) for x, _, r in one.values()] for pair in wanted)
+        ]
+        return max([mine, *fitting], key=len)
 
     def _score(
         self,
@@ -342,6 +350,37 @@ class Shared:
         if config.should_save:
             write_json(path, {"key": key, "scores": scores})
         return scores
+
+
+def live_teachers(args: ModelArguments, config: BCDConfig) -> dict[str, tuple[ModelArguments, BCDConfig]]:
+    """The teachers of a run that no store holds yet, by name, each with arguments and losses of its own."""
+    named = named_teachers(args)
+    return {name: (own, config.for_teacher(name)) for name, own in named.items() if own.teacher_store is None}
+
+
+def served_losses(runs: Sequence[Live], args: ModelArguments, config: BCDConfig) -> list[dict[str, Any]]:
+    """The losses that what is stored of a teacher serves: a run's, and those of others that agree with it in what is stored.
+
+    Args:
+        runs: live teachers of all runs that see the same views.
+        args: of the teacher.
+        config: with the run's losses of it.
+    """
+
+    def losses_of(own: BCDConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+        plain: dict[str, Any] = dict(own.loss_parts[""])
+        kept = {
+            name: {key: x for key, x in (plain[name] or {}).items() if key not in ("weight", "decay")}
+            for name, loss in own.loss_options.items()
+            if loss.cls.digest is not DistillationLoss.digest
+        }
+        return plain, kept
+
+    found = [losses_of(own) for run in runs for other, own in run.values() if other.teacher == args.teacher]
+    first = next((kept for _, kept in found if kept), {})
+    mine = losses_of(config)[1] or first
+    joined = [plain for plain, kept in found if kept == mine or (not kept and mine == first)]
+    return [recipe for place, recipe in enumerate(joined) if recipe not in joined[:place]]
 
 
 def digest(key: Mapping[str, Any]) -> str:
@@ -386,6 +425,8 @@ def _train_run(
     run: Run, shared: Shared, model_args: ModelArguments, data_args: DataArguments, config: BCDConfig
 ) -> None:
     config.resume_from_checkpoint = "true"  # the last checkpoint of its folder, if there is one
+    model_args = with_stored_teachers(model_args, config.hub_token)
+    recipe = run.arguments | {key: getattr(model_args, key) for key in STORED_KEYS if key in run.arguments}
     data = name_classes(model_args, shared.load_data(data_args))
     split = shared.study.split or final_split(data)
     if split is None or split not in data:
@@ -393,6 +434,7 @@ def _train_run(
     student = build_student(model_args, config, data)
     check_untrained(model_args, config, data, student)
     taught, models, scores = dict[str, Any](), dict[str, DenseAdapter](), dict[str, Any]()
+    stored = shared.stored(run, live_teachers(model_args, config), data, split)
     for number, (name, own) in enumerate(named_teachers(model_args).items(), 1):
         with naming(name):
             of_one = config.for_teacher(name)
@@ -402,7 +444,7 @@ def _train_run(
             else:
                 teacher, found = shared.teacher(own, of_one, data, split)
                 assert teacher is not None
-                taught[name] = teacher if run.reinforce is None else shared.store(run, own, of_one, data, teacher)
+                taught[name] = stored.get(name, teacher)
                 models[role_of(number)] = teacher
             if found:
                 scores[role_of(number)] = found
@@ -416,9 +458,8 @@ def _train_run(
         models["baseline"] = load_adapter(str(reference), task=trainer.task.name)
         scores["baseline"] = numbers(read_json(reference / RESULT_FILE)["scores"])
     if config.should_save:
-        recipe = run.folder / "recipe.yaml"
-        write_text(recipe, yaml.safe_dump(run.arguments, sort_keys=False, allow_unicode=True))
-        write_report(trainer, models, scores, data, split, run.arguments)
+        write_text(run.folder / "recipe.yaml", yaml.safe_dump(run.arguments, sort_keys=False, allow_unicode=True))
+        write_report(trainer, models, scores, data, split, recipe)
         result = {
             "arguments": run.arguments,
             "reinforce": run.reinforce,

@@ -31,9 +31,9 @@ from .needs import check_storable
 
 logger = logging.getLogger(__name__)
 
-STORE_FILE, STATE_FILE, SCORES_FILE = "store.json", "losses.safetensors", "scores.json"
+STORE_FILE, STATE_FILE = "store.json", "losses.safetensors"
 SHARD = "data/train-{:05d}-of-{:05d}.parquet"
-FORMAT = 1
+FORMAT, FORMAT_OF_SEVERAL = 1, 2  # with several teachers, `teachers` holds of each what else the file itself does
 THUMBNAIL = 16
 TOLERANCE = 1.0  # grey levels that decoders may differ by, as a mean over a thumbnail
 
@@ -44,32 +44,55 @@ def fingerprint(pixel_values: Tensor) -> tuple[int, bytes]:
     return zlib.crc32(pixel_values.contiguous().numpy().tobytes()), small.numpy().tobytes()
 
 
+def prefix_of(teacher: str) -> str:
+    """How names of columns begin that belong to one of several teachers."""
+    return f"{teacher}/" if teacher else ""
+
+
+def scores_file(teacher: str) -> str:
+    """The file beside a store that holds a teacher's scores."""
+    return f"scores-{teacher}.json" if teacher else "scores.json"
+
+
 class Store:
-    """Outputs of a teacher for `views` views of each picture of a training split.
+    """Outputs of a teacher for `views` views of each picture of a training split; of several teachers, see `parts`.
 
     Args:
         folder: holds `store.json` and `data/*.parquet`.
+        source: folder or Hub id, as the user named it.
+        teacher: the one of several whose columns are meant; "" for a single one, or for all of them.
 
     Raises:
-        UserError: it holds no store, one of another format, or one that was not written to its end.
+        UserError: it holds no store, one of another format or without this teacher, or one that was not written to its end.
 
     Attributes:
-        source: folder or Hub id, as the user named it.
-        content: `store.json`.
+        source: as given.
+        teacher: as given.
+        content: `store.json`, with what it says of this teacher.
+        teachers: names of all teachers; "" alone where there is one.
     """
 
-    def __init__(self, folder: Path, source: str | None = None) -> None:
-        self.folder, self.source = folder, source or str(folder)
+    def __init__(self, folder: Path, source: str | None = None, teacher: str = "") -> None:
+        self.folder, self.source, self.teacher = folder, source or str(folder), teacher
         if not (folder / STORE_FILE).is_file():
             raise UserError(
                 f"{folder} holds no stored teacher: {STORE_FILE} is missing. `hf-bcd reinforce` makes one."
             )
         self.content: dict[str, Any] = read_json(folder / STORE_FILE)
-        if self.content.get("format") != FORMAT:
+        if self.content.get("format") not in (FORMAT, FORMAT_OF_SEVERAL):
             raise UserError(
-                f"{folder / STORE_FILE} has format {self.content.get('format')}, but this version reads {FORMAT}; make "
-                "it again with `hf-bcd reinforce`."
+                f"{folder / STORE_FILE} has format {self.content.get('format')}, but this version reads {FORMAT} and "
+                f"{FORMAT_OF_SEVERAL}; make it again with `hf-bcd reinforce`."
             )
+        groups = self.content.pop("teachers", {"": {}})
+        self.teachers = list(groups)
+        if teacher and teacher not in groups:
+            known = ", ".join(filter(None, groups)) or "one without a name"
+            raise UserError(f"{self.source}: the store has no teacher {teacher!r}, only {known}.")
+        named = {
+            prefix_of(name) + key: x for name, group in groups.items() for key, x in group.get("columns", {}).items()
+        }
+        self.content |= groups.get(teacher, {"columns": named})
         missing = [path for path in self.shards if not path.is_file()]
         if missing:
             raise UserError(
@@ -79,18 +102,32 @@ class Store:
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None, token: str | None = None) -> "Store":
-        """The store in a folder or, where there is none, in a data set `user/name[@revision]` of the Hub."""
-        if Path(source).is_dir() or not REPO_ID.fullmatch(str(source).partition("@")[0]):
-            return cls(Path(source))
-        name, _, given = str(source).partition("@")
-        with explained("data set", name, revision=given or revision):
-            options = {"repo_type": "dataset", "revision": given or revision, "token": token}
-            found = snapshot_download(name, allow_patterns=[STORE_FILE, STATE_FILE, SCORES_FILE, "data/*"], **options)
-        return cls(Path(found), str(source))
+        """The store in a folder or, where there is none, in a data set `user/name[@revision]` of the Hub.
+
+        One of several teachers is named after its store: `folder/teacher`, `user/name/teacher[@revision]`.
+        """
+        files = [STORE_FILE, STATE_FILE, scores_file(""), scores_file("*"), "data/*"]
+        folder, teacher = _find(str(source), files, revision, token)
+        return cls(folder, str(source), teacher)
+
+    @classmethod
+    def sources_of(cls, source: str, token: str | None = None) -> list[str]:
+        """A store as `open` takes it, or each teacher of one of several; reads `store.json` only, if it is there."""
+        folder, teacher = _find(source, [STORE_FILE], None, token)
+        path = folder / STORE_FILE
+        names = [] if teacher or not path.is_file() else list(read_json(path).get("teachers", {}))
+        return [_source_of(source, name) for name in names] or [source]
+
+    @property
+    def parts(self) -> dict[str, "Store"]:
+        """The stores of single teachers by name, which read the same rows; this one as "" if it is of one teacher."""
+        if self.teacher or self.teachers == [""]:
+            return {"": self}
+        return {name: Store(self.folder, _source_of(self.source, name), name) for name in self.teachers}
 
     def scores(self, split: str, image_size: int | None) -> dict[str, Any]:
         """The teacher's scores on a split; empty unless they were measured when the store was made."""
-        path = self.folder / SCORES_FILE
+        path = self.folder / scores_file(self.teacher)
         if not path.is_file():
             return {}
         found = read_json(path)
@@ -129,15 +166,16 @@ class Store:
         expected = self.views * self.images
         if len(rows) != expected:  # type: ignore[arg-type]
             raise UserError(f"{self.source} has {len(rows)} rows, but {STORE_FILE} says {expected}; make it again.")  # type: ignore[arg-type]
-        return rows.select_columns(["index", "view", "image", "checksum", "thumbnail", *self.columns])  # type: ignore[union-attr]
+        columns = [f"{prefix_of(self.teacher)}{name}" for name in self.columns]
+        return rows.select_columns(["index", "view", "image", "checksum", "thumbnail", *columns])  # type: ignore[union-attr]
 
-    def read(self, index: int, view: int, pixel_values: Tensor | None = None) -> dict[str, Parts]:
+    def read(self, index: int, view: int, seen: tuple[int, bytes] | None = None) -> dict[str, Parts]:
         """The parts of all columns for a view of a picture.
 
         Args:
             index: of the picture in its split.
             view: number of the view.
-            pixel_values: the view itself, uint8 `[3, H, W]`, which is compared with what the teacher saw.
+            seen: `fingerprint` of the view itself, which is compared with what the teacher saw.
 
         Raises:
             UserError: rows stand in another order, or the teacher saw another picture.
@@ -148,12 +186,11 @@ class Store:
                 f"{self.source}: view {row['view']} of picture {row['index']} stands where view {view} of {index} should; the "
                 "rows were sorted otherwise. Make the store again, or fetch it again."
             )
-        if pixel_values is not None:
-            self._check_view(row, pixel_values)
-        return {name: column.unpack(row[name]) for name, column in self.columns.items()}
+        if seen is not None:
+            self._check_view(row, *seen)
+        return {name: column.unpack(row[prefix_of(self.teacher) + name]) for name, column in self.columns.items()}
 
-    def _check_view(self, row: Mapping[str, Any], pixel_values: Tensor) -> None:
-        checksum, thumbnail = fingerprint(pixel_values)
+    def _check_view(self, row: Mapping[str, Any], checksum: int, thumbnail: bytes) -> None:
         if checksum == row["checksum"]:
             return
         seen, shown = (
@@ -196,6 +233,26 @@ class Store:
             )
 
 
+def _find(source: str, files: list[str], revision: str | None, token: str | None) -> tuple[Path, str]:
+    """The folder of a store, fetched from the Hub if need be, and the name of the teacher that stands behind it."""
+    path = Path(source)
+    if not (path / STORE_FILE).is_file() and (path.parent / STORE_FILE).is_file():
+        return path.parent, path.name
+    name, _, given = source.partition("@")
+    repository, teacher = name.rpartition("/")[::2] if name.count("/") == 2 else (name, "")
+    if path.is_dir() or (teacher and Path(repository).is_dir()) or not REPO_ID.fullmatch(repository):
+        return path, ""
+    with explained("data set", repository, revision=given or revision):
+        options = {"repo_type": "dataset", "revision": given or revision, "token": token}
+        return Path(snapshot_download(repository, allow_patterns=files, **options)), teacher
+
+
+def _source_of(source: str, teacher: str) -> str:
+    """One of the teachers of a store, as `Store.open` takes it."""
+    name, mark, revision = (source, "", "") if Path(source).is_dir() else source.partition("@")
+    return f"{name}/{teacher}{mark}{revision}"
+
+
 class StoredViews(TransformedDataset):
     """Transformed samples of the views that a store knows: epoch e shows view e modulo their number.
 
@@ -230,7 +287,7 @@ class StoredViews(TransformedDataset):
     def stored_view(self, index: int, number: int) -> dict[str, Any]:
         """As `[index]`, of the view with a number."""
         sample = self.view(index, number)
-        view = sample["index"], number, sample["pixel_values"]
+        view = sample["index"], number, fingerprint(sample["pixel_values"])
         return {**sample, "stored": {name: store.read(*view) for name, store in self.stores.items()}}
 
 
@@ -265,6 +322,9 @@ class StoredTeacher:
         store: with the teacher's outputs.
         name: of the teacher, where there are several.
 
+    Raises:
+        UserError: the store is of several teachers.
+
     Attributes:
         adapter: the teacher without weights, which says of it what the teacher would.
         label_map: from the teacher's classes to the student's; None for a teacher of features only.
@@ -272,6 +332,8 @@ class StoredTeacher:
 
     def __init__(self, store: Store, name: str = "") -> None:
         self.store, self.name = store, name
+        if "" not in store.parts:
+            raise UserError(f"{store.source} has the teachers {', '.join(store.teachers)}; choose one of its `parts`.")
         made = store.content["teacher"]
         self.adapter: DenseAdapter = empty_adapter(
             made["config"], made["class"], made["repo_id"], made["revision"], store.content["task"]
@@ -305,7 +367,8 @@ class StoredTeacher:
                     f"loss {name!r} has the options {wanted}, but the stored teacher {self.store.source} {there}. Use these "
                     "options, or make another store."
                 )
-            own = {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
+            prefix = f"{prefix_of(self.store.teacher)}{name}."
+            own = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
             loss.load_state_dict(own, strict=False)
 
     @torch.no_grad()

@@ -118,7 +118,7 @@ def begin(folder: Path, content: Mapping[str, Any]) -> list[Path]:
     content = json.loads(json.dumps({**content, "shards": count}))
     path = folder / STORE_FILE
     if path.is_file():
-        found = read_json(path)
+        found, content = _by_teacher(read_json(path)), _by_teacher(content)
         differs = [key for key in {**content, **found} if key != "versions" and found.get(key) != content.get(key)]
         if differs:
             raise UserError(
@@ -129,6 +129,17 @@ def begin(folder: Path, content: Mapping[str, Any]) -> list[Path]:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         write_json(path, content)
     return [folder / SHARD.format(number, count) for number in range(count)]
+
+
+def _by_teacher(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`store.json` with what it says of each of several teachers under keys that name it."""
+    groups = content.get("teachers", {})
+    flat = {f"teachers.{name}.{key}": x for name, group in groups.items() for key, x in group.items()}
+    return {
+        "teachers": ", ".join(groups) or "one",
+        **{key: x for key, x in content.items() if key != "teachers"},
+        **flat,
+    }
 
 
 def is_whole(path: Path, rows: int) -> bool:

@@ -105,7 +105,12 @@ def naming(name: str) -> Iterator[None]:
 
 
 def loaded(given: Any, task: str) -> Any:
-    """Teachers by their names, or one alone: Hub ids and folders as adapters, stores as stored teachers, models as they are."""
+    """Teachers by their names, or one alone: Hub ids and folders as adapters, stores as stored teachers, models as they are.
+
+    A store of several gives them all.
+    """
+    if isinstance(given, Store):
+        given = given.parts.get("", given.parts)
     if isinstance(given, Mapping):
         return {name: _loaded(one, task, name) for name, one in given.items()}
     return _loaded(given, task, "")

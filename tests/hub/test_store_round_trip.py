@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from hub.server import HubServer
+from transformers import Dinov2Config, Dinov2Model
 
 
 REINFORCE = """
@@ -15,19 +17,24 @@ from hf_bcd.commands import main
 
 common = [
     "--crop_size", "32", "--max_steps", "3", "--dataloader_num_workers", "0", "--disable_tqdm", "true", "--report_to", "none",
-    "--eval_strategy", "no", "--losses.bcd.channels", "16", "--losses.cwd.temperature", "4", "--calibration_images", "4",
+    "--eval_strategy", "no", "--calibration_images", "4",
 ]
+one = ["--losses.bcd.channels", "16", "--losses.cwd.temperature", "4"]
+two = ["--losses", "{seg: {cwd: {}, bcd: {channels: 16}}, dino: {pkd: {}}}"]
 data = ["--dataset_name", "synthetic", "--dataset_options.size", "[48, 64]",
         "--dataset_options.num_images", "{train: 8, validation: 2, test: 2}"]
 student = ["--student.backbone", "test_resnet", "--student.head", "fpn"]
 teacher = ["--teacher.backbone", "resnet10t", "--teacher.head", "fpn", "--teacher_training.max_steps", "2"]
 own = {
-    "reinforce": [*data, *teacher, "--views", "2", "--with_images", "--push_to_hub", "tester/reinforced", "--output_dir", "store"],
+    "reinforce": [*data, *teacher, *one, "--views", "2", "--with_images", "--push_to_hub", "tester/reinforced", "--output_dir", "store"],
     "distill": ["--dataset_name", "tester/reinforced", "--dataset_config", "pictures", "--teacher_store", "tester/reinforced",
-                *student, "--output_dir", "run"],
+                *student, *one, "--output_dir", "run"],
+    "reinforce_two": [*data, "--teacher", "[seg, dino]", *two, "--views", "2", "--push_to_hub", "tester/both", "--output_dir", "both"],
+    "distill_two": [*data, "--teacher_store", "tester/both", *student, *two, "--output_dir", "run"],
+    "distill_dino": [*data, "--teacher_store", "tester/both/dino@main", *student, "--losses", "{pkd: {}}", "--output_dir", "dino_run"],
 }
 command = sys.argv[1]
-sys.argv = ["hf-bcd", command, *own[command], *common]
+sys.argv = ["hf-bcd", command.partition("_")[0], *own[command], *common]
 main()
 """
 READ = """
@@ -65,3 +72,25 @@ def test_a_store_is_pushed_and_teaches_elsewhere(hub: HubServer, run_python, tmp
     assert "distilled from a teacher (FPN on resnet10t)" in (tmp_path / "run" / "README.md").read_text().replace(
         "\\", ""
     )
+
+
+@pytest.mark.slow
+def test_a_store_of_two_teachers_is_pushed_and_both_or_one_teach_elsewhere(
+    hub: HubServer, run_python, tmp_path: Path
+) -> None:
+    tiny.tiny_segformer().save_pretrained(tmp_path / "seg")
+    small = Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=56)
+    Dinov2Model(small).save_pretrained(tmp_path / "dino")
+    run_python(REINFORCE, "reinforce_two")
+    files = hub.files("tester/both", kind="dataset")
+    assert {"README.md", "store.json", "losses.safetensors", "scores-seg.json"} <= set(files)
+    card = files["README.md"].decode()
+    assert "- **Teacher** seg: " in card and "- **Teacher** dino: " in card and "`seg/logits`" in card
+    assert str(tmp_path) not in files["store.json"].decode() + card
+    elsewhere = tmp_path / "elsewhere"
+    run_python(REINFORCE, "distill_two", home=elsewhere)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["teacher"] == json.loads(files["scores-seg.json"])["scores"]
+    assert (tmp_path / "run" / "README.md").read_text().count("it did not run along") == 2
+    run_python(REINFORCE, "distill_dino", home=elsewhere)
+    assert (tmp_path / "dino_run" / "README.md").read_text().count("it did not run along") == 1

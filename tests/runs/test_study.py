@@ -56,6 +56,30 @@ def write_study(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def test_a_run_reads_the_store_of_more_teachers_if_that_has_all_it_reads(tmp_path: Path) -> None:
+    bcd = {"bcd": {"channels": 16}}
+    runs: dict[str, Any] = {
+        "baseline": {"teacher": None},
+        "both": {"teacher": ["me/a", "me/b"], "losses": {"a": {"cwd": {}}, "b": bcd}},
+        "a": {"teacher": "me/a", "losses": {"kd": {}}},
+        "b": {"teacher": "me/b", "losses": {"bcd": {"channels": 16, "weight": {"boundary": 2}}}},
+        "wider": {"teacher": "me/b", "losses": {"bcd": {"channels": 32}}},
+        "other_views": {"teacher": "me/a", "losses": {"kd": {}}, "crop_size": 32},
+        "live": {"teacher": "me/a", "losses": {"kd": {}}, "reinforce": None},
+    }
+    study = read_study(write_study(tmp_path, runs=runs, seeds=[1], reinforce={"views": 2}))
+    shared, found = module.Shared(study), {}
+    for run in study.runs:
+        args, _, config = module.build_arguments(run.arguments)
+        if run.reinforce is not None:
+            groups = shared._groups(run, module.live_teachers(args, config))
+            found[run.name] = {name: [list(one) for one in losses] for name, (_, _, losses) in groups.items()}
+    both = {"a": [["kd"], ["cwd"]], "b": [["bcd"], ["bcd"]]}
+    assert found == {
+        "both": both, "a": both, "b": both, "wider": {"": [["bcd"]]}, "other_views": {"": [["kd"]]},
+    }  # fmt: skip
+
+
 def test_a_study_is_a_recipe_its_variations_and_seeds(tmp_path: Path) -> None:
     path = write_study(tmp_path, runs={"a": {"max_steps": 3}, "b": {"losses": {"cwd": {}}}}, reference="b")
     study = read_study(path)

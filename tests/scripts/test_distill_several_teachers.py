@@ -13,6 +13,7 @@ from transformers import Dinov2Config, Dinov2Model
 from hf_bcd.commands import distill, reinforce
 from hf_bcd.commands import study as study_command
 from hf_bcd.runs.study import read_study
+from hf_bcd.stores import Store
 from hf_bcd.utils.messages import UserError
 
 
@@ -70,8 +71,6 @@ def test_both_are_scored_where_both_have_classes(recipe: dict[str, Any], tmp_pat
 
 
 def test_both_may_be_stored_or_one_of_them(recipe: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a store is of one teacher: make one for each"):
-        run(tmp_path / "none", recipe, reinforce)
     for teacher in recipe["teacher"]:
         run(tmp_path / "stores" / Path(teacher).name, recipe | {"teacher": teacher}, reinforce, views=2)
     dino, seg = (tmp_path / "stores" / name for name in ("dino", "seg.a"))
@@ -91,7 +90,29 @@ def test_both_may_be_stored_or_one_of_them(recipe: dict[str, Any], tmp_path: Pat
         run(tmp_path / "wrong", recipe, teacher="none", teacher_store=f"[{tmp_path / 'other'}, {dino}]")
 
 
-def test_a_study_stores_each_teacher_once(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_one_store_holds_both(recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "s"
+    run(folder, recipe, reinforce, views=2)
+    printed = capsys.readouterr().out
+    assert "2 views of 8 pictures" in printed and "seg_a/bcd/boundary" in printed and "dino/features/" in printed
+    assert {path.name for path in folder.glob("*.json")} == {"store.json", "scores-seg_a.json"}, (
+        "features have no scores"
+    )
+    run(tmp_path / "both", recipe, teacher_store=folder)  # the store's teachers, in the place of the recipe's
+    results = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert results["teacher"]["mean_iou"] >= 0 and "teacher_2" not in results
+    text = (tmp_path / "both" / "README.md").read_text()
+    assert text.count("it did not run along") == 2 and str(tmp_path) not in text
+    for term in ("seg\\_a/cwd/cwd", "seg\\_a/bcd/boundary", "dino/pkd/pkd"):
+        assert term in text
+    recipe = recipe | {"losses": {"pkd": {}}}
+    run(tmp_path / "one", recipe, teacher="none", teacher_store=folder / "dino")
+    assert (tmp_path / "one" / "README.md").read_text().count("it did not run along") == 1
+    with pytest.raises(UserError, match="the store has no teacher 'seg', only seg_a, dino"):
+        run(tmp_path / "wrong", recipe, teacher="none", teacher_store=folder / "seg")
+
+
+def test_a_study_stores_its_teachers_once(recipe: dict[str, Any], tmp_path: Path) -> None:
     quick = yaml.safe_load(" ".join(["{"] + [f"{a.removeprefix('--')}: {b}," for a, b in zip(*[iter(tiny.command_line())] * 2, strict=True)] + ["}"]))  # fmt: skip
     runs = {
         "baseline": {"teacher": None},
@@ -109,5 +130,14 @@ def test_a_study_stores_each_teacher_once(recipe: dict[str, Any], tmp_path: Path
     assert results["both"]["teacher"] == results["live"]["teacher"] == results["one"]["teacher"]
     assert results["both"]["more_teachers"] == [] and results["baseline"]["teacher"] is None
     # `one` has the first teacher of `both` and all that it gives, so it reads the same store
-    assert len(list((tmp_path / "out" / "stores").iterdir())) == 2
+    (folder,) = (path for path in (tmp_path / "out" / "stores").iterdir() if path.is_dir())
+    assert Store(folder).teachers == ["seg_a", "dino"]
+    again = {"teacher": None, "teacher_store": str(folder), "losses": LOSSES}
+    path.write_text(yaml.safe_dump(recipe | quick | {
+        "eval_strategy": "no", "seeds": [1], "runs": {"stored": again}, "output_dir": str(tmp_path / "again"),
+    }))  # fmt: skip
+    study_command.main([str(path)])
+    (done,) = read_study(path).runs
+    stored: Any = done.result()
+    assert stored["scores"] == results["both"]["scores"], "the same store, whoever made it"
     assert "| teacher |" in (tmp_path / "out" / "results.md").read_text()

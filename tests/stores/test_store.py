@@ -21,6 +21,7 @@ from hf_bcd.runs.arguments import ModelArguments
 from hf_bcd.runs.reinforce import Reinforcer, build_reinforcer, make_store
 from hf_bcd.stores import Store, StoredTeacher, writing
 from hf_bcd.stores.codecs import filtered
+from hf_bcd.stores.store import fingerprint
 from hf_bcd.tasks import task_of
 from hf_bcd.utils.messages import UserError
 
@@ -157,13 +158,13 @@ def test_rows_in_another_order_are_noticed(copied: Path, tmp_path: Path) -> None
 
 def test_another_picture_is_noticed(stored: Path) -> None:
     store, seen = Store(stored), trainer(stored, Store(stored), BCD).train_dataset[1]["pixel_values"]
-    store.read(1, 0, seen)
+    store.read(1, 0, fingerprint(seen))
     rounded = seen.clone()
     rounded[:, ::7, ::5] ^= 1  # what another decoder may do
-    store.read(1, 0, rounded)
+    store.read(1, 0, fingerprint(rounded))
     for other in (seen.flip(2), seen.roll(4, 2), seen.roll(4, 1), seen // 2):
         with pytest.raises(UserError, match="is another one than the teacher saw"):
-            store.read(1, 0, other)
+            store.read(1, 0, fingerprint(other))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_what_is_no_store_is_refused(copied: Path, tmp_path: Path) -> None:
         Store(tmp_path)
     content = json.loads((copied / "store.json").read_text())
     (copied / "store.json").write_text(json.dumps(content | {"format": 99}))
-    with pytest.raises(UserError, match="format 99, but this version reads 1"):
+    with pytest.raises(UserError, match="format 99, but this version reads 1 and 2"):
         Store(copied)
 
 
@@ -348,7 +349,7 @@ def test_forty_injected_faults_are_all_caught(stored: Path, tmp_path: Path, monk
             caught += 1
         for number, pixels in seen:
             with pytest.raises(UserError, match="another one than the teacher saw"):
-                store.read(index, number, pixels)
+                store.read(index, number, fingerprint(pixels))
             caught += 1
     assert caught == 40
 
