@@ -358,7 +358,7 @@ def describe_teacher(reinforcer: Reinforcer) -> dict[str, Any]:
             "repo_id": adapter.repo_id,
             "revision": adapter.revision,
             "fingerprint": teacher.fingerprint,
-            "has_classes": "logits" in adapter.offers,
+            "has_classes": bool({"logits", "classes"} & adapter.offers),
             "synonyms": reinforcer.synonyms,
             "image_mean": adapter.image_mean.flatten().tolist(),
             "image_std": adapter.image_std.flatten().tolist(),

@@ -10,12 +10,18 @@ from torch import Tensor
 from ..losses import DistillationCriterion
 from ..losses.base import DistillationLoss
 from ..losses.criterion import teacher_of
-from ..outputs import DenseOutput, Targets
+from ..losses.query_kd import teacher_answers
+from ..outputs import DenseOutput, Queries, Targets
 from ..utils.messages import UserError
 
 
-STORED = frozenset({"features", "logits", "classes", "pyramid", "labels", "boxes", "task_loss"})
+STORED = frozenset(
+    {"features", "logits", "classes", "pyramid", "labels", "boxes", "task_loss", "queries", "mask_queries", "corners"}
+)
 """What losses may need of a stored teacher, or beside it; the rest is a part of the teacher that runs."""
+
+# which fields of queries losses read that need these; all of them read the classes
+OF_QUERIES = {"queries": "boxes", "mask_queries": "masks", "corners": "corners"}
 
 
 class _Noted(Mapping[str, Tensor]):
@@ -61,7 +67,7 @@ def read_by(
         student: the student's output for them, with a graph; None in a pair in which it has the teacher's levels.
 
     Returns:
-        `logits`, `features/<level>`, `pyramid/<level>` and the keys of `DistillationLoss.digest`.
+        `logits`, `features/<level>`, `pyramid/<level>`, `queries/<field>` and the keys of `DistillationLoss.digest`.
     """
     names, found = set[str](), dict[str, Tensor]()
     student = output_like(output, criterion) if student is None else student
@@ -72,6 +78,8 @@ def read_by(
             continue
         if {"logits", "classes"} & loss.needs and output.logits is not None:
             names.add("logits")
+        if of_queries := [field for need, field in OF_QUERIES.items() if need in loss.needs]:
+            names |= {f"queries/{field}" for field in (*of_queries, "softmax", "sigmoid")}
         if "features" in loss.needs:
             prefix = "pyramid" if name in criterion.pyramids else "features"
             noted = replace(seen, features=_Noted(seen.features, names, prefix))  # type: ignore[arg-type]
@@ -117,4 +125,34 @@ def output_like(output: DenseOutput, criterion: DistillationCriterion) -> DenseO
 def tensors_of(output: DenseOutput) -> dict[str, Tensor]:
     """The tensors of an output by the names of a store's columns."""
     levels = {f"{kind}/{name}": x for kind in ("features", "pyramid") for name, x in getattr(output, kind).items()}
-    return levels | ({} if output.logits is None else {"logits": output.logits})
+    found = levels | ({} if output.logits is None else {"logits": output.logits})
+    return found | ({} if output.queries is None else best_answers(output.queries))
+
+
+def best_answers(queries: Queries) -> dict[str, Tensor]:
+    """What the last layer's queries with the highest scores say, which is all that losses read of a teacher's.
+
+    Returns:
+        Class logits `[B, K, C, 1]`, as `queries/softmax` where classes exclude each other, else as `queries/sigmoid`; `queries/boxes`
+        `[B, K, 4]`, `queries/corners` `[B, K, 4 * bins, 1]` and `queries/masks` `[B, K, h, w]` of models that have them.
+    """
+    answers = teacher_answers(queries, 0, queries.class_logits.shape[2])
+    found = {"softmax" if queries.softmax else "sigmoid": answers.classes[..., None]}
+    if queries.boxes is not None:
+        found["boxes"] = answers.of(queries.boxes)
+    if queries.corners is not None:
+        found["corners"] = answers.of(queries.corners)[..., None]
+    if queries.masks is not None:
+        found["masks"] = answers.of(queries.masks.flatten(3)).unflatten(2, queries.masks.shape[-2:])
+    return {f"queries/{name}": x for name, x in found.items()}
+
+
+def queries_from(columns: Mapping[str, Tensor]) -> Queries | None:
+    """Queries of one layer from what `best_answers` gave of them; None without any."""
+    found = {name.removeprefix("queries/"): x for name, x in columns.items() if name.startswith("queries/")}
+    if not found:
+        return None
+    softmax = "softmax" in found
+    corners = found["corners"][None, ..., 0] if "corners" in found else None
+    boxes, masks = (found[name][None] if name in found else None for name in ("boxes", "masks"))
+    return Queries(found["softmax" if softmax else "sigmoid"][None, ..., 0], boxes, softmax, corners, masks=masks)

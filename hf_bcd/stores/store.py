@@ -26,7 +26,7 @@ from ..outputs import DenseOutput, Targets
 from ..utils.files import numbers, read_json
 from ..utils.messages import UserError
 from .codecs import Column, Parts
-from .needs import check_storable
+from .needs import check_storable, queries_from
 
 
 logger = logging.getLogger(__name__)
@@ -380,7 +380,9 @@ class StoredTeacher:
         """The teacher's output for a training batch, on its device."""
         tensors = self.tensors(batch)
         digest = {
-            name: x for name, x in tensors.items() if name.partition("/")[0] not in ("logits", "features", "pyramid")
+            name: x
+            for name, x in tensors.items()
+            if name.partition("/")[0] not in ("logits", "features", "pyramid", "queries")
         }
         levels = {
             kind: _Levels(
@@ -389,7 +391,7 @@ class StoredTeacher:
             )
             for kind in ("features", "pyramid")
         }
-        return DenseOutput(logits=tensors.get("logits"), digest=digest, **levels)  # type: ignore[arg-type]
+        return DenseOutput(logits=tensors.get("logits"), queries=queries_from(tensors), digest=digest, **levels)  # type: ignore[arg-type]
 
     def check_levels(
         self, criterion: DistillationCriterion, student: DenseOutput, batch: Mapping[str, Any], targets: Targets

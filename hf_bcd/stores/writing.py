@@ -52,6 +52,8 @@ def choose(name: str, samples: Sequence[Tensor], precision: str = "compact") -> 
         return _measured(name, Column("bits", shape), samples)
     if precision != "compact":
         return _measured(name, Column(precision, shape), samples)
+    if name == "queries/boxes":  # in parts of a picture: 255 steps would be pixels wide
+        return _measured(name, Column("half", shape), samples)
     if name == "logits":
         top = shape[0] > MAX_DENSE_CLASSES
         return _measured(name, Column(f"top:{TOP_CLASSES}" if top else "scores", shape), samples)
