@@ -38,9 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     args, rest = parser.parse_known_args(argv)
 
     from ..runs.jobs import describe_jobs  # imports torch
-    from ..runs.study import read_study, run_study
+    from ..runs.study import read_study
     from ..runs.study_figure import write_methods_figure
     from ..runs.study_report import collect, write_study_report
+    from ..runs.study_running import run_study
     from ..training.hardware import limit_threads
     from ..utils.distributed import is_first_process
 

@@ -20,10 +20,11 @@ import yaml
 
 from hf_bcd.commands import study as command
 from hf_bcd.runs import baseline
-from hf_bcd.runs import study as module
+from hf_bcd.runs import study_running as module
 from hf_bcd.runs.arguments import ModelArguments
-from hf_bcd.runs.study import Run, Study, evaluation_curve, read_study, run_study
+from hf_bcd.runs.study import Run, Study, read_study
 from hf_bcd.runs.study_report import collect, mean_and_deviation, paired_difference, score_table, write_study_report
+from hf_bcd.runs.study_running import evaluation_curve, run_study
 from hf_bcd.tasks import TASKS
 
 
