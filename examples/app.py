@@ -22,14 +22,14 @@ from torchvision.transforms.v2 import functional as TF
 
 from hf_bcd.adapters import DenseAdapter
 from hf_bcd.adapters.loading import load_adapter
-from hf_bcd.losses.bcd import class_affinity_boundary
+from hf_bcd.losses.boundary import score_changes
 from hf_bcd.runs.predicting import shown_as_saved
 from hf_bcd.tasks import TASKS, Task
 from hf_bcd.training.evaluation import on_cpu
 from hf_bcd.utils.messages import UserError
 
 
-RADIUS, REPEATS = 3, 5
+REPEATS = 5
 LEAST_SCORE = 0.5  # of an object that is shown
 HEIGHT = 300  # pixels of a picture on the page
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,9 +62,12 @@ def look(name: str, picture: Image.Image, trust_remote_code: bool) -> dict[str, 
     found = on_cpu(adapter.predict(shown, [size])[0])
     mask, boundary = task.mask(found, len(adapter.id2label)), None
     if mask is not None and outputs.logits is not None:
-        valid = torch.ones_like(outputs.logits[:, 0], dtype=torch.bool)
-        field = class_affinity_boundary(outputs.logits, RADIUS, valid)[:, None]
-        field = torch.nn.functional.interpolate(field, size, mode="bilinear")[0, 0].clamp(0, 1).cpu().numpy()
+        changes = score_changes(outputs.logits)[:, None]
+        field = (
+            torch.nn.functional.interpolate(changes / changes.amax().clamp_min(1e-6), size, mode="bilinear")[0, 0]
+            .cpu()
+            .numpy()
+        )
         boundary = (255 * colormaps["inferno"](field)[..., :3]).astype(np.uint8)
     return {
         "mask": None if mask is None else np.asarray(mask.convert("RGB")),

@@ -19,12 +19,13 @@ from .boundary import (
     check_mode,
     different_neighbour,
     score_boundary_loss,
+    score_changes,
 )
 from .context import literal_relation, related, relation_map, row_divergence
 from .modules.aggregate import Readout, SelfRelationHead, StudentHead, TeacherHead, boundary_share
 from .modules.schedules import Temperature
 from .ops.functional import at_least_float32, grid_size, resize, spatial_size
-from .ops.path import line_ends, line_offsets
+from .ops.path import line_offsets
 
 
 logger = logging.getLogger(__name__)
@@ -36,19 +37,6 @@ BOUNDARY, RELATION, LEVELS = "bcd/boundary", "bcd/relation", "bcd/levels/"
 # without any labels: share of positions of the stride-8 grid with another class less than 3 away. Labels have 0.44 on CamVid at
 # 480x360 and 0.32 on two pictures of ADE20K at 683x512.
 BOUNDARY_SHARE = 0.4
-
-
-def class_affinity_boundary(logits: Tensor, radius: int, mask: Tensor) -> Tensor:
-    """Soft boundary map `[B, h, w]` in 0..1 of class scores `[B, num_labels, h, w]`.
-
-    It is the largest `1 - <p_i, p_j>` to any valid position j of the disc of `radius`.
-    """
-    probabilities = at_least_float32(logits).softmax(dim=1)
-    boundary = torch.zeros_like(probabilities[:, 0])
-    for other, valid in zip(line_ends(probabilities, radius), line_ends(mask, radius), strict=True):
-        difference = 1 - (probabilities * other).sum(dim=1)
-        boundary = torch.maximum(boundary, difference.masked_fill(~valid, 0))
-    return boundary
 
 
 def regions_of(
@@ -293,21 +281,24 @@ class BCDLoss(DistillationLoss):
 
     @torch.no_grad()
     def inspect(self, student: DenseOutput, teacher: DenseOutput, image_size: tuple[int, int]) -> dict[str, Tensor]:
-        """Maps that the loss compares, for pictures: boundaries `[B, h, w]` and relation features `[B, C, h, w]`."""
+        """Maps that the loss compares, for pictures: boundaries `[B, h, w]` and relation features `[B, C, h, w]`.
+
+        Boundaries among scores are `score_changes`, in nat, on each model's own grid.
+        """
         size = grid_size(image_size, self.stride)
         level = next(iter(teacher.features.values()))
         mask = torch.ones((len(level), *size), dtype=torch.bool, device=level.device)
         student_features = self.student_head.aggregate(student.features, size)
         teacher_features = self.teacher_head(teacher.features, size)
         if self.teacher_head_kind == "logits":
-            logits = resize(at_least_float32(student.logits), size)
-            student_boundary = class_affinity_boundary(logits, self.radius, mask)
+            teacher_boundary, student_boundary = score_changes(teacher.logits), score_changes(student.logits)
         else:
             field = self.student_head.boundary_field(student_features, mask, over_ranks=False)
             strength = boundary_strength(field, self.radius, mask)
+            teacher_boundary = self.teacher_boundary(teacher, teacher_features, mask)
             student_boundary = torch.sigmoid((strength - self.teacher_head.theta) / self.kappa)
         return {
-            "teacher_boundary": self.teacher_boundary(teacher, teacher_features, mask),
+            "teacher_boundary": teacher_boundary,
             "student_boundary": student_boundary,
             "teacher_features": teacher_features,
             "student_features": student_features,

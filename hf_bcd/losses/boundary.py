@@ -117,6 +117,23 @@ def score_boundary_loss(
     return weighted_means(window_divergence(student, teacher, mask).sum(dim=1), weights).mean()
 
 
+def score_changes(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How much class scores change around each position: what `score_boundary_loss` compares, as a map.
+
+    `sum over classes of KL(softmax(scores) ‖ uniform)` over 3 x 3 windows: 0 where every class has the same score all around.
+
+    Args:
+        scores: `[B, K, h, w]`.
+        mask: boolean `[B, h, w]`, True where valid; everywhere by default.
+
+    Returns:
+        `[B, h, w]` in nat, >= 0, without a graph.
+    """
+    scores = at_least_float32(scores.detach())
+    mask = torch.ones_like(scores[:, 0], dtype=torch.bool) if mask is None else mask
+    return window_divergence(torch.zeros_like(scores), scores, mask).sum(dim=1).clamp_min(0)
+
+
 def boundary_divergence(
     strength: Tensor,
     hard_teacher: Tensor,

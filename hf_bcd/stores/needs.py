@@ -73,11 +73,11 @@ def read_by(
     student = output_like(output, criterion) if student is None else student
     for name, loss in criterion.by_name().items():
         seen = criterion.seen_by(name, output)
+        if {"logits", "classes"} & loss.needs and output.logits is not None:
+            names.add("logits")
         if (digest := loss.digest(seen, targets)) is not None:
             found |= digest
             continue
-        if {"logits", "classes"} & loss.needs and output.logits is not None:
-            names.add("logits")
         if of_queries := [field for need, field in OF_QUERIES.items() if need in loss.needs]:
             names |= {f"queries/{field}" for field in (*of_queries, "softmax", "sigmoid")}
         if "features" in loss.needs:

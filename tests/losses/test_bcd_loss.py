@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from typing import Any
 
 import loss_references as reference
@@ -9,8 +10,7 @@ import torch.nn.functional as F
 from loss_references import dense_output, outputs_of, pair_of, randn, random_labels
 
 from hf_bcd.losses import BCDLoss, context_distillation_loss
-from hf_bcd.losses.bcd import class_affinity_boundary
-from hf_bcd.losses.boundary import score_boundary_loss
+from hf_bcd.losses.boundary import score_boundary_loss, score_changes
 from hf_bcd.outputs import DenseOutput, FeatureSpec, LabelMaps
 
 
@@ -95,13 +95,14 @@ def test_terms_equal_plain_loops(mode, teacher_head):
     assert boundary > 1e-3 and context > 1e-3
 
 
-def test_class_affinity_by_hand():
-    # certain classes 0 0 1: the affinity of equal ones is 1, of different ones 0
-    logits = torch.tensor([[[[50.0, 50.0, 0.0, 0.0]], [[0.0, 0.0, 50.0, 0.0]]]])
+def test_changes_of_scores_by_hand():
+    scores = torch.tensor([[[[7.0, 7.0, 8.0, 50.0]], [[3.0, 3.0, 3.0, 0.0]]]])
     mask = torch.tensor([[[True, True, True, False]]])
-    assert class_affinity_boundary(logits, 2, mask)[0, 0, :3].tolist() == pytest.approx([0, 1, 1], abs=1e-6)
-    # a position that knows nothing is half of each: 1 - 1/2
-    assert class_affinity_boundary(logits, 2, mask | True)[0, 0].tolist() == pytest.approx([0, 1, 1, 0.5], abs=1e-6)
+    weights = [1.0, 1.0, math.e]  # of the first class around the middle; the second is level everywhere
+    middle = sum(w / sum(weights) * math.log(3 * w / sum(weights)) for w in weights)
+    right = sum(w / (1 + math.e) * math.log(2 * w / (1 + math.e)) for w in weights[1:])
+    assert score_changes(scores, mask)[0, 0].tolist() == pytest.approx([0, middle, right, 0], abs=1e-6)
+    assert score_changes(scores[..., :3] - 5)[0, 0].tolist() == pytest.approx([0, middle, right], abs=1e-6)
 
 
 def test_the_border_of_the_void_is_no_boundary():
@@ -238,10 +239,17 @@ def test_a_temperature_below_one_sharpens_relations_without_shrinking_the_loss()
 def test_inspect_shows_what_is_compared(mode, teacher_head):
     loss, (student, teacher, targets) = make_loss(mode, teacher_head), make_batch()
     shown = loss.inspect(student, teacher, targets.size)
-    assert shown["teacher_boundary"].shape == shown["student_boundary"].shape == (2, 8, 8)
     assert shown["teacher_features"].shape == shown["student_features"].shape == (2, 16, 8, 8)
-    assert set(shown["teacher_boundary"].unique().tolist()) <= {0.0, 1.0}
-    assert 0 <= shown["student_boundary"].min() and shown["student_boundary"].max() <= 1
+    if teacher_head == "logits":
+        for name, output in {"teacher": teacher, "student": student}.items():
+            assert (
+                torch.equal(shown[f"{name}_boundary"], score_changes(output.logits))
+                and shown[f"{name}_boundary"].max() > 0
+            )
+    else:
+        assert shown["teacher_boundary"].shape == shown["student_boundary"].shape == (2, 8, 8)
+        assert set(shown["teacher_boundary"].unique().tolist()) <= {0.0, 1.0}
+        assert 0 <= shown["student_boundary"].min() and shown["student_boundary"].max() <= 1
     assert not any(x.requires_grad for x in shown.values())
 
 

@@ -93,8 +93,10 @@ def test_a_lossless_store_gives_what_the_teacher_gives_bit_for_bit(tmp_path: Pat
             assert torch.equal(x, expected[key].float()), key
 
 
-def test_losses_of_a_lossless_store_equal_those_of_the_teacher(tmp_path: Path) -> None:
-    losses = {**BCD, "cwd": {}, "fitnet": {}}
+@pytest.mark.parametrize(
+    "losses", [{**BCD, "cwd": {}, "fitnet": {}}, {"bcd": {**BCD["bcd"], "teacher_head": "logits"}}]
+)
+def test_losses_of_a_lossless_store_equal_those_of_the_teacher(losses: dict[str, Any], tmp_path: Path) -> None:
     make_store(tmp_path / "s", reinforcer(tmp_path, losses), VIEWS, "exact")
     stored, live = (
         trainer(tmp_path / "a", Store(tmp_path / "s"), losses),
