@@ -17,6 +17,7 @@ from ..adapters import DenseAdapter, read_synonyms
 from ..adapters.loading import load_adapter
 from ..data import DenseDataset, DenseDatasets
 from ..losses.base import DistillationLoss
+from ..losses.recipe import read_losses
 from ..stores import Store
 from ..tasks import task_of
 from ..training.checkpoints import data_key
@@ -40,6 +41,7 @@ from .study import RESULT_FILE, Run, Study
 
 logger = logging.getLogger(__name__)
 
+MADE_FOR = "made_for.json"  # in the folder of a store
 Live = Mapping[str, tuple[ModelArguments, BCDConfig]]
 
 
@@ -90,11 +92,14 @@ class Shared:
             own[name].seed, own[name].data_seed = BCDConfig.seed, None
             keys[name] = {"teacher": teacher_key(args, own[name], data), "losses": recipes}
         first = next(iter(own.values()))
-        key = {
-            **keys.get("", {"teachers": keys}), "views": view_options(task_of(data["train"]), first), **run.reinforce,
-            **data_key(data["train"]),
+        shown = {
+            "views": view_options(task_of(data["train"]), first), **run.reinforce, **data_key(data["train"]),
         }  # fmt: skip
-        folder = self.study.folder / "stores" / digest(key)
+        folder = self.study.folder / "stores" / digest({**keys.get("", {"teachers": keys}), **shown})
+        made = json.loads(json.dumps({"teachers": keys, "shown": shown}))
+        folder = next(
+            (path.parent for path in sorted(folder.parent.glob(f"*/{MADE_FOR}")) if serves(path, made)), folder
+        )
         with alone_in(folder, first, wait=True):
             try:
                 store = Store(folder)
@@ -108,6 +113,8 @@ class Shared:
                         parts[name] = build_reinforcer(args, own[name], data, recipes, copy.deepcopy(teacher))
                 make_store(folder, parts, run.reinforce["views"], run.reinforce["precision"])
                 store = Store(folder)
+                if first.should_save:
+                    write_json(folder / MADE_FOR, made)
         names = {
             name: group
             for name, (args, _) in live.items()
@@ -184,7 +191,7 @@ def served_losses(runs: Sequence[Live], args: ModelArguments, config: BCDConfig)
     def losses_of(own: BCDConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         plain: dict[str, Any] = dict(own.loss_parts[""])
         kept = {
-            name: {key: x for key, x in (plain[name] or {}).items() if key not in ("weight", "decay")}
+            name: _read(plain[name])
             for name, loss in own.loss_options.items()
             if loss.cls.digest is not DistillationLoss.digest
         }
@@ -195,6 +202,35 @@ def served_losses(runs: Sequence[Live], args: ModelArguments, config: BCDConfig)
     mine = losses_of(config)[1] or first
     joined = [plain for plain, kept in found if kept == mine or (not kept and mine == first)]
     return [recipe for place, recipe in enumerate(joined) if recipe not in joined[:place]]
+
+
+def serves(path: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a study's store has all that the losses of further runs read, so that a new method needs no new store.
+
+    Args:
+        path: what the store was made for: teachers with the losses that read them, and the views shown to them.
+        wanted: likewise, of the runs.
+    """
+    made = read_json(path)
+    if made["shown"] != wanted["shown"] or made["teachers"].keys() != wanted["teachers"].keys():
+        return False
+    for name, group in wanted["teachers"].items():
+        there = made["teachers"][name]
+        if there["teacher"] != group["teacher"]:
+            return False
+        known = [{loss: _read(options) for loss, options in recipe.items()} for recipe in there["losses"]]
+        scores = any("logits" in loss.needs for recipe in there["losses"] for loss in read_losses(recipe).values())
+        for recipe in group["losses"]:
+            for loss, parsed in read_losses(recipe).items():
+                same = any(loss in one and one[loss] == _read(recipe[loss]) for one in known)
+                if not same and not (scores and parsed.needs <= {"logits", "labels"}):
+                    return False
+    return True
+
+
+def _read(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a loss that may decide what it reads."""
+    return {key: x for key, x in (options or {}).items() if key not in ("weight", "decay", "optional")}
 
 
 def digest(key: Mapping[str, Any]) -> str:

@@ -81,6 +81,32 @@ def test_a_run_reads_the_store_of_more_teachers_if_that_has_all_it_reads(tmp_pat
     }  # fmt: skip
 
 
+BCD_16 = {"bcd": {"channels": 16}}
+
+
+@pytest.mark.parametrize(
+    ("losses", "changes", "served"),
+    [
+        ([{"cwd": {}}, BCD_16], {}, True),
+        ([BCD_16], {}, True),
+        ([{"dist": {}}, {"kd": {"weight": 3}, "bpkd": {}}], {}, True),  # of scores, which are there for cwd
+        ([{"bcd": {"channels": 16, "weight": {"boundary": 2}}}], {}, True),
+        ([{"bcd": {"channels": 32}}], {}, False),
+        ([{"fitnet": {}}], {}, False),
+        ([BCD_16], {"shown": {"views": 4}}, False),
+        ([BCD_16], {"teacher": "me/b"}, False),
+    ],
+)
+def test_a_new_method_needs_a_new_store_only_if_it_reads_more(
+    losses: list[dict[str, Any]], changes: dict[str, Any], served: bool, tmp_path: Path
+) -> None:
+    def made_for(losses: list[dict[str, Any]], teacher: str = "me/a", shown: Any = None) -> dict[str, Any]:
+        return {"teachers": {"": {"teacher": teacher, "losses": losses}}, "shown": shown or {"views": 2}}
+
+    (tmp_path / "made_for.json").write_text(json.dumps(made_for([{"cwd": {}}, BCD_16])))
+    assert module.serves(tmp_path / "made_for.json", made_for(losses, **changes)) == served
+
+
 def test_a_study_is_a_recipe_its_variations_and_seeds(tmp_path: Path) -> None:
     path = write_study(tmp_path, runs={"a": {"max_steps": 3}, "b": {"losses": {"cwd": {}}}}, reference="b")
     study = read_study(path)

@@ -132,6 +132,13 @@ def test_a_study_stores_its_teachers_once(recipe: dict[str, Any], tmp_path: Path
     # `one` has the first teacher of `both` and all that it gives, so it reads the same store
     (folder,) = (path for path in (tmp_path / "out" / "stores").iterdir() if path.is_dir())
     assert Store(folder).teachers == ["seg_a", "dino"]
+    runs["kd"] = {"teacher": recipe["teacher"][0], "losses": {"kd": {}}}  # reads what is there
+    path.write_text(yaml.safe_dump(recipe | quick | {
+        "eval_strategy": "no", "seeds": [1], "runs": runs, "reinforce": {"views": 2}, "output_dir": str(tmp_path / "out"),
+    }))  # fmt: skip
+    study_command.main([str(path)])
+    assert [path for path in (tmp_path / "out" / "stores").iterdir() if path.is_dir()] == [folder]
+    assert (tmp_path / "out" / "kd" / "seed_1" / "study.json").is_file()
     again = {"teacher": None, "teacher_store": str(folder), "losses": LOSSES}
     path.write_text(yaml.safe_dump(recipe | quick | {
         "eval_strategy": "no", "seeds": [1], "runs": {"stored": again}, "output_dir": str(tmp_path / "again"),
