@@ -1,8 +1,10 @@
 """ONNX: files for onnxruntime and whatever else reads the format, in three precisions."""
 
 import json
+import logging
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,21 @@ def save(
     program.save(path)
 
 
+@contextmanager
+def _without_axis_warnings() -> Iterator[None]:
+    """Inside the block, the root logger does not say of each bias and norm that it has no output channels to quantise by."""
+
+    def said(record: logging.LogRecord) -> bool:
+        return "is out-of-range for weight" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(said)
+    try:
+        yield
+    finally:
+        root.removeFilter(said)
+
+
 def write(path: Path, source: Path, precision: str, calibration: Iterable[Tensor]) -> None:
     """Writes the float32 file `source` in half precision, or in int8 with static scales.
 
@@ -154,12 +171,13 @@ def write(path: Path, source: Path, precision: str, calibration: Iterable[Tensor
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "model.onnx"  # with BatchNorm inside of the convolutions
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            path,
-            Pictures(),
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-        )
+        with _without_axis_warnings():
+            quantize_static(
+                prepared,
+                path,
+                Pictures(),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+            )
