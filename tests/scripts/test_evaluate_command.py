@@ -63,3 +63,9 @@ def test_a_model_of_another_task_is_named_also_where_its_classes_fit(tmp_path: P
         UserError, match="TimmSegmentationModel is for semantic segmentation, but the data are for object"
     ):
         experiment.evaluate_model(tiny.tiny_timm(), tiny.config(tmp_path), tiny.boxes()["validation"])
+
+
+@pytest.mark.parametrize("second", [["--student", "runs/y"], ["--student=runs/y"]])
+def test_two_models_are_refused(second: list[str]) -> None:
+    with pytest.raises(UserError, match="the model is named twice: runs/x, and by --student"):
+        main(["runs/x", *second])
