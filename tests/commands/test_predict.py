@@ -137,7 +137,10 @@ def test_a_precision_without_a_file_is_refused(pictures: Path, tmp_path: Path) -
     ("options", "message"),
     [
         (["--overlap", "8"], "--overlap is 8, but only tiles overlap"),
-        (["--tile", "64", "--image_size", "48"], "--tile cuts pictures at their own size, and --image_size changes it"),
+        (
+            ["--tile", "64", "--image_size", "48"],
+            "--tile cuts pictures at their own size, and --image_size changes it",
+        ),
         (["--image_size", "0"], "--image_size is 0; the short side must be at least 1 pixel"),
         (["--threshold", "7"], "--threshold is 7; scores lie in 0..1"),
     ],
