@@ -22,6 +22,7 @@ from ..adapters import DenseAdapter, read_synonyms
 from ..adapters.loading import load_adapter
 from ..card.usage import fill
 from ..data import DenseDatasets
+from ..export.students import check_target
 from ..export.targets import parse_target
 from ..hub.exports import model_file
 from ..runs.arguments import DataArguments, ModelArguments, build_arguments, named_teachers, read_arguments
@@ -80,6 +81,8 @@ def distill(
     exported = target_to_export(model_args, config)
     data = name_classes(model_args, load_data(data_args))
     student = build_student(model_args, config, data)
+    if exported and not config.quantize:  # which has an error of its own
+        check_target(student, *exported)
     baseline = load_baseline(model_args, data)
     check_untrained(model_args, config, data, student)
     HubCallback(config).prepare()
