@@ -52,6 +52,8 @@ from .export import summary
 
 
 DEMO = "synthetic/resnet18_to_resnet10.yaml"
+# arguments that a student without a teacher makes nothing of
+OF_TEACHERS = ("losses", "preset", "unlabelled_dir", "unlabelled_dataset", "log_gradients", "teacher_training")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,6 +81,8 @@ def distill(
         read_state(Path(checkpoint))  # a wrong one fails before hours of teacher training
     config.check_teachers(list(named_teachers(model_args)))
     exported = target_to_export(model_args, config)
+    if not named_teachers(model_args) and (unused := [name for name in OF_TEACHERS if recipe.get(name)]):
+        logging.warning("there is no teacher, so these have no effect: %s", ", ".join(unused))
     data = name_classes(model_args, load_data(data_args))
     student = build_student(model_args, config, data)
     if exported and not config.quantize:  # which has an error of its own
