@@ -9,6 +9,7 @@ from ..tasks import TASKS, Score
 from ..training.alignment import TEACHING_FILE
 from ..utils.files import numbers, read_json
 from ..utils.messages import UserError
+from .exporting import saved_recipe
 
 
 PULL = "gradient/"
@@ -27,6 +28,9 @@ def diagnose(folder: Path) -> list[str]:
     results = numbers(read_json(folder / "results.json"))
     state = read_json(folder / "trainer_state.json") if (folder / "trainer_state.json").is_file() else {}
     teaching = numbers(read_json(folder / TEACHING_FILE)) if (folder / TEACHING_FILE).is_file() else {}
+    asked = saved_recipe(str(folder))  # by the run; a folder from elsewhere has none
+    if asked and not asked.get("teacher") and not asked.get("teacher_store"):
+        return [f"{folder}: no teacher took part, so there is nothing to look at."]
     lines = [*_scores(results), *_gradients(state.get("log_history", [])), *_agreement(teaching)]
     return lines or [f"{folder}: no teacher took part, so there is nothing to look at."]
 

@@ -39,6 +39,14 @@ def test_the_lead_and_what_was_brought_of_it(tmp_path: Path) -> None:
     assert "no score here" in said(tmp_path, {"baseline": 0.5, "student": 0.39})
 
 
+def test_a_run_without_a_teacher_is_told_so(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, {"student": 0.4})
+    (folder / "recipe.yaml").write_text("dataset_name: synthetic\n")
+    assert diagnose(folder) == [f"{folder}: no teacher took part, so there is nothing to look at."]
+    (folder / "recipe.yaml").write_text("teacher_store: stores/x\n")
+    assert "Without a baseline" in said(tmp_path, {"teacher": 0.5, "student": 0.4})
+
+
 def test_the_best_of_several_teachers_leads(tmp_path: Path) -> None:
     text = said(tmp_path, {"teacher": 0.41, "teacher_2": 0.5, "baseline": 0.4, "student": 0.44})
     assert "teacher 41.00, teacher_2 50.00, baseline 40.00, student 44.00" in text
