@@ -17,6 +17,7 @@ from ..hub.exports import EXTENSIONS, PRECISIONS
 from ..runs.help import add_trust_argument
 from ..runs.predicting import predict_pictures
 from ..training.hardware import limit_threads
+from ..utils.files import check_folder
 from ..utils.messages import UserError
 
 
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--image_size is {args.image_size}; the short side must be at least 1 pixel.")
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold is {args.threshold:g}; scores lie in 0..1.")
+    check_folder(args.output, "--output")
     limit_threads()
     content = predict_pictures(
         args.student,

@@ -150,6 +150,12 @@ def test_options_that_would_be_ignored_or_fail_are_refused(options: list[str], m
         main(["x", "pictures", "--output", "out", *options])
 
 
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="--output is .*out, which is a file; name a folder"):
+        main(["x", "pictures", "--output", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

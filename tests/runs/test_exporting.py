@@ -202,6 +202,12 @@ def test_an_unknown_export_is_refused_before_training(tmp_path: Path) -> None:
         distill.main(["--dataset_name", "synthetic", "--export", "tensorrt-int8", "--output_dir", str(tmp_path / "x")])
 
 
+def test_an_export_into_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="--output_dir is .*out, which is a file; name a folder"):
+        export.main(["x", "--output_dir", str(tmp_path / "out")])
+
+
 def test_an_export_that_the_student_has_not_is_refused_before_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
