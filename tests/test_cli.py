@@ -45,6 +45,15 @@ def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -
     assert "stopped at step 3. Run the same command with --resume_from_checkpoint true" in capsys.readouterr().err
 
 
+def test_an_interruption_without_a_checkpoint_does_not_say_to_go_on_from_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(failing(KeyboardInterrupt()))
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted.\n"
+
+
 def test_the_console_script_lists_its_commands(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

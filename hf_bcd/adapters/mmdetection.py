@@ -45,9 +45,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         # the only form in which these weights are published; `weights_only` runs no code from it
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    # the last two: bytes that are no checkpoint at all, such as a page of a failed download
+    except (UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read without running code from it ({error}); keep only its 'state_dict' with the "
+            f"{path} cannot be read without running code from it ({type(error).__name__}: {error}); keep only its 'state_dict' with the "
             "environment that wrote it, or download it again."
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):

@@ -87,5 +87,7 @@ def run(command: Callable[[], None]) -> None:
     except (UserError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as interrupt:
-        print(f"\n{interrupt}. Run the same command with --resume_from_checkpoint true to continue.", file=sys.stderr)
+        if said := str(interrupt):  # a checkpoint was saved
+            said += ". Run the same command with --resume_from_checkpoint true to continue."
+        print(f"\n{said or 'interrupted.'}", file=sys.stderr)
         sys.exit(130)

@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     options = vars(parser.parse_args(argv))
     name, alias = options.pop("name"), options.pop("dataset_name")
+    if name is not None and alias is not None and name != alias:
+        raise UserError(f"the data set is named twice: {name}, and {alias} by --dataset_name; leave one out.")
     source = name or alias
     if source is None and (folder := options.pop("data_dir")):
         source = Path(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..adapters import build_adapter, image_processor
 from ..adapters.mmdetection import convert_mmdetection, read_checkpoint
+from ..utils.files import check_folder
 from ..utils.messages import UserError
 
 
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help=".pth file of mmdetection 2 or 3")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to; must not hold a model yet")
     args = parser.parse_args(argv)
+    check_folder(args.output, "--output")
     if (args.output / "config.json").exists():
         raise UserError(f"{args.output} holds a model already; name another folder.")
     model = convert_mmdetection(*read_checkpoint(args.checkpoint))

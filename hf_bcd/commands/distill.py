@@ -22,6 +22,7 @@ from ..adapters import DenseAdapter, read_synonyms
 from ..adapters.loading import load_adapter
 from ..card.usage import fill
 from ..data import DenseDatasets
+from ..export.students import check_target
 from ..export.targets import parse_target
 from ..hub.exports import model_file
 from ..runs.arguments import DataArguments, ModelArguments, build_arguments, named_teachers, read_arguments
@@ -58,6 +59,8 @@ from .export import summary
 
 
 DEMO = "synthetic/resnet18_to_resnet10.yaml"
+# arguments that a student without a teacher makes nothing of
+OF_TEACHERS = ("losses", "preset", "unlabelled_dir", "unlabelled_dataset", "log_gradients", "teacher_training")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,8 +90,12 @@ def distill(
     recipe = {**recipe, **{key: getattr(model_args, key) for key in STORED_KEYS if key in recipe}}
     config.check_teachers(list(named_teachers(model_args)))
     exported = target_to_export(model_args, config)
+    if not named_teachers(model_args) and (unused := [name for name in OF_TEACHERS if recipe.get(name)]):
+        logging.warning("there is no teacher, so these have no effect: %s", ", ".join(unused))
     data = name_classes(model_args, load_data(data_args))
     student = build_student(model_args, config, data)
+    if exported and not config.quantize:  # which has an error of its own
+        check_target(student, *exported)
     baseline = load_baseline(model_args, data)
     check_untrained(model_args, config, data, student)
     HubCallback(config).prepare()

@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--precision {args.precision} is of an exported file; say which one with --backend.")
     folder = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if folder is not None:
+        if any(word.partition("=")[0] == "--student" for word in argv):
+            raise UserError(f"the model is named twice: {folder}, and by --student; leave one out.")
         argv += ["--student", folder]
     if args.backend is not None:
         limit_threads()

@@ -18,6 +18,7 @@ from ..hub.exports import BEFORE, EXTENSIONS, PRECISIONS, model_file
 from ..runs.exporting import CALIBRATION_IMAGES, data_arguments, export_run, load_run_data
 from ..runs.help import add_trust_argument
 from ..tasks import TASKS
+from ..utils.files import check_folder
 from ..utils.messages import UserError
 
 
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     args, rest = parser.parse_known_args(argv)
     if args.size is not None and min(args.size) < 1:
         raise UserError(f"--size is {args.size[0]} x {args.size[1]}; height and width must be at least 1 pixel.")
+    if args.output_dir is not None:
+        check_folder(args.output_dir, "--output_dir")
     target_of(args.format, args.precision)  # before any data are read
     found, of_data = data_arguments(args.student, rest), dict[str, Any]()
     # a file that needs no pictures is written even where those of the run are gone

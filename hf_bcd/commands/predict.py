@@ -17,6 +17,7 @@ from ..hub.exports import EXTENSIONS, PRECISIONS
 from ..runs.help import add_trust_argument
 from ..runs.predicting import predict_pictures
 from ..training.hardware import limit_threads
+from ..utils.files import check_folder
 from ..utils.messages import UserError
 
 
@@ -32,12 +33,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, help="of that file; float32 by default")
     parser.add_argument("--image_size", type=int, help="short side to resize to; that of the student's processor")
     parser.add_argument("--tile", type=int, help="cut pictures into tiles of this side, in pixels")
-    parser.add_argument("--overlap", type=int, default=64, help="pixels that neighbouring tiles have in common")
+    parser.add_argument("--overlap", type=int, help="pixels that neighbouring tiles have in common (64)")
     parser.add_argument("--threshold", type=float, default=0.5, help="score from which an object is drawn and listed")
     add_trust_argument(parser)
     args = parser.parse_args(argv)
     if args.precision is not None and args.backend is None:
         raise UserError(f"--precision {args.precision} is of an exported file; say which one with --backend.")
+    if args.tile is None and args.overlap is not None:
+        raise UserError(f"--overlap is {args.overlap}, but only tiles overlap; give --tile, or leave it out.")
+    if args.tile is not None and args.image_size is not None:
+        raise UserError("--tile cuts pictures at their own size, and --image_size changes it; leave one out.")
+    if args.image_size is not None and args.image_size < 1:
+        raise UserError(f"--image_size is {args.image_size}; the short side must be at least 1 pixel.")
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold is {args.threshold:g}; scores lie in 0..1.")
+    check_folder(args.output, "--output")
     limit_threads()
     content = predict_pictures(
         args.student,
@@ -47,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         precision=args.precision or "float32",
         image_size=args.image_size,
         tile=args.tile,
-        overlap=args.overlap,
+        overlap=64 if args.overlap is None else args.overlap,
         least_score=args.threshold,
         trust_remote_code=args.trust_remote_code,
     )

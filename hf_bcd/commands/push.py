@@ -39,8 +39,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def show(folder: Path, repo_id: str, revision: str | None) -> None:
     """Prints every file that a push would send with its size now, and the card as it would be sent."""
+    from huggingface_hub.utils import validate_repo_id
+
+    from ..hub.errors import explained
     from ..hub.pushing import name_in_examples, student_files
 
+    with explained("model", repo_id):
+        validate_repo_id(repo_id)
     files = student_files(folder)
     for path, file in files.items():
         print(f"{file.stat().st_size:>12,}  {path}")

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs.add_argument("--package", default="hf_bcd", help="what pip installs in a job (hf_bcd)")
     jobs.add_argument("--image", default="python:3.12", help="Docker image (python:3.12)")
     args, rest = parser.parse_known_args(argv)
+    _check_together(args)
 
     from ..runs.jobs import describe_jobs  # imports torch
     from ..runs.study import read_study
@@ -68,6 +69,16 @@ def _part(text: str) -> tuple[int, int]:
     if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
         raise UserError(f"--part is {text!r}; expected i/n with 1 <= i <= n, such as 2/8.")
     return int(first), int(count)
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Refuses what would be ignored: with `--dry_run` and without `--jobs`, all runs would start."""
+    of_jobs = ("dry_run", "parts", "steps_per_second", "storage", "dollars_per_hour")
+    given = [f"--{name}" for name in of_jobs if getattr(args, name) not in (None, False)]
+    if given and args.jobs is None:
+        raise UserError(f"{', '.join(given)} would be ignored without --jobs; add it, such as --jobs l4x1.")
+    if args.jobs is not None and args.part != "1/1":
+        raise UserError(f"--part is {args.part}, which --jobs sets in each job; leave it out, or say --parts N.")
 
 
 def _jobs(args: argparse.Namespace, runs: int) -> Any:

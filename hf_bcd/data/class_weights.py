@@ -51,7 +51,7 @@ def class_weights(given: str | Mapping[str, float] | None, train: Any, id2label:
         id2label: the classes in their order.
 
     Raises:
-        UserError: a class is unknown or missing, or there are no labels to count.
+        UserError: a class is unknown or missing, all weights are 0, or there are no labels.
     """
     if given is None:
         return None
@@ -63,6 +63,10 @@ def class_weights(given: str | Mapping[str, float] | None, train: Any, id2label:
             raise UserError(
                 f"class_weights says nothing of {shortened(', '.join(missing))}; give every class a weight."
             )
+        if not any(given.values()):
+            raise UserError("class_weights are all 0, so no label would teach; give some class a weight above 0.")
+        if getattr(train, "labelled", None) == 0:
+            raise UserError("the training pictures have no labels for class_weights to weigh; leave it out.")
         return torch.tensor([float(given[name]) for name in names])
     maps = [ids for ids in map(torch.as_tensor, _label_maps(train)) if int(ids.flatten()[0]) != UNLABELLED]
     if not maps:

@@ -74,9 +74,7 @@ def export_student(
         )
     adapter = load_adapter(ModelSpec(source, revision), trust_remote_code=trust_remote_code).float().eval()
     maps = adapter.exported == ("logits",)
-    if not maps and (not target.detectors or precision != "float32"):
-        rows = ", ".join(name for name, row in TARGETS.items() if row.detectors)
-        raise UserError(f"detectors are exported in float32 to {rows} only, not to {form}-{precision}.")
+    check_target(adapter, form, precision)
     height, width = size or student_size(source, adapter)
     local = Path(source) if Path(source).is_dir() else None
     folder = Path(output_dir or local or Path("runs", source.rpartition("/")[2]))
@@ -255,3 +253,14 @@ def check_runs(adapter: DenseAdapter, pixel_values: Tensor) -> None:
             f"{type(model).__name__} gives no logits for each pixel but {', '.join(outputs)}, which cannot be exported; "
             "distil it into a student that does, such as SegFormer."
         )
+
+
+def check_target(adapter: DenseAdapter, form: str, precision: str) -> None:
+    """Refuses formats and precisions in which this kind of model is not exported.
+
+    Raises:
+        UserError: names the ones that are.
+    """
+    if adapter.exported != ("logits",) and (not TARGETS[form].detectors or precision != "float32"):
+        rows = ", ".join(name for name, row in TARGETS.items() if row.detectors)
+        raise UserError(f"detectors are exported in float32 to {rows} only, not to {form}-{precision}.")

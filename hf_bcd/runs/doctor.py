@@ -9,6 +9,7 @@ from ..tasks import TASKS, Score
 from ..training.alignment import TEACHING_FILE
 from ..utils.files import numbers, read_json
 from ..utils.messages import UserError
+from .exporting import saved_recipe
 
 
 PULL = "gradient/"
@@ -27,6 +28,9 @@ def diagnose(folder: Path) -> list[str]:
     results = numbers(read_json(folder / "results.json"))
     state = read_json(folder / "trainer_state.json") if (folder / "trainer_state.json").is_file() else {}
     teaching = numbers(read_json(folder / TEACHING_FILE)) if (folder / TEACHING_FILE).is_file() else {}
+    asked = saved_recipe(str(folder))  # by the run; a folder from elsewhere has none
+    if asked and not asked.get("teacher") and not asked.get("teacher_store"):
+        return [f"{folder}: no teacher took part, so there is nothing to look at."]
     lines = [*_scores(results), *_gradients(state.get("log_history", [])), *_agreement(teaching)]
     return lines or [f"{folder}: no teacher took part, so there is nothing to look at."]
 
@@ -42,26 +46,27 @@ def _scores(results: Mapping[str, Any]) -> Iterator[str]:
     score = first_score(results)
     if score is None:
         return
-    found = {
-        role: score.scale * results[role][score.key] for role in ("teacher", "baseline", "student") if role in results
-    }
+    teachers = [role for role in results if role.startswith("teacher")]
+    roles = [role for role in (*teachers, "baseline", "student") if role in results]
+    found = {role: score.scale * results[role][score.key] for role in roles}
     if not found:
         return
     yield f"{score.title}: " + ", ".join(f"{role} {value:.2f}" for role, value in found.items()) + "."
-    if "teacher" not in found:
+    if not teachers:
         yield "The teacher has no score here (it lacks the classes, or was not scored), so its lead is not known."
         return
     if "baseline" not in found:
         yield "Without a baseline (--with_baseline true) nobody knows what the student would be alone."
         return
-    lead, gain = found["teacher"] - found["baseline"], found["student"] - found["baseline"]
+    lead, gain = max(found[role] for role in teachers) - found["baseline"], found["student"] - found["baseline"]
+    teacher = "The teacher" if len(teachers) == 1 else "The best teacher"
     if lead <= 0:
         yield (
-            f"The teacher is {-lead:.2f} points below the student alone: it has nothing to teach here. Take a better one, or train "
+            f"{teacher} is {-lead:.2f} points below the student alone: it has nothing to teach here. Take a better one, or train "
             "this one longer."
         )
     else:
-        yield f"The teacher leads the student alone by {lead:.2f} points; distillation brought {gain:+.2f} of them."
+        yield f"{teacher} leads the student alone by {lead:.2f} points; distillation brought {gain:+.2f} of them."
         if gain <= 0:
             yield "There is room, but it was not used: look at the terms below, and try other losses (hf-bcd methods)."
 
@@ -74,7 +79,7 @@ def _gradients(history: list[Mapping[str, Any]]) -> Iterator[str]:
                 terms.setdefault(key.removeprefix(PULL), []).append(value)
     means = {term: sum(values) / len(values) for term, values in terms.items()}
     if not (task := means.pop("loss_task", 0.0)):
-        yield "How much each term pulls was not logged: --log_gradients true does that."
+        yield "How much each term pulls was not logged: --log_gradients true does that, every --logging_steps steps."
         return
     for term, mean in means.items():
         share = mean / task

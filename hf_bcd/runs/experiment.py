@@ -337,7 +337,8 @@ def checkpoint_of(config: BCDConfig, role: str) -> str | None:
         return last
     if os.path.isdir(given):
         return str(given)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", given):
+    # `runs/checkpoint-20` looks like a Hub id, but is a checkpoint that save_total_limit removed, or that never was
+    if not re.fullmatch(r"[\w.-]+/(?!checkpoint-\d+$)[\w.-]+(@\S+)?", given):
         raise UserError(
             f"resume_from_checkpoint is {given!r}, which is no folder here and no Hub id; name a checkpoint's folder, or true "
             "for the last one of --output_dir."

@@ -54,12 +54,14 @@ def describe_jobs(study: Study, file: Path, argv: Sequence[str], jobs: Jobs) -> 
         jobs: see `Jobs`.
 
     Raises:
-        UserError: a run counts epochs, whose steps are not known before the data are; or there are more parts than runs.
+        UserError: a run counts epochs, whose steps are not known before the data are; there are more parts than runs; or the
+            study's file names folders that no job would find.
     """
     if not 1 <= jobs.parts <= len(study.runs):
         raise UserError(
             f"--parts is {jobs.parts}, but the study has {len(study.runs)} runs; give 1 to {len(study.runs)}."
         )
+    _check_local(study, argv)
     name, mounts = _study_of_job(file)
     arguments, data = _with_mounted_data(argv)
     volumes = [*mounts, *data, f"hf://buckets/{jobs.storage}:{RUNS_MOUNT}"]
@@ -108,6 +110,24 @@ def describe_jobs(study: Study, file: Path, argv: Sequence[str], jobs: Jobs) -> 
         "copied to FOLDER."
     )
     return "\n\n".join(blocks)
+
+
+def _check_local(study: Study, argv: Sequence[str]) -> None:
+    """Refuses folders of this machine that the study's file names; a typed `--data_dir` is mounted."""
+    typed = any(word.partition("=")[0] == "--data_dir" for word in argv)
+    for run in study.runs:
+        if not typed and (folder := run.arguments.get("data_dir")):
+            raise UserError(
+                f"the run {run.name} has its data_dir, {folder}, from the study's file, and no job would find it; type --data_dir, "
+                "which is mounted."
+            )
+        for name in ("student", "teacher"):
+            given = run.arguments.get(name)
+            if isinstance(given, str) and Path(given).is_dir():
+                raise UserError(
+                    f"the {name} of the run {run.name} is {given}, a folder that no job would find; push it (hf-bcd push), and name "
+                    "its Hub id."
+                )
 
 
 def _cost(hours: float, jobs: Jobs) -> str:

@@ -199,7 +199,7 @@ def check_task(model: DenseAdapter, task: Task) -> None:
     if model.task != task.name:
         raise UserError(
             f"{type(model.model).__name__} is for {TASKS[model.task].title}, but the data are for {task.title}; choose a model "
-            "or data of the other kind, or say how the data are meant (`--task`), such as instance-segmentation."
+            f"or data of the other kind, or say `--task {model.task}` where the data serve both."
         )
 
 

@@ -103,3 +103,9 @@ def numbers(scores: Any) -> Any:
     if isinstance(scores, list):
         return [numbers(one) for one in scores]
     return math.nan if scores is None else scores
+
+
+def check_folder(path: str | Path, name: str) -> None:
+    """Refuses a folder to write to, given by the argument `name`, that is a file."""
+    if Path(path).is_file():
+        raise UserError(f"{name} is {path}, which is a file; name a folder.")

@@ -156,3 +156,16 @@ def test_runs_no_code_of_the_file(tmp_path: Path) -> None:
         main([str(path), "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match="is no file"):
         main([str(tmp_path / "absent.pth"), "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("content", [b"hello", b"<!DOCTYPE html>", b"\x80\x02K", b"Iabc\n."])
+def test_a_file_of_anything_else_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.pth cannot be read without running code from it"):
+        main([str(tmp_path / "x.pth"), "--output", str(tmp_path / "out")])
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="--output is .*out, which is a file; name a folder"):
+        main(["x.pth", "--output", str(tmp_path / "out")])

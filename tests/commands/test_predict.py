@@ -134,6 +134,29 @@ def test_a_precision_without_a_file_is_refused(pictures: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--overlap", "8"], "--overlap is 8, but only tiles overlap"),
+        (
+            ["--tile", "64", "--image_size", "48"],
+            "--tile cuts pictures at their own size, and --image_size changes it",
+        ),
+        (["--image_size", "0"], "--image_size is 0; the short side must be at least 1 pixel"),
+        (["--threshold", "7"], "--threshold is 7; scores lie in 0..1"),
+    ],
+)
+def test_options_that_would_be_ignored_or_fail_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(["x", "pictures", "--output", "out", *options])
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="--output is .*out, which is a file; name a folder"):
+        main(["x", "pictures", "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
     ("names", "message"),
     [
         ([], "holds no pictures"),

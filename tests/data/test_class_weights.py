@@ -41,6 +41,14 @@ def test_weights_by_name_are_in_the_order_of_the_classes():
         class_weights({**given, "poles": 2}, [], NAMES)
 
 
+def test_weights_that_would_do_nothing_are_refused():
+    with pytest.raises(UserError, match="class_weights are all 0, so no label would teach"):
+        class_weights(dict.fromkeys(NAMES.values(), 0), [], NAMES)
+    train = tiny.scenes(train=4)["train"].without_labels()
+    with pytest.raises(UserError, match="no labels for class_weights to weigh; leave it out"):
+        class_weights(dict.fromkeys(tiny.ID2LABEL.values(), 2.0), train, tiny.ID2LABEL)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_streams_and_data_sets_are_counted_alike(streaming):
     train = tiny.scenes(train=4)["train"]

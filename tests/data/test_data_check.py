@@ -75,3 +75,8 @@ def test_arguments(folder, tmp_path, capsys):
         main([str(folder), *names, "--every_row"])
     with pytest.raises(UserError, match="^'camvit' is neither a known data set"):
         main(["camvit"])
+
+
+def test_two_names_are_refused():
+    with pytest.raises(UserError, match="named twice: synthetic, and camvid by --dataset_name"):
+        main(["synthetic", "--dataset_name", "camvid"])

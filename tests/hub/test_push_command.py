@@ -11,6 +11,7 @@ import pytest
 from hub.server import MARKER_TOKEN, OTHER_TOKEN, HubServer
 from hub.student_folder import LEFT_OUT, finished, finished_timm
 
+from hf_bcd.commands.push import show
 from hf_bcd.hub.errors import HubError
 from hf_bcd.hub.pushing import fetch_checkpoint, name_in_examples, push_checkpoint, pushed_checkpoint, student_files
 
@@ -184,6 +185,12 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(hub: HubServer, push: Push,
     assert "pipeline_tag: image-segmentation" in printed and "# A student" in printed
     assert 'model="tester/y", revision="v2")' in printed and (folder / "README.md").read_text() == before
     assert hub.requests == [] and hub.repos == {}
+
+
+@pytest.mark.parametrize("name", ["me/x/y", "bad name!"])
+def test_a_dry_run_refuses_a_name_that_the_push_would_be_refused_for(name: str, tmp_path: Path) -> None:
+    with pytest.raises(HubError, match=f"'{name}' is neither a folder nor a Hub id"):
+        show(finished(tmp_path / "x"), name, None)
 
 
 def test_pushing_again_overwrites(hub: HubServer, push: Push, tmp_path: Path) -> None:

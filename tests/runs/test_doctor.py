@@ -39,6 +39,20 @@ def test_the_lead_and_what_was_brought_of_it(tmp_path: Path) -> None:
     assert "no score here" in said(tmp_path, {"baseline": 0.5, "student": 0.39})
 
 
+def test_a_run_without_a_teacher_is_told_so(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, {"student": 0.4})
+    (folder / "recipe.yaml").write_text("dataset_name: synthetic\n")
+    assert diagnose(folder) == [f"{folder}: no teacher took part, so there is nothing to look at."]
+    (folder / "recipe.yaml").write_text("teacher_store: stores/x\n")
+    assert "Without a baseline" in said(tmp_path, {"teacher": 0.5, "student": 0.4})
+
+
+def test_the_best_of_several_teachers_leads(tmp_path: Path) -> None:
+    text = said(tmp_path, {"teacher": 0.41, "teacher_2": 0.5, "baseline": 0.4, "student": 0.44})
+    assert "teacher 41.00, teacher_2 50.00, baseline 40.00, student 44.00" in text
+    assert "The best teacher leads the student alone by 10.00 points; distillation brought +4.00 of them" in text
+
+
 def test_the_pull_of_each_term_is_the_mean_over_the_log(tmp_path: Path) -> None:
     history = [
         {"gradient/loss_task": 2.0, "gradient/bcd/context": 0.1, "gradient/cwd/cwd": 8.0, "gradient/kd/kd": 1.0},
@@ -49,7 +63,7 @@ def test_the_pull_of_each_term_is_the_mean_over_the_log(tmp_path: Path) -> None:
     assert "bcd/context pulls 0.05 times as much as the task at the student's last stage, hardly anything" in text
     assert "cwd/cwd pulls 4.00 times as much as the task at the student's last stage, more than the task" in text
     assert "kd/kd pulls 0.50 times as much as the task at the student's last stage." in text
-    assert "--log_gradients true" in said(tmp_path, {"student": 0.4})
+    assert "--log_gradients true does that, every --logging_steps steps" in said(tmp_path, {"student": 0.4})
 
 
 def test_classes_that_the_teacher_does_not_know_are_named(tmp_path: Path) -> None:

@@ -202,6 +202,42 @@ def test_an_unknown_export_is_refused_before_training(tmp_path: Path) -> None:
         distill.main(["--dataset_name", "synthetic", "--export", "tensorrt-int8", "--output_dir", str(tmp_path / "x")])
 
 
+def test_an_export_into_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="--output_dir is .*out, which is a file; name a folder"):
+        export.main(["x", "--output_dir", str(tmp_path / "out")])
+
+
+def test_an_export_that_the_student_has_not_is_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(targets, "find_spec", lambda name: name)
+    monkeypatch.setattr(distill, "train_model", lambda *args, **kwargs: pytest.fail("it trained"))
+    options = "{size: [48, 64], num_images: {train: 2, validation: 1, test: 1}}"
+    names = {
+        "dataset_name": "synthetic_detection",
+        "dataset_options": options,
+        "student": "{backbone: resnet10t, head: gfl}",
+    }
+    folder = str(tmp_path / "x")
+    with pytest.raises(UserError, match="detectors are exported in float32 to onnx, openvino only, not to onnx-int8"):
+        distill.main(
+            [text for name, value in names.items() for text in (f"--{name}", value)]
+            + [
+                "--max_steps",
+                "1",
+                "--report_to",
+                "none",
+                "--use_cpu",
+                "true",
+                "--export",
+                "onnx-int8",
+                "--output_dir",
+                folder,
+            ]
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the exporter and the quantiser
 def test_one_command_ends_with_an_int8_file_and_what_quantised_steps_brought(

@@ -72,3 +72,15 @@ def test_a_study_of_ones_own_is_mounted_with_the_recipes_it_starts_from(
 def test_what_a_job_cannot_do_without_is_asked_for(options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(["camvid_cpu.yaml", *options])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("data_dir", "data_dir, .*, from the study's file"), ("teacher", "teacher of the run kd is .*push it")],
+)
+def test_folders_of_the_study_file_that_no_job_would_find_are_refused(key: str, message: str, tmp_path: Path) -> None:
+    study = tmp_path / "mine.yaml"
+    content = {"student": {"backbone": "resnet18"}, key: str(tmp_path), "runs": {"kd": {}, "cwd": {}}, "seeds": [1]}
+    study.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=message):
+        main([str(study), *JOBS])

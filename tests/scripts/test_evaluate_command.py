@@ -57,9 +57,16 @@ def test_sizes_of_image_processors(model, saved: dict, shown: int | None, words:
 def test_a_model_of_another_task_is_named_also_where_its_classes_fit(tmp_path: Path) -> None:
     data = tiny.scenes()["validation"]
     names = {"id2label": data.id2label, "label2id": {name: index for index, name in data.id2label.items()}}
-    with pytest.raises(UserError, match="TimmDetectionModel is for object detection, but the data are for semantic"):
+    words = "TimmDetectionModel is for object detection, but the data are for semantic.* say `--task object-detection`"
+    with pytest.raises(UserError, match=words):
         experiment.evaluate_model(tiny.tiny_detector(**names), tiny.config(tmp_path), data)
     with pytest.raises(
         UserError, match="TimmSegmentationModel is for semantic segmentation, but the data are for object"
     ):
         experiment.evaluate_model(tiny.tiny_timm(), tiny.config(tmp_path), tiny.boxes()["validation"])
+
+
+@pytest.mark.parametrize("second", [["--student", "runs/y"], ["--student=runs/y"]])
+def test_two_models_are_refused(second: list[str]) -> None:
+    with pytest.raises(UserError, match="the model is named twice: runs/x, and by --student"):
+        main(["runs/x", *second])

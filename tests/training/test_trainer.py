@@ -620,6 +620,12 @@ def test_a_checkpoint_that_a_killed_process_left_half_written_does_not_count(
     assert_equal(state(resumed), state(whole))
 
 
+def test_a_checkpoint_that_is_gone_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, resume_from_checkpoint="runs/checkpoint-20")
+    with pytest.raises(UserError, match="'runs/checkpoint-20', which is no folder here and no Hub id"):
+        experiment.checkpoint_of(config, "student")
+
+
 @pytest.mark.parametrize("loss", ["kd", "bcd"])  # the latter looks at images before the first step
 @pytest.mark.parametrize(("key", "what"), [("pixel_values", "images"), ("labels", "masks")])
 def test_training_images_of_unequal_sizes_are_named(key: str, what: str, loss: str, tmp_path: Path) -> None:

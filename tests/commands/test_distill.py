@@ -1,0 +1,27 @@
+"""What the command says of arguments that it makes nothing of."""
+
+from pathlib import Path
+
+import pytest
+from tiny import config
+
+from hf_bcd.commands import distill
+from hf_bcd.runs.arguments import DataArguments, ModelArguments
+
+
+class Loaded(Exception):
+    """The run has come as far as its data."""
+
+
+@pytest.mark.parametrize("teacher", [None, "some/teacher"])
+def test_what_is_of_teachers_has_no_effect_without_one_and_a_line_says_so(
+    teacher: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load_data(args: DataArguments) -> None:
+        raise Loaded
+
+    monkeypatch.setattr(distill, "load_data", load_data)
+    recipe = {"losses": {"kd": {}}, "unlabelled_dir": "more", "max_steps": 2}
+    with pytest.raises(Loaded):
+        distill.distill(ModelArguments(teacher=teacher), DataArguments(), config(tmp_path), recipe)
+    assert ("no teacher, so these have no effect: losses, unlabelled_dir" in caplog.text) is (teacher is None)
