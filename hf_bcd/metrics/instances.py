@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from ..utils.masks import RLE, decode, decode_box, mask_ious
+from ..utils.masks import RLE, decode_box, mask_ious
 from .boundary import band_radius
 from .connectivity import FIXED_POINT_BITS, MIN_REGION_PIXELS, connectivity_scores
 from .detection import Boxes, DetectionMetrics, coco_evaluation, named_scores
@@ -88,8 +88,12 @@ def instance_counts(found: Boxes, truth: Boxes) -> list[tuple[int, tuple[int, ..
             left, top, mask = decode_box(rle)
             taken = np.zeros_like(mask)
             if matched[place] >= 0:
-                (guess,) = found.masks([int(guesses[matched[place]])])
-                taken = decode(guess)[top : top + len(mask), left : left + mask.shape[1]]
+                x, y, guess = decode_box(*found.masks([int(guesses[matched[place]])]))
+                first, last = max(top, y), min(top + len(mask), y + len(guess))
+                start, end = max(left, x), min(left + mask.shape[1], x + guess.shape[1])
+                taken[first - top : last - top, start - left : end - left] = guess[
+                    first - y : last - y, start - x : end - x
+                ]
             regions, pieces = (
                 np.asarray(cast(Any, ndimage.label(part, EIGHT_CONNECTED))[0]) for part in (mask, mask & taken)
             )
