@@ -76,7 +76,7 @@ def test_what_a_job_cannot_do_without_is_asked_for(options: list[str], message: 
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [("data_dir", "data_dir, .*, from the study's file"), ("teacher", "teacher of the run cwd is .*push it")],
+    [("data_dir", "data_dir, .*, from the study's file"), ("teacher", "teacher of the run .* is .*push it")],
 )
 def test_folders_of_the_study_file_that_no_job_would_find_are_refused(key: str, message: str, tmp_path: Path) -> None:
     study = tmp_path / "mine.yaml"
