@@ -258,6 +258,11 @@ def _readable(name_or_path: str) -> Iterator[None]:
             ) from error
         if isinstance(error, OSError) and not os.path.isdir(name_or_path):
             raise  # of the Hub
+        if os.path.isdir(name_or_path) and not Path(name_or_path, CONFIG_NAME).is_file():
+            raise UserError(
+                f"{name_or_path} holds no model, for it has no {CONFIG_NAME}. A run saves its student at its end; until then, name one "
+                "of its checkpoints."
+            ) from error
         for path in sorted(Path(name_or_path).glob("*")):
             check_readable(path, "Fetch it again.")
         if "ignore_mismatched_sizes" in str(error):

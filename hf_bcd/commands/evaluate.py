@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", result)
         print(metrics_table({spec.name_or_path: scores}, task_of(data[split])))
+        print(f"written to {folder / 'evaluation.json'}")
 
 
 def evaluate_export(folder: str | None, form: str, precision: str, argv: list[str]) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 from ..adapters import DenseAdapter, FrozenTeacher, LabelMap, adapt, match_labels, read_synonyms
 from ..losses import DistillationCriterion, build_criterion
 from ..losses.criterion import join_teachers, teacher_of
-from ..losses.recipe import OFFERED_BY_ALL, check_needs, others_that_serve, served
+from ..losses.recipe import OFFERED_BY_ALL, check_needs, others_that_serve
 from ..stores import StoredTeacher
 from ..tasks import TASKS, Task, task_of
 from ..utils.messages import UserError
@@ -114,6 +114,8 @@ def prepare(
             if to_train:
                 inherit(student, part.adapter, args.inherit or ())
             criteria[name] = build_losses(student, part.adapter, own, lacking(part))
+            if left_out := sorted(own.loss_options.keys() - criteria[name].losses.keys()):
+                logger.info("the losses are without %s, which teacher and student cannot serve", ", ".join(left_out))
             if isinstance(part, StoredTeacher):
                 part.check(criteria[name])
     criterion = join_teachers(criteria) if several else criteria[""]
@@ -150,8 +152,6 @@ def build_losses(
         lacks: see `lacking`.
     """
     offers = offers_of(teacher, args, student) - lacks
-    for name in args.loss_options.keys() - served(args.loss_options, offers):
-        logger.info("the losses are without %s, which this teacher and student cannot serve", name)
     return build_criterion(
         args.loss_options,
         student.feature_specs,

@@ -362,7 +362,7 @@ MODELS: dict[str, Case] = {
     "config empty": error("config.json' is not a valid JSON", loaded(config=b"")),
     "config a list": error("the model cannot be loaded. .*config.json", loaded(config=b"[1]")),
     "config null": error("the model cannot be loaded", loaded(config=b"null")),
-    "config missing": error("the model cannot be loaded. .*config.json", loaded(config=None)),
+    "config missing": error("holds no model, for it has no config.json.*one of its checkpoints", loaded(config=None)),
     "config without type": error("Should have a `model_type` key", loaded(config=without("model_type"))),
     "config of an unknown type": error("model type `no_such`", loaded(config=with_(model_type="no_such"))),
     "config of a language model": error(
