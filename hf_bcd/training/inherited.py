@@ -12,6 +12,7 @@ from ..data import DenseStream
 from ..data.dataset import TransformedDataset, torch_seed
 from ..tasks import Task
 from ..utils.messages import UserError, unknown_key_message
+from ..utils.text import shortened
 from .config import FIRST_SCORE, BCDConfig
 
 
@@ -72,6 +73,11 @@ def settle_early_stopping(args: BCDConfig, callbacks: Iterable[Any], first_score
 
 def check_samples(task: Task, num_labels: int, **datasets: Any) -> None:
     """Looks at the first sample of data sets from elsewhere; a `UserError` says what no model here could use."""
+    if isinstance(splits := datasets.get("train_dataset"), Mapping):
+        raise UserError(
+            f"train_dataset holds the splits {', '.join(splits)}; give one of them, such as data['train']."
+        )
+    check_agreement(datasets)
     for name, given in datasets.items():
         parts: Any = given.items() if isinstance(given, Mapping) else [("", given)]
         for part, dataset in parts:
@@ -80,3 +86,38 @@ def check_samples(task: Task, num_labels: int, **datasets: Any) -> None:
             with torch_seed(0):  # the data set's own random numbers must not move those of the run
                 sample = dataset[0]
             task.check_sample(sample, num_labels, f"{name}[{part!r}]" if part else name, name == "eval_dataset")
+
+
+def check_agreement(datasets: Mapping[str, Any]) -> None:
+    """Compares task and class names of the data sets of a run, as far as they state any: a model has one order of classes.
+
+    Raises:
+        UserError: two have another task, another number of classes, or a class in another place; other names are warned of.
+    """
+    named = [
+        (f"{name}[{part!r}]" if part else name, getattr(dataset, "dataset", dataset))
+        for name, given in datasets.items()
+        for part, dataset in (given.items() if isinstance(given, Mapping) else [("", given)])
+    ]
+    stated = [(name, dataset) for name, dataset in named if getattr(dataset, "id2label", None)]
+    for name, dataset in stated[1:]:
+        first, reference = stated[0]
+        ours, theirs = ([label.casefold() for label in one.id2label.values()] for one in (reference, dataset))
+        if reference.task != dataset.task:
+            raise UserError(f"{first} is for {reference.task}, but {name} for {dataset.task}; give data of one task.")
+        moved = [label for place, label in enumerate(theirs) if label in ours and ours.index(label) != place]
+        if moved or len(ours) != len(theirs):
+            example = f", such as {moved[0]!r} as {ours.index(moved[0])} and {theirs.index(moved[0])}" if moved else ""
+            raise UserError(
+                f"{first} has the {len(ours)} classes {shortened(', '.join(ours))}, but {name} the {len(theirs)} classes "
+                f"{shortened(', '.join(theirs))}{example}. Class i of the one must be class i of the other: load both with the "
+                "same id2label, and store the same ids."
+            )
+        if ours != theirs:
+            logger.warning(
+                "%s names its classes %s, %s %s; class i of the one is taken for class i of the other.",
+                first,
+                ours,
+                name,
+                theirs,
+            )

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +422,36 @@ def test_wrong_class_counts_and_orders_are_named(tmp_path: Path, caplog: pytest.
         tiny.trainer(tmp_path / "new").train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="'nowhere/checkpoint-1', which is no folder"):
         tiny.trainer(tmp_path / "new").train(resume_from_checkpoint="nowhere/checkpoint-1")
+
+
+def test_data_sets_of_one_run_have_the_same_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = tiny.scenes(2, 2)
+    train, validation = data["train"], data["validation"]
+
+    def build(train: Any, evaluated: Any) -> BCDTrainer:
+        return BCDTrainer(tiny.tiny_timm(), None, tiny.config(tmp_path), train, evaluated)
+
+    reversed_names = dict(enumerate(reversed(tiny.ID2LABEL.values())))
+    other_order = {"id2label": reversed_names}
+    with pytest.raises(UserError, match="train_dataset has the 8 classes vehicle.* such as 'sky' as 7 and 0"):
+        build(replace(train, **other_order), validation)
+    with pytest.raises(UserError, match=r"but eval_dataset\['far'\] the 8 classes vehicle"):
+        build(train, {"near": validation, "far": replace(validation, **other_order)})
+    with pytest.raises(UserError, match="the 8 classes sky.* but eval_dataset\\['far'\\] the 2 classes a, b"):
+        build(None, {"near": validation, "far": replace(validation, id2label={0: "a", 1: "b"})})
+    with pytest.raises(
+        UserError, match="train_dataset is for semantic-segmentation, but eval_dataset.* object-detection"
+    ):
+        build(train, {"near": validation, "far": tiny.boxes(2, 2)["validation"]})
+    with pytest.raises(
+        UserError, match=r"holds the splits train, validation, test; give one of them, such as data\['train'\]"
+    ):
+        build(data, validation)
+    renamed = {index: f"thing {index}" for index in tiny.ID2LABEL}
+    build(replace(train, id2label={index: name.title() for index, name in tiny.ID2LABEL.items()}), validation)
+    assert "is taken for class i" not in caplog.text
+    build(replace(train, id2label=renamed), validation)
+    assert "class i of the one is taken for class i of the other" in caplog.text
 
 
 def test_teacher_with_other_classes_size_rule_and_normalisation_distils(tmp_path: Path) -> None:
