@@ -132,6 +132,11 @@ def _frozen(
             )
         return teacher
     adapter = adapt(teacher, task.name)
+    if {id(weight) for weight in adapter.parameters()} & {id(weight) for weight in student.parameters()}:
+        raise UserError(
+            "student and teacher share weights, which would be frozen as the teacher's, so that nothing would be trained: load the "
+            "teacher anew, or give a copy.deepcopy of it."
+        )
     check_task(adapter, task)
     for size in sizes:
         adapter.check_shape(size)

@@ -677,6 +677,13 @@ def test_a_teacher_that_would_teach_nothing_is_refused(tmp_path: Path) -> None:
         tiny.trainer(tmp_path, losses={"bcd": {"weight": 0.0}})
 
 
+def test_a_teacher_that_is_the_student_is_refused(tmp_path: Path) -> None:
+    model = tiny.tiny_timm()
+    with pytest.raises(UserError, match=r"student and teacher share weights.*copy\.deepcopy"):
+        tiny.trainer(tmp_path, model=model, teacher=model)
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
 def test_a_raw_table_is_refused_with_the_remedy(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict({"image": [0], "annotation": [0]})
     with pytest.raises(ValueError, match=r"columns \['image', 'annotation'\].*load_dense_dataset"):
