@@ -37,9 +37,11 @@ def settle_evaluation(args: BCDConfig, eval_dataset: Any, task: Task) -> None:
     """Changes arguments in place to what the evaluation data allow.
 
     Raises:
-        UserError: if these are a stream, which never ends; or a best model is asked for without them, or by a score that
+        UserError: if `args` are of another class; these are a stream, which never ends; or a best model is asked for without them, or by a score that
             there is not.
     """
+    if not isinstance(args, BCDConfig):
+        raise UserError(f"args is a {type(args).__name__}; give a BCDConfig, which has the same options and more.")
     if isinstance(eval_dataset, DenseStream):
         raise UserError(
             f"eval_dataset is a stream of {eval_dataset.name}, which never ends; load it without streaming."

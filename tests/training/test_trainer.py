@@ -18,7 +18,7 @@ import torch
 from adapters.adapter_tiny_models import mobilenet_v2
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForSemanticSegmentation, Trainer, TrainerCallback
+from transformers import AutoModelForSemanticSegmentation, Trainer, TrainerCallback, TrainingArguments
 
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel
 from hf_bcd.adapters.specs import ModelSpec
@@ -682,6 +682,20 @@ def test_a_teacher_that_is_the_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"student and teacher share weights.*copy\.deepcopy"):
         tiny.trainer(tmp_path, model=model, teacher=model)
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [("runs/x", "'runs/x'"), (None, "a NoneType"), (torch.nn.Conv2d(3, 8, 1), "a Conv2d")]
+)
+def test_what_is_no_model_of_transformers_is_named(model: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"the model is {said}, not a model of transformers: load it first"):
+        BCDTrainer(model, None, tiny.config(tmp_path))
+
+
+def test_arguments_of_another_class_are_refused(tmp_path: Path) -> None:
+    args: Any = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match="args is a TrainingArguments; give a BCDConfig"):
+        BCDTrainer(tiny.tiny_timm(), None, args)
 
 
 def test_a_raw_table_is_refused_with_the_remedy(tmp_path: Path) -> None:
