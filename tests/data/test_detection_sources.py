@@ -235,6 +235,7 @@ FORMS = {
     "cxcywh_normalised": lambda box: [
         (box[0] + box[2] / 2) / SIZE[0], (box[1] + box[3] / 2) / SIZE[1], box[2] / SIZE[0], box[3] / SIZE[1]
     ],
+    "xywh_normalised": lambda box: [box[0] / SIZE[0], box[1] / SIZE[1], box[2] / SIZE[0], box[3] / SIZE[1]],
     "xyxy_normalised": lambda box: [
         box[0] / SIZE[0], box[1] / SIZE[1], (box[0] + box[2]) / SIZE[0], (box[1] + box[3]) / SIZE[1]
     ],

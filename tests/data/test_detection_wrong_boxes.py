@@ -224,7 +224,13 @@ def rows(*boxes):
         ([[50, 40, 90, 70]], "xywh", r"impossible for 1 of 1, such as \[50, 40, 90, 70\] .*could be xyxy"),
         ([[50, 40, 20, 20]], "cxcywh_normalised", "values are above 1, as no fraction is"),
         ([[0.5, 0.5, 0.2, 0.2]], "xywh", "at most 1, as fractions"),
-        ([[0.1, 0.1, 0.2, 0.2]], None, "could be cxcywh_normalised or xyxy_normalised"),
+        (
+            [[0.1, 0.1, 0.2, 0.2]],
+            None,
+            "could be cxcywh_normalised or xyxy_normalised or xywh_normalised.*--box_format cxcywh_normalised",
+        ),
+        ([[0.4, 0.5, 0.3, 0.2]], None, r"could be cxcywh_normalised or xywh_normalised, such as \[0.4"),
+        ([[0.1, 0.2, 0.8, 0.7]], None, r"could be xyxy_normalised or xywh_normalised, such as \[0.1"),
         ([[50, 40, 20, 20]], "xwyh", "box_format is 'xwyh'; choose one of xywh, xyxy"),
     ],
 )
