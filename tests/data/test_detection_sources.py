@@ -293,7 +293,7 @@ def test_masks_win_unless_boxes_are_asked_for(tmp_path):
 
 def test_boxes_without_masks_are_neither_label_maps_nor_streamed(tmp_path):
     coco(tmp_path / "coco")
-    refused(r"COCO's JSON, which has boxes and no masks.*--task", tmp_path / "coco", task="semantic-segmentation")
+    refused(r"COCO's JSON, which has boxes and no label maps.*--task", tmp_path / "coco", task="semantic-segmentation")
     imagefolder(tmp_path / "table")
     refused(r"pictures with boxes are not streamed; .*--streaming", tmp_path / "table", streaming=True)
 
