@@ -155,8 +155,14 @@ def build_losses(
         lacks: see `lacking`.
     """
     offers = offers_of(teacher, args, student) - lacks
-    for name in args.loss_options.keys() - served(args.loss_options, offers):
+    left = served(args.loss_options, offers)
+    for name in args.loss_options.keys() - left:
         logger.info("the losses are without %s, which this teacher and student cannot serve", name)
+    if not left and not args.inherit:
+        why = f"{', '.join(args.loss_options)} cannot be served" if args.loss_options else "losses is empty"
+        raise UserError(
+            f"{why}, so the teacher would teach nothing. Name losses that serve, or leave the teacher out to train without it."
+        )
     return build_criterion(
         args.loss_options,
         student.feature_specs,

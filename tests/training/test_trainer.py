@@ -675,6 +675,20 @@ def test_a_set_smaller_than_a_batch_that_is_dropped_is_named(tmp_path: Path) -> 
 def test_a_teacher_that_would_teach_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no term has a weight above 0"):
         tiny.trainer(tmp_path, losses={"bcd": {"weight": 0.0}})
+    with pytest.raises(UserError, match="losses is empty, so the teacher would teach nothing"):
+        tiny.trainer(tmp_path, losses={})
+    teacher = tiny.tiny_timm(seed=1)
+    teacher.config.id2label = {0: "sky", **{index: f"thing {index}" for index in range(1, 8)}}
+    with pytest.raises(UserError, match="cwd cannot be served, so the teacher would teach nothing"):
+        tiny.trainer(tmp_path, teacher=teacher, losses={"cwd": {"optional": True}})
+
+
+def test_calibration_without_a_labelled_pixel_says_what_to_do(tmp_path: Path) -> None:
+    samples = tiny.TensorSamples(4)
+    samples.labels[:] = 255
+    run = tiny.trainer(tmp_path, data={"train": samples}, losses={"bcd": {}}, max_steps=1)
+    with pytest.raises(UserError, match="all pixels there are void, padding.*--calibration_images"):
+        run.train()
 
 
 def test_a_teacher_that_is_the_student_is_refused(tmp_path: Path) -> None:
