@@ -114,6 +114,10 @@ def prepare(
             if to_train:
                 inherit(student, part.adapter, args.inherit or ())
             criteria[name] = build_losses(student, part.adapter, own, lacking(part))
+            if not criteria[name].losses and not args.inherit:
+                raise UserError(
+                    "losses is empty, so the teacher would teach nothing. Name some, or leave the teacher out."
+                )
             if isinstance(part, StoredTeacher):
                 part.check(criteria[name])
     criterion = join_teachers(criteria) if several else criteria[""]
@@ -155,14 +159,8 @@ def build_losses(
         lacks: see `lacking`.
     """
     offers = offers_of(teacher, args, student) - lacks
-    left = served(args.loss_options, offers)
-    for name in args.loss_options.keys() - left:
+    for name in args.loss_options.keys() - served(args.loss_options, offers):
         logger.info("the losses are without %s, which this teacher and student cannot serve", name)
-    if not left and not args.inherit:
-        why = f"{', '.join(args.loss_options)} cannot be served" if args.loss_options else "losses is empty"
-        raise UserError(
-            f"{why}, so the teacher would teach nothing. Name losses that serve, or leave the teacher out to train without it."
-        )
     return build_criterion(
         args.loss_options,
         student.feature_specs,
