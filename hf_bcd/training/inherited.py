@@ -37,7 +37,7 @@ def settle_evaluation(args: BCDConfig, eval_dataset: Any, task: Task) -> None:
     """Changes arguments in place to what the evaluation data allow.
 
     Raises:
-        UserError: if `args` are of another class; these are a stream, which never ends; or a best model is asked for without them, or by a score that
+        UserError: if `args` are of another class; these are a stream, which never ends, or have no labels; or a best model is asked for without them, or by a score that
             there is not.
     """
     if not isinstance(args, BCDConfig):
@@ -46,6 +46,9 @@ def settle_evaluation(args: BCDConfig, eval_dataset: Any, task: Task) -> None:
         raise UserError(
             f"eval_dataset is a stream of {eval_dataset.name}, which never ends; load it without streaming."
         )
+    for dataset in eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]:
+        if getattr(dataset, "labelled", None) == 0:
+            raise UserError(f"eval_dataset: the pictures of {dataset.name} have no labels, so no score; leave it out.")
     if eval_dataset is None and args.eval_strategy != "no":
         if args.load_best_model_at_end:
             raise UserError(

@@ -709,6 +709,12 @@ def test_arguments_of_another_class_are_refused(tmp_path: Path) -> None:
         BCDTrainer(tiny.tiny_timm(), None, args)
 
 
+def test_evaluation_data_without_labels_are_refused(tmp_path: Path) -> None:
+    data = tiny.scenes(2, 2)
+    with pytest.raises(UserError, match="eval_dataset: the pictures of synthetic have no labels, so no score"):
+        BCDTrainer(tiny.tiny_timm(), None, tiny.config(tmp_path), data["train"], data["validation"].without_labels())
+
+
 def test_a_raw_table_is_refused_with_the_remedy(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict({"image": [0], "annotation": [0]})
     with pytest.raises(ValueError, match=r"columns \['image', 'annotation'\].*load_dense_dataset"):
