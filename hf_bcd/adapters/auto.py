@@ -140,10 +140,17 @@ def adapt(model: PreTrainedModel | DenseAdapter, task: str | None = None) -> Den
         task: see `adapter_class`.
 
     Raises:
-        UserError: if there is no adapter for the model, or it shows the model other values than the image processor.
+        UserError: if it is no model of transformers, there is no adapter for it, or the adapter shows it other values than the
+            image processor.
     """
     if isinstance(model, DenseAdapter):
         return model
+    if not isinstance(model, PreTrainedModel):
+        given = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise UserError(
+            f"the model is {given}, not a model of transformers: load it first, such as by "
+            "AutoModelForSemanticSegmentation.from_pretrained."
+        )
     processor = own_processor(model)
     try:
         mean, std = statistics_of(processor, model)

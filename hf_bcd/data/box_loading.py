@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import Subset
 
 from ..utils.messages import UserError
+from ..utils.text import shortened
 from .box_probing import PROBED_PICTURES, Scan, scan, survey_boxes
 from .boxes import BoxRow, BoxRule, BoxSource, Looked, recognise
 from .dataset import DenseDatasets, named_splits
@@ -123,6 +124,11 @@ def _classes(
         own = read_id2label([str(label) for label in found.names.values()], of_pixels=False)
         if given is not None and len(given) != len(own):
             raise UserError(f"{source}: id2label has {len(given)} names, but its files have {len(own)} categories.")
+        if given is not None and given != own and sorted(given.values()) == sorted(own.values()):
+            raise UserError(
+                f"{source}: id2label has the names of its files in another order, {shortened(given)} and not {shortened(own)}, "
+                "so that classes would change their names. Leave id2label out, or give the order of the files."
+            )
         return given or own, tuple(found.names)
     stored: Mapping[Any, int] = train.categories
     texts = {isinstance(category, str) for category in stored}

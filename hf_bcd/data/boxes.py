@@ -217,7 +217,8 @@ def recognise(looked: Sequence[Looked], stated: str | None, by: str) -> tuple[st
 
     Corners (xyxy) are impossible where a side would be negative; left, top, width and height (xywh) also where the box
     would end more than a pixel outside of the picture. If both are possible, the stated areas decide. Values that are
-    at most 1 (but for a few boxes that end outside) are fractions of the picture's sides, of the centre and the size unless these are impossible.
+    at most 1 (but for a few boxes that end outside) are fractions of the picture's sides: of the centre and the size
+    (cxcywh_normalised), of corners, or of left, top, width and height, as the same rules tell.
 
     Args:
         looked: some pictures.
@@ -234,7 +235,9 @@ def recognise(looked: Sequence[Looked], stated: str | None, by: str) -> tuple[st
         return stated or "xywh", by if stated else "and no picture that was looked at has any"
     values = np.concatenate([one.raw.boxes for one in looked])
     fractions = bool((values <= 1).mean() > FRACTIONS)
-    candidates = ("cxcywh_normalised", "xyxy_normalised") if fractions else ("xywh", "xyxy")
+    candidates: tuple[str, ...] = ("xywh", "xyxy")
+    if fractions:
+        candidates = ("cxcywh_normalised", "xyxy_normalised", "xywh_normalised")
     wrong = {name: _impossible(looked, name) for name in {*candidates, stated} - {None}}
 
     def example(box_format: str) -> str:
@@ -257,23 +260,23 @@ def recognise(looked: Sequence[Looked], stated: str | None, by: str) -> tuple[st
         return stated, by
     possible = [name for name in candidates if not wrong[name].any()]
     if len(possible) == 1:
-        (other,) = set(candidates) - set(possible)
-        count = int(wrong[other].sum())
-        return possible[0], f"since {count} of {len(values)} boxes looked at are impossible as {other}"
+        counts = [(int(wrong[name].sum()), name) for name in candidates if name not in possible]
+        first, *more = (f"{count} of {len(values)} boxes looked at are impossible as {name}" for count, name in counts)
+        return possible[0], " and ".join([f"since {first}", *more])
     if not possible:
         reasons = "; ".join(f"not {name}, for {example(name)}" for name in candidates)
-        raise UserError(f"the boxes fit no format: {reasons}. {_remedy()}")
-    distance = {name: _area_distance(looked, name) for name in candidates}
-    closest, farther = sorted(candidates, key=distance.__getitem__)
+        raise UserError(f"the boxes fit no format: {reasons}. {_remedy(candidates[0])}")
+    distance = {name: _area_distance(looked, name) for name in possible}
+    closest, farther, *_ = sorted(possible, key=distance.__getitem__)
     if not distance[closest] < distance[farther] / 2:
         raise UserError(
-            f"the {len(values)} boxes looked at could be {' or '.join(candidates)}, such as {example(candidates[0])}, and "
-            f"no areas tell. {_remedy()}"
+            f"the {len(values)} boxes looked at could be {' or '.join(possible)}, such as {example(possible[0])}, and "
+            f"no areas tell. {_remedy(possible[0])}"
         )
     return closest, f"since the stated areas differ from those of the boxes by {distance[closest]:.0%} on average"
 
 
-def _remedy(box_format: str = "xywh") -> str:
+def _remedy(box_format: str) -> str:
     return f"Give the format that they have (`--box_format {box_format}`), or mend the annotations."
 
 

@@ -182,7 +182,10 @@ def load_dense_dataset(
                 )
                 return assemble_boxes(name, boxes, source, id2label, box_format)
             if task == TASK and not masks and (boxes := open_boxes(root)) is not None:
-                raise UserError(f"{root}: {boxes.kind}, which has boxes and no masks. Leave task out (`--task`).")
+                held = "masks of objects" if boxes.masks else "boxes"
+                raise UserError(
+                    f"{root}: {boxes.kind}, which has {held} and no label maps. Leave task out (`--task`)."
+                )
             rows: Mapping[str, Any] = (
                 {} if described or task in (DETECTION, INSTANCES) else pair_folders(root, FOLDERS)
             )
@@ -196,7 +199,7 @@ def load_dense_dataset(
             try:
                 rows = open_tables(source, name, **columns, config=config)
             except UserError as error:
-                if (hint := misplaced_boxes(root)) is None:
+                if (hint := misplaced_boxes(root) or _misplaced_masks(root, task)) is None:
                     raise
                 raise UserError(f"{hint} As a table: {error}") from error
         else:
@@ -226,6 +229,21 @@ def load_dense_dataset(
 def _refuse_useless(options: Mapping[str, Any], where: str, kind: str = "folder") -> None:
     if useless := [key for key, value in options.items() if value]:
         raise UserError(f"{where}: {', '.join(useless)} cannot be set for this kind of {kind}. Leave it out.")
+
+
+def _misplaced_masks(root: Path, task: str | None) -> str | None:
+    """What to do about a folder of masks that belongs to no split, or whose task is another one; None without one."""
+    folders = [
+        folder for pattern in ("masks", "*/masks", "masks/*") for folder in root.glob(pattern) if folder.is_dir()
+    ]
+    if not folders:
+        return None
+    if task == DETECTION:
+        return f"{folders[0]} holds masks, but {root} holds no boxes: leave task out (`--task`)."
+    return (
+        f"{folders[0]} looks like masks, but is not where they are looked for: label maps are in {{train,val,test}}/masks, with the "
+        "images of the same names in {train,val,test}/images."
+    )
 
 
 def _nothing_to_stream(source: object) -> UserError:

@@ -31,7 +31,6 @@ for found in detect({{ picture }}, threshold=0.5):  # a path, an address or a PI
 TENSORS = """\
 import torch
 from PIL import Image
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 processor = AutoImageProcessor.from_pretrained({{ model }}{{ trust }})

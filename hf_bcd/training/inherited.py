@@ -12,6 +12,7 @@ from ..data import DenseStream
 from ..data.dataset import TransformedDataset, torch_seed
 from ..tasks import Task
 from ..utils.messages import UserError, unknown_key_message
+from ..utils.text import shortened
 from .config import FIRST_SCORE, BCDConfig
 
 
@@ -36,13 +37,18 @@ def settle_evaluation(args: BCDConfig, eval_dataset: Any, task: Task) -> None:
     """Changes arguments in place to what the evaluation data allow.
 
     Raises:
-        UserError: if these are a stream, which never ends; or a best model is asked for without them, or by a score that
+        UserError: if `args` are of another class; these are a stream, which never ends, or have no labels; or a best model is asked for without them, or by a score that
             there is not.
     """
+    if not isinstance(args, BCDConfig):
+        raise UserError(f"args is a {type(args).__name__}; give a BCDConfig, which has the same options and more.")
     if isinstance(eval_dataset, DenseStream):
         raise UserError(
             f"eval_dataset is a stream of {eval_dataset.name}, which never ends; load it without streaming."
         )
+    for dataset in eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]:
+        if getattr(dataset, "labelled", None) == 0:
+            raise UserError(f"eval_dataset: the pictures of {dataset.name} have no labels, so no score; leave it out.")
     if eval_dataset is None and args.eval_strategy != "no":
         if args.load_best_model_at_end:
             raise UserError(
@@ -80,3 +86,43 @@ def check_samples(task: Task, num_labels: int, **datasets: Any) -> None:
             with torch_seed(0):  # the data set's own random numbers must not move those of the run
                 sample = dataset[0]
             task.check_sample(sample, num_labels, f"{name}[{part!r}]" if part else name, name == "eval_dataset")
+
+
+def check_classes(**datasets: Any) -> None:
+    """Compares task and class names of the data sets of a run, as far as they state any: a model has one order of classes.
+
+    Raises:
+        UserError: two have another task, another number of classes, or a class in another place, of which other names are only
+            warned; or the training data are several sets.
+    """
+    if isinstance(splits := datasets.get("train_dataset"), Mapping):
+        raise UserError(
+            f"train_dataset holds the splits {', '.join(splits)}; give one of them, such as data['train']."
+        )
+    named = [
+        (f"{name}[{part!r}]" if part else name, getattr(dataset, "dataset", dataset))
+        for name, given in datasets.items()
+        for part, dataset in (given.items() if isinstance(given, Mapping) else [("", given)])
+    ]
+    stated = [(name, dataset) for name, dataset in named if getattr(dataset, "id2label", None)]
+    for name, dataset in stated[1:]:
+        first, reference = stated[0]
+        ours, theirs = ([label.casefold() for label in one.id2label.values()] for one in (reference, dataset))
+        if reference.task != dataset.task:
+            raise UserError(f"{first} is for {reference.task}, but {name} for {dataset.task}; give data of one task.")
+        moved = [label for place, label in enumerate(theirs) if label in ours and ours.index(label) != place]
+        if moved or len(ours) != len(theirs):
+            example = f", such as {moved[0]!r} as {ours.index(moved[0])} and {theirs.index(moved[0])}" if moved else ""
+            raise UserError(
+                f"{first} has the {len(ours)} classes {shortened(', '.join(ours))}, but {name} the {len(theirs)} classes "
+                f"{shortened(', '.join(theirs))}{example}. Class i of the one must be class i of the other: load both with the "
+                "same id2label, and store the same ids."
+            )
+        if ours != theirs:
+            logger.warning(
+                "%s names its classes %s, %s %s; class i of the one is taken for class i of the other.",
+                first,
+                ours,
+                name,
+                theirs,
+            )

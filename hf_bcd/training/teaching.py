@@ -114,6 +114,10 @@ def prepare(
             if to_train:
                 inherit(student, part.adapter, args.inherit or ())
             criteria[name] = build_losses(student, part.adapter, own, lacking(part))
+            if not criteria[name].losses and not args.inherit:
+                raise UserError(
+                    "losses is empty, so the teacher would teach nothing. Name some, or leave the teacher out."
+                )
             if left_out := sorted(own.loss_options.keys() - criteria[name].losses.keys()):
                 logger.info("the losses are without %s, which teacher and student cannot serve", ", ".join(left_out))
             if isinstance(part, StoredTeacher):
@@ -134,6 +138,11 @@ def _frozen(
             )
         return teacher
     adapter = adapt(teacher, task.name)
+    if {id(weight) for weight in adapter.parameters()} & {id(weight) for weight in student.parameters()}:
+        raise UserError(
+            "student and teacher share weights, which would be frozen as the teacher's, so that nothing would be trained: load the "
+            "teacher anew, or give a copy.deepcopy of it."
+        )
     check_task(adapter, task)
     for size in sizes:
         adapter.check_shape(size)

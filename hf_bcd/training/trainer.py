@@ -32,7 +32,7 @@ from .distiller import Distiller
 from .evaluation import each, evaluate, pictures, stacked, with_transform
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
-from .inherited import check_samples, refuse, settle_early_stopping, settle_evaluation
+from .inherited import check_classes, check_samples, refuse, settle_early_stopping, settle_evaluation
 from .loaders import by_shape, end_workers, mixed, stream_loader, with_stores
 from .optimization import group_parameters, step_down
 from .recording import write_training_card
@@ -94,6 +94,7 @@ class BCDTrainer(Trainer):
         train_dataset, eval_dataset = joined(train_dataset), each(joined, eval_dataset)
         first = next(iter(eval_dataset.values()), None) if isinstance(eval_dataset, Mapping) else eval_dataset
         reference = train_dataset if first is None else first
+        check_classes(train_dataset=train_dataset, eval_dataset=eval_dataset)
         self.task = task_of(reference)
         settle_evaluation(args, eval_dataset, self.task)
         teacher = loaded(teacher_model, self.task.name)
@@ -341,6 +342,9 @@ class BCDTrainer(Trainer):
         """
         kept: Any = None if prediction_loss_only else []  # which `evaluate` sets, `predict` not
         self._eval_dataloaders = {}  # of persistent workers the base class would hand out this one again for other data
+        given = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
+        if not any(dataloader.dataset is one for one in given):  # these were compared at first
+            check_classes(**{"train_dataset": self.train_dataset, "the evaluated set": dataloader.dataset})
         options: Any = {"processor": self.processing_class, "description": description, "kept": kept}
         scores = evaluate(self.distiller.finished, dataloader.dataset, self.args, **options)
         number = scores.pop("num_samples")

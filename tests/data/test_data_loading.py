@@ -130,6 +130,20 @@ def test_empty_and_missing_folders(tmp_path):
         refused(r"absent: this folder does not exist", absent)
 
 
+@pytest.mark.parametrize("place", ["{}", "{}/train"])
+def test_masks_that_lie_elsewhere_are_named_with_the_layout_that_they_need(place, tmp_path):
+    for kind, picture in (("images", PHOTOGRAPH), ("masks", LABEL)):
+        save(tmp_path / place.format(kind) / "a.png", picture)
+    refused(r"masks looks like masks, but is not .*: label maps are in \{train,val,test\}/masks", tmp_path)
+
+
+def test_what_holds_another_kind_of_labels_is_named(folder, tmp_path):
+    refused("masks holds masks, but .*streets holds no boxes: leave task out", folder, task="object-detection")
+    for kind, picture in (("images", PHOTOGRAPH), ("instances", LABEL)):
+        save(tmp_path / "objects/train" / kind / "a.png", picture)
+    refused("has masks of objects and no label maps", tmp_path / "objects", task="semantic-segmentation")
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [

@@ -210,6 +210,13 @@ def test_categories_that_are_ids_become_classes_in_their_order():
     refused("row 0.*the category 81, which is none of the 3 classes", table("ids", sparse), id2label=list(NAMES))
 
 
+def test_names_in_another_order_than_that_of_the_files_are_refused(tmp_path):
+    (coco(tmp_path) / "classes.json").write_text('["owl", "cat", "dog"]')
+    refused("id2label has the names of its files in another order.*0: 'owl'.*and not .*0: 'cat'", tmp_path)
+    names = ["owl", "cat", "bird"]
+    assert_things(load_dense_dataset(tmp_path, id2label=names)["train"], names)
+
+
 def test_one_class_and_many_classes():
     one = {"a": [(10, 20, 30, 40, "hat")], "b": [(50, 20, 30, 40, "hat")]}
     rows = {
@@ -228,6 +235,7 @@ FORMS = {
     "cxcywh_normalised": lambda box: [
         (box[0] + box[2] / 2) / SIZE[0], (box[1] + box[3] / 2) / SIZE[1], box[2] / SIZE[0], box[3] / SIZE[1]
     ],
+    "xywh_normalised": lambda box: [box[0] / SIZE[0], box[1] / SIZE[1], box[2] / SIZE[0], box[3] / SIZE[1]],
     "xyxy_normalised": lambda box: [
         box[0] / SIZE[0], box[1] / SIZE[1], (box[0] + box[2]) / SIZE[0], (box[1] + box[3]) / SIZE[1]
     ],
@@ -285,7 +293,7 @@ def test_masks_win_unless_boxes_are_asked_for(tmp_path):
 
 def test_boxes_without_masks_are_neither_label_maps_nor_streamed(tmp_path):
     coco(tmp_path / "coco")
-    refused(r"COCO's JSON, which has boxes and no masks.*--task", tmp_path / "coco", task="semantic-segmentation")
+    refused(r"COCO's JSON, which has boxes and no label maps.*--task", tmp_path / "coco", task="semantic-segmentation")
     imagefolder(tmp_path / "table")
     refused(r"pictures with boxes are not streamed; .*--streaming", tmp_path / "table", streaming=True)
 

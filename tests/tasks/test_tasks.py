@@ -80,3 +80,9 @@ def test_predictions_are_drawn(task: Task, tmp_path: Any) -> None:
         [{**data[0], "predictions": {"student": prediction}}], data.id2label, tmp_path / "a.png", ["student"]
     )
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_no_line_stands_twice_in_the_code_of_a_card(task: Task) -> None:
+    for snippet in task.snippets:
+        imports = [line for line in snippet.splitlines() if line.startswith(("import ", "from "))]
+        assert len(imports) == len(set(imports))

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from adapters.adapter_tiny_models import mobilenet_v2
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForSemanticSegmentation, Trainer, TrainerCallback
+from transformers import AutoModelForSemanticSegmentation, Trainer, TrainerCallback, TrainingArguments
 
 from hf_bcd import BCDConfig, BCDTrainer, TimmSegmentationModel
 from hf_bcd.adapters.specs import ModelSpec
@@ -423,6 +424,43 @@ def test_wrong_class_counts_and_orders_are_named(tmp_path: Path, caplog: pytest.
         tiny.trainer(tmp_path / "new").train(resume_from_checkpoint="nowhere/checkpoint-1")
 
 
+def test_data_sets_of_one_run_have_the_same_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = tiny.scenes(2, 2)
+    train, validation = data["train"], data["validation"]
+
+    def build(train: Any, evaluated: Any) -> BCDTrainer:
+        return BCDTrainer(tiny.tiny_timm(), None, tiny.config(tmp_path), train, evaluated)
+
+    reversed_names = dict(enumerate(reversed(tiny.ID2LABEL.values())))
+    other_order = {"id2label": reversed_names}
+    with pytest.raises(UserError, match="train_dataset has the 8 classes vehicle.* such as 'sky' as 7 and 0"):
+        build(replace(train, **other_order), validation)
+    with pytest.raises(UserError, match=r"but eval_dataset\['far'\] the 8 classes vehicle"):
+        build(train, {"near": validation, "far": replace(validation, **other_order)})
+    with pytest.raises(UserError, match="the 8 classes sky.* but eval_dataset\\['far'\\] the 2 classes a, b"):
+        build(None, {"near": validation, "far": replace(validation, id2label={0: "a", 1: "b"})})
+    with pytest.raises(
+        UserError, match="train_dataset is for semantic-segmentation, but eval_dataset.* object-detection"
+    ):
+        build(train, {"near": validation, "far": tiny.boxes(2, 2)["validation"]})
+    with pytest.raises(
+        UserError, match=r"holds the splits train, validation, test; give one of them, such as data\['train'\]"
+    ):
+        build(data, validation)
+    for method in (run := build(train, validation)).evaluate, run.predict:
+        with pytest.raises(
+            UserError, match="but the evaluated set the 8 classes vehicle.* such as 'vehicle' as 7 and 0"
+        ):
+            method(replace(validation, **other_order))
+        with pytest.raises(UserError, match="evaluated set for object-detection"):
+            method(tiny.boxes(2, 2)["validation"])
+    renamed = {index: f"thing {index}" for index in tiny.ID2LABEL}
+    build(replace(train, id2label={index: name.title() for index, name in tiny.ID2LABEL.items()}), validation)
+    assert "is taken for class i" not in caplog.text
+    build(replace(train, id2label=renamed), validation)
+    assert "class i of the one is taken for class i of the other" in caplog.text
+
+
 def test_teacher_with_other_classes_size_rule_and_normalisation_distils(tmp_path: Path) -> None:
     teacher = tiny.tiny_timm(seed=3, image_mean=[0.5] * 3, image_std=[0.25] * 3)
     teacher.config.id2label = {i: f"thing {i}" for i in range(8)}
@@ -650,6 +688,44 @@ def test_a_set_smaller_than_a_batch_that_is_dropped_is_named(tmp_path: Path) -> 
 def test_a_teacher_that_would_teach_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no term has a weight above 0"):
         tiny.trainer(tmp_path, losses={"bcd": {"weight": 0.0}})
+    with pytest.raises(UserError, match="losses is empty, so the teacher would teach nothing"):
+        tiny.trainer(tmp_path, losses={})
+    tiny.trainer(tmp_path, teacher=tiny.tiny_timm(seed=1), losses={}, inherit=["head"])
+
+
+def test_calibration_without_a_labelled_pixel_says_what_to_do(tmp_path: Path) -> None:
+    samples = tiny.TensorSamples(4)
+    samples.labels[:] = 255
+    run = tiny.trainer(tmp_path, data={"train": samples}, losses={"bcd": {}}, max_steps=1)
+    with pytest.raises(UserError, match="all pixels there are void, padding.*--calibration_images"):
+        run.train()
+
+
+def test_a_teacher_that_is_the_student_is_refused(tmp_path: Path) -> None:
+    model = tiny.tiny_timm()
+    with pytest.raises(UserError, match=r"student and teacher share weights.*copy\.deepcopy"):
+        tiny.trainer(tmp_path, model=model, teacher=model)
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [("runs/x", "'runs/x'"), (None, "a NoneType"), (torch.nn.Conv2d(3, 8, 1), "a Conv2d")]
+)
+def test_what_is_no_model_of_transformers_is_named(model: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"the model is {said}, not a model of transformers: load it first"):
+        BCDTrainer(model, None, tiny.config(tmp_path))
+
+
+def test_arguments_of_another_class_are_refused(tmp_path: Path) -> None:
+    args: Any = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match="args is a TrainingArguments; give a BCDConfig"):
+        BCDTrainer(tiny.tiny_timm(), None, args)
+
+
+def test_evaluation_data_without_labels_are_refused(tmp_path: Path) -> None:
+    data = tiny.scenes(2, 2)
+    with pytest.raises(UserError, match="eval_dataset: the pictures of synthetic have no labels, so no score"):
+        BCDTrainer(tiny.tiny_timm(), None, tiny.config(tmp_path), data["train"], data["validation"].without_labels())
 
 
 def test_a_raw_table_is_refused_with_the_remedy(tmp_path: Path) -> None:

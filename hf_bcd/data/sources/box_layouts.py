@@ -143,7 +143,7 @@ def open_coco(root: Path, official: bool = False, masks: bool = False) -> BoxSou
                 return None
             if official:
                 check_categories(file, content, (one["category_id"] for one in content["annotations"]), COCO_THINGS)
-            here = _category_names(content)
+            here = _category_names(file, content)
             names = here if names is None else names
             if not official and {category: names.get(category) for category in here} != here:
                 raise UserError(
@@ -156,8 +156,14 @@ def open_coco(root: Path, official: bool = False, masks: bool = False) -> BoxSou
     return BoxSource(splits, names, "xywh", "COCO's JSON", masks)
 
 
-def _category_names(content: Any) -> dict[int, str]:
+def _category_names(file: Path, content: Any) -> dict[int, str]:
     """Names by category id, ascending; without what is only the name of a group, as Roboflow adds it."""
+    first: dict[int, str] = {}
+    for category in content["categories"]:
+        if (name := first.setdefault(category["id"], category["name"])) != category["name"]:
+            raise UserError(
+                f"{file}: the category {category['id']} has two names, {name!r} and {category['name']!r}; keep one."
+            )
     used = {annotation["category_id"] for annotation in content["annotations"]}
     groups = {category.get("supercategory") for category in content["categories"]}
     return {
@@ -292,6 +298,8 @@ def open_yolo(root: Path, masks: bool = False) -> BoxSource | None:
         return None
     names = content.get("names")
     names = dict(enumerate(names)) if isinstance(names, list) else names
+    if names is not None and not isinstance(names, dict):
+        raise UserError(f"{file}: names is {names!r}; expected a list of the class names, such as [cat, dog].")
     return BoxSource(splits, names, "cxcywh_normalised", "YOLO's text files", masks)
 
 

@@ -148,7 +148,9 @@ def read_annotations(
     try:
         content = json.loads(read_text(file))
         return read(file, content, _image_paths(file, content["images"], images))
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not COCO's {kind} annotations ({error!r}).") from error
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...outputs import FeatureSpec
+from ...utils.messages import UserError
 from ..base import Progress
 from ..boundary import boundary_strength, different_neighbour, pair_differences
 from ..ops.functional import at_least_float32, resize, standardize
@@ -131,11 +132,12 @@ class TeacherHead(nn.Module):
             share: share of positions above theta, in 0..1, instead of that of the boundaries of the classes.
 
         Raises:
-            ValueError: if no position is valid.
+            UserError: if no position is valid.
         """
         if not any(mask.any() for _, _, mask in batches):
-            raise ValueError(
-                "no valid position in the calibration batches: all labels are void. Check the label rule."
+            raise UserError(
+                "no valid position in the calibration batches: all pixels there are void, padding, or in cells of a level that hold "
+                "such. Check the label rule and the size of the pictures, or look at more of them (`--calibration_images`)."
             )
         if readout == "fitted":
             self._fit_readout(batches, radius, num_steps, progress)
