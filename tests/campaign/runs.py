@@ -528,7 +528,7 @@ def written(path: Path, content: bytes) -> Path:
 
 COMMANDS: dict[str, Case] = {
     "evaluate damaged weights": error(r"model\.safetensors: damaged", command(evaluate, *SCORE, make=cut)),
-    "evaluate an empty folder": error("the model cannot be loaded", command(evaluate, *SCORE)),
+    "evaluate an empty folder": error("holds no model, for it has no config.json", command(evaluate, *SCORE)),
     "evaluate with a hole": error("none of the id 7", command(evaluate, *SCORE, make=lambda place: saved(place, config=with_(id2label=HOLES)))),
     "evaluate a backbone": error("--student must be a trained model", command(evaluate, "--student", "{backbone: resnet10t}", *DATA, *CPU)),
     "evaluate nothing": error("name the model to evaluate", command(evaluate, *DATA, *CPU)),
@@ -538,7 +538,7 @@ COMMANDS: dict[str, Case] = {
     "figure that fails": ("warning", "no figures, because one failed: RuntimeError: a picture of 20000x2", tall_report),
     "scores of a figure that fails": ("result", r"^0\.5$", tall_report),
     "export damaged weights": error(r"model\.safetensors: damaged", command(export, "{place}", make=cut)),
-    "export an empty folder": error("the model cannot be loaded", command(export, "{place}")),
+    "export an empty folder": error("holds no model, for it has no config.json", command(export, "{place}")),
     "export of no size": error("--size is 0 x 64; height and width must be at least 1", command(export, "{place}", "--size", 0, 64, make=saved)),
     "push an empty folder": error("holds no finished student: model.safetensors is missing", command(push, "{place}", "me/x", "--dry_run")),
     "push without card": error("has no card README.md", command(push, "{place}", "me/x", "--dry_run", make=saved)),

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -178,12 +179,14 @@ def test_a_store_of_two_killed_at_ten_random_moments_is_the_same(
 ) -> None:
     monkeypatch.setattr(writing, "ROWS_PER_SHARD", 4)
     made = reinforcers(tmp_path)
+    begun = time.monotonic()
     make_store(tmp_path / "whole", made, 6)
+    seconds = time.monotonic() - begun
     fork, moments, found = multiprocessing.get_context("fork"), random.Random(0), set[int]()
     for _ in range(10):
         process = fork.Process(target=_write, args=(tmp_path / "killed", made))
         process.start()
-        process.join(moments.uniform(0.2, 1.5))
+        process.join(moments.uniform(0.1, 0.5) * seconds)  # of what all of it takes here
         process.kill()
         process.join()
         found.add(len(list((tmp_path / "killed").glob("data/*.parquet"))))
