@@ -292,7 +292,7 @@ def test_a_study_trains_each_run_once_and_reports(tmp_path: Path, monkeypatch: p
     assert drawn.stat().st_size > 5000 and "(methods.png)" in (study.folder / "results.md").read_text()
     written = drawn.stat().st_mtime_ns
     assert (study.runs[1].folder / "README.md").read_text().count("distil") > 1
-    monkeypatch.setattr("hf_bcd.runs.study.train_model", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("hf_bcd.runs.study_running.train_model", lambda *_, **__: pytest.fail("trained again"))
     command.main([str(path)])
     assert drawn.stat().st_mtime_ns == written, "nothing is new"
 
