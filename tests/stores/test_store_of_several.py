@@ -179,14 +179,14 @@ def test_a_store_of_two_killed_at_ten_random_moments_is_the_same(
 ) -> None:
     monkeypatch.setattr(writing, "ROWS_PER_SHARD", 4)
     made = reinforcers(tmp_path)
-    begun = time.monotonic()
     make_store(tmp_path / "whole", made, 6)
-    seconds = time.monotonic() - begun
     fork, moments, found = multiprocessing.get_context("fork"), random.Random(0), set[int]()
-    for _ in range(10):
+    for files in range(1, 11):  # of 12: a moment after so many are there, whatever the machine takes for them
         process = fork.Process(target=_write, args=(tmp_path / "killed", made))
         process.start()
-        process.join(moments.uniform(0.1, 0.5) * seconds)  # of what all of it takes here
+        while process.is_alive() and len(list((tmp_path / "killed").glob("data/*.parquet"))) < files:
+            time.sleep(0.001)
+        process.join(moments.uniform(0, 0.02))
         process.kill()
         process.join()
         found.add(len(list((tmp_path / "killed").glob("data/*.parquet"))))
