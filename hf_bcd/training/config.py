@@ -18,6 +18,7 @@ from ..losses.recipe import LossOptions, by_teacher, read_losses
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
 from ..utils.yaml import parse_mapping, read_mapping
+from .hardware import warn_of_emulation
 from .options import MAX_STEPS, POLYNOMIAL, PRESETS, BCDOptions
 from .quantization import steps_before
 from .teachers import named_by, naming
@@ -125,6 +126,8 @@ class BCDConfig(BCDOptions, TrainingArguments):
         elif self.lr_scheduler_kwargs == POLYNOMIAL:  # of what this was derived from; no other schedule takes them
             self.lr_scheduler_kwargs = None
         self._check_training()
+        if self.use_cpu and (self.bf16 or self.teacher_dtype == "bfloat16"):
+            warn_of_emulation()
         if isinstance(self.losses, str):
             self.losses = parse_mapping(self.losses, "losses")
         # read here and nowhere else: a typing error shows now, not after a teacher's training

@@ -1,8 +1,10 @@
 """The machine: its cores, the layout of weights, fused kernels, layers that cannot train on one value."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +15,12 @@ from transformers import TrainingArguments
 from ..models.heads import PooledBatchNorm2d
 
 
+logger = logging.getLogger(__name__)
+
+# instructions of x86 and ARM, any of which makes oneDNN's bfloat16 about as fast as float32 or faster
+BFLOAT16 = ("avx512_bw", "avx_ne_convert", "amx_bf16", "bf16")
+
+
 def cores_per_process() -> int:
     """Cores of the machine for each of the processes that run on it."""
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -21,6 +29,18 @@ def cores_per_process() -> int:
 def limit_threads() -> None:
     """Leaves this process its part of the cores: more threads than cores slow all processes down."""
     torch.set_num_threads(min(torch.get_num_threads(), cores_per_process()))
+
+
+@cache
+def warn_of_emulation() -> None:
+    """Says, once, where this CPU has no bfloat16 of its own."""
+    known = torch.cpu.get_capabilities()
+    if not torch.backends.mkldnn.is_available() or not any(known.get(name) for name in BFLOAT16):
+        logger.warning(
+            "this CPU (%s) computes bfloat16 in software, tens of times as slowly as float32; give --bf16 false and "
+            "--teacher_dtype float32.",
+            known.get("cpu_name", known["architecture"]),
+        )
 
 
 def fit_loaders(args: TrainingArguments) -> None:
