@@ -42,11 +42,16 @@ def check_untrained(args: ModelArguments, config: BCDConfig, data: DenseDatasets
     """Builds the losses with a teacher that is yet to be trained here, so that their own checks come before that.
 
     Raises:
-        UserError: as the losses do.
+        UserError: as the losses do, or there are no labels to train it with.
     """
     given = None if args.teacher_store or isinstance(args.teacher, list) else args.teacher
     spec = None if given is None else ModelSpec.parse(given, "teacher")
     if spec is not None and not spec.is_finished:
+        if getattr(data["train"], "labelled", None) == 0:
+            raise UserError(
+                f"{data['train'].name} has no labels, so that the teacher, which is not trained yet, cannot be trained on it; "
+                "name a trained one, such as the folder of a run."
+            )
         teacher_config(args, config)
         with torch.random.fork_rng(devices=[]):
             build_losses(

@@ -26,6 +26,7 @@ from hf_bcd.runs.study import Run, Study, read_study
 from hf_bcd.runs.study_report import collect, mean_and_deviation, paired_difference, score_table, write_study_report
 from hf_bcd.runs.study_running import evaluation_curve, run_study
 from hf_bcd.tasks import TASKS
+from hf_bcd.utils.messages import UserError
 
 
 RECIPE: dict[str, Any] = {
@@ -130,7 +131,7 @@ def test_the_command_line_gives_a_baseline_no_teacher(argv: list[str], tmp_path:
 
 
 def test_a_run_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
-    runs = {"a": None, "a_kd": None, "b_kd": {"reference": "b"}, "b": {"max_steps": 2}}
+    runs = {"a": None, "a_kd": {"max_steps": 3}, "b_kd": {"max_steps": 5, "reference": "b"}, "b": {"max_steps": 2}}
     study = read_study(write_study(tmp_path, runs=runs, seeds=[1]))
     assert [(run.name, run.reference) for run in study.runs] == [("a", "a"), ("b", "a"), ("a_kd", "a"), ("b_kd", "b")]
     assert all("reference" not in run.arguments for run in study.runs)
@@ -148,12 +149,19 @@ def test_a_run_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
         ({"reference": "none"}, "reference is 'none'; choose one of baseline, kd"),
         ({"runs": {"a": {"max_step": 3}}}, "run 'a' has the unknown key 'max_step'"),
         ({"runs": {"a": {}, "b": {"losses": {"kdd": {}}}}}, "run 'b': unknown loss 'kdd'. Did you mean 'kd'"),
+        ({"runs": {"a": {}, "b": {"max_steps": 3}, "c": {}}}, "the runs a and c are the same. Let them differ"),
         ({"sedes": [1]}, "unknown key 'sedes'. Did you mean 'seeds'"),
     ],
 )
 def test_bad_studies_are_explained(changes: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_study(write_study(tmp_path, **changes))
+
+
+def test_the_command_line_cannot_make_runs_of_two_names_the_same(tmp_path: Path) -> None:
+    path = write_study(tmp_path, runs={"cwd": {"losses": {"cwd": {}}}, "bcd": {"losses": {"bcd": {}}}})
+    with pytest.raises(UserError, match="are the same; the command line wins over what sets them apart"):
+        read_study(path, argv=["--losses", "{kd: {}}"])
 
 
 def test_what_the_message_after_an_interruption_says_continues_a_study(tmp_path: Path) -> None:
@@ -328,7 +336,8 @@ def test_refused_runs_are_named_and_the_others_go_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     errors = {"refused": ValueError("no such teacher"), "broken": KeyError("lost")}
-    path = write_study(tmp_path, runs=dict.fromkeys((*errors, "foreign", "fine")), reference="fine", seeds=[1])
+    runs = {name: {"max_steps": steps} for steps, name in enumerate((*errors, "foreign", "fine"), 2)}
+    path = write_study(tmp_path, runs=runs, reference="fine", seeds=[1])
 
     def train(run: Run, shared: Any) -> None:
         if run.name in errors:

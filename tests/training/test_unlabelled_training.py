@@ -230,6 +230,8 @@ def test_pictures_are_mixed_in_and_leave_the_baseline_alone(teacher, tmp_path):
     ({"teacher": "none"}, "nothing to learn from without a teacher"),
     ({"teacher": "bare"}, "the classes are the teacher's, but .* has no head for any"),
     ({"teacher": json.dumps({"backbone": "resnet10t", "head": "fpn"})}, "but resnet10t has none"),
+    ({"data_dir": None, "dataset_name": "synthetic", "label_free": "true", "max_train_samples": 2, "max_eval_samples": 2,
+      "teacher": json.dumps({"backbone": "resnet10t", "head": "fpn"})}, "has no labels, so that the teacher"),
     ({"with_baseline": "true"}, "with_baseline trains the student without its teacher"),
     ({"label_column": "mask"}, "holds pictures without labels: leave label_column out"),
     ({"data_dir": None, "dataset_name": "synthetic_detection", "unlabelled_dir": "pictures"}, "is for object detection; pictures"),
