@@ -60,8 +60,8 @@ class ObjectDetection(Task):
         Score("box_ap_medium", "AP medium"),
         Score("box_ap_large", "AP large"),
         Score("box_ar", "AR", headline=False),
-        Score("duplicates", "duplicates", percent=False, higher_is_better=False, headline=False, paired=True),
-        Score("hallucinations", "hallucinations", percent=False, higher_is_better=False, headline=False, paired=True),
+        Score("duplicates", "duplicates", percent=False, higher_is_better=False, paired=True),
+        Score("hallucinations", "hallucinations", percent=False, higher_is_better=False, paired=True),
     )
     per_class = Score("per_class_ap", "AP")
     metrics = ("mean-average-precision",)
