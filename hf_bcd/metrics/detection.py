@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..utils.distributed import is_distributed
-from ..utils.masks import RLE, mask_areas
+from ..utils.masks import RLE, mask_areas, mask_ious
 
 
 logger = logging.getLogger(__name__)
@@ -180,17 +180,16 @@ def coco_evaluation(
 
     class Evaluator(COCOeval_faster):
         def computeIoU(self, imgId: int, catId: int) -> Any:
-            found = super().computeIoU(imgId, catId)
-            if overlaps is None or len(found) == 0:
-                return found
+            if kind == "bbox":
+                return super().computeIoU(imgId, catId)
             theirs, true = (
                 table.get_instances([imgId], [catId], True)[0][0] for table in (self.dt_dataset, self.gt_dataset)
             )
             best = np.argsort([-one["score"] for one in theirs], kind="mergesort")[: self.params.maxDets[-1]]
+            masks, true_masks = [theirs[place]["segmentation"] for place in best], [one["segmentation"] for one in true]
             crowd = np.array([bool(one["iscrowd"]) for one in true])
-            return overlaps(
-                np.asarray(found), [theirs[place]["rle"] for place in best], [one["rle"] for one in true], crowd
-            )
+            shared = mask_ious(masks, true_masks, crowd)
+            return shared if overlaps is None else overlaps(shared, masks, true_masks, crowd)
 
     truth, found = (
         _annotations([one for _, one in records], "area", kind),
@@ -211,8 +210,8 @@ def coco_evaluation(
         tables.append(table)
     if not truth:
         return np.full(12, np.nan), np.full(num_labels, np.nan)
-    options = {} if overlaps is None else {"rle_iou_max_workers": 1}  # threads of Python would wait for each other
-    evaluator = Evaluator(*tables, iouType=kind, print_function=lambda *_: None, **options)
+    evaluator = Evaluator(*tables, iouType=kind, print_function=lambda *_: None)
+    evaluator.params.compute_rle = False  # masks are run lengths already
     evaluator.params.maxDets = [1, 10, detection_limit(records)]
     evaluator.run()
     stats = np.asarray(evaluator.stats[:12], float)

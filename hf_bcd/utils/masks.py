@@ -95,13 +95,13 @@ def mask_areas(masks: Sequence[RLE]) -> np.ndarray:
     return np.array(library.area(list(masks)) if len(masks) else [], np.float64)
 
 
-def mask_ious(masks: Sequence[RLE], others: Sequence[RLE]) -> np.ndarray:
-    """Intersection over union of all pairs of masks: float64 `[N, M]`."""
+def mask_ious(masks: Sequence[RLE], others: Sequence[RLE], crowd: np.ndarray | None = None) -> np.ndarray:
+    """Intersection over union of all pairs of masks: float64 `[N, M]`; with a crowd, the intersection over the first's area."""
     from faster_coco_eval.core import mask as library
 
     if not len(masks) or not len(others):
         return np.zeros((len(masks), len(others)))
-    return np.asarray(library.iou(list(masks), list(others), [0] * len(others)))
+    return np.asarray(library.iou(list(masks), list(others), [0] * len(others) if crowd is None else crowd.tolist()))
 
 
 def mask_boxes(masks: Sequence[RLE]) -> np.ndarray:
