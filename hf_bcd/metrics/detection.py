@@ -186,7 +186,10 @@ def coco_evaluation(
                 table.get_instances([imgId], [catId], True)[0][0] for table in (self.dt_dataset, self.gt_dataset)
             )
             best = np.argsort([-one["score"] for one in theirs], kind="mergesort")[: self.params.maxDets[-1]]
-            masks, true_masks = [theirs[place]["segmentation"] for place in best], [one["segmentation"] for one in true]
+            masks, true_masks = (
+                [theirs[place]["segmentation"] for place in best],
+                [one["segmentation"] for one in true],
+            )
             crowd = np.array([bool(one["iscrowd"]) for one in true])
             shared = mask_ious(masks, true_masks, crowd)
             return shared if overlaps is None else overlaps(shared, masks, true_masks, crowd)
@@ -256,17 +259,21 @@ def _annotations(pictures: Sequence[Boxes], number: str, kind: str) -> list[dict
     if not pictures:
         return []
     corners, labels, numbers, crowd = (np.concatenate([one[field] for one in pictures]) for field in range(4))
-    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
     images = np.repeat(np.arange(1, len(pictures) + 1), [len(one.labels) for one in pictures])
-    masks = [mask for one in pictures for mask in one.masks(range(len(one.runs)))]
-    areas = numbers if number == "area" else mask_areas(masks) if kind == "segm" else boxes[:, 2:].prod(axis=1)
-    columns = (images, labels, boxes, areas, numbers, crowd.astype(int))
-    names = ("image_id", "category_id", "bbox", "area", number, "iscrowd")
-    values = zip(*(column.tolist() for column in columns), strict=True)
-    annotations = [{"id": index, **dict(zip(names, row, strict=True))} for index, row in enumerate(values, 1)]
-    for annotation, mask in zip(annotations, masks, strict=kind == "segm"):
-        annotation["segmentation"] = mask
-    return annotations
+    if kind == "segm":
+        shapes: Sequence[Any] = [mask for one in pictures for mask in one.masks(range(len(one.runs)))]
+        sizes = mask_areas(shapes)
+    else:
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        shapes, sizes = boxes.tolist(), boxes[:, 2:].prod(axis=1)
+    areas = numbers if number == "area" else sizes
+    names = ("image_id", "category_id", "area", number, "iscrowd")
+    columns = (column.tolist() for column in (images, labels, areas, numbers, crowd.astype(int)))
+    shape = "segmentation" if kind == "segm" else "bbox"
+    return [
+        {"id": index, shape: one, **dict(zip(names, row, strict=True))}
+        for index, (one, *row) in enumerate(zip(shapes, *columns, strict=True), 1)
+    ]
 
 
 def _array(values: Tensor) -> np.ndarray:
