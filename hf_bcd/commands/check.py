@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data import CATALOG, BoxDataset, DenseDataset, DenseDatasets, load_dense_dataset
+from ..data import CATALOG, BoxDataset, DenseDataset, DenseDatasets, load_dense_dataset, load_pictures
 from ..data.box_probing import PROBED_PICTURES, BoxSurvey, survey_boxes
 from ..data.boxes import FORMATS
 from ..data.probing import PROBED_ROWS, judge, survey
+from ..data.unlabelled import holds_only_pictures
 from ..utils.messages import UserError
 
 
@@ -65,7 +66,11 @@ def check(name_or_path: Any, every_row: bool = False, **options: Any) -> str:
     Raises:
         UserError: the data set cannot be loaded.
     """
-    data = load_dense_dataset(name_or_path, **options)
+    local = isinstance(name_or_path, str | Path) and name_or_path not in CATALOG and not any(options.values())
+    if local and holds_only_pictures(folder := Path(name_or_path).expanduser()):
+        data = DenseDatasets({"train": load_pictures(folder)})
+    else:
+        data = load_dense_dataset(name_or_path, **options)
     return "\n".join(_lines(data, name_or_path if isinstance(name_or_path, str) else "", every_row))
 
 
@@ -75,7 +80,7 @@ def _lines(data: DenseDatasets, name: str, every_row: bool) -> Iterator[str]:
     yield f"read from {first.source}" + (f" at revision {first.revision}" if first.revision else "")
     if spec is not None:
         yield f"source    {spec.source}\nlicence   {spec.licence}"
-    yield f"classes   {first.num_labels}"
+    yield f"classes   {first.num_labels or 'those of the teacher'}"
     for split, dataset in data.items():
         expected = spec.images.get(split) if spec and dataset.task == spec.task else None
         agrees = "" if expected is None else ", as expected" if expected == len(dataset) else f", expected {expected}"
@@ -89,7 +94,13 @@ def _lines(data: DenseDatasets, name: str, every_row: bool) -> Iterator[str]:
 
 def _split_lines(dataset: Any, rows: int) -> Iterator[str]:
     yield f"  of the first {rows}" if rows < len(dataset) else f"  of all {rows}"
-    yield from (_box_lines if isinstance(dataset, BoxDataset) else _mask_lines)(dataset, rows)
+    lines = _box_lines if isinstance(dataset, BoxDataset) else _mask_lines if dataset.id2label else _picture_lines
+    yield from lines(dataset, rows)
+
+
+def _picture_lines(dataset: DenseDataset, rows: int) -> Iterator[str]:
+    yield f"  image sizes (width x height): {_sizes({dataset[index]['image'].size for index in range(rows)})}"
+    yield "  no labels: a run with a teacher learns from its answers only"
 
 
 def _box_lines(dataset: BoxDataset, rows: int) -> Iterator[str]:

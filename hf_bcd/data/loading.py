@@ -29,7 +29,7 @@ from .probing import PROBED_ROWS, Survey, infer_id2label, is_labelled, judge, pr
 from .sources.box_layouts import misplaced_boxes, open_boxes
 from .sources.box_tables import BoxTableRows, read_either
 from .sources.catalog import CATALOG, open_copy, open_known
-from .sources.layouts import has_file_pairs, pair_folders
+from .sources.layouts import folder_of, has_file_pairs, pair_folders
 from .sources.tables import hub_names, load_tables
 from .streaming import DenseStream, StreamRows, open_streams
 
@@ -166,7 +166,7 @@ def load_dense_dataset(
             id2label = id2label or next((root / file for file in NAME_FILES if (root / file).is_file()), None)
             # Metadata may pair files of different names, so it goes before the pairing by stem.
             described = any(has_file_pairs(file) for pattern in METADATA_FILES for file in root.glob(pattern))
-            masks = described or any((root / folder).is_dir() for _, folder in FOLDERS.values())
+            masks = described or any(folder_of(root, folder).is_dir() for _, folder in FOLDERS.values())
             wanted = task in (DETECTION, INSTANCES) or (task is None and not masks)
             if (boxes := open_boxes(root, task == INSTANCES, id2label) if wanted else None) is not None:
                 if task == INSTANCES and not boxes.masks:

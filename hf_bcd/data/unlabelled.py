@@ -11,7 +11,7 @@ from ..utils.messages import UserError
 from .dataset import SPLIT_NAMES, DenseDataset, ReadRows, Row, read_sample, usual_name
 from .labels import LabelRule
 from .probing import probed_rows
-from .sources.layouts import EXTENSIONS
+from .sources.layouts import EXTENSIONS, folder_of
 from .sources.tables import IMAGE_COLUMNS, file_of, find_column, load_tables, splits_of
 
 
@@ -93,7 +93,7 @@ def check_no_masks(root: Path, files: list[Path]) -> None:
 def holds_only_pictures(root: Path) -> bool:
     """Whether a folder has pictures, and nothing that `load_dense_dataset` would look for labels in."""
     if not root.is_dir() or any(
-        (root / split / kind).is_dir() for split in SPLIT_NAMES for kind in ("masks", "labels")
+        folder_of(root, f"{split}/{kind}").is_dir() for split in SPLIT_NAMES for kind in ("masks", "labels")
     ):
         return False
     others = {path.suffix.lower() for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")}

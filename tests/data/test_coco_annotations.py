@@ -179,7 +179,7 @@ def panoptic(image="1.jpg", category=1):
     [
         (panoptic("2.jpg"), r"train2017\.json lists 1 images, of which 1 are not in .*train2017, such as 2\.jpg"),
         (panoptic(category=12), r"panoptic_train2017\.json: categories \[12\] are none of COCO's 133"),
-        ({"images": []}, r"panoptic_train2017\.json: not COCO's panoptic annotations \(KeyError\('annotations'\)\)"),
+        ({"images": []}, r"panoptic_train2017\.json: not COCO's panoptic annotations \('annotations' is missing\)"),
         ("{", "not COCO's panoptic annotations"),
     ],
 )

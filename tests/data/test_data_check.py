@@ -77,6 +77,13 @@ def test_arguments(folder, tmp_path, capsys):
         main(["camvit"])
 
 
+def test_pictures_without_labels(tmp_path):
+    save(tmp_path / "a/one.png", (4, 3))
+    found = check(str(tmp_path))
+    assert "classes   those of the teacher" in found and "train: 1 images" in found and "4x3" in found
+    assert "no labels: a run with a teacher" in found
+
+
 def test_two_names_are_refused():
     with pytest.raises(UserError, match="named twice: synthetic, and camvid by --dataset_name"):
         main(["synthetic", "--dataset_name", "camvid"])

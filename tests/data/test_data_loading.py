@@ -124,8 +124,17 @@ def test_two_images_of_one_stem_and_other_files(folder):
     refused(r"a\.(jpg|png) and a\.(jpg|png) have the same stem", folder, id2label=NAMES)
 
 
+def test_folders_in_capitals_are_those_in_small_letters(folder):
+    (folder / "train/masks").rename(folder / "train/Masks")
+    (folder / "val").rename(folder / "Val")
+    data = load_dense_dataset(folder, id2label=NAMES)
+    assert [*data] == ["train", "validation", "test"] and len(data["train"]) == 2
+
+
 def test_empty_and_missing_folders(tmp_path):
     refused(r"no data found. Expected folders \{train,val,test\}", tmp_path, id2label=NAMES)
+    (tmp_path / "a.heic").write_bytes(b"")
+    refused(r"or parquet files. The folder holds files of the kinds .heic\.", tmp_path, id2label=NAMES)
     for absent in (tmp_path / "absent", str(tmp_path / "absent")):
         refused(r"absent: this folder does not exist", absent)
 

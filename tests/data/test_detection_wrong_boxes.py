@@ -82,7 +82,7 @@ ERRORS = {
     "infinite": (one_more((10, 10, math.inf, 20, 0)), "is not finite"),
     "negative width": (one_more((40, 10, -20, 20, 0)), r"\[40, 10, -20, 20\], has a negative width or height"),
     "three numbers": (box(lambda x, y, w, h: [x, y, w]), r"annotation 1 of image 1 has the box \[10, 20, 30\]"),
-    "no box": (edited(lambda content: content["annotations"][0].pop("bbox")), r"instances_train.json: not COCO's instances annotations \(KeyError\('bbox'\)\)"),
+    "no box": (edited(lambda content: content["annotations"][0].pop("bbox")), r"instances_train.json: not COCO's instances annotations \('bbox' is missing\)"),
     "an image that is not listed": (edited(lambda content: content["annotations"][0].update(image_id=9)), "of image 9"),
     "an image twice": (edited(lambda content: content["images"].append(content["images"][0])), "only 3 different ids"),
     "a category that is not listed": (edited(lambda content: content["annotations"][2].update(category_id=7)), "image b.jpg: a box has the category 7, which is none of the 3 classes"),

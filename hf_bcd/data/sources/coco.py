@@ -13,6 +13,7 @@ from PIL import Image
 from ...utils.files import read_text
 from ...utils.masks import decode
 from ...utils.messages import UserError
+from ...utils.text import shortened
 from ..dataset import ReadRows, Row, Rows
 from ..images import read_image
 from ..labels import IGNORE_INDEX, pack_rgb, read_id2label
@@ -151,7 +152,8 @@ def read_annotations(
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: not COCO's {kind} annotations ({error!r}).") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else shortened(repr(error))
+        raise UserError(f"{file}: not COCO's {kind} annotations ({reason}).") from error
 
 
 def _image_paths(file: Path, images: list[Any], folder: Path) -> dict[int, str]:

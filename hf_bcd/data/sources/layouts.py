@@ -35,7 +35,7 @@ def pair_folders(root: Path, folders: Mapping[str, tuple[str, str]]) -> dict[str
     """
     splits: dict[str, Rows] = {}
     for split, names in folders.items():
-        images, masks = (root / name for name in names)
+        images, masks = (folder_of(root, name) for name in names)
         if images.is_dir():
             labelled = masks.is_dir() and any(path.suffix.lower() in EXTENSIONS for path in masks.iterdir())
             if not labelled and usual_name(split) != "train" and any(images.iterdir()):
@@ -45,6 +45,18 @@ def pair_folders(root: Path, folders: Mapping[str, tuple[str, str]]) -> dict[str
                 pair_files(files_by_stem(images), files_by_stem(masks), images, masks), read_files
             )
     return splits
+
+
+def folder_of(root: Path, name: str) -> Path:
+    """`root/name`, or where that is not there the one folder whose name differs in upper and lower case only."""
+    for part in Path(name).parts:
+        alike = (
+            []
+            if (root / part).exists() or not root.is_dir()
+            else [path for path in root.iterdir() if path.name.lower() == part.lower() and path.is_dir()]
+        )
+        root = alike[0] if len(alike) == 1 else root / part
+    return root
 
 
 def has_file_pairs(metadata: Path) -> bool:

@@ -211,9 +211,11 @@ def load_hub(
             return load(path, name=config, revision=revision, data_dir=data_dir, data_files=files)
     except FileNotFoundError as error:
         where = data_dir or ", ".join((files or {}).values())
+        kinds = sorted({path.suffix.lower() or path.name for path in Path(repo).rglob("*") if path.is_file()})
+        held = f" The folder holds files of the kinds {shortened(', '.join(kinds))}." if kinds else ""
         raise UserError(
             f"{repo}: no data found{f' in {where}' if where else ''}. Expected folders {{train,val,test}}/{{images,masks}}, "
-            "an imagefolder whose metadata.jsonl has file_name and mask_file_name, or parquet files."
+            f"an imagefolder whose metadata.jsonl has file_name and mask_file_name, or parquet files.{held}"
         ) from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
