@@ -66,6 +66,12 @@ def prepare_teachers(args: ModelArguments, config: BCDConfig, data: DenseDataset
         with naming(name):
             one = open_store(own, config) or prepare_teacher(own, config.for_teacher(name), data)
             assert one is not None
+            if isinstance(one, Store) and own.teacher is not None:
+                given, made = ModelSpec.parse(own.teacher, "teacher"), one.content["teacher"]
+                logger.info(
+                    "%s, made of %s, teaches in the place of %s, which is not loaded",
+                    one.source, made["repo_id"] or made["name"], given.name_or_path or given.backbone,
+                )  # fmt: skip
             found[name] = one
     return found
 

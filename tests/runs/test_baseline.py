@@ -1,12 +1,14 @@
 """A finished student to compare with."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 
 from hf_bcd.runs import baseline
 from hf_bcd.runs.arguments import ModelArguments
+from hf_bcd.stores import Store
 
 
 DISTILLED = "---\ntags:\n- knowledge-distillation\n---\n"
@@ -54,3 +56,13 @@ def test_a_baseline_that_was_distilled_is_refused(tmp_path: Path, monkeypatch: p
 def test_comparisons_that_make_no_sense(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(**options)
+
+
+def test_a_store_says_in_whose_place_it_teaches(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    store = Store.__new__(Store)
+    store.source, store.content = "stores/d", {"teacher": {"repo_id": "me/b", "name": "SegFormer"}}
+    monkeypatch.setattr(baseline, "open_store", lambda *_: store)
+    config: Any = None
+    with caplog.at_level("INFO"):
+        baseline.prepare_teachers(ModelArguments(teacher="me/a", teacher_store="stores/d"), config, config)
+    assert caplog.messages == ["stores/d, made of me/b, teaches in the place of me/a, which is not loaded"]
