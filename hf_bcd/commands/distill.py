@@ -42,6 +42,7 @@ from ..runs.experiment import (
     final_split,
     load_data,
     name_classes,
+    named_pictures,
     train_model,
 )
 from ..runs.exporting import export_run, write_recipe
@@ -60,7 +61,9 @@ from .export import summary
 
 DEMO = "synthetic/resnet18_to_resnet10.yaml"
 # arguments that a student without a teacher makes nothing of
-OF_TEACHERS = ("losses", "preset", "unlabelled_dir", "unlabelled_dataset", "log_gradients", "teacher_training")
+OF_TEACHERS = (
+    "losses", "preset", "unlabelled_dir", "unlabelled_dataset", "log_gradients", "teacher_training", "inherit", "label_synonyms",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,6 +95,10 @@ def distill(
     exported = target_to_export(model_args, config)
     if not named_teachers(model_args) and (unused := [name for name in OF_TEACHERS if recipe.get(name)]):
         logging.warning("there is no teacher, so these have no effect: %s", ", ".join(unused))
+    if recipe.get("unlabelled_share") and not named_pictures(data_args):
+        logging.warning(
+            "unlabelled_share has no effect: no unlabelled_dir or unlabelled_dataset has pictures without labels"
+        )
     data = name_classes(model_args, load_data(data_args))
     student = build_student(model_args, config, data)
     if exported and not config.quantize:  # which has an error of its own

@@ -21,7 +21,8 @@ def test_what_is_of_teachers_has_no_effect_without_one_and_a_line_says_so(
         raise Loaded
 
     monkeypatch.setattr(distill, "load_data", load_data)
-    recipe = {"losses": {"kd": {}}, "unlabelled_dir": "more", "max_steps": 2}
+    recipe = {"losses": {"kd": {}}, "unlabelled_dir": "more", "max_steps": 2, "unlabelled_share": 0.3}
     with pytest.raises(Loaded):
         distill.distill(ModelArguments(teacher=teacher), DataArguments(), config(tmp_path), recipe)
     assert ("no teacher, so these have no effect: losses, unlabelled_dir" in caplog.text) is (teacher is None)
+    assert "unlabelled_share has no effect" in caplog.text
