@@ -19,7 +19,7 @@ from ..data import DenseDataset, DenseDatasets
 from ..losses.base import DistillationLoss
 from ..losses.recipe import read_losses
 from ..stores import Store
-from ..tasks import task_of
+from ..tasks import Score, task_of
 from ..training.checkpoints import data_key
 from ..training.config import BCDConfig
 from ..training.loaders import VIEW_NAMES, view_options
@@ -299,14 +299,17 @@ def _train_run(
             if found:
                 scores[role_of(number)] = found
     teacher_scores = dict(scores)
+    reference = run.folder.parent.parent / run.reference / run.folder.name
+    compared = run.name != run.reference and (reference / RESULT_FILE).is_file() and bool(taught)
+    alone = numbers(read_json(reference / RESULT_FILE)["scores"]) if compared else {}
+    if told := behind(teacher_scores, alone, run.reference, task_of(data["train"]).scores[0]):
+        logger.warning("%s", told)
     given: Any = taught.get("", taught or None)
     trainer = train_model(student, given, config, data, label_synonyms=model_args.label_synonyms)
     models["student"] = load_adapter(str(run.folder), task=trainer.task.name)
     scores["student"] = evaluate_model(models["student"], config, data[split])
-    reference = run.folder.parent.parent / run.reference / run.folder.name
-    if run.name != run.reference and (reference / RESULT_FILE).is_file() and taught:
-        models["baseline"] = load_adapter(str(reference), task=trainer.task.name)
-        scores["baseline"] = numbers(read_json(reference / RESULT_FILE)["scores"])
+    if compared:
+        models["baseline"], scores["baseline"] = load_adapter(str(reference), task=trainer.task.name), alone
     if config.should_save:
         write_text(run.folder / "recipe.yaml", yaml.safe_dump(run.arguments, sort_keys=False, allow_unicode=True))
         write_report(trainer, models, scores, data, split, recipe)
@@ -325,6 +328,17 @@ def _train_run(
         }
         write_json(run.folder / RESULT_FILE, result)
     trainer.accelerator.wait_for_everyone()
+
+
+def behind(teachers: Mapping[str, Mapping[str, Any]], alone: Mapping[str, Any], name: str, score: Score) -> str | None:
+    """A sentence if no teacher's score exceeds that of the run called `name`; None also where a score is not known."""
+    best = max((scores[score.key] for scores in teachers.values()), default=None)
+    if best is None or not alone or best > alone[score.key]:
+        return None
+    return (
+        f"the teacher's {score.title} ({score.text(best)}) does not exceed that of {name} ({score.text(alone[score.key])}): it has "
+        "nothing to teach. Take a better one, or train it longer."
+    )
 
 
 def evaluation_curve(history: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, float]]:

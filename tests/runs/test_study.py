@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -193,6 +194,18 @@ def test_intervals_are_those_of_scipy() -> None:
             0.95, count - 1, loc=statistics.fmean(values.values()), scale=stats.sem(list(values.values()))
         )
         assert half is not None and (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize(("teachers", "alone", "told"), [
+    ({"teacher": 0.34}, {"mean_iou": 0.38}, r"teacher's mIoU \(34.00\) does not exceed that of plain \(38.00\)"),
+    ({"teacher": 0.34, "teacher_2": 0.4}, {"mean_iou": 0.38}, None),
+    ({}, {"mean_iou": 0.38}, None),
+    ({"teacher": 0.34}, {}, None),
+])  # fmt: skip
+def test_a_teacher_behind_the_student_alone_is_named(teachers: dict, alone: dict, told: str | None) -> None:
+    scores = {role: {"mean_iou": value} for role, value in teachers.items()}
+    found = module.behind(scores, alone, "plain", TASKS["semantic-segmentation"].scores[0])
+    assert found is None if told is None else re.search(told, found or "")
 
 
 def test_curves_take_the_seconds_of_the_log_before() -> None:
