@@ -1,10 +1,9 @@
 """A store as training reads it: an ordinary data set of Parquet files, and what they hold."""
 
-import copy
 import json
 import logging
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..adapters.base import REPO_ID, DenseAdapter
-from ..adapters.label_matching import LabelMap
-from ..adapters.loading import empty_adapter
-from ..data.dataset import TransformedDataset
+from ..adapters.base import REPO_ID
 from ..hub.errors import explained
-from ..losses import DistillationCriterion
-from ..losses.criterion import teacher_of
-from ..outputs import DenseOutput, Targets
 from ..utils.files import numbers, read_json
 from ..utils.messages import UserError
 from .codecs import Column, Parts
-from .needs import check_storable, queries_from
 
 
 logger = logging.getLogger(__name__)
@@ -251,168 +242,3 @@ def _source_of(source: str, teacher: str) -> str:
     """One of the teachers of a store, as `Store.open` takes it."""
     name, mark, revision = (source, "", "") if Path(source).is_dir() else source.partition("@")
     return f"{name}/{teacher}{mark}{revision}"
-
-
-class StoredViews(TransformedDataset):
-    """Transformed samples of the views that a store knows: epoch e shows view e modulo their number.
-
-    Args:
-        dataset: samples in canonical form.
-        transform: as `TransformedDataset` has it; its seed is the stores'.
-        stores: of this split, by the names of their teachers ("" for a single one).
-
-    Raises:
-        UserError: two stores have different seeds or numbers of views.
-    """
-
-    def __init__(self, dataset: Any, transform: Callable[..., Any], stores: Mapping[str, Store]) -> None:
-        first, *others = stores.values()
-        for other in others:
-            for what, ours, theirs in (("seed", first.seed, other.seed), ("views", first.views, other.views)):
-                if ours != theirs:
-                    raise UserError(
-                        f"the stored teachers {first.source} and {other.source} are of different views: {what} is {ours} there and "
-                        f"{theirs} here. Make one of them again with the other's --seed and --views."
-                    )
-        super().__init__(dataset, transform, first.seed, getattr(dataset, "cache", None))
-        self.stores, self.views = dict(stores), first.views
-
-    def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(epoch % self.views)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample, with the parts of each teacher's output for it under `stored`."""
-        return self.stored_view(index, int(self._epoch))
-
-    def stored_view(self, index: int, number: int) -> dict[str, Any]:
-        """As `[index]`, of the view with a number."""
-        sample = self.view(index, number)
-        view = sample["index"], number, fingerprint(sample["pixel_values"])
-        return {**sample, "stored": {name: store.read(*view) for name, store in self.stores.items()}}
-
-
-def with_stored(collate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A task's collate that stacks what is stored of the teachers, too."""
-    return _Collate(collate)
-
-
-class _Collate:  # a class, because loader workers may be spawned
-    def __init__(self, collate: Callable[..., dict[str, Any]]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = self.collate([{key: sample[key] for key in sample if key != "stored"} for sample in samples])
-        stored = [sample["stored"] for sample in samples if "stored" in sample]
-        if stored:
-            batch["stored"] = {teacher: _stacked([one[teacher] for one in stored]) for teacher in stored[0]}
-        return batch
-
-
-def _stacked(rows: Sequence[Mapping[str, Parts]]) -> dict[str, Parts]:
-    return {
-        name: {part: torch.stack([row[name][part] for row in rows]) for part in parts}
-        for name, parts in rows[0].items()
-    }
-
-
-class StoredTeacher:
-    """A store in the place of the teacher that made it.
-
-    Args:
-        store: with the teacher's outputs.
-        name: of the teacher, where there are several.
-
-    Raises:
-        UserError: the store is of several teachers.
-
-    Attributes:
-        adapter: the teacher without weights, which says of it what the teacher would.
-        label_map: from the teacher's classes to the student's; None for a teacher of features only.
-    """
-
-    def __init__(self, store: Store, name: str = "") -> None:
-        self.store, self.name = store, name
-        if "" not in store.parts:
-            raise UserError(f"{store.source} has the teachers {', '.join(store.teachers)}; choose one of its `parts`.")
-        made = store.content["teacher"]
-        self.adapter: DenseAdapter = empty_adapter(
-            made["config"], made["class"], made["repo_id"], made["revision"], store.content["task"]
-        )
-        classes = dict(enumerate(store.content["classes"]))
-        self.label_map: LabelMap | None = (
-            self.adapter.match(classes, made["synonyms"]) if made["has_classes"] else None
-        )
-
-    @property
-    def fingerprint(self) -> int:
-        """Tells this teacher from others."""
-        return self.store.content["teacher"]["fingerprint"]
-
-    def check(self, criterion: DistillationCriterion) -> None:
-        """Gives this teacher's own criterion what the store keeps for it, and refuses losses that it does not serve.
-
-        Raises:
-            UserError: a loss needs the teacher itself, or has other options than the store was made for.
-        """
-        check_storable(criterion.by_name().items())
-        path = self.store.folder / STATE_FILE
-        state = load_file(path) if path.is_file() else {}
-        for name, loss in criterion.by_name().items():
-            if not loss.digested:
-                continue
-            made, wanted = self.store.content["losses"].get(name), json.loads(json.dumps(loss.digested))
-            if made is None or made != {key: wanted.get(key) for key in made}:  # an older store names fewer
-                there = "was made without it" if made is None else f"has it with {made}"
-                raise UserError(
-                    f"loss {name!r} has the options {wanted}, but the stored teacher {self.store.source} {there}. Use these "
-                    "options, or make another store."
-                )
-            prefix = f"{prefix_of(self.store.teacher)}{name}."
-            own = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
-            loss.load_state_dict(own, strict=False)
-
-    @torch.no_grad()
-    def tensors(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The columns of the store for a training batch, on its device."""
-        return {name: self.store.columns[name].restore(parts) for name, parts in batch["stored"][self.name].items()}
-
-    def for_batch(self, batch: Mapping[str, Any], pixel_mask: Tensor | None = None) -> DenseOutput:
-        """The teacher's output for a training batch, on its device."""
-        tensors = self.tensors(batch)
-        digest = {
-            name: x
-            for name, x in tensors.items()
-            if name.partition("/")[0] not in ("logits", "features", "pyramid", "queries")
-        }
-        levels = {
-            kind: _Levels(
-                {name.partition("/")[2]: x for name, x in tensors.items() if name.startswith(f"{kind}/")},
-                self.store.source,
-            )
-            for kind in ("features", "pyramid")
-        }
-        return DenseOutput(logits=tensors.get("logits"), queries=queries_from(tensors), digest=digest, **levels)  # type: ignore[arg-type]
-
-    def check_levels(
-        self, criterion: DistillationCriterion, student: DenseOutput, batch: Mapping[str, Any], targets: Targets
-    ) -> None:
-        """Computes the losses of a batch once and forgets them; a `UserError` names a level that one reads and the store lacks."""
-        teacher = self.for_batch(batch, targets.pixel_mask)
-        for name, loss in copy.deepcopy(criterion).by_name().items():
-            if teacher_of(name) == self.name and "features" in loss.needs and not loss.digested:
-                loss(criterion.seen_by(name, student), criterion.seen_by(name, teacher), targets)
-
-    def answers(self, pixel_values: Tensor) -> None:
-        """None: what it found was used when the store was made."""
-
-
-class _Levels(dict[str, Tensor]):
-    def __init__(self, levels: Mapping[str, Tensor], source: str) -> None:
-        super().__init__(levels)
-        self.source = source
-
-    def __missing__(self, name: str) -> Tensor:
-        raise UserError(
-            f"the stored teacher {self.source} has no level {name!r}, only {', '.join(self) or 'none'}. Make it again with these "
-            "losses, or with --columns."
-        )

@@ -11,7 +11,7 @@ from ..data import TransformedStream
 from ..data.dataset import TransformedDataset
 from ..data.transforms import VIEWS_VERSION
 from ..stores import Store, StoredTeacher, StoredViews
-from ..stores.store import with_stored
+from ..stores.views import with_stored
 from ..tasks import Task
 from ..utils.messages import UserError
 from .config import BCDConfig

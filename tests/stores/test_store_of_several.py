@@ -69,8 +69,9 @@ def test_lossless_targets_of_both_teachers_are_theirs_bit_for_bit(tmp_path: Path
     for view in range(VIEWS):
         dataset.set_epoch(view)
         run.train_dataset.set_epoch(view)
-        live = task_of(dataset).collate([dataset[index] for index in range(4)])
-        batch = run.data_collator([run.train_dataset[index] for index in range(4)])
+        pair = range(2)  # the batch that was stored: kernels may round otherwise for another number of pictures
+        live = task_of(dataset).collate([dataset[index] for index in pair])
+        batch = run.data_collator([run.train_dataset[index] for index in pair])
         assert torch.equal(batch["pixel_values"], live["pixel_values"])
         for name, part in made.items():
             expected = part.tensors(live)
