@@ -31,15 +31,20 @@ def limit_threads() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), cores_per_process()))
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU computes bfloat16 by instructions of its own."""
+    known = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and any(known.get(name) for name in BFLOAT16)
+
+
 @cache
 def warn_of_emulation() -> None:
-    """Says, once, where this CPU has no bfloat16 of its own."""
-    known = torch.cpu.get_capabilities()
-    if not torch.backends.mkldnn.is_available() or not any(known.get(name) for name in BFLOAT16):
+    """Says, once, where this CPU has no bfloat16."""
+    if not has_bfloat16():
         logger.warning(
             "this CPU (%s) computes bfloat16 in software, tens of times as slowly as float32; give --bf16 false and "
             "--teacher_dtype float32.",
-            known.get("cpu_name", known["architecture"]),
+            torch.cpu.get_capabilities().get("cpu_name", "of another kind"),
         )
 
 

@@ -101,7 +101,7 @@ def _resident(key: str) -> int:
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """What bounds every kernel here: `copy_bytes_per_second` (read plus written) and `matmul_flops_per_second`."""
-    size, side = (2**30, 8192) if device.type == "cuda" else (2**27, 2048)
+    size, side = (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = compare({"copy": lambda: target.copy_(source), "matmul": lambda: left @ right}, device, repeats=7)

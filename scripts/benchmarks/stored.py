@@ -14,6 +14,7 @@ from hf_bcd.runs.arguments import ModelArguments
 from hf_bcd.runs.reinforce import build_reinforcer, make_store
 from hf_bcd.stores import Store
 from hf_bcd.training.config import BCDConfig
+from hf_bcd.training.hardware import has_bfloat16
 from hf_bcd.training.trainer import BCDTrainer
 
 from .measuring import compare, ratio
@@ -30,13 +31,15 @@ def model(head: str, seed: int, **options: Any) -> TimmSegmentationModel:
 
 
 def stored_rows(device: torch.device, repeats: int, side: int) -> list[dict[str, Any]]:
-    """Seconds of whole training steps, their data and optimizer included: the pair of the CamVid study, in bfloat16.
+    """Seconds of whole training steps, their data and optimizer included: the pair of the CamVid study, in bfloat16 where
+    the device has it.
 
     Args:
         device: where to train.
         repeats: steps that are timed.
         side: of the square crops.
     """
+    half = device.type != "cpu" or has_bfloat16()
     data = load_dense_dataset("synthetic", num_images={"train": 2 * BATCH}, size=(side, 4 * side // 3))
     train = data["train"]
     teacher = model("deeplabv3plus", 0, output_stride=16)
@@ -46,8 +49,8 @@ def stored_rows(device: torch.device, repeats: int, side: int) -> list[dict[str,
 
         def config(losses: dict[str, Any]) -> BCDConfig:
             return BCDConfig(
-                folder, losses=losses, crop_size=side, max_steps=1000, bf16=True, report_to="none", eval_strategy="no",
-                dataloader_num_workers=0, per_device_train_batch_size=BATCH, teacher_dtype="bfloat16", calibration_images=BATCH,
+                folder, losses=losses, crop_size=side, max_steps=1000, bf16=half, report_to="none", eval_strategy="no",
+                dataloader_num_workers=0, per_device_train_batch_size=BATCH, teacher_dtype="bfloat16" if half else "float32", calibration_images=BATCH,
                 disable_tqdm=True, use_cpu=device.type == "cpu",
             )  # fmt: skip
 
