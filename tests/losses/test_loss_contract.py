@@ -383,8 +383,8 @@ def test_unequal_accumulated_batches_add_up_or_it_is_said(name, options):
 
 
 def test_what_is_said_not_to_add_up_does_not():
-    off = set()
-    for name, options in CASES:
+    off, named = set(), {name for name, _ in OF_A_BATCH}
+    for name, options in [case for case in CASES if case[0] in named]:  # all others do, as the test above says
         whole = parts(name, options, slice(0, 3), 1)
         two, one = parts(name, options, slice(0, 2), 2 / 1.5), parts(name, options, slice(2, 3), 1 / 1.5)
         for term, (_, *gradients) in whole.items():

@@ -28,7 +28,8 @@ from hf_bcd.tasks import task_of
 from hf_bcd.utils.messages import UserError
 
 
-BCD = {"bcd": {"channels": 16, "reduced_channels": 8, "stride": 4}}
+# what a fitted head stores, tests of single stores say
+BCD = {"bcd": {"channels": 16, "reduced_channels": 8, "stride": 4, "teacher_head": "orthogonal"}}
 LOSSES: dict[str, Any] = {"seg": {"cwd": {}, **BCD}, "timm": {**BCD, "fitnet": {}}}
 VIEWS = 2
 
