@@ -89,9 +89,12 @@ class InterruptCallback(TrainerCallback):
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.pid:  # a loader worker, which inherits this handler and lives as long as it is needed
-            if number == signal.SIGTERM:
+        if os.getpid() != self.pid:  # a loader worker, which inherits this handler
+            # a scheduler's signal reaches all processes, but the step that is to be saved still needs this one: it ends with its
+            # parent, or when told again
+            if number == signal.SIGTERM and (self.requested or os.getppid() != self.pid):
                 os._exit(128 + number)
+            self.requested = self.requested or number == signal.SIGTERM
             return
         if self.requested:
             raise KeyboardInterrupt
