@@ -1,7 +1,7 @@
 """Distils a small segmentation model from a large one; without arguments, the demo. `--help` says more."""
 
-from hf_bcd.commands import distill, run
+from hf_bcd.commands import start
 
 
 if __name__ == "__main__":
-    run(distill.main)
+    start("distill")

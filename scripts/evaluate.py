@@ -1,7 +1,7 @@
 """Scores a segmentation model on a labelled data set; `--help` says more."""
 
-from hf_bcd.commands import evaluate, run
+from hf_bcd.commands import start
 
 
 if __name__ == "__main__":
-    run(evaluate.main)
+    start("evaluate")

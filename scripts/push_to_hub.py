@@ -1,7 +1,7 @@
 """Pushes the finished student of a run's output folder to the Hub; `--help` says more."""
 
-from hf_bcd.commands import push, run
+from hf_bcd.commands import start
 
 
 if __name__ == "__main__":
-    run(push.main)
+    start("push")

@@ -1,7 +1,7 @@
 """Runs a grid of recipes, losses and seeds, and reports it. `--help` says more."""
 
-from hf_bcd.commands import run, study
+from hf_bcd.commands import start
 
 
 if __name__ == "__main__":
-    run(study.main)
+    start("study")

@@ -54,6 +54,13 @@ def test_an_interruption_without_a_checkpoint_does_not_say_to_go_on_from_one(
     assert capsys.readouterr().err == "\ninterrupted.\n"
 
 
+def test_ctrl_c_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(commands, "import_module", lambda name: failing(KeyboardInterrupt())())
+    with pytest.raises(SystemExit) as ended:
+        commands.start("check")
+    assert ended.value.code == 130 and capsys.readouterr().err == "\ninterrupted.\n"
+
+
 def test_the_console_script_lists_its_commands(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

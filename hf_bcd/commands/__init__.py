@@ -41,20 +41,28 @@ def main() -> None:
         print("\n".join(f"  {command:{width}}  {what}" for command, what in COMMANDS.items()))
     elif name in COMMANDS:
         sys.argv[0] = f"hf-bcd {name}"  # what --help calls the program
-        module = f"{__name__}.{name.replace('-', '_')}"
         if name in OF_RUNS and {"-h", "--help"} & set(arguments) and "--help_all" not in arguments:
-            import_module("..runs.help", __name__).print_help(_docstring(module))
+            import_module("..runs.help", __name__).print_help(_docstring(f"{__name__}.{name}"))
         if name in PARALLEL:
             arguments, processes = _split_processes(arguments)
             if processes is not None:
                 launch = import_module("..runs.launching", __name__).launch
                 run(lambda: launch(name, arguments, processes))
                 return
-        command = import_module(module)
-        gc.freeze()  # every training starts with a collection, which would walk over all modules
-        run(lambda: command.main(arguments))
+        start(name, arguments)
     else:
         sys.exit(f"error: no command {name!r}; choose one of {', '.join(COMMANDS)}")
+
+
+def start(name: str, arguments: list[str] | None = None) -> None:
+    """Imports a command, which takes seconds, and runs it; see `run`."""
+
+    def command() -> None:
+        module = import_module(f"{__name__}.{name.replace('-', '_')}")
+        gc.freeze()  # every training starts with a collection, which would walk over all modules
+        module.main(arguments)
+
+    run(command)
 
 
 def _split_processes(arguments: list[str]) -> tuple[list[str], str | None]:

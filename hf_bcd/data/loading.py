@@ -32,6 +32,7 @@ from .sources.catalog import CATALOG, open_copy, open_known
 from .sources.layouts import folder_of, has_file_pairs, pair_folders
 from .sources.tables import hub_names, load_tables
 from .streaming import DenseStream, StreamRows, open_streams
+from .unlabelled import pictures_and_more
 
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def load_dense_dataset(
             try:
                 rows = open_tables(source, name, **columns, config=config)
             except UserError as error:
-                if (hint := misplaced_boxes(root) or _misplaced_masks(root, task)) is None:
+                if (hint := misplaced_boxes(root) or _misplaced_masks(root, task) or pictures_and_more(root)) is None:
                     raise
                 raise UserError(f"{hint} As a table: {error}") from error
         else:

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.messages import UserError
-from .dataset import SPLIT_NAMES, DenseDataset, ReadRows, Row, read_sample, usual_name
+from ..utils.text import shortened
+from .dataset import DenseDataset, ReadRows, Row, read_sample, usual_name
 from .labels import LabelRule
 from .probing import probed_rows
-from .sources.layouts import EXTENSIONS, folder_of
+from .sources.layouts import EXTENSIONS, other_kinds
 from .sources.tables import IMAGE_COLUMNS, file_of, find_column, load_tables, splits_of
 
 
 logger = logging.getLogger(__name__)
 
+LABELS = ("masks", "labels", "instances")  # folders of them
 TABLES = (".parquet", ".arrow", ".csv", ".json", ".jsonl")
 
 
@@ -40,6 +42,10 @@ def load_pictures(
         raise UserError(f"{root}: this folder does not exist.")
     if root.is_dir() and (files := picture_files(root)):
         check_no_masks(root, files)
+        if kinds := other_kinds(root.rglob("*")):
+            logger.warning(
+                "%s: %d pictures; files of other kinds are left out: %s", root, len(files), shortened(kinds)
+            )
         rows: Any = ReadRows([(str(path),) for path in files], read_file)
         found = DenseDataset(rows, root.resolve().name, "train", str(root), {}, labelled=0)
     else:
@@ -92,12 +98,20 @@ def check_no_masks(root: Path, files: list[Path]) -> None:
 
 def holds_only_pictures(root: Path) -> bool:
     """Whether a folder has pictures, and nothing that `load_dense_dataset` would look for labels in."""
-    if not root.is_dir() or any(
-        folder_of(root, f"{split}/{kind}").is_dir() for split in SPLIT_NAMES for kind in ("masks", "labels")
-    ):
+    paths = list(root.rglob("*"))
+    if any(path.name.lower() in LABELS and path.is_dir() for path in paths):
         return False
-    others = {path.suffix.lower() for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")}
-    return bool(others) and others <= set(EXTENSIONS)
+    return not other_kinds(paths) and bool(picture_files(root))
+
+
+def pictures_and_more(root: Path) -> str | None:
+    """What to do about a folder of pictures in which files of other kinds might be labels; None where there is no such thing."""
+    if not (kinds := other_kinds(root.rglob("*"))) or not picture_files(root):
+        return None
+    return (
+        f"{root} holds pictures, and also files of the kinds {shortened(kinds)}: a folder of pictures without labels holds nothing "
+        "else."
+    )
 
 
 def read_file(path: str) -> Row:

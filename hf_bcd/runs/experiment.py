@@ -292,18 +292,8 @@ def train_model(
     role: str = "student",
     label_synonyms: str | None = None,
 ) -> BCDTrainer:
-    """Trains a model, from its last checkpoint if `resume_from_checkpoint` says so, and saves it in the output folder.
-
-    Raises:
-        UserError: if the folder holds checkpoints of an earlier run that this one would not continue, but mix with.
-    """
-    checkpoint, folder = checkpoint_of(config, role), Path(config.output_dir or ".")
-    left = last_checkpoint(folder)
-    if checkpoint is None and left is not None:
-        raise UserError(
-            f"{left} is left of an earlier run. Continue that with --resume_from_checkpoint true, choose another "
-            "--output_dir, or remove it."
-        )
+    """Trains a model from the checkpoint that `checkpoint_of` names, if any, and saves it in the output folder."""
+    checkpoint = checkpoint_of(config, role)
     train: Any = data["train"]
     trainer = BCDTrainer(
         model=model,
@@ -327,12 +317,18 @@ def checkpoint_of(config: BCDConfig, role: str) -> str | None:
     A name is a folder or, where there is none, a Hub id `user/name[@revision]`, whose last checkpoint is downloaded.
 
     Raises:
-        UserError: if there is no such folder, or (`HubError`) the repository cannot be read or holds no checkpoint.
+        UserError: if there is no such folder, the output folder holds checkpoints of an earlier run that this one would not
+            continue, but mix with, or (`HubError`) the repository cannot be read or holds no checkpoint.
     """
     given, folder = config.resume_from_checkpoint, Path(config.output_dir or ".")
-    if given in (None, False, "False", "false"):
-        return None
     last = last_checkpoint(folder)
+    if given in (None, False, "False", "false"):
+        if last is not None:
+            raise UserError(
+                f"{last} is left of an earlier run. Continue that with --resume_from_checkpoint true, choose another "
+                "--output_dir, or remove it."
+            )
+        return None
     if given in (True, "True", "true") or role != "student":
         return last
     if os.path.isdir(given):

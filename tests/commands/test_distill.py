@@ -7,6 +7,7 @@ from tiny import config
 
 from hf_bcd.commands import distill
 from hf_bcd.runs.arguments import DataArguments, ModelArguments
+from hf_bcd.utils.messages import UserError
 
 
 class Loaded(Exception):
@@ -26,3 +27,10 @@ def test_what_is_of_teachers_has_no_effect_without_one_and_a_line_says_so(
         distill.distill(ModelArguments(teacher=teacher), DataArguments(), config(tmp_path), recipe)
     assert ("no teacher, so these have no effect: losses, unlabelled_dir" in caplog.text) is (teacher is None)
     assert "unlabelled_share has no effect" in caplog.text
+
+
+def test_checkpoints_of_an_earlier_run_are_found_before_the_data(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1/trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"checkpoint-1 is left of an earlier run"):
+        distill.distill(ModelArguments(), DataArguments(data_dir="nowhere"), config(tmp_path), {})

@@ -124,6 +124,11 @@ def test_two_images_of_one_stem_and_other_files(folder):
     refused(r"a\.(jpg|png) and a\.(jpg|png) have the same stem", folder, id2label=NAMES)
 
 
+def test_photographs_of_a_kind_that_is_not_read_are_named(folder):
+    (folder / "train/images/a.jpg").rename(folder / "train/images/a.HEIC")
+    refused(r"have no image of the same stem, such as a.png\..*images also holds files of the kinds .heic", folder)
+
+
 def test_folders_in_capitals_are_those_in_small_letters(folder):
     (folder / "train/masks").rename(folder / "train/Masks")
     (folder / "val").rename(folder / "Val")

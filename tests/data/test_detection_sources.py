@@ -40,10 +40,20 @@ LAYOUTS = {
     "COCO's folders of 2017": lambda root: coco(root, file="annotations/instances_train2017.json", images="train2017"),
     "COCO within images": lambda root: coco(root, images="images/train"),
     "Roboflow's COCO": lambda root: coco(root, file="train/_annotations.coco.json"),
+    "COCO with numbers as text": lambda root: coco(
+        root,
+        area=lambda one: str(one["area"]),
+        iscrowd=lambda one: "0",
+        category_id=lambda one: str(one["category_id"]),
+    ),
     "COCO with gaps between categories": lambda root: coco(root, ids=(1, 17, 90)),
     "YOLO": lambda root: with_yaml(yolo(root), "names: [cat, dog, owl]"),
     "YOLO, names by id": lambda root: with_yaml(
         yolo(root), "names: {0: cat, 1: dog, 2: owl}\ntrain: ../train/images\nnc: 3"
+    ),
+    "YOLO, ids in quotes": lambda root: with_yaml(yolo(root), "names: {'0': cat, '1': dog, '2': owl}"),
+    "YOLO in capitals": lambda root: with_yaml(
+        yolo(root, images="Train/Images", labels="Train/Labels"), "names: [cat, dog, owl]"
     ),
     "YOLO, other folders": lambda root: with_yaml(
         yolo(root, images="pics/images/all", labels="pics/labels/all"),

@@ -20,6 +20,7 @@ FORMS = {
     "split/images": ("{}/images", "{}/instances"),
     "images/split": ("images/{}", "instances/{}"),
     "no splits": ("images", "instances"),
+    "capitals": ("{}/Images", "{}/Instances"),
 }
 
 
@@ -147,6 +148,7 @@ def test_evaluation_splits_without_maps_are_left_out(tmp_path, caplog):
         ("no class", r"a.json: no class of id 80, which .*a.png holds"),
         ("no file", "b.png: b.json with the class of each id is missing"),
         ("no mapping", "a.json: not a mapping of ids to classes"),
+        ("no name", "a.json: the class of id 40 is .'name': 'cat'.; expected a name, or a number"),
         ("no map", "1 of 3 images in .* have no mask"),
     ],
 )
@@ -163,7 +165,8 @@ def test_broken_maps(broken, message, tmp_path):
     elif broken == "no file":
         (folder / "b.json").unlink()
     else:
-        (folder / "a.json").write_text(json.dumps({"40": "cat"} if broken == "no class" else [1]))
+        classes = {"no class": {"40": "cat"}, "no name": {"40": {"name": "cat"}, "80": "cat"}}
+        (folder / "a.json").write_text(json.dumps(classes.get(broken, [1])))
     refused(message, tmp_path)
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_bcd.data import TrainTransform, collate, holds_only_pictures, keep_in_memory, load_pictures
+from hf_bcd.data import TrainTransform, collate, holds_only_pictures, keep_in_memory, load_dense_dataset, load_pictures
 from hf_bcd.data.dataset import Row, UnlabelledError, read_sample
 from hf_bcd.data.labels import UNLABELLED, LabelRule
 from hf_bcd.tasks import task_of
@@ -58,8 +58,19 @@ def test_a_folder_of_pictures_and_masks_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"a lies in annotations and photos, as a picture and its mask would"):
         load_pictures(tmp_path)
     assert holds_only_pictures(tmp_path / "photos") and holds_only_pictures(tmp_path)
-    (tmp_path / "train" / "masks").mkdir(parents=True)
-    assert not holds_only_pictures(tmp_path)
+    for labels in ("train/masks", "Instances/train"):
+        (tmp_path / labels).mkdir(parents=True)
+        assert not holds_only_pictures(tmp_path)
+        (tmp_path / labels).rmdir()
+
+
+def test_files_that_are_left_out_are_counted(tmp_path, caplog):
+    folder = save(tmp_path / "photos/a.png").parent
+    (folder / "b.HEIC").write_bytes(b"")
+    assert len(load_pictures(folder)) == 1
+    assert "1 pictures; files of other kinds are left out: .heic" in caplog.text
+    with pytest.raises(UserError, match=r"holds pictures, and also files of the kinds .heic: .*without labels"):
+        load_dense_dataset(folder)
 
 
 @pytest.mark.parametrize("fault", ["nothing there", "broken", "no folder"])

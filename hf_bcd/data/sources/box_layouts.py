@@ -21,7 +21,7 @@ from ..dataset import SPLIT_NAMES, ReadRows, usual_name
 from ..labels import NameSource
 from .coco import COCO_NAMES, COCO_THINGS, check_categories, read_annotations
 from .instance_maps import open_instance_maps
-from .layouts import EXTENSIONS, Layout, files_by_stem
+from .layouts import EXTENSIONS, Layout, files_by_stem, folder_of
 
 
 logger = logging.getLogger(__name__)
@@ -159,6 +159,8 @@ def open_coco(root: Path, official: bool = False, masks: bool = False) -> BoxSou
 def _category_names(file: Path, content: Any) -> dict[int, str]:
     """Names by category id, ascending; without what is only the name of a group, as Roboflow adds it."""
     first: dict[int, str] = {}
+    if not content["categories"]:
+        raise ValueError("categories is empty")
     for category in content["categories"]:
         if (name := first.setdefault(category["id"], category["name"])) != category["name"]:
             raise UserError(
@@ -203,9 +205,11 @@ def _coco_rows(file: Path, content: Any, paths: dict[int, str], masks: bool) -> 
         np.array([annotation["bbox"] for annotation in annotations], np.float64).reshape(-1, 4),
         np.array([annotation["category_id"] for annotation in annotations], np.int64),
         np.array([_number(annotation.get("area")) for annotation in annotations], np.float64),
-        np.array([bool(annotation.get("iscrowd")) for annotation in annotations], bool),
+        np.array([bool(int(annotation.get("iscrowd") or 0)) for annotation in annotations], bool),
     )
-    sizes = [(image["width"], image["height"]) if image.get("width") else None for image in content["images"]]
+    sizes = [
+        (int(image["width"]), int(image["height"])) if image.get("width") else None for image in content["images"]
+    ]
     images = list(zip(paths.values(), sizes, strict=True))
 
     def stored(place: int) -> bytes:
@@ -257,6 +261,8 @@ def open_yolo(root: Path, masks: bool = False) -> BoxSource | None:
         if not given or not usual_files:
             return None  # a file of something else
         raise UserError(f"{file}: it lacks names, a list of the class names.")
+    if "kpt_shape" in content:  # as many numbers as an outline may have
+        raise UserError(f"{file}: its kpt_shape says that the text files hold key points, neither boxes nor outlines.")
     splits: dict[str, ReadRows] = {}
     stated_already = {usual_name(split) for split in given}
     for split in SPLIT_NAMES:
@@ -269,7 +275,7 @@ def open_yolo(root: Path, masks: bool = False) -> BoxSource | None:
         candidates = (
             [Path(str(content.get("path") or "")) / stated, Path(stated.removeprefix("../"))] if stated else []
         )
-        folders = [root / folder for folder in (*candidates, *usual[split])]
+        folders = [folder_of(root, str(folder)) for folder in (*candidates, *usual[split])]
         images = next((place for place in folders if place.is_dir() or place.is_file()), None)
         if images is None:
             if split in given:
@@ -300,15 +306,18 @@ def open_yolo(root: Path, masks: bool = False) -> BoxSource | None:
     names = dict(enumerate(names)) if isinstance(names, list) else names
     if names is not None and not isinstance(names, dict):
         raise UserError(f"{file}: names is {names!r}; expected a list of the class names, such as [cat, dog].")
+    names = names and {int(key) if str(key).isdecimal() else key: name for key, name in names.items()}
     return BoxSource(splits, names, "cxcywh_normalised", "YOLO's text files", masks)
 
 
 def _labels_of(picture: Path) -> Path:
     """The text file of a picture: in `labels`, where the picture is in `images`, else beside it."""
-    parts = list(picture.parent.parts)
-    if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts, f"{picture.stem}.txt")
+    parts = picture.parent.parts
+    place = max((index for index, part in enumerate(parts) if part.lower() == "images"), default=None)
+    folder = (
+        picture.parent if place is None else folder_of(Path(*parts[:place]), "labels").joinpath(*parts[place + 1 :])
+    )
+    return folder / f"{picture.stem}.txt"
 
 
 def _listed(file: Path, root: Path) -> dict[str, Path]:

@@ -193,7 +193,7 @@ def _instance_rows(file: Path, content: Any, images: dict[int, str]) -> ReadRows
     items = []
     for image in content["images"]:
         annotations = json.dumps(by_image[image["id"]]).encode()
-        items.append((images[image["id"]], image["height"], image["width"], annotations))
+        items.append((images[image["id"]], int(image["height"]), int(image["width"]), annotations))
     return ReadRows(items, _read_instances)
 
 

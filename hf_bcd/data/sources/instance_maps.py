@@ -12,11 +12,12 @@ import numpy as np
 from ...utils.files import read_text
 from ...utils.masks import encode_ids, mask_areas, mask_boxes
 from ...utils.messages import UserError
+from ...utils.text import shortened
 from ..boxes import BoxRow, BoxSource, RawBoxes
 from ..dataset import SPLIT_NAMES, ReadRows
 from ..images import read_image
 from ..labels import NameSource, decode_label, read_id2label
-from .layouts import Layout, files_by_key, files_by_stem, pair_files, pair_folders
+from .layouts import Layout, files_by_key, files_by_stem, folder_of, pair_files, pair_folders
 
 
 KIND = "maps of instance ids"
@@ -45,9 +46,8 @@ def open_instance_maps(root: Path, masks: bool = False, id2label: NameSource | N
     for kind, (images, maps) in product(("instances", "masks") if masks else ("instances",), FORMS):
         names = SPLIT_NAMES if "{split}" in images else ["train"]
         folders = {name: (images.format(split=name), maps.format(split=name, kind=kind)) for name in names}
-        there = [
-            root / maps for images, maps in folders.values() if (root / images).is_dir() and (root / maps).is_dir()
-        ]
+        pairs = [[folder_of(root, folder) for folder in pair] for pair in folders.values()]
+        there = [maps for images, maps in pairs if images.is_dir() and maps.is_dir()]
         if not any(map(files_by_stem, there)):
             if other := next((path for folder in there for path in folder.iterdir() if path.suffix), None):
                 raise UserError(
@@ -99,7 +99,7 @@ def _read_map(image: str, file: str, classes: str) -> BoxRow:
 def _listed(file: Path, ids: Sequence[int], name: str) -> np.ndarray:
     try:
         classes = json.loads(read_text(file))
-        return np.array([classes[str(index)] for index in ids], object)
+        found = [classes[str(index)] for index in ids]
     except OSError as error:
         raise UserError(
             f"{name}: {file.name} with the class of each id is missing beside it, as others have."
@@ -110,6 +110,11 @@ def _listed(file: Path, ids: Sequence[int], name: str) -> np.ndarray:
         raise UserError(
             f"{file}: no class of id {error.args[0]}, which {name} holds. Add it, or correct the map."
         ) from error
+    if wrong := [pair for pair in zip(ids, found, strict=True) if not isinstance(pair[1], str | int)]:
+        raise UserError(
+            f"{file}: the class of id {wrong[0][0]} is {shortened(repr(wrong[0][1]))}; expected a name, or a number."
+        )
+    return np.array(found, object)
 
 
 def _notes(splits: Any) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import csv
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,11 +87,19 @@ def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path], image_fold
     no_mask, no_image = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
     if no_mask or no_image:
         example = images[no_mask[0]] if no_mask else masks[no_image[0]]
+        kinds = other_kinds(image_folder.iterdir())
+        also = f" {image_folder} also holds files of the kinds {kinds}." if kinds else ""
         raise UserError(
             f"{len(no_mask)} of {len(images)} images in {image_folder} have no mask and {len(no_image)} of {len(masks)} "
-            f"masks in {mask_folder} have no image of the same stem, such as {example.name}. Complete or remove them."
+            f"masks in {mask_folder} have no image of the same stem, such as {example.name}. Complete or remove them.{also}"
         )
     return [(str(images[key]), str(masks[key])) for key in sorted(images)]
+
+
+def other_kinds(paths: Iterable[Path]) -> str:
+    """The endings of files, hidden ones aside, that are not read as images, such as `.heic`; "" without any."""
+    files = [path for path in paths if path.is_file() and not path.name.startswith(".")]
+    return ", ".join(sorted({path.suffix.lower() or path.name for path in files} - set(EXTENSIONS)))
 
 
 def _pair_listed(list_file: Path, images: Mapping[str, Path], masks: Mapping[str, Path]) -> Pairs:
