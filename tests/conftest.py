@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import quick  # noqa: F401
 import torch
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import quick  # noqa: F401
 import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes

@@ -229,8 +229,9 @@ def build_criterion(
     Raises:
         UserError: as `read_losses` and `check_needs`, or for a level that the models do not have.
     """
-    check_needs(losses, offers)
-    parsed = served(losses, offers)
+    parsed = read_losses(losses)
+    check_needs(parsed, offers)
+    parsed = served(parsed, offers)
     levels = tuple(teacher_specs if head_levels is None else head_levels)
     pair = Pair(student_specs, teacher_specs, num_labels, levels, seed)
     return _criterion(parsed, pair, replace(pair, student=pyramids[0], teacher=pyramids[1]))

@@ -27,8 +27,9 @@ class SpectralConv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
         self.register_buffer("left", F.normalize(torch.randn(out_channels), dim=0))
-        for _ in range(10):
-            self.follow()
+        if not self.left.is_meta:  # a probe of a recipe, on which each product takes a hundred times as long
+            for _ in range(10):
+                self.follow()
 
     def _right(self) -> Tensor:
         return F.normalize(self.weight.detach().flatten(1).mT @ self.left, dim=0)
