@@ -61,4 +61,5 @@ def main(argv: list[str] | None = None) -> None:
         least_score=args.threshold,
         trust_remote_code=args.trust_remote_code,
     )
-    print(f"{args.output}: {len(content['pictures'])} pictures")
+    lost = f", {len(content['unreadable'])} cannot be read" if content["unreadable"] else ""
+    print(f"{args.output}: {len(content['pictures'])} pictures{lost}")

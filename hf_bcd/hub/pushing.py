@@ -31,7 +31,9 @@ STUDENT_FILES = [
     "config.json", "preprocessor_config.json", "README.md", "results.json", "model.safetensors.index.json", "figures/*",
 ]  # fmt: skip
 PYTHON_BLOCK = re.compile(r"^```python\n.*?^```$", re.DOTALL | re.MULTILINE)
-LOADED_NAME = re.compile(r'(\bmodel=|\.from_pretrained\(|\bhf_hub_download\()"[^"\n]*"(, revision="[^"\n]*")?')
+LOADED_NAME = re.compile(
+    r'(\bmodel=|\.from_pretrained\(|\bcached_file\(|\bhf_hub_download\()"[^"\n]*"(, revision="[^"\n]*")?'
+)
 
 
 def push_folder(

@@ -51,7 +51,8 @@ def predict_pictures(
     """Runs a student, or an exported file of it, on pictures, and writes what it finds.
 
     `masks/` has palette PNGs whose values are class ids, `overlays/` the pictures with classes, boxes or masks over them,
-    `contact_sheet.png` some of both, `predictions.json` the classes and what was found in each picture.
+    `contact_sheet.png` some of both, `predictions.json` the classes, what was found in each picture, and which ones
+    cannot be read: they are left out with a warning.
 
     Without tiles, a picture is decoded as a whole, and its logits, map and overlay lie in memory. With tiles, its rows are read as
     they are needed if pyvips is installed, the map is written as it is found, and the overlay has at most 4096 pixels a side.
@@ -73,7 +74,7 @@ def predict_pictures(
         The contents of `predictions.json`.
 
     Raises:
-        UserError: there are no pictures, one cannot be read, or tiles do not fit the model or the file.
+        UserError: there are no pictures, none can be read, or tiles do not fit the model or the file.
     """
     files, root = named_pictures(pictures)
     adapter = load_adapter(ModelSpec.parse(source, "student"), trust_remote_code=trust_remote_code).float().eval()
@@ -97,22 +98,30 @@ def predict_pictures(
         "backend": form or "pytorch",
         "id2label": adapter.id2label,
         "pictures": {},
+        "unreadable": {},
     }
     spread = {index * len(files) // ON_SHEET for index in range(ON_SHEET)}
     sheet, present = [], set[int]()
     for number, path in enumerate(tqdm(files, desc="Pictures", disable=quiet)):
         name = path.relative_to(root)
-        if tile is not None:
-            file = placed(output_dir / "masks" / name)
-            image, found, counts = predict_rows(adapter, open_rows(path), file, tile, overlap, quiet)
-            said = pixels_said(counts, adapter.id2label)
-        else:
-            image = DecodedRows(path).image
-            pixels = transform.show(TF.pil_to_tensor(image))[None].to(adapter.image_mean.device)
-            found: Any = on_cpu(adapter.predict(pixels, [(image.height, image.width)])[0])
-            said = task.said(found, adapter.id2label, least_score)
-            if (mask := task.mask(found, len(adapter.id2label))) is not None:
-                mask.save(placed(output_dir / "masks" / name))
+        try:
+            if tile is not None:
+                file = placed(output_dir / "masks" / name)
+                image, found, counts = predict_rows(adapter, open_rows(path), file, tile, overlap, quiet)
+                said = pixels_said(counts, adapter.id2label)
+            else:
+                image = DecodedRows(path).image
+                pixels = transform.show(TF.pil_to_tensor(image))[None].to(adapter.image_mean.device)
+                found: Any = on_cpu(adapter.predict(pixels, [(image.height, image.width)])[0])
+                said = task.said(found, adapter.id2label, least_score)
+                if (mask := task.mask(found, len(adapter.id2label))) is not None:
+                    mask.save(placed(output_dir / "masks" / name))
+        except UserError as error:
+            if path is files[-1] and not content["pictures"]:
+                raise
+            logger.warning("left out: %s", error)
+            content["unreadable"][name.as_posix()] = str(error)
+            continue
         drawn = task.overlay(image, found, adapter.id2label, least_score)
         drawn.save(placed(output_dir / "overlays" / name))
         if number in spread:
@@ -120,7 +129,8 @@ def predict_pictures(
             present |= set(said["classes"])
         content["pictures"][name.as_posix()] = said
     write_json(output_dir / "predictions.json", content)
-    contact_sheet(sheet, sorted(present), adapter.id2label, output_dir / "contact_sheet.png")
+    if sheet:
+        contact_sheet(sheet, sorted(present), adapter.id2label, output_dir / "contact_sheet.png")
     return content
 
 

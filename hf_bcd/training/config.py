@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from ..losses.base import check_weight
 from ..losses.recipe import LossOptions, by_teacher, read_losses
+from ..utils.files import check_folder
 from ..utils.messages import UserError, unknown_key_message
 from ..utils.text import shortened
 from ..utils.yaml import parse_mapping, read_mapping
@@ -236,8 +237,8 @@ class BCDConfig(BCDOptions, TrainingArguments):
         for name, expected in UNUSED.items():
             if (given := getattr(self, name)) not in (expected, [] if expected is None else expected):
                 raise UserError(f"{name} is {given}, which would be ignored here; leave it out.")
-        if self.output_dir is not None and os.path.isfile(self.output_dir):
-            raise UserError(f"output_dir is {self.output_dir}, which is a file; name a folder.")
+        if self.output_dir is not None:
+            check_folder(self.output_dir, "output_dir")
         self._check_optimizer()
         available = {"tensorboard", *get_available_reporting_integrations()}
         if missing := [name for name in self.report_to or () if name not in available]:

@@ -106,6 +106,8 @@ def numbers(scores: Any) -> Any:
 
 
 def check_folder(path: str | Path, name: str) -> None:
-    """Refuses a folder to write to, given by the argument `name`, that is a file."""
-    if Path(path).is_file():
-        raise UserError(f"{name} is {path}, which is a file; name a folder.")
+    """Refuses a folder to write to, given by the argument `name`, that is a file or would lie below one."""
+    place = next((place for place in (Path(path), *Path(path).parents) if place.exists()), None)
+    if place is not None and not place.is_dir():
+        which = "which" if place == Path(path) else f"but {place}"
+        raise UserError(f"{name} is {path}, {which} is a file; name a folder.")

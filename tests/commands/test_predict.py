@@ -52,6 +52,20 @@ def test_a_folder_gives_masks_overlays_a_sheet_and_numbers(pictures: Path, tmp_p
         assert min(sheet.size) > 100
 
 
+@pytest.mark.parametrize("tiles", [[], ["--tile", "64", "--overlap", "16"]])
+def test_a_picture_that_cannot_be_read_is_left_out_unless_it_is_the_only_one(
+    tiles: list[str], pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    student, out = finished(tmp_path / "x"), tmp_path / "out"
+    (pictures / "a.jpg").write_bytes(b"half a file")
+    main([str(student), str(pictures), "--output", str(out), *tiles])
+    content = json.loads((out / "predictions.json").read_text())
+    assert list(content["pictures"]) == ["more/b.png"] and list(content["unreadable"]) == ["a.jpg"]
+    assert "left out: " in caplog.text and "1 pictures, 1 cannot be read" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"a\.jpg: cannot be decoded"):
+        main([str(student), str(pictures / "a.jpg"), "--output", str(out), *tiles])
+
+
 def test_a_single_picture_and_tiles(pictures: Path, tmp_path: Path) -> None:
     student, out = finished(tmp_path / "x"), tmp_path / "out"
     main([str(student), str(pictures / "a.jpg"), "--output", str(out), "--tile", "64", "--overlap", "16"])

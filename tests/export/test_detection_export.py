@@ -176,7 +176,6 @@ def test_report_card_and_command_speak_of_boxes(
     picture = Image.fromarray(images(70, 90)[0].permute(1, 2, 0).numpy())
     monkeypatch.chdir(tmp_path)
     picture.save("picture.jpg", quality=100)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda folder, filename: str(Path(folder, filename)))
     scope: dict[str, Any] = {}
     exec(example.replace(", trust_remote_code=True", "").replace("threshold=0.5", "threshold=0.0"), scope)
     boxes = scope["found"]["boxes"].numpy()

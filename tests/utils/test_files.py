@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from hf_bcd.utils.files import numbers, read_json, write_json
+from hf_bcd.utils.files import check_folder, numbers, read_json, write_json
+from hf_bcd.utils.messages import UserError
 
 
 def test_what_is_no_number_is_null_and_comes_back(tmp_path: Path) -> None:
@@ -24,3 +26,10 @@ def test_what_is_no_number_is_null_and_comes_back(tmp_path: Path) -> None:
         and back["count"] == 3
         and np.isnan([back["ap_large"], back["per_class"][1], back["bound"]]).all()
     )
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(UserError, match=r"output_dir is .*a/b/c, but .*/a is a file; name a folder"):
+        check_folder(tmp_path / "a/b/c", "output_dir")
+    check_folder(tmp_path / "new/c", "output_dir")
