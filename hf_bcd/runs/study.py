@@ -118,7 +118,7 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             `teacher: null` remains a baseline.
 
     Raises:
-        UserError: for an unknown key, no runs, two that are the same, an unknown reference or split, seeds that are not distinct integers, or
+        UserError: for an unknown key, no runs, an unknown reference or split, seeds that are not distinct integers, or
             arguments of a run that would be refused when it begins.
     """
     path = find_recipe(path, "studies")
@@ -190,20 +190,18 @@ def read_study(path: Path, output_dir: Path | None = None, argv: Sequence[str] =
             taught = given.get("teacher") is not None and (given.get("teacher_store") is None or lists)
             arguments = {**given, **fixed}
             runs.append(Run(str(name), seed, references[name], run_folder, arguments, kept if taught else None))
-    _check_distinct(path, runs, argv)
+    _tell_the_same(path, runs, argv)
     return Study(path.stem, folder, split, runs, token)
 
 
-def _check_distinct(path: Path, runs: Sequence[Run], argv: Sequence[str]) -> None:
+def _tell_the_same(path: Path, runs: Sequence[Run], argv: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     for run in runs:
         of_run = {key: value for key, value in run.arguments.items() if key not in SILENT}
         other = seen.setdefault(json.dumps([of_run, run.reinforce], sort_keys=True, default=str), run.name)
         if other != run.name:
             where = "; the command line wins over what sets them apart" if argv else ""
-            raise UserError(
-                f"{path}: the runs {other} and {run.name} are the same{where}. Let them differ, or leave one out."
-            )
+            logger.warning("%s: the runs %s and %s are the same%s.", path, other, run.name, where)
 
 
 def checked_reinforce(given: Any, where: str) -> dict[str, Any] | None:
