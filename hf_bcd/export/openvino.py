@@ -13,7 +13,9 @@ def write(path: Path, source: Path, precision: str, calibration: Iterable[Tensor
     """Writes the ONNX file `source` as OpenVINO's IR, a file of the graph and `.bin` with the weights beside it.
 
     int8 is nncf's static quantisation: symmetric weights with a scale for each channel, and activations with a zero point,
-    which those of SegFormer, MobileNetV3 and others without a ReLU need.
+    which those of SegFormer, MobileNetV3 and others without a ReLU need. Weights have 7 bits, as in `onnx.write`. Depthwise
+    convolutions stay in floating point: nncf gives each channel at least a hundredth of the largest one's range, and a
+    MobileNet's channels differ by more once BatchNorm is folded in.
     """
     openvino: Any = import_module("openvino")
 
@@ -29,6 +31,8 @@ def write(path: Path, source: Path, precision: str, calibration: Iterable[Tensor
             preset=nncf.QuantizationPreset.MIXED,
             model_type=nncf.ModelType.TRANSFORMER if attends else None,
             subset_size=len(pictures),
+            ignored_scope=nncf.IgnoredScope(types=["GroupConvolution"], validate=False),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
     openvino.save_model(model, path, compress_to_fp16=precision == "float16")
 

@@ -25,6 +25,10 @@ RATE = 0.01  # of the learning rate, with which they begin
 FOLDER = "_before_int8"  # in the output folder: the student before them, never pushed
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.ConvTranspose2d)
 STEPS = 255  # of 8 bits without a sign
+LARGEST = {
+    False: 64,
+    True: 127,
+}  # integer of a weight, by whether it has a filter for each channel: see `export.onnx.write`
 SMALLEST = 1e-12  # scale of a channel or an input that is nothing but zeros
 
 
@@ -33,17 +37,18 @@ def steps_before(total: int) -> int:
     return max(1, total - max(1, round(PART * total)))
 
 
-def fake_weight(weight: Tensor, axis: int) -> Tensor:
+def fake_weight(weight: Tensor, axis: int, largest: int) -> Tensor:
     """A weight as int8 with a scale for each output channel and without an offset holds it; gradients pass unchanged.
 
     Args:
         weight: floating point, of any shape.
         axis: of its output channels.
+        largest: the integer that holds the largest absolute value of a channel.
     """
     others = [place for place in range(weight.ndim) if place != axis]
-    scale = (weight.detach().abs().amax(others) / 127).clamp_min(SMALLEST)
+    scale = (weight.detach().abs().amax(others) / largest).clamp_min(SMALLEST)
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(weight, scale, zero, axis, -127, 127)
+    return torch.fake_quantize_per_channel_affine(weight, scale, zero, axis, -largest, largest)
 
 
 def fake_input(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -84,8 +89,10 @@ class FakeQuantizer(nn.Module):
             self.low[place] = torch.minimum(self.low[place], least)
             self.high[place] = torch.maximum(self.high[place], most)
         axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        depthwise = getattr(layer, "groups", 1) == weight.shape[0] > 1 == weight.shape[1]
         # found before the parameter of that name, which optimizer and checkpoints go on to see
-        layer.__dict__["weight"] = fake_weight(layer.weight, axis)  # type: ignore[arg-type]
+        layer.__dict__["weight"] = fake_weight(weight, axis, LARGEST[depthwise])
         return fake_input(values, self.low[place], self.high[place]), *rest
 
     def after_step(self) -> None:

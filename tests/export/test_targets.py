@@ -10,7 +10,7 @@ import pytest
 import torch
 from hub.student_folder import finished, finished_timm
 from tiny import tiny_detector, tiny_segformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_bcd.adapters import build_adapter
 from hf_bcd.export import students, targets
@@ -244,6 +244,58 @@ def test_a_file_answers_like_its_student(
     assert error < {"float32": 1e-4, "float16": 2e-2, "int8": 0.3}[precision]
     assert error > 0 or precision == "float32", "nothing was rounded"
     assert "out-of-range" not in caplog.text, "a warning for each norm is noise"
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Tensor], Tensor]:
+    """The float32 file of a MobileNet in small, pictures, and its answers; a depthwise channel has a thousand times the weights."""
+    needs("onnx", "int8")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU6(), nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.ReLU6(), nn.Conv2d(32, 4, 1)
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        model[0].weight[0] = model[0].bias[0] = 0.0  # nothing arrives at it, as behind a BatchNorm without variance
+        model[2].weight[0] *= 1000
+        shown = [6 * picture for picture in torch.randn(8, 3, 16, 16).split(1)]
+        answers = model(torch.cat(shown))
+    path = tmp_path_factory.mktemp("uneven") / "model.onnx"
+    names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
+    torch.onnx.export(model, (shown[0],), path, dynamo=True, external_data=False, verbose=False, **names)
+    return path, shown, answers
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of converters
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_int8_holds_channels_of_very_different_size(
+    form: str, uneven: tuple[Path, list[Tensor], Tensor], tmp_path: Path
+) -> None:
+    needs(form, "int8")
+    source, shown, expected = uneven
+    path = tmp_path / f"model.{EXTENSIONS[form]}"
+    targets.TARGETS[form].write(path, source, "int8", shown)
+    file = targets.TARGETS[form].open(path, 1)
+    found = torch.cat([file(picture)["logits"] for picture in shown])
+    assert 0 < (found - expected).square().mean() / expected.var() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of converters
+def test_dense_weights_have_seven_bits_so_that_older_cpus_do_not_overflow(
+    uneven: tuple[Path, list[Tensor], Tensor], tmp_path: Path
+) -> None:
+    import onnx
+
+    source, shown, _ = uneven
+    targets.TARGETS["onnx"].write(tmp_path / "model.onnx", source, "int8", shown)
+    tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer]
+    largest = {
+        tensor.shape: abs(tensor.astype(int)).max()
+        for tensor in tensors
+        if tensor.dtype == "int8" and tensor.ndim == 4
+    }
+    assert largest == {(32, 3, 3, 3): 64, (32, 1, 3, 3): 127, (4, 32, 1, 1): 64}
 
 
 @pytest.mark.slow

@@ -23,29 +23,30 @@ from hf_bcd.utils.messages import UserError
 # ---- Arithmetic ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("largest", [64, 127])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_weight_has_255_even_steps_for_each_output_channel(axis: int) -> None:
+def test_a_weight_has_even_steps_for_each_output_channel(axis: int, largest: int) -> None:
     torch.manual_seed(0)
     weight = torch.randn(3, 4, 5, 5)
-    found = fake_weight(weight, axis)
+    found = fake_weight(weight, axis, largest)
     for channel in range(weight.shape[axis]):
         own, got = weight.select(axis, channel), found.select(axis, channel)
-        scale = own.abs().max() / 127
+        scale = own.abs().max() / largest
         torch.testing.assert_close(got, (own / scale).round() * scale)
-        assert 20 < len(got.unique()) <= 255
+        assert 20 < len(got.unique()) <= 2 * largest + 1
 
 
 def test_batchnorm_s_factor_may_come_before_or_after() -> None:
     weight, factor = torch.randn(6, 3, 3, 3), torch.tensor([1.0, -2.0, 0.1, 7.0, -0.3, 1.5])[:, None, None, None]
-    torch.testing.assert_close(fake_weight(weight, 0) * factor, fake_weight(weight * factor, 0))
+    torch.testing.assert_close(fake_weight(weight, 0, 64) * factor, fake_weight(weight * factor, 0, 64))
 
 
 def test_a_weight_of_zeros_stays_and_gradients_pass_unchanged() -> None:
     weight = torch.cat([torch.zeros(1, 4), torch.randn(1, 4)]).requires_grad_()
     given = torch.randn(2, 4)
-    (fake_weight(weight, 0) * given).sum().backward()
+    (fake_weight(weight, 0, 127) * given).sum().backward()
     torch.testing.assert_close(weight.grad, given)
-    assert not fake_weight(weight, 0)[0].any()
+    assert not fake_weight(weight, 0, 127)[0].any()
 
 
 def test_an_input_keeps_zero_and_is_cut_at_its_range() -> None:
@@ -86,6 +87,17 @@ def test_only_an_active_student_that_trains_is_quantised() -> None:
     quantizer.active = False
     torch.testing.assert_close(student(images), at_rest[0], rtol=0, atol=0)
     assert list(student.state_dict()) == names and isinstance(student[0].weight, nn.Parameter)
+
+
+@pytest.mark.parametrize(("groups", "largest"), [(1, 64), (2, 64), (4, 127)])
+def test_depthwise_weights_keep_their_eighth_bit(groups: int, largest: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 4, 3, groups=groups, bias=False).train()
+    FakeQuantizer(layer).active = True
+    shown = torch.zeros(1, 4, 3, 3)
+    shown[:, :, 1, 1] = 1.0  # one weight a channel
+    expected = fake_weight(layer.weight, 0, largest)[:, :, 1, 1].sum(1)
+    torch.testing.assert_close(layer(shown).flatten(), expected, atol=1e-6, rtol=0)
 
 
 def test_parameters_get_gradients_and_come_back_after_an_error() -> None:
