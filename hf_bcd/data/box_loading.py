@@ -136,6 +136,10 @@ def _classes(
         raise UserError(f"{source}: some categories are names and some are numbers; store one kind.")
     if texts == {True}:
         names = given or dict(enumerate(sorted(stored)))
+        if len({name.casefold() for name in names.values()}) < len(names):
+            logger.warning(
+                "%s: some of its classes differ in upper and lower case only: %s.", source, shortened(names)
+            )
         return names, tuple(names.values())
     if given is not None:
         return given, None

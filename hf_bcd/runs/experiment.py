@@ -33,6 +33,7 @@ from ..tasks import task_of
 from ..training.checkpoints import last_checkpoint
 from ..training.config import BCDConfig
 from ..training.evaluation import evaluate
+from ..training.loaders import own_sampler
 from ..training.teaching import adopt_labels, check_checkpointing, check_task
 from ..training.trainer import BCDTrainer
 from ..utils.files import write_text
@@ -272,10 +273,11 @@ def alone_in(folder: str | Path, config: BCDConfig, *, wait: bool = False) -> It
 
 
 def check_sizes(model: DenseAdapter, config: BCDConfig, data: DenseDatasets) -> None:
-    """Runs a model on black images of the sizes that training and evaluation will show it, see `check_size`."""
+    """Checks data and options, and runs a model on black images of the sizes that it will be shown, see `check_size`."""
     task = task_of(data["train"])
     check_task(model, task)
     task.check_args(config)
+    own_sampler(data["train"], config)  # for what it refuses
     for size in task.train_sizes(config):
         model.check_size(size)
     if (split := final_split(data)) is not None:

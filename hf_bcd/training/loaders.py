@@ -152,6 +152,15 @@ def mixed(dataset: Any, args: BCDConfig) -> MixedSampler | None:
     return MixedSampler(inner.labelled, inner.num_unlabelled, args.train_batch_size, args.unlabelled_share, seed)
 
 
+def own_sampler(dataset: Any, args: BCDConfig) -> Sampler[int] | None:
+    """The sampler that `group_by_shape` or pictures without labels need; None where the trainer's own serves.
+
+    Raises:
+        UserError: the data set or the options do not allow it.
+    """
+    return by_shape(dataset, args) if args.group_by_shape else mixed(dataset, args)
+
+
 def by_shape(dataset: Any, args: BCDConfig) -> ShapeSampler:
     """The sampler of `group_by_shape`.
 

@@ -33,7 +33,7 @@ from .evaluation import each, evaluate, pictures, stacked, with_transform
 from .hardware import fit_loaders, fused, lay_out, single_values_accepted, synchronized
 from .hub import HubCallback
 from .inherited import check_classes, check_samples, refuse, settle_early_stopping, settle_evaluation
-from .loaders import by_shape, end_workers, mixed, stream_loader, with_stores
+from .loaders import end_workers, own_sampler, stream_loader, with_stores
 from .optimization import group_parameters, step_down
 from .recording import write_training_card
 from .teachers import loaded, parts_of
@@ -253,9 +253,7 @@ class BCDTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.group_by_shape:
-            return by_shape(dataset, self.args)
-        return mixed(dataset, self.args) or super()._get_train_sampler(dataset)
+        return own_sampler(dataset, self.args) or super()._get_train_sampler(dataset)
 
     def calibrate(self) -> None:
         """Fits the teacher's head on training images: the same ones on every rank, so that all ranks agree."""

@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -122,6 +123,17 @@ def test_two_images_of_one_stem_and_other_files(folder):
     assert len(load_dense_dataset(folder, id2label=NAMES)["train"]) == 2
     save(folder / "train/images/a.png", PHOTOGRAPH)
     refused(r"a\.(jpg|png) and a\.(jpg|png) have the same stem", folder, id2label=NAMES)
+
+
+def test_folders_within_folders_are_read(folder):
+    for stem in ("monday/x", "tuesday/noon/a"):
+        write_pair(folder, stem)
+    rows = load_dense_dataset(folder, id2label=NAMES)["train"].rows
+    assert [Path(rows[index].image_name).relative_to(folder / "train/images").as_posix() for index in range(len(rows))] == [
+        "a.jpg", "b.jpg", "monday/x.jpg", "tuesday/noon/a.jpg"
+    ]  # fmt: skip
+    (folder / "train/masks/monday/x.png").unlink()
+    refused("1 of 4 images in .*images have no mask.*such as x.jpg", folder, id2label=NAMES)
 
 
 def test_photographs_of_a_kind_that_is_not_read_are_named(folder):

@@ -63,6 +63,9 @@ LAYOUTS = {
         yolo(root, images="images/train", labels="labels/train"),
         "path: /elsewhere\ntrain: images/train\nnames: [cat, dog, owl]",
     ),
+    "YOLO, folders within folders": lambda root: with_yaml(
+        yolo(root, images="images/train/monday", labels="labels/train/monday"), "names: [cat, dog, owl]"
+    ),
     "YOLO, file of another name": lambda root: coco128(root, "coco128.yaml", "images/train2017"),
     "YOLO, list of pictures": lambda root: coco128(root, "data.yaml", "train.txt"),
     "VOC": voc,
@@ -225,6 +228,13 @@ def test_names_in_another_order_than_that_of_the_files_are_refused(tmp_path):
     refused("id2label has the names of its files in another order.*0: 'owl'.*and not .*0: 'cat'", tmp_path)
     names = ["owl", "cat", "bird"]
     assert_things(load_dense_dataset(tmp_path, id2label=names)["train"], names)
+
+
+def test_names_that_differ_in_case_only_are_named(tmp_path, caplog):
+    file = voc(tmp_path) / "Annotations/a.xml"
+    file.write_text(file.read_text().replace("<name>cat</name>", "<name>Cat</name>", 1))
+    assert load_dense_dataset(tmp_path)["train"].id2label == {0: "Cat", 1: "cat", 2: "dog", 3: "owl"}
+    assert "differ in upper and lower case only: {0: 'Cat', 1: 'cat'" in caplog.text
 
 
 def test_one_class_and_many_classes():

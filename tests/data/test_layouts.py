@@ -12,6 +12,7 @@ from PIL import Image
 from hf_bcd.data import CATALOG, load_dense_dataset
 from hf_bcd.data.sources.catalog import CITYSCAPES_COLOURS, CITYSCAPES_IDS, VOC_COLOURS
 from hf_bcd.data.sources.coco import COCO_STUFF_10K_IDS, COCO_THINGS
+from hf_bcd.data.sources.layouts import listed_stems
 
 
 SIZE = WIDTH, HEIGHT = 8, 6
@@ -119,6 +120,13 @@ def test_plain_voc_can_be_evaluated_but_not_trained_on(tmp_path, caplog):
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\nd\n")
     message = r"val\.txt: lists 2 images, of which 1 have no image or no mask, such as d"
     refused(message, "voc2012_aug", data_dir=tmp_path)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\nb\na\n")
+    refused(r"val\.txt: 1 of its images are listed more than once, such as a", "voc2012_aug", data_dir=tmp_path)
+
+
+def test_listed_names_may_have_points_and_endings(tmp_path):
+    (tmp_path / "list.txt").write_text("a.rf.1 -1\n/JPEGImages/b.jpg /masks/b.png\n\nc\n")
+    assert listed_stems(tmp_path / "list.txt") == ["a.rf.1", "b", "c"]
 
 
 def test_genuine_voc_mask(shared_data, tmp_path):

@@ -18,6 +18,8 @@ from hf_bcd.adapters import build_adapter
 from hf_bcd.adapters.loading import load_adapter
 from hf_bcd.data import load_dense_dataset
 from hf_bcd.data.detection import collate_boxes
+from hf_bcd.runs.arguments import ModelArguments
+from hf_bcd.runs.experiment import build_student
 from hf_bcd.utils.messages import UserError
 
 
@@ -335,8 +337,12 @@ def test_a_run_by_shape_resumes_in_the_middle_of_its_second_epoch(tmp_path: Path
 def test_pictures_of_unknown_sizes_cannot_be_grouped(tmp_path: Path) -> None:
     data = tiny.scenes()
     run = tiny.trainer(tmp_path, data=data, group_by_shape=True)
-    with pytest.raises(UserError, match="group_by_shape needs the width and height"):
+    message = "group_by_shape needs the width and height"
+    with pytest.raises(UserError, match=message):
         run.get_train_dataloader()
+    student = ModelArguments(student={"backbone": "resnet10t", "head": "fpn"})
+    with pytest.raises(UserError, match=message):  # no teacher is trained before
+        build_student(student, tiny.config(tmp_path, group_by_shape=True), data)
 
 
 # ---- Sizes, epochs, predictions ----------------------------------------------------------------------------------------

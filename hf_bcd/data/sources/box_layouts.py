@@ -21,7 +21,7 @@ from ..dataset import SPLIT_NAMES, ReadRows, usual_name
 from ..labels import NameSource
 from .coco import COCO_NAMES, COCO_THINGS, check_categories, read_annotations
 from .instance_maps import open_instance_maps
-from .layouts import EXTENSIONS, Layout, files_by_stem, folder_of
+from .layouts import EXTENSIONS, Layout, files_by_stem, folder_of, listed_stems
 
 
 logger = logging.getLogger(__name__)
@@ -307,6 +307,8 @@ def open_yolo(root: Path, masks: bool = False) -> BoxSource | None:
     if names is not None and not isinstance(names, dict):
         raise UserError(f"{file}: names is {names!r}; expected a list of the class names, such as [cat, dog].")
     names = names and {int(key) if str(key).isdecimal() else key: name for key, name in names.items()}
+    if names and content.get("nc", len(names)) != len(names):
+        raise UserError(f"{file}: nc is {content['nc']}, but names has {len(names)} classes. Correct one of them.")
     return BoxSource(splits, names, "cxcywh_normalised", "YOLO's text files", masks)
 
 
@@ -370,7 +372,7 @@ def open_voc(root: Path) -> BoxSource | None:
         lists = {split: base / f"ImageSets/Main/{split}.txt" for split in SPLIT_NAMES}
         lists = {split: file for split, file in lists.items() if file.is_file()}
         for split, file in lists.items():
-            stems = [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
+            stems = listed_stems(file)
             if split not in ("train", "training") and not files.keys() & set(stems):
                 logger.warning("%s: split %r is left out, since no picture of it has an XML file.", root, split)
                 continue

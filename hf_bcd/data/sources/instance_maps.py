@@ -49,12 +49,12 @@ def open_instance_maps(root: Path, masks: bool = False, id2label: NameSource | N
         pairs = [[folder_of(root, folder) for folder in pair] for pair in folders.values()]
         there = [maps for images, maps in pairs if images.is_dir() and maps.is_dir()]
         if not any(map(files_by_stem, there)):
-            if other := next((path for folder in there for path in folder.iterdir() if path.suffix), None):
+            if other := next((path for folder in there for path in folder.rglob("*") if path.suffix), None):
                 raise UserError(
                     f"{other}: no {KIND} that can be read. Store them as PNG or TIFF files of 8 or 16 bits."
                 )
             continue
-        listed = any(next(folder.glob("*.json"), None) for folder in there)
+        listed = any(next(folder.rglob("*.json"), None) for folder in there)
         several = id2label is not None and len(read_id2label(id2label, of_pixels=False)) > 1
         classes = "listed" if listed else "in ids" if several else "one"
         found: dict[str, Any] = pair_folders(root, folders)

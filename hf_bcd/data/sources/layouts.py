@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def pair_folders(root: Path, folders: Mapping[str, tuple[str, str]]) -> dict[str
     for split, names in folders.items():
         images, masks = (folder_of(root, name) for name in names)
         if images.is_dir():
-            labelled = masks.is_dir() and any(path.suffix.lower() in EXTENSIONS for path in masks.iterdir())
+            labelled = masks.is_dir() and files_by_stem(masks)
             if not labelled and usual_name(split) != "train" and any(images.iterdir()):
                 logger.warning("%s: split %r is left out, since %s holds no masks.", root, split, masks)
                 continue
@@ -87,7 +88,7 @@ def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path], image_fold
     no_mask, no_image = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
     if no_mask or no_image:
         example = images[no_mask[0]] if no_mask else masks[no_image[0]]
-        kinds = other_kinds(image_folder.iterdir())
+        kinds = other_kinds(image_folder.rglob("*"))
         also = f" {image_folder} also holds files of the kinds {kinds}." if kinds else ""
         raise UserError(
             f"{len(no_mask)} of {len(images)} images in {image_folder} have no mask and {len(no_image)} of {len(masks)} "
@@ -103,8 +104,8 @@ def other_kinds(paths: Iterable[Path]) -> str:
 
 
 def _pair_listed(list_file: Path, images: Mapping[str, Path], masks: Mapping[str, Path]) -> Pairs:
-    """Pairs the images and masks that a text file lists, one stem or path of an image per line."""
-    stems = [Path(line.split()[0]).stem for line in read_text(list_file).splitlines() if line.strip()]
+    """Pairs the images and masks that a text file lists."""
+    stems = listed_stems(list_file)
     missing = [stem for stem in stems if stem not in images or stem not in masks]
     if missing or not stems:
         example = f", such as {missing[0]}" if missing else ""
@@ -116,20 +117,37 @@ def _pair_listed(list_file: Path, images: Mapping[str, Path], masks: Mapping[str
 
 
 def files_by_stem(folder: Path, suffixes: Sequence[str] = EXTENSIONS) -> dict[str, Path]:
-    """The files of a folder that have one of the `suffixes`, by stem.
+    """The files in and below a folder that have one of the `suffixes`, by stem, with the folders between: `b/a` of `b/a.png`.
 
     Raises:
-        UserError: the folder does not exist, or two of its files have the same stem.
+        UserError: the folder does not exist, or two files of one folder have the same stem.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: this folder does not exist; images and masks are stored in sibling folders.")
     files: dict[str, Path] = {}
-    for path in folder.iterdir():
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            if path.stem in files:
-                raise UserError(f"{folder}: {files[path.stem].name} and {path.name} have the same stem; keep one.")
-            files[path.stem] = path
+    for path in folder.rglob("*"):
+        place = path.relative_to(folder)
+        if path.suffix.lower() in suffixes and not any(part.startswith(".") for part in place.parts):
+            stem = place.with_suffix("").as_posix()
+            if stem in files:
+                raise UserError(f"{path.parent}: {files[stem].name} and {path.name} have the same stem; keep one.")
+            files[stem] = path
     return files
+
+
+def listed_stems(file: Path) -> list[str]:
+    """The stems that a text file lists, one stem or path of an image a line, whatever follows it.
+
+    Raises:
+        UserError: one is listed twice, and would be trained on and scored twice.
+    """
+    names = [Path(line.split()[0]) for line in read_text(file).splitlines() if line.strip()]
+    stems = [path.stem if path.suffix.lower() in EXTENSIONS else path.name for path in names]
+    if twice := [stem for stem, times in Counter(stems).items() if times > 1]:
+        raise UserError(
+            f"{file}: {len(twice)} of its images are listed more than once, such as {twice[0]}. Keep one line."
+        )
+    return stems
 
 
 class LocalCopy(NamedTuple):
