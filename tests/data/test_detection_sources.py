@@ -35,10 +35,23 @@ def coco128(folder, file, train):
     return folder
 
 
+def edited(root, change):
+    """Changes every image of COCO's file."""
+    file = root / "annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    for entry in content["images"]:
+        change(entry)
+    file.write_text(json.dumps(content))
+    return root
+
+
 LAYOUTS = {
     "COCO": coco,
     "COCO's folders of 2017": lambda root: coco(root, file="annotations/instances_train2017.json", images="train2017"),
     "COCO within images": lambda root: coco(root, images="images/train"),
+    "COCO with the folder in its names": lambda root: edited(
+        coco(root), lambda entry: entry.update(file_name=f"train/{entry['file_name']}")
+    ),
     "Roboflow's COCO": lambda root: coco(root, file="train/_annotations.coco.json"),
     "COCO with numbers as text": lambda root: coco(
         root,

@@ -85,6 +85,7 @@ ERRORS = {
     "no box": (edited(lambda content: content["annotations"][0].pop("bbox")), r"instances_train.json: not COCO's instances annotations \('bbox' is missing\)"),
     "an image that is not listed": (edited(lambda content: content["annotations"][0].update(image_id=9)), "of image 9"),
     "an image twice": (edited(lambda content: content["images"].append(content["images"][0])), "only 3 different ids"),
+    "an image under two ids": (edited(lambda content: content["images"].append(content["images"][0] | {"id": 9})), "instances_train.json lists a.jpg more than once"),
     "a category that is not listed": (edited(lambda content: content["annotations"][2].update(category_id=7)), "image b.jpg: a box has the category 7, which is none of the 3 classes"),
     "a category with two names": (edited(lambda content: content["categories"].append({"id": 1, "name": "cow"})), "instances_train.json: the category 1 has two names, 'dog' and 'cow'; keep one"),
     "a box of text": (box(lambda *_: ["a", "b", "c", "d"]), r"instances_train.json: not COCO's instances annotations \(ValueError"),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,15 +159,23 @@ def read_annotations(
 def _image_paths(file: Path, images: list[Any], folder: Path) -> dict[int, str]:
     present = {path.name for path in folder.iterdir()}
     names = [image["file_name"] for image in images]
-    missing = [name for name in names if name not in present and not ("/" in name and (folder / name).is_file())]
-    if missing:
+    # some tools write `train/1.jpg`, seen from the folder above
+    inner = {name for name in names if "/" in name and (folder / name).is_file()}
+    outer = {name for name in names if "/" in name and (folder.parent / name).is_file()} - inner
+    if missing := [name for name in names if name not in present | inner | outer]:
         raise UserError(
             f"{file} lists {len(images)} images, of which {len(missing)} are not in {folder}, such as {missing[0]}. "
             "Complete the folder."
         )
-    paths = {image["id"]: str(folder / image["file_name"]) for image in images}
+    paths = {
+        image["id"]: str((folder.parent if name in outer else folder) / name)
+        for image, name in zip(images, names, strict=True)
+    }
     if len(paths) < len(images):
         raise UserError(f"{file} lists {len(images)} images, but only {len(paths)} different ids. Correct the file.")
+    if len(set(names)) < len(names):
+        twice = next(name for name, times in Counter(names).items() if times > 1)
+        raise UserError(f"{file} lists {twice} more than once, under several ids. Keep one of its images.")
     return paths
 
 
